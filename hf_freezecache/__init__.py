@@ -1,0 +1,20 @@
+"""Fine-tune vision transformers from a cache of their own frozen prefix."""
+
+from .config import CacheConfig, FreezeConfig
+from .dataset import CachedDataset
+from .errors import FreezeCacheError
+from .splitting import Split, split_model
+from .trainer import FreezeCacheTrainer
+
+__all__ = [
+    "CacheConfig",
+    "CachedDataset",
+    "FreezeCacheError",
+    "FreezeCacheTrainer",
+    "FreezeConfig",
+    "Split",
+    "__version__",
+    "split_model",
+]
+
+__version__ = "0.1.0.dev0"

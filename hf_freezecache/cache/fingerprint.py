@@ -1,0 +1,126 @@
+"""What a cache depends on, part by part, so that a mismatch can be named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets.fingerprint import Hasher
+from torch import Tensor
+
+from ..errors import UnsupportedSetupError
+
+__all__ = ["Fingerprint", "hash_dataset", "hash_object", "hash_tensors"]
+
+#: Configuration entries that say nothing about the prefix: the head, names, versions.
+_UNRELATED_CONFIG = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "classifier_dropout",
+        "dtype",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+class Fingerprint:
+    """A hash kept part by part.
+
+    Args:
+        parts: Name of the part, in words a user knows -> its value or hash.
+    """
+
+    def __init__(self, parts: Mapping[str, str]) -> None:
+        self.parts = dict(parts)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all parts, 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
+
+    def difference(self, other: Fingerprint) -> list[str]:
+        """Return the names of the parts in which two fingerprints differ, sorted."""
+        names = self.parts.keys() | other.parts.keys()
+        return sorted(name for name in names if self.parts.get(name) != other.parts.get(name))
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the given order."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_config(config: Any) -> str:
+    """SHA-256 over a model configuration without what concerns only head, names and versions."""
+    if config is None:
+        return "none"
+    entries = {name: value for name, value in config.to_dict().items() if name not in _UNRELATED_CONFIG}
+    entries["attn_implementation"] = getattr(config, "_attn_implementation", None)
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_dataset(dataset: Any) -> str:
+    """SHA-256 over the content of a ``datasets.Dataset``, row by row in logical order.
+
+    Content, not ``Dataset._fingerprint``: that one changes when equal data are loaded again, and does not change when
+    an image file that a row merely points to is edited. For such files size and modification time are hashed.
+
+    Raises:
+        UnsupportedSetupError: The data set is of another kind.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise UnsupportedSetupError(
+            f"The content of a {type(dataset).__name__} cannot be hashed, so a cache of it could go stale unseen. Pass a "
+            "datasets.Dataset, or give a name for these data with CacheConfig(dataset_id=...), and change the name "
+            "whenever the data change."
+        )
+    digest = hashlib.sha256(f"{len(dataset)} {dataset.features}".encode())
+    for table in dataset.with_format("arrow").iter(batch_size=256):
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            column = column.combine_chunks()
+            if isinstance(column, pa.ChunkedArray):
+                column = pa.concat_arrays(column.chunks)
+            digest.update(pa.record_batch([column], names=[name]).serialize())
+            if pa.types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
+                for row in np.flatnonzero(column.field("bytes").is_null().to_numpy(zero_copy_only=False)):
+                    path = column.field("path")[int(row)].as_py()
+                    if path is not None and Path(path).exists():
+                        status = Path(path).stat()
+                        digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+    return digest.hexdigest()
+
+
+def hash_object(thing: Any, what: str) -> str:
+    """Hash code and state of a transform or collator with ``datasets``' own hasher.
+
+    Raises:
+        UnsupportedSetupError: It cannot be hashed.
+    """
+    hasher: Callable[[Any], str] = Hasher.hash
+    try:
+        return hasher(thing)
+    except Exception as error:
+        raise UnsupportedSetupError(
+            f"The {what} cannot be hashed ({type(error).__name__}: {error}), so a cache could go stale unseen when it "
+            "changes. Give it a name with CacheConfig(transform_id=...), and change the name whenever you change the "
+            "transform or the collator."
+        ) from error

@@ -1,0 +1,181 @@
+"""Opens a cache, checks it, and reads chunks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..codecs import DTYPES, Codec, codec_from_dict
+from ..codecs.entropy import decompress_frame
+from ..errors import CacheCorruptError, CacheMismatchError
+from .fingerprint import Fingerprint
+from .format import INDEX_NAME, CacheIndex, ShardHead, file_sha256, load_index, read_shard_head, shard_name
+from .layout import ChunkLayout
+
+__all__ = ["CacheReader", "DecodedChunk", "verify_cache"]
+
+
+@dataclass(frozen=True)
+class DecodedChunk:
+    """The samples of one chunk in one view.
+
+    Attributes:
+        hidden_states: (samples, tokens, hidden).
+        extras: Name -> (samples, ...).
+    """
+
+    hidden_states: Tensor
+    extras: dict[str, Tensor]
+
+
+@dataclass
+class CacheReader:
+    """A finished cache, opened for reading. Cheap to copy into worker processes; keeps no file open.
+
+    Opening checks ``index.json``, and that every file is there with its size. A shard's head is checked against its
+    hash when it is first used, each frame against its checksum whenever it is decoded.
+
+    Args:
+        directory: The cache.
+        expected: Fingerprint it must have; ``None`` takes it as it is.
+
+    Raises:
+        CacheCorruptError: Not a finished cache, or damaged.
+        CacheMismatchError: The fingerprint differs; the message names the parts.
+    """
+
+    directory: Path
+    expected: Fingerprint | None = None
+    index: CacheIndex = field(init=False)
+    codec: Codec = field(init=False)
+    layout: ChunkLayout = field(init=False)
+    _heads: dict[tuple[int, int], ShardHead] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Open and check."""
+        self.directory = Path(self.directory)
+        self.index = load_index(self.directory)
+        if self.expected is not None:
+            different = self.expected.difference(Fingerprint(self.index.fingerprint))
+            if different:
+                raise CacheMismatchError(
+                    f"Cache {self.directory} was written for other inputs; these parts differ: {', '.join(different)}. "
+                    "Use another cache_dir, or delete the folder to rebuild."
+                )
+        self.codec = codec_from_dict(self.index.codec)
+        self.layout = ChunkLayout(self.index.num_samples, self.index.chunk_size, self.index.layout_seed)
+        for name, record in self.index.files.items():
+            path = self.directory / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != record.bytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise CacheCorruptError(
+                    f"{path} {found}, expected {record.bytes} bytes. Delete {self.directory / INDEX_NAME} and run the "
+                    "same training again to rebuild what is damaged."
+                )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return DTYPES[self.index.dtype]
+
+    def _head(self, view: int, shard: int) -> ShardHead:
+        if (view, shard) not in self._heads:
+            path = self.directory / shard_name(view, shard)
+            record = self.index.files[shard_name(view, shard)]
+            if file_sha256(path, record.head_bytes) != record.head_sha256:
+                raise CacheCorruptError(f"{path} is damaged: the hash of its head does not match {INDEX_NAME}.")
+            head = read_shard_head(path)
+            fits = (head.metadata.get("view"), head.metadata.get("shard")) == (str(view), str(shard))
+            chunks = range(shard * self.index.shard_chunks, (shard + 1) * self.index.shard_chunks)
+            rows = self.layout.order[chunks.start * self.index.chunk_size : chunks.stop * self.index.chunk_size]
+            frames = self.codec.num_frames(self.dtype) + len(self.index.extras)
+            if (
+                not fits
+                or not np.array_equal(head.sample_indices, rows)
+                or head.frame_offsets.shape != (-(-len(rows) // self.index.chunk_size), frames + 1)
+            ):
+                raise CacheCorruptError(f"{path} is damaged: it does not hold the samples that {INDEX_NAME} promises.")
+            self._heads[view, shard] = head
+        return self._heads[view, shard]
+
+    def members(self, chunk: int) -> npt.NDArray[np.int64]:
+        """Return the sample indices of a chunk in stored order."""
+        return self.layout.members(chunk)
+
+    def read_chunk(self, view: int, chunk: int) -> DecodedChunk:
+        """Read and decode one chunk of one view.
+
+        Raises:
+            CacheCorruptError: Its bytes are damaged.
+        """
+        shard, position = divmod(chunk, self.index.shard_chunks)
+        head = self._head(view, shard)
+        path = self.directory / shard_name(view, shard)
+        offsets = head.frame_offsets[position]
+        length = int(offsets[-1] - offsets[0])
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, head.head_bytes + int(offsets[0]))
+        samples = len(self.members(chunk))
+        try:
+            if len(data) != length:
+                raise ValueError(f"{len(data)} bytes left of {length}")
+            bounds = (offsets - offsets[0]).tolist()
+            frames = [memoryview(data)[a:b] for a, b in itertools.pairwise(bounds)]
+            split = self.codec.num_frames(self.dtype)
+            hidden_states = self.codec.decode(frames[:split], (samples, *self.index.hidden_shape), self.dtype)
+            extras = {}
+            for spec, frame in zip(self.index.extras, frames[split:], strict=True):
+                shape = (samples, *spec.shape)
+                content = decompress_frame(frame, math.prod(shape) * spec.torch_dtype.itemsize)
+                extras[spec.name] = torch.frombuffer(bytearray(content), dtype=spec.torch_dtype).reshape(shape)
+        except ValueError as error:
+            raise CacheCorruptError(
+                f"{path} is damaged in chunk {chunk}: {error}. Delete {path} and {self.directory / INDEX_NAME}, and run "
+                "the same training again to rebuild this shard."
+            ) from error
+        return DecodedChunk(hidden_states, extras)
+
+
+def verify_cache(directory: Path) -> list[str]:
+    """Check every bit of every file of a cache.
+
+    Returns:
+        One line per damaged, missing or foreign file; empty for a sound cache.
+    """
+    directory = Path(directory)
+    try:
+        index = load_index(directory)
+    except (CacheCorruptError, ValueError) as error:
+        return [str(error)]
+    problems = []
+    for name, record in sorted(index.files.items()):
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{path} is missing.")
+        elif (size := path.stat().st_size) != record.bytes:
+            problems.append(f"{path} has {size} bytes, expected {record.bytes}.")
+        elif file_sha256(path) != record.sha256:
+            problems.append(f"{path} is altered: its SHA-256 does not match {INDEX_NAME}.")
+        elif name.endswith(".safetensors"):
+            try:
+                metadata = read_shard_head(path).metadata
+                if json.loads(metadata["codec"]) != index.codec:
+                    problems.append(f"{path} was encoded with {metadata['codec']}, {INDEX_NAME} says {index.codec}.")
+            except (CacheCorruptError, KeyError, ValueError) as error:
+                problems.append(str(error))
+    known = {INDEX_NAME, *index.files}
+    foreign = [
+        path for path in directory.rglob("*") if path.is_file() and str(path.relative_to(directory)) not in known
+    ]
+    problems += [f"{path} does not belong to the cache." for path in sorted(foreign)]
+    return problems

@@ -1,0 +1,506 @@
+"""Builds a cache: renders views, runs the prefix, encodes chunks and writes shards, through ``datasets.map``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..codecs import DTYPES, Codec, dtype_name
+from ..codecs.entropy import compress_frame
+from ..errors import CacheCorruptError, CacheLockedError, CacheWriteError, DataError, FreezeCacheError
+from ..views import ViewDataset, ViewKey, preserved_random_state
+from .fingerprint import Fingerprint
+from .format import (
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    CacheIndex,
+    ExtraSpec,
+    FileRecord,
+    ShardHead,
+    atomic_write,
+    file_sha256,
+    fsync_directory,
+    head_size,
+    load_index,
+    part_name,
+    read_shard_head,
+    save_index,
+    shard_name,
+    write_shard_head,
+)
+from .layout import ChunkLayout
+
+__all__ = ["BuildReport", "CachePlan", "RenderCollator", "build_cache", "explain_miss"]
+
+logger = logging.getLogger(__name__)
+
+#: zstd level of labels and other extras; they are small and mostly compressible.
+_EXTRA_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a cache is to hold.
+
+    Attributes:
+        fingerprint: Identity of the cache.
+        split_point: Number of blocks in the prefix.
+        image_shape: (channels, height, width).
+        num_views: Views to store, at least 1.
+        layout: Which sample goes into which chunk.
+        shard_chunks: Chunks per shard.
+        codec: How chunks are encoded.
+    """
+
+    fingerprint: Fingerprint
+    split_point: int
+    image_shape: tuple[int, int, int]
+    num_views: int
+    layout: ChunkLayout
+    shard_chunks: int
+    codec: Codec
+
+    @property
+    def name(self) -> str:
+        """Name of the directory below ``cache_dir``."""
+        return f"k{self.split_point:02d}-{self.fingerprint.digest[:16]}"
+
+    @property
+    def num_shards(self) -> int:
+        """Shards per view."""
+        return -(-self.layout.num_chunks // self.shard_chunks)
+
+    def rows(self, shard: int) -> Any:
+        """Sample indices of a shard in stored order, int64."""
+        per_shard = self.shard_chunks * self.layout.chunk_size
+        return self.layout.order[shard * per_shard : (shard + 1) * per_shard]
+
+
+@dataclass
+class BuildReport:
+    """What a build cost. Seconds are those of the calling process.
+
+    Attributes:
+        directory: The cache.
+        total_bytes: Bytes of all its files but ``index.json``.
+        seconds: Wall-clock of the whole call.
+        render_seconds: Spent waiting for rendered images.
+        prefix_seconds: Spent in the prefix.
+        built_shards: Shards written by this call.
+        kept_shards: Shards found complete.
+    """
+
+    directory: Path
+    total_bytes: int = 0
+    seconds: float = 0.0
+    render_seconds: float = 0.0
+    prefix_seconds: float = 0.0
+    built_shards: int = 0
+    kept_shards: int = 0
+
+
+@dataclass(frozen=True)
+class RenderCollator:
+    """Collates rendered views with the user's collator, and keeps the keys beside the batch."""
+
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+    def __call__(self, items: list[tuple[ViewKey, Any]]) -> tuple[list[ViewKey], dict[str, Any]]:
+        """Return keys and collated batch."""
+        return [key for key, _ in items], self.collate([example for _, example in items])
+
+
+@dataclass(frozen=True)
+class _Keyed(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """A view data set whose items carry their keys."""
+
+    views: ViewDataset
+
+    def __getitem__(self, key: ViewKey) -> tuple[ViewKey, Any]:
+        return key, self.views[key]
+
+
+@dataclass
+class _ShardWriter:
+    """Writes one shard, chunk by chunk; a thread encodes while the next batch is computed.
+
+    Holds at most one incomplete chunk, one chunk being encoded, and one batch.
+    """
+
+    file: BinaryIO
+    plan: CachePlan
+    view: int
+    shard: int
+    executor: ThreadPoolExecutor
+    hidden: list[Tensor] = field(default_factory=list)
+    extras: list[dict[str, Tensor]] = field(default_factory=list)
+    ends: list[list[int]] = field(default_factory=list)
+    pending: Future[list[bytes]] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    position: int = 0
+
+    def append(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
+        """Add samples, in stored order."""
+        if not self.metadata:
+            self._start(hidden_states, extras)
+        self._check(hidden_states, extras)
+        self.hidden.append(hidden_states)
+        self.extras.append(extras)
+        size = self.plan.layout.chunk_size
+        while sum(len(part) for part in self.hidden) >= size:
+            self._cut(size)
+
+    def _start(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
+        specs = [
+            ExtraSpec(name, str(value.dtype).removeprefix("torch."), tuple(value.shape[1:]))
+            for name, value in sorted(extras.items())
+        ]
+        self.metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "fingerprint": self.plan.fingerprint.digest,
+            "view": str(self.view),
+            "shard": str(self.shard),
+            "codec": json.dumps(self.plan.codec.to_dict(), sort_keys=True),
+            "hidden_shape": json.dumps(list(hidden_states.shape[1:])),
+            "dtype": dtype_name(hidden_states.dtype),
+            "extras": json.dumps([asdict(spec) for spec in specs], sort_keys=True),
+        }
+        rows = len(self.plan.rows(self.shard))
+        chunks = -(-rows // self.plan.layout.chunk_size)
+        frames = self.plan.codec.num_frames(hidden_states.dtype) + len(specs)
+        self.file.seek(head_size(chunks, frames, rows, self.metadata))
+
+    def _check(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
+        expected = (json.loads(self.metadata["hidden_shape"]), self.metadata["dtype"])
+        found = (list(hidden_states.shape[1:]), dtype_name(hidden_states.dtype))
+        if expected != found:
+            raise DataError(
+                f"Hidden states of one cache must have one shape and dtype: expected {expected}, found {found}. Let the "
+                "transform give all images the same size."
+            )
+        for spec in json.loads(self.metadata["extras"]):
+            value = extras.get(spec["name"])
+            if value is None or list(value.shape[1:]) != spec["shape"]:
+                shape = "nothing" if value is None else f"shape {list(value.shape[1:])}"
+                raise DataError(
+                    f"The collator gave {shape} per sample for {spec['name']!r}, expected shape {spec['shape']} as in the "
+                    "first batch. Cached extras must have one shape; pad them in the transform."
+                )
+
+    def _cut(self, size: int) -> None:
+        hidden = torch.cat(self.hidden)
+        names = self.extras[0].keys()
+        extras = {name: torch.cat([part[name] for part in self.extras]) for name in names}
+        self.hidden, self.extras = [], []
+        if len(hidden) > size:
+            self.hidden = [hidden[size:]]
+            self.extras = [{name: value[size:] for name, value in extras.items()}]
+        self._flush()
+        chunk = hidden[:size]
+        parts = [extras[name][:size] for name in sorted(names)]
+        self.pending = self.executor.submit(self._encode, chunk, parts)
+
+    def _encode(self, hidden_states: Tensor, extras: list[Tensor]) -> list[bytes]:
+        frames = self.plan.codec.encode(hidden_states)
+        frames += [
+            compress_frame(value.contiguous().flatten().view(torch.uint8).numpy().data, _EXTRA_LEVEL)
+            for value in extras
+        ]
+        return frames
+
+    def _flush(self) -> None:
+        if self.pending is not None:
+            frames, self.pending = self.pending.result(), None
+            ends = [self.position]
+            for frame in frames:
+                self.file.write(frame)
+                self.position += len(frame)
+                ends.append(self.position)
+            self.ends.append(ends)
+
+    def finish(self) -> None:
+        """Write what is left, then the head."""
+        left = sum(len(part) for part in self.hidden)
+        if left:
+            self._cut(left)
+        self._flush()
+        write_shard_head(self.file, np.array(self.ends, dtype=np.int64), self.plan.rows(self.shard), self.metadata)
+
+
+def _finished(directory: Path, plan: CachePlan, view: int, shard: int) -> bool:
+    """Say whether a shard and its index part are there, whole and of this cache."""
+    if not (directory / part_name(view, shard)).is_file():
+        return False
+    try:
+        head = read_shard_head(directory / shard_name(view, shard))
+    except CacheCorruptError as error:
+        logger.warning("Rebuilding a shard: %s", error)
+        return False
+    identity = (head.metadata.get("fingerprint"), head.metadata.get("view"), head.metadata.get("shard"))
+    return identity == (plan.fingerprint.digest, str(view), str(shard)) and np.array_equal(
+        head.sample_indices, plan.rows(shard)
+    )
+
+
+def _record(directory: Path, name: str, head: ShardHead | None = None) -> FileRecord:
+    path = directory / name
+    head_bytes = 0 if head is None else head.head_bytes
+    return FileRecord(
+        path.stat().st_size,
+        file_sha256(path),
+        head_bytes,
+        file_sha256(path, head_bytes) if head_bytes else "",
+    )
+
+
+def _index(directory: Path, plan: CachePlan) -> CacheIndex:
+    files: dict[str, FileRecord] = {}
+    for view in range(plan.num_views):
+        for shard in range(plan.num_shards):
+            head = read_shard_head(directory / shard_name(view, shard))
+            files[shard_name(view, shard)] = _record(directory, shard_name(view, shard), head)
+            files[part_name(view, shard)] = _record(directory, part_name(view, shard))
+    extras = [ExtraSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in json.loads(head.metadata["extras"])]
+    tokens, width = json.loads(head.metadata["hidden_shape"])
+    return CacheIndex(
+        fingerprint=plan.fingerprint.parts,
+        split_point=plan.split_point,
+        num_views=plan.num_views,
+        image_shape=plan.image_shape,
+        hidden_shape=(tokens, width),
+        dtype=head.metadata["dtype"],
+        codec=plan.codec.to_dict(),
+        num_samples=plan.layout.num_samples,
+        chunk_size=plan.layout.chunk_size,
+        shard_chunks=plan.shard_chunks,
+        layout_seed=plan.layout.seed,
+        extras=tuple(extras),
+        files=files,
+    )
+
+
+def explain_miss(cache_dir: Path, fingerprint: Fingerprint) -> str | None:
+    """Say in which parts the most similar finished cache differs, or ``None`` if there is no other cache."""
+    nearest: tuple[int, Path, list[str]] | None = None
+    for path in sorted(cache_dir.glob(f"k*/{INDEX_NAME}")):
+        try:
+            parts = load_index(path.parent).fingerprint
+        except FreezeCacheError as error:
+            logger.warning("Passing over a cache that cannot be read: %s", error)
+            continue
+        different = fingerprint.difference(Fingerprint(parts))
+        if nearest is None or len(different) < nearest[0]:
+            nearest = (len(different), path.parent, different)
+    if nearest is None:
+        return None
+    return f"the nearest cache, {nearest[1]}, differs in: {', '.join(nearest[2])}"
+
+
+def _batches(plan: CachePlan, units: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[ViewKey]]:
+    for view, shard in units:
+        rows = plan.rows(shard).tolist()
+        for start in range(0, len(rows), batch_size):
+            yield [(sample_index, view) for sample_index in rows[start : start + batch_size]]
+
+
+def _split_batch(
+    batch: dict[str, Any], prefix_inputs: frozenset[str]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Return pixel values, all extras, and those extras that the prefix needs too."""
+    extras = {name: value for name, value in batch.items() if name != "pixel_values"}
+    return batch["pixel_values"], extras, {name: extras[name] for name in extras.keys() & prefix_inputs}
+
+
+def build_cache(
+    cache_dir: Path,
+    plan: CachePlan,
+    views: ViewDataset,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    prefix: Callable[..., Tensor],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    prefix_inputs: frozenset[str] = frozenset(),
+    show_progress: bool = False,
+) -> BuildReport:
+    """Build a cache, or the rest of one whose build was interrupted, and commit it.
+
+    Finished shards are kept, whatever ends a build; the next call goes on behind them. Memory does not grow with the
+    number of samples.
+
+    Args:
+        cache_dir: Folder of caches; this one is ``cache_dir / plan.name``.
+        plan: What to store.
+        views: Renders the views.
+        collate: The user's collator: list of rendered examples -> dict with ``pixel_values`` (batch, channels, height,
+            width) and tensors (batch, ...) that are stored beside the hidden states.
+        prefix: (pixel_values, **extras) -> hidden states (batch, tokens, hidden), without gradients, on any device.
+        batch_size: Images per prefix call.
+        num_workers: Processes that render ahead of the device; 0 renders in this one.
+        prefix_inputs: Names of the extras that the prefix takes as arguments.
+        show_progress: Show a progress bar over all views and samples.
+
+    Raises:
+        CacheLockedError: Another live process is building this cache.
+        CacheWriteError: The folder cannot be written, or the disk is full.
+        DataError: A row cannot be rendered, or its hidden states are not finite or of another shape.
+    """
+    started = time.perf_counter()
+    directory = cache_dir / plan.name
+    report = BuildReport(directory)
+    lock = filelock.FileLock(cache_dir / f".{plan.name}.lock", timeout=0)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with lock, preserved_random_state():
+            _build(plan, views, collate, prefix, batch_size, num_workers, prefix_inputs, show_progress, report)
+    except filelock.Timeout:
+        raise CacheLockedError(
+            f"{directory} is being written by another live process. Wait for it to finish and start again, or give "
+            "this run another cache_dir."
+        ) from None
+    except FreezeCacheError:
+        raise
+    except OSError as error:
+        free = shutil.disk_usage(next(p for p in [directory, *directory.parents] if p.is_dir())).free
+        raise CacheWriteError(
+            f"The cache {directory} could not be written: {error} ({free / 2**20:.0f} MiB are free there). Its finished "
+            "shards are kept: make room or permit writing, or choose another cache_dir, and start again."
+        ) from error
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _build(
+    plan: CachePlan,
+    views: ViewDataset,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    prefix: Callable[..., Tensor],
+    batch_size: int,
+    num_workers: int,
+    prefix_inputs: frozenset[str],
+    show_progress: bool,
+    report: BuildReport,
+) -> None:
+    directory = report.directory
+    units = [(view, shard) for view in range(plan.num_views) for shard in range(plan.num_shards)]
+    if (directory / INDEX_NAME).is_file():  # finished by another process since this one looked
+        report.kept_shards, report.total_bytes = len(units), load_index(directory).total_bytes
+        return
+    scratch = directory / ".build"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    pending = [unit for unit in units if not _finished(directory, plan, *unit)]
+    report.kept_shards = len(units) - len(pending)
+    if report.kept_shards:
+        logger.info("Going on with %s: %d of %d shards are finished.", directory, report.kept_shards, len(units))
+    loader = DataLoader(
+        _Keyed(views),
+        batch_sampler=list(_batches(plan, pending, batch_size)),
+        collate_fn=RenderCollator(collate),
+        num_workers=num_workers,
+        # A generator of its own: starting workers must not move the global one.
+        generator=torch.Generator(),
+    )
+    rendered = iter(loader)
+    bars_enabled = datasets.are_progress_bars_disabled() is False
+    rows_done = sum(len(plan.rows(shard)) for unit in units if unit not in pending for shard in unit[1:])
+    bar = tqdm(
+        total=plan.layout.num_samples * plan.num_views,
+        initial=rows_done,
+        desc=f"Caching {plan.split_point} frozen blocks",
+        unit="view",
+        disable=not show_progress,
+    )
+    datasets.disable_progress_bars()
+    try:
+        with bar, ThreadPoolExecutor(1) as executor:
+            for view, shard in pending:
+                with atomic_write(directory / shard_name(view, shard)) as file:
+                    writer = _ShardWriter(file, plan, view, shard, executor)
+                    index = _map_shard(writer, rendered, prefix, batch_size, prefix_inputs, scratch, bar, report)
+                    writer.finish()
+                with atomic_write(directory / part_name(view, shard)) as file:
+                    index.to_parquet(file)
+                report.built_shards += 1
+    finally:
+        if bars_enabled:
+            datasets.enable_progress_bars()
+    shutil.rmtree(scratch, ignore_errors=True)
+    index_json = _index(directory, plan)
+    save_index(directory, index_json)
+    fsync_directory(directory.parent)
+    report.total_bytes = index_json.total_bytes
+
+
+def _map_shard(
+    writer: _ShardWriter,
+    rendered: Iterator[tuple[list[ViewKey], dict[str, Any]]],
+    prefix: Callable[..., Tensor],
+    batch_size: int,
+    prefix_inputs: frozenset[str],
+    scratch: Path,
+    bar: Any,
+    report: BuildReport,
+) -> Any:
+    """Rewrite the rows of one shard into hidden states; return the rows of the index."""
+    plan, view, shard = writer.plan, writer.view, writer.shard
+    chunk_size, first_chunk = plan.layout.chunk_size, shard * plan.shard_chunks
+
+    def cache_rows(rows: dict[str, list[int]], positions: list[int]) -> dict[str, Any]:
+        started = time.perf_counter()
+        keys, batch = next(rendered)
+        if keys != [(sample_index, view) for sample_index in rows["sample_index"]]:
+            raise AssertionError("rendered samples arrived out of order")
+        pixel_values, extras, prefix_extras = _split_batch(batch, prefix_inputs)
+        rendered_at = time.perf_counter()
+        hidden_states = prefix(pixel_values, **prefix_extras).detach().to("cpu")
+        report.render_seconds += rendered_at - started
+        report.prefix_seconds += time.perf_counter() - rendered_at
+        if hidden_states.dtype not in DTYPES.values():
+            raise DataError(f"Hidden states of dtype {hidden_states.dtype} cannot be stored; expected a float dtype.")
+        finite = torch.isfinite(hidden_states).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            bad = [index for index, good in zip(rows["sample_index"], finite.tolist(), strict=True) if not good]
+            raise DataError(
+                f"The frozen prefix gave NaN or infinite hidden states for rows {bad[:5]} (view {view}). Check these "
+                "images, the transform's normalisation and the model's weights; with fp16 try bf16 or fp32."
+            )
+        writer.append(hidden_states, extras)
+        bar.update(len(keys))
+        columns: dict[str, Any] = {
+            "sample_index": rows["sample_index"],
+            "view": [view] * len(positions),
+            "shard": [shard] * len(positions),
+            "chunk": [first_chunk + position // chunk_size for position in positions],
+            "row": [position % chunk_size for position in positions],
+        }
+        return columns | {name: value.tolist() for name, value in extras.items() if value.dim() == 1}
+
+    # Bound to rows of indices, not to the user's data set: its transform must run under seeded states, and once.
+    index = datasets.Dataset.from_dict({"sample_index": plan.rows(shard)})
+    return index.map(
+        cache_rows,
+        batched=True,
+        with_indices=True,
+        batch_size=batch_size,
+        load_from_cache_file=False,  # a hit would skip the writing of the shard
+        cache_file_name=str(scratch / f"view-{view:02d}-shard-{shard:05d}.arrow"),
+        new_fingerprint=f"{plan.fingerprint.digest[:32]}-{view}-{shard}",
+    )

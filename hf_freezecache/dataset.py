@@ -1,0 +1,161 @@
+"""A cache as a map-style data set, the sampler that reads it chunk by chunk, and the collator of its batches."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .cache.fingerprint import Fingerprint
+from .cache.layout import ChunkLayout, epoch_view
+from .cache.reader import CacheReader, DecodedChunk
+from .views import ViewKey
+
+__all__ = ["CachedDataset", "ChunkSampler", "collate_cached"]
+
+
+class CachedDataset(Dataset):  # type: ignore[type-arg]
+    """The samples of a cache.
+
+    Item ``(i, v)`` is ``{"hidden_states": (tokens, hidden), "labels": ...}`` of sample ``i`` of the original data set in
+    view ``v``; item ``i`` is view 0. Samples are found by their sample index, wherever they lie.
+
+    Args:
+        reader: The opened cache.
+        max_chunks: Decoded chunks kept in memory. ``ChunkSampler`` needs its window and, where a batch spans two
+            windows, what the batch touches of the next.
+    """
+
+    def __init__(self, reader: CacheReader, max_chunks: int = 16) -> None:
+        self.reader = reader
+        self.max_chunks = max_chunks
+        #: Chunks decoded so far by this process.
+        self.decoded_chunks = 0
+        self._chunks: OrderedDict[tuple[int, int], DecodedChunk] = OrderedDict()
+        self._unread: dict[tuple[int, int], int] = {}
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, expected: Fingerprint | None = None) -> CachedDataset:
+        """Open the cache in a local directory.
+
+        Args:
+            path: The cache, the folder with ``index.json``.
+            expected: Fingerprint it must have.
+
+        Raises:
+            CacheCorruptError: Not a finished cache, or damaged.
+            CacheMismatchError: The fingerprint differs; the message names the parts.
+        """
+        return cls(CacheReader(Path(path), expected))
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.reader.index.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave decoded chunks behind when copied into a worker process."""
+        return {**self.__dict__, "_chunks": OrderedDict(), "_unread": {}}
+
+    def _chunk(self, view: int, chunk: int) -> DecodedChunk:
+        key = (view, chunk)
+        if key in self._chunks:
+            self._chunks.move_to_end(key)
+            return self._chunks[key]
+        decoded = self.reader.read_chunk(view, chunk)
+        self.decoded_chunks += 1
+        self._chunks[key] = decoded
+        self._unread[key] = len(decoded.hidden_states)
+        while len(self._chunks) > self.max_chunks:
+            old, _ = self._chunks.popitem(last=False)
+            del self._unread[old]
+        return decoded
+
+    def __getitem__(self, key: int | ViewKey) -> dict[str, Tensor]:
+        """Return one sample.
+
+        Raises:
+            IndexError: No such sample or view.
+            CacheCorruptError: Its chunk is damaged.
+        """
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | ViewKey]) -> list[dict[str, Tensor]]:
+        """Return several samples. Tensors share memory with the decoded chunk."""
+        layout, num_views = self.reader.layout, self.reader.index.num_views
+        items = []
+        for key in keys:
+            sample_index, view = (key, 0) if isinstance(key, (int, np.integer)) else key
+            if not 0 <= sample_index < len(self) or not 0 <= view < num_views:
+                raise IndexError(
+                    f"Sample {sample_index}, view {view} is not in the cache {self.reader.directory}, which holds "
+                    f"{len(self)} samples in {num_views} views."
+                )
+            chunk, row = divmod(int(layout.position[sample_index]), layout.chunk_size)
+            decoded = self._chunk(view, chunk)
+            items.append(
+                {
+                    "hidden_states": decoded.hidden_states[row],
+                    **{name: value[row] for name, value in decoded.extras.items()},
+                }
+            )
+            # In an epoch each sample is read once: a chunk read to its end makes room at once.
+            self._unread[view, chunk] -= 1
+            if self._unread[view, chunk] == 0:
+                del self._chunks[view, chunk], self._unread[view, chunk]
+        return items
+
+
+class ChunkSampler(Sampler[ViewKey]):
+    """Shuffles in two levels by ``(seed, epoch)``: permutes the chunks, then the samples within a window of chunks.
+
+    Yields ``(sample index, view)``. Cached and live training of a stage use the same sampler, so that they see the
+    same samples in the same order in the same views.
+
+    Args:
+        layout: Which sample lies in which chunk.
+        seed: Seed of the order.
+        view_seed: Seed of the choice of views.
+        num_views: Stored views, or 0 for a new view in every epoch.
+        window: Chunks whose samples are mixed.
+    """
+
+    def __init__(self, layout: ChunkLayout, seed: int, view_seed: int, num_views: int, window: int) -> None:
+        self.layout = layout
+        self.seed = seed
+        self.view_seed = view_seed
+        self.num_views = num_views
+        self.window = window
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order ``iter`` gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.layout.num_samples
+
+    def __iter__(self) -> Iterator[ViewKey]:
+        """Yield the keys of one epoch."""
+        generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch])
+        chunks = generator.permutation(self.layout.num_chunks)
+        for start in range(0, len(chunks), self.window):
+            window = chunks[start : start + self.window].tolist()
+            members = [self.layout.members(chunk) for chunk in window]
+            views = [
+                np.full(len(rows), epoch_view(self.view_seed, self.epoch, chunk, self.num_views))
+                for chunk, rows in zip(window, members, strict=True)
+            ]
+            keys = np.stack([np.concatenate(members), np.concatenate(views)], axis=1)
+            yield from map(tuple, generator.permutation(keys).tolist())
+
+
+def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack samples of a cache into a batch: ``hidden_states`` (batch, tokens, hidden), labels and other extras."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -1,0 +1,72 @@
+"""Freezes the prefix: no gradients, eval mode whatever ``model.train()`` says, no optimizer state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UnsupportedSetupError
+from .splitting import Split
+
+__all__ = ["check_checkpointing", "freeze", "prune_optimizer"]
+
+
+def _stay_in_eval(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook. ``Trainer`` calls ``model.train()`` in every step; a frozen module must not follow."""
+    if module.training:
+        module.eval()
+
+
+def freeze(split: Split) -> None:
+    """Freeze the prefix of a split model. Repeating it, or freezing a deeper prefix later, is fine.
+
+    Parameters stop requiring gradients and lose the ones they have. Modules get a hook that puts them back into eval
+    mode before each forward, so that dropout, drop-path and jittered position codes stay off.
+    """
+    for parameter in split.prefix_parameters().values():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    for module in split.prefix_modules():
+        if _stay_in_eval not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_stay_in_eval)
+        module.eval()
+
+
+def prune_optimizer(optimizer: Any) -> int:
+    """Drop frozen parameters from an optimizer, in place, and release their state.
+
+    Groups keep their order and options, so a learning-rate scheduler built on the optimizer stays valid.
+
+    Args:
+        optimizer: A ``torch.optim.Optimizer``, or accelerate's wrapper around one.
+
+    Returns:
+        Bytes of optimizer state that were released.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    released = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                for value in optimizer.state.pop(parameter, {}).values():
+                    if isinstance(value, torch.Tensor):
+                        released += value.numel() * value.element_size()
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    return released
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Refuse reentrant activation checkpointing, which loses all gradients behind a frozen prefix.
+
+    Raises:
+        UnsupportedSetupError: A module checkpoints with ``use_reentrant=True``.
+    """
+    for name, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise UnsupportedSetupError(
+                f"Module '{name}' uses activation checkpointing with use_reentrant=True: with a frozen prefix it gives "
+                "no gradients at all, without an error. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )

@@ -1,0 +1,145 @@
+"""Checks on the user's data before a run does any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+import torch
+
+from .errors import DataError
+from .views import ViewDataset, seeded
+
+__all__ = ["check_batch", "check_collator", "check_labels"]
+
+Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -> None:
+    """Check that the integer label column of a ``datasets.Dataset`` holds classes of the model.
+
+    Args:
+        dataset: Anything; only ``datasets.Dataset`` is looked at.
+        num_labels: Classes of the model; ``None`` checks nothing.
+        columns: Names a label column may have; the first that exists and holds integers is checked.
+
+    Raises:
+        DataError: A label lies outside ``[0, num_labels)`` and is not -100.
+    """
+    if num_labels is None or not isinstance(dataset, datasets.Dataset):
+        return
+    for name in columns:
+        if name not in dataset.features or not str(dataset.features[name].dtype).startswith(("int", "uint")):
+            continue
+        column = dataset.with_format("arrow").select_columns([name])[:][name]
+        wrong = pc.and_(pc.or_(pc.less(column, 0), pc.greater_equal(column, num_labels)), pc.not_equal(column, -100))
+        positions = pc.indices_nonzero(wrong).to_pylist()
+        if positions:
+            raise DataError(
+                f"Labels out of range: row {positions[0]} has {name}={column[positions[0]].as_py()}, but the model has "
+                f"{num_labels} classes, so labels must lie in [0, {num_labels}) ({len(positions)} such rows). Give the model "
+                "num_labels=..., or remap the labels."
+            )
+        return
+
+
+def check_batch(
+    views: ViewDataset, collate: Collator, label_names: Sequence[str] | None, num_labels: int | None
+) -> dict[str, Any]:
+    """Render and collate the first few rows, and check what comes out.
+
+    Args:
+        views: Renders the rows.
+        collate: The user's collator.
+        label_names: Names under which the model takes labels.
+        num_labels: Classes of the model; ``None`` leaves label values unchecked.
+
+    Returns:
+        The batch.
+
+    Raises:
+        DataError: There are no rows; images or labels are missing; something is no tensor; a label is out of range.
+    """
+    if len(views) == 0:
+        raise DataError("The training data set has no rows.")
+    examples = [views[row, 0] for row in range(min(2, len(views)))]
+    keys = sorted(examples[0]) if isinstance(examples[0], dict) else type(examples[0]).__name__
+    hint = (
+        f"The transform returned {keys}. With a transform that needs other columns set "
+        "TrainingArguments(remove_unused_columns=False), and let transform and data_collator return pixel_values and "
+        "labels."
+    )
+    with seeded(0, 0, 0):
+        try:
+            batch = dict(collate(examples))
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(
+                f"The data_collator failed on the first rows: {type(error).__name__}: {error}. {hint}"
+            ) from error
+    pixel_values = batch.get("pixel_values")
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.dim() != 4:
+        found = (
+            sorted(batch) if pixel_values is None else f"pixel_values of {getattr(pixel_values, 'shape', pixel_values)}"
+        )
+        raise DataError(
+            "A training batch must hold images as pixel_values (batch, channels, height, width); found "
+            f"{found}. Is the image column missing? {hint}"
+        )
+    if label_names and not any(name in batch for name in label_names):
+        raise DataError(f"A training batch must hold {' or '.join(label_names)}; found {sorted(batch)}. {hint}")
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0 or len(value) != len(examples):
+            raise DataError(
+                f"The data_collator returned {name!r} as {type(value).__name__}; everything it returns must be a tensor "
+                "with one entry per sample, to be stored with the sample."
+            )
+    check_label_values(batch, label_names, num_labels)
+    return batch
+
+
+def check_label_values(batch: dict[str, Any], label_names: Sequence[str] | None, num_labels: int | None) -> None:
+    """Check integer class labels of a batch.
+
+    Raises:
+        DataError: A label lies outside ``[0, num_labels)`` and is not -100.
+    """
+    if num_labels is None:
+        return
+    for name in label_names or []:
+        labels = batch.get(name)
+        if isinstance(labels, torch.Tensor) and labels.dim() == 1 and not labels.is_floating_point():
+            wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
+            if len(wrong):
+                raise DataError(
+                    f"Labels out of range: found {name}={wrong[0].item()}, but the model has {num_labels} classes, so labels "
+                    f"must lie in [0, {num_labels}). Give the model num_labels=..., or remap the labels."
+                )
+
+
+def check_collator(views: ViewDataset, collate: Collator, trials: int = 4) -> None:
+    """Refuse a collator that mixes samples (Mixup, CutMix) or draws random numbers of its own.
+
+    Collates two samples together and one alone, a few times under different random states: the first sample must come
+    out the same.
+
+    Raises:
+        DataError: It does not.
+    """
+    if len(views) < 2:
+        return
+    first, second = views[0, 0], views[1, 0]
+    with seeded(0, 0, 0):
+        alone = collate([first])
+    for trial in range(trials):
+        with seeded(trial + 1, 0, 0):
+            together = collate([first, second])
+        for name, value in alone.items():
+            if not torch.equal(together[name][:1], value):
+                raise DataError(
+                    f"The data_collator gives a sample another {name!r} when it is collated with another sample, or in "
+                    "another draw. Hidden states are cached sample by sample, so a collator that mixes samples (Mixup, "
+                    "CutMix) or augments cannot be cached: remove it, augment in the data set's transform, or train with "
+                    "CacheConfig(mode='never') without freeze stages."
+                )

@@ -1,0 +1,562 @@
+"""``FreezeCacheTrainer``: the only module that knows ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, Trainer
+
+from .cache.fingerprint import Fingerprint, hash_config, hash_dataset, hash_object, hash_tensors
+from .cache.format import FORMAT_VERSION, INDEX_NAME
+from .cache.layout import ChunkLayout
+from .cache.reader import CacheReader
+from .cache.writer import BuildReport, CachePlan, build_cache, explain_miss
+from .codecs import make_codec
+from .config import CacheConfig, FreezeConfig
+from .dataset import CachedDataset, ChunkSampler, collate_cached
+from .errors import UnsupportedSetupError
+from .freezing import check_checkpointing, freeze, prune_optimizer
+from .policies import Stage, plan_stages, split_point_at
+from .preflight import check_batch, check_collator, check_labels
+from .splitting import Split, find_blocks, split_model
+from .views import ViewDataset, check_repeatable, with_rgb_images
+
+__all__ = ["STATE_NAME", "FreezeCacheTrainer"]
+
+logger = logging.getLogger(__name__)
+
+#: Written into every checkpoint; ``trainer_state.json`` takes no foreign keys.
+STATE_NAME = "freezecache_state.json"
+
+
+def _check_transformers() -> None:
+    wanted = {"model", "epoch", "train_dataloader", "num_update_steps_per_epoch"}
+    method = getattr(Trainer, "_run_epoch", None)
+    if method is None or not wanted <= set(inspect.signature(method).parameters):
+        raise UnsupportedSetupError(
+            f"transformers {transformers.__version__} has no Trainer._run_epoch(model, epoch, train_dataloader, ...), in "
+            "which stages change. Install transformers>=5.4, or train without freeze_config."
+        )
+
+
+class FreezeCacheTrainer(Trainer):
+    """``Trainer`` that freezes leading blocks stage by stage and trains the rest from a cache of their output.
+
+    Every argument of ``Trainer`` keeps its meaning. Without ``freeze_config`` its numbers are those of ``Trainer``, to
+    the bit; only restoring weights (resume, ``load_best_model_at_end``) is mended, see ``_restore_weights``.
+
+    With ``freeze_config`` the training data are drawn as *views*: view ``v`` of row ``i`` is one draw of the data set's
+    own transform under random states seeded by ``(seed, i, v)``. A stage that freezes at least one block first writes
+    the hidden states of ``num_views`` views of every row to ``cache_config.cache_dir`` (or finds them there), and then
+    trains on them; evaluation and prediction always see images. Saved models are whole, ordinary models.
+
+    Args:
+        args: As for ``Trainer``, positional or keyword.
+        freeze_config: When to freeze how many blocks. ``None`` trains like ``Trainer``.
+        cache_config: Where and how hidden states are cached. Default: ``CacheConfig()``.
+        train_transform: Renders training views, given with ``eval_transform`` in place of the data set's own transform;
+            takes and returns a batch dict like ``Dataset.set_transform``'s.
+        eval_transform: Renders the base view (view 0).
+        kwargs: As for ``Trainer``.
+
+    Raises:
+        UnsupportedSetupError: The setup cannot work with cached training; the message says why and what to do.
+        UnsupportedModelError: The model has no blocks to split at.
+        ScheduleError: The schedule cannot be read or asks for more blocks than there are.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        freeze_config: FreezeConfig | None = None,
+        cache_config: CacheConfig | None = None,
+        train_transform: Callable[..., Any] | None = None,
+        eval_transform: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.freeze_config = freeze_config
+        self.cache_config = cache_config or CacheConfig()
+        self._train_transform = train_transform
+        self._eval_transform = eval_transform
+        self._split: Split | None = None
+        self._stages: list[Stage] = []
+        self._cached = False
+        self._views: ViewDataset | None = None
+        self._sampler: ChunkSampler | None = None
+        self._stage_loader: Any = None
+        self._data_parts: dict[str, str] = {}
+        self._image_shape: tuple[int, int, int] = (0, 0, 0)
+        self._prefix_inputs: frozenset[str] = frozenset()
+        self._paused_seconds = 0.0
+        if freeze_config is None and (train_transform is not None or eval_transform is not None):
+            raise UnsupportedSetupError(
+                "train_transform and eval_transform are used with freeze_config only; without it set a transform on the "
+                "data set, as for Trainer."
+            )
+        if freeze_config is not None:
+            _check_transformers()
+        super().__init__(*args, **kwargs)
+        if freeze_config is not None:
+            self._check_setup(freeze_config)
+            self.eval_dataset = self._with_rgb(self.eval_dataset)
+
+    # ---- What can be refused before anything runs ----
+
+    def _check_setup(self, freeze_config: FreezeConfig) -> None:
+        args = self.args
+        if isinstance(self.train_dataset, (IterableDataset, datasets.IterableDataset)):
+            raise UnsupportedSetupError(
+                "train_dataset is an IterableDataset: its rows have no number by which to find their hidden states. Use "
+                "a map-style data set (datasets.load_dataset without streaming=True)."
+            )
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise UnsupportedSetupError(
+                f"Cached training runs on one process and one device so far, found world_size={args.world_size} and "
+                f"n_gpu={args.n_gpu}. Start one process, with CUDA_VISIBLE_DEVICES naming one device."
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UnsupportedSetupError(
+                "DeepSpeed and FSDP shard the parameters that a stage change freezes; cached training does not support "
+                "them. The frozen part needs no gradients or optimizer state: try without."
+            )
+        if args.auto_find_batch_size:
+            raise UnsupportedSetupError("auto_find_batch_size restarts the epoch loop; set the batch size instead.")
+        if args.train_sampling_strategy != "random":
+            raise UnsupportedSetupError(
+                f"train_sampling_strategy={args.train_sampling_strategy!r} cannot be kept: cached training shuffles by "
+                "chunks. Use 'random'."
+            )
+        # The names differ over transformers versions; either may be None.
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if (getattr(args, name, None) or {}).get("use_reentrant"):
+                raise UnsupportedSetupError(
+                    f"{name} sets use_reentrant=True: with a frozen prefix that gives no gradients at all, without an "
+                    "error. Set it to False, the default."
+                )
+        if self.model is not None:
+            find_blocks(self.model)
+            self._plan(freeze_config)
+        if self.cache_config.mode != "never":
+            cache_dir, output_dir = (
+                Path(self.cache_config.cache_dir).resolve(),
+                Path(args.output_dir).resolve(),
+            )
+            if cache_dir == output_dir or output_dir in cache_dir.parents:
+                raise UnsupportedSetupError(
+                    f"cache_dir {cache_dir} lies inside output_dir {output_dir}, all of which push_to_hub uploads. Caches "
+                    "can reveal training images: choose a cache_dir elsewhere."
+                )
+        make_codec(self.cache_config.codec)
+        if self.train_dataset is not None:
+            check_labels(self.train_dataset, self._num_labels, [*(self.label_names or []), "label"])
+
+    @property
+    def _num_labels(self) -> int | None:
+        """Number of classes, or ``None`` if the labels are not classes."""
+        config = getattr(self.model, "config", None)
+        if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+            return None
+        count = getattr(config, "num_labels", None)
+        return count if count is not None and count > 1 else None
+
+    def _plan(self, freeze_config: FreezeConfig) -> list[Stage]:
+        epochs = math.ceil(self.args.num_train_epochs)
+        if self.args.max_steps > 0 and self.train_dataset is not None:
+            per_epoch = math.ceil(
+                len(self.train_dataset) / self.args.train_batch_size / self.args.gradient_accumulation_steps
+            )
+            epochs = math.ceil(self.args.max_steps / per_epoch)
+        _, blocks = find_blocks(self.model)
+        return plan_stages(freeze_config, max(epochs, 1), len(blocks))
+
+    def _with_rgb(self, dataset: Any) -> Any:
+        if isinstance(dataset, dict):
+            return {name: self._with_rgb(part) for name, part in dataset.items()}
+        config = getattr(self.model, "config", None)
+        channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
+        return with_rgb_images(dataset) if channels == 3 else dataset
+
+    # ---- Training ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as ``Trainer.train`` does; stages change at epoch boundaries.
+
+        Raises:
+            DataError: The transform or the collator gives batches that cannot be used.
+            UnrepeatableTransformError: The transform has a random generator of its own.
+            UnsupportedSetupError: As at construction, or the transform cannot be hashed.
+        """
+        if self.freeze_config is not None:
+            if self.train_dataset is None:
+                raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
+            self._split, self._cached, self._stage_loader = None, False, None
+            self._views = ViewDataset(
+                self._with_rgb(self.train_dataset),
+                self._view_seed,
+                self._train_transform,
+                self._eval_transform,
+            )
+            layout = ChunkLayout(len(self._views), self.cache_config.chunk_size, self._view_seed)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._sampler = ChunkSampler(
+                layout, seed, self._view_seed, self.cache_config.num_views, self.cache_config.shuffle_window
+            )
+            self._preflight()
+        return super().train(*args, **kwargs)
+
+    @property
+    def _view_seed(self) -> int:
+        for seed in (self.cache_config.view_seed, self.args.data_seed):
+            if seed is not None:
+                return seed
+        return int(self.args.seed)
+
+    @property
+    def _collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        return self._get_collator_with_removed_columns(self.data_collator, description="training")
+
+    def _preflight(self) -> None:
+        """Draw a few views and refuse what would fail later, when work could be lost."""
+        assert self._views is not None
+        check_repeatable(self._views, self.cache_config.num_views)
+        batch = check_batch(self._views, self._collator, self.label_names, self._num_labels)
+        check_collator(self._views, self._collator)
+        self._image_shape = tuple(batch["pixel_values"].shape[1:])
+        model = self.model if self.model is not None else self.call_model_init()
+        parameters = inspect.signature(model.forward).parameters
+        self._prefix_inputs = frozenset(
+            name for name in batch if name in parameters and name not in {"pixel_values", *(self.label_names or [])}
+        )
+        split = split_model(model, max(stage.split_point for stage in self._plan_for(model)))
+        device_batch = {
+            name: value.to(next(model.parameters()).device)
+            for name, value in batch.items()
+            if name in {"pixel_values", *self._prefix_inputs}
+        }
+        difference = split.verify(device_batch)
+        logger.info("Split of %s verified: largest difference %.3g.", type(model).__name__, difference)
+
+    def _plan_for(self, model: nn.Module) -> list[Stage]:
+        assert self.freeze_config is not None
+        kept, self.model = self.model, model
+        try:
+            return self._plan(self.freeze_config)
+        finally:
+            self.model = kept
+
+    def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        """Return the loader of the current stage; before training, one that renders views live."""
+        if self.freeze_config is None:
+            return super().get_train_dataloader()
+        if self._sampler is None:
+            raise UnsupportedSetupError("get_train_dataloader() is available once train() has been called.")
+        return self._loader(self._views, self._collator)
+
+    def _loader(self, dataset: Any, collate: Callable[..., Any]) -> Any:
+        args = self.args
+        workers = args.dataloader_num_workers
+        return self.accelerator.prepare(
+            DataLoader(
+                dataset,
+                batch_size=self._train_batch_size,
+                sampler=self._sampler,
+                collate_fn=collate,
+                num_workers=workers,
+                pin_memory=args.dataloader_pin_memory,
+                persistent_workers=args.dataloader_persistent_workers,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                drop_last=args.dataloader_drop_last,
+            )
+        )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # The model is final here (model_init, restored weights) and the optimizer does not exist yet. Groups saved in a
+        # checkpoint hold what was trained when it was saved, so freeze that much, and let `_run_epoch` freeze the rest.
+        if self.freeze_config is not None:
+            self._stages = self._plan(self.freeze_config)
+            if resume_from_checkpoint is None:
+                split_point = self._stages[0].split_point
+            else:
+                split_point = self._saved_split_point(Path(resume_from_checkpoint))
+            self._freeze(split_point)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _freeze(self, split_point: int) -> None:
+        self._split = split_model(self.model, split_point)
+        self._split.image_shape = self._image_shape
+        check_checkpointing(self.model)
+        if split_point > 0:
+            freeze(self._split)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.freeze_config is None:
+            super()._run_epoch(*args, **kwargs)
+            return
+        assert self._sampler is not None
+        assert self._split is not None
+        epoch = kwargs["epoch"]
+        split_point = split_point_at(self._stages, epoch)
+        if self._stage_loader is None or split_point != self._split.split_point:
+            self._enter_stage(split_point)
+        self._sampler.set_epoch(epoch)
+        # Seconds spent on evaluating and saving are not training.
+        self._paused_seconds = 0.0
+        steps_before, started = self.state.global_step, time.perf_counter()
+        super()._run_epoch(*args, **{**kwargs, "model": self.model_wrapped, "train_dataloader": self._stage_loader})
+        seconds = time.perf_counter() - started - self._paused_seconds
+        steps = self.state.global_step - steps_before
+        images = min(steps * self.get_total_train_batch_size(self.args), len(self._sampler))
+        self.log({"freezecache/train_images_per_second": round(images / seconds, 3)})
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._paused_seconds += time.perf_counter() - started
+
+    def _enter_stage(self, split_point: int) -> None:
+        """Freeze, prune the optimizer, and swap the loader for one on this stage's cache."""
+        assert self._split is not None
+        if split_point < self._split.split_point:
+            raise UnsupportedSetupError(
+                f"The checkpoint was saved with {self._split.split_point} frozen blocks, the schedule now asks for "
+                f"{split_point}: frozen blocks cannot thaw. Resume with the schedule of the interrupted run."
+            )
+        if self._stage_loader is not None:
+            self.accelerator._dataloaders = [d for d in self.accelerator._dataloaders if d is not self._stage_loader]
+            self._stage_loader = None
+        self._freeze(split_point)
+        released = prune_optimizer(self.optimizer)
+        logs: dict[str, float] = {
+            "freezecache/split_point": split_point,
+            "freezecache/trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "freezecache/released_optimizer_bytes": released,
+        }
+        self._cached = split_point > 0 and self.cache_config.mode == "always"
+        assert self._sampler is not None
+        self._sampler.num_views = self.cache_config.num_views if split_point > 0 else 0
+        if self._cached:
+            report = self._cache(split_point)
+            dataset = CachedDataset(
+                CacheReader(report.directory),
+                max_chunks=self.cache_config.shuffle_window + self._chunks_per_batch,
+            )
+            self._stage_loader = self._loader(dataset, collate_cached)
+            logs |= {
+                "freezecache/cache_bytes": report.total_bytes,
+                "freezecache/cache_bytes_per_image": report.total_bytes / len(dataset),
+                "freezecache/build_seconds": round(report.seconds, 3),
+                "freezecache/built_shards": report.built_shards,
+            }
+        else:
+            why = "no block is frozen" if split_point == 0 else "mode='never'"
+            logger.info("Training without a cache from here on: %s.", why)
+            self._stage_loader = self._loader(self._views, self._collator)
+        self.callback_handler.train_dataloader = self._stage_loader
+        self.log(logs)
+
+    @property
+    def _chunks_per_batch(self) -> int:
+        return min(self._train_batch_size, self.cache_config.shuffle_window)
+
+    # ---- The cache ----
+
+    def _fingerprint(self, split_point: int) -> Fingerprint:
+        """Return what the cache of this split point depends on, in a user's words."""
+        assert self._split is not None
+        assert self._sampler is not None
+        config, layout = self.cache_config, self._sampler.layout
+        if not self._data_parts:  # hashed once per train(): reading a large data set takes a while
+            transform = (
+                config.transform_id
+                if config.transform_id is not None
+                else hash_object(
+                    (
+                        self._train_transform,
+                        self._eval_transform,
+                        self.train_dataset.format if isinstance(self.train_dataset, datasets.Dataset) else None,
+                    ),
+                    "training transform",
+                )
+            )
+            collator = config.transform_id or hash_object(self.data_collator, "data collator")
+            self._data_parts = {
+                "dataset": config.dataset_id or hash_dataset(self.train_dataset),
+                "transform": transform,
+                "data collator": collator,
+            }
+        autocast = self.accelerator.mixed_precision
+        dtypes = sorted({str(p.dtype) for p in self._split.prefix_parameters().values()})
+        tensors = {**self._split.prefix_parameters(), **self._split.prefix_buffers()}
+        return Fingerprint(
+            {
+                "format version": str(FORMAT_VERSION),
+                **self._data_parts,
+                "image size": "x".join(map(str, self._image_shape)),
+                "model": f"{type(self.model).__name__} {hash_config(getattr(self.model, 'config', None))}",
+                "prefix weights": hash_tensors(tensors),
+                "split point": str(split_point),
+                "number of views": str(config.num_views),
+                "view seed": str(self._view_seed),
+                "dtype": f"{autocast} autocast, {'/'.join(dtypes)} weights",
+                "codec": json.dumps(make_codec(config.codec).to_dict(), sort_keys=True),
+                "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
+            }
+        )
+
+    def _cache(self, split_point: int) -> BuildReport:
+        """Find the cache of this split point, or build it."""
+        assert self._split is not None
+        assert self._sampler is not None
+        assert self._views is not None
+        config = self.cache_config
+        cache_dir = Path(config.cache_dir)
+        plan = CachePlan(
+            self._fingerprint(split_point),
+            split_point,
+            self._image_shape,
+            config.num_views,
+            self._sampler.layout,
+            config.shard_chunks,
+            make_codec(config.codec),
+        )
+        directory = cache_dir / plan.name
+        if (directory / INDEX_NAME).is_file():
+            reader = CacheReader(directory, plan.fingerprint)
+            logger.info("Using the cache %s.", directory)
+            return BuildReport(
+                directory, reader.index.total_bytes, kept_shards=reader.index.num_shards * config.num_views
+            )
+        if not directory.exists():
+            miss = explain_miss(cache_dir, plan.fingerprint) if cache_dir.is_dir() else None
+            logger.warning("No cache fits, building %s%s", directory, f": {miss}." if miss else ".")
+        else:
+            logger.warning("Going on with the unfinished cache %s.", directory)
+        workers = config.build_num_workers
+        report = build_cache(
+            cache_dir,
+            plan,
+            self._views,
+            self._collator,
+            self._run_prefix,
+            batch_size=config.build_batch_size or self._train_batch_size,
+            num_workers=self.args.dataloader_num_workers if workers is None else workers,
+            prefix_inputs=self._prefix_inputs,
+            show_progress=not self.args.disable_tqdm,
+        )
+        logger.info(
+            "Cached %d views in %.1f s (%.1f s rendering, %.1f s in the prefix): %.1f MiB in %s.",
+            len(self._views) * config.num_views,
+            report.seconds,
+            report.render_seconds,
+            report.prefix_seconds,
+            report.total_bytes / 2**20,
+            directory,
+        )
+        return report
+
+    def _run_prefix(self, pixel_values: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
+        assert self._split is not None
+        inputs = self._prepare_inputs({"pixel_values": pixel_values, **extras})
+        training = self.model.training
+        try:
+            self.model.eval()
+            # The run's own autocast: hidden states computed in fp32 are not those of a bf16 run.
+            with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+                return self._split.prefix(**inputs)
+        finally:
+            self.model.train(training)
+
+    # ---- Steps on cached batches ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a batch of images, or on a batch of hidden states through the suffix."""
+        if not (self._cached and isinstance(inputs, Mapping) and "hidden_states" in inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+        assert self._split is not None
+        inputs = self._prepare_inputs(dict(inputs))
+        hidden_states = inputs.pop("hidden_states")
+        inputs["pixel_values"] = self._split.placeholder(len(hidden_states))
+        with self._split.injecting(hidden_states):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count 6 operations per suffix parameter and token for cached batches; as ``Trainer`` for images.
+
+        Source: the estimate of ``PreTrainedModel.floating_point_ops``, with tokens for inputs, and without what does not
+        run.
+        """
+        if "hidden_states" not in inputs or not self._cached:
+            return super().floating_point_ops(inputs)
+        batch, tokens, _ = inputs["hidden_states"].shape
+        return 6 * batch * tokens * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before `super()`, which may push the folder to the Hub at once.
+        if self.freeze_config is not None and self.args.should_save:
+            assert self._split is not None
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {"format_version": 1, "split_point": self._split.split_point}
+            (folder / STATE_NAME).write_text(json.dumps(state) + "\n")
+        super()._save_checkpoint(model, trial)
+
+    def _saved_split_point(self, checkpoint: Path) -> int:
+        path = checkpoint / STATE_NAME
+        if not path.is_file():
+            logger.warning("%s has no %s: taking it for a checkpoint of plain training.", checkpoint, STATE_NAME)
+            return 0
+        try:
+            return int(json.loads(path.read_text())["split_point"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnsupportedSetupError(
+                f"{path} cannot be read ({error!r}). Resume from another checkpoint, or start anew."
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if not self._restore_weights(resume_from_checkpoint, target):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
+        if not self._restore_weights(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _restore_weights(self, checkpoint: str | None, model: nn.Module) -> bool:
+        """Load a checkpoint's weights strictly, by the names ``from_pretrained`` understands.
+
+        ``save_pretrained`` writes ViT-like models under legacy names. ``Trainer`` reads them back with
+        ``load_state_dict(strict=False)``, which restores almost nothing (transformers issue 43701).
+
+        Returns:
+            Whether it was done; models that are no ``PreTrainedModel`` are left to ``Trainer``.
+        """
+        if (
+            checkpoint is None
+            or not isinstance(model, PreTrainedModel)
+            or self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+        ):
+            return False
+        if not any(Path(checkpoint).glob("*.safetensors")) and not any(Path(checkpoint).glob("pytorch_model*.bin")):
+            return False
+        with torch.random.fork_rng(devices=[]), contextlib.suppress(StopIteration):
+            dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+            restored = type(model).from_pretrained(checkpoint, config=model.config, dtype=dtype)
+            model.load_state_dict(restored.state_dict(), strict=True)
+        return True
