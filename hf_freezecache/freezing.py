@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import UnsupportedSetupError
 from .splitting import Split
 
-__all__ = ["check_checkpointing", "freeze", "prune_optimizer"]
+__all__ = ["Frozen", "check_checkpointing", "freeze", "prune_optimizer"]
 
 
 def _stay_in_eval(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -19,19 +21,45 @@ def _stay_in_eval(module: nn.Module, args: tuple[Any, ...]) -> None:
         module.eval()
 
 
-def freeze(split: Split) -> None:
+@dataclass(frozen=True)
+class Frozen:
+    """What one call of ``freeze`` changed.
+
+    Attributes:
+        parameters: Parameters that required gradients before.
+        handles: Hooks that were added.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    handles: tuple[RemovableHandle, ...]
+
+    def thaw(self) -> None:
+        """Undo it. Modules stay in eval mode until the next ``model.train()``."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        for handle in self.handles:
+            handle.remove()
+
+
+def freeze(split: Split) -> Frozen:
     """Freeze the prefix of a split model. Repeating it, or freezing a deeper prefix later, is fine.
 
     Parameters stop requiring gradients and lose the ones they have. Modules get a hook that puts them back into eval
     mode before each forward, so that dropout, drop-path and jittered position codes stay off.
+
+    Returns:
+        What was changed by this call, and can be undone.
     """
-    for parameter in split.prefix_parameters().values():
+    parameters = tuple(p for p in split.prefix_parameters().values() if p.requires_grad)
+    for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+    handles = []
     for module in split.prefix_modules():
         if _stay_in_eval not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_stay_in_eval)
+            handles.append(module.register_forward_pre_hook(_stay_in_eval))
         module.eval()
+    return Frozen(parameters, tuple(handles))
 
 
 def prune_optimizer(optimizer: Any) -> int:

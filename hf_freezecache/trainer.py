@@ -28,7 +28,7 @@ from .codecs import make_codec
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset, ChunkSampler, collate_cached
 from .errors import UnsupportedSetupError
-from .freezing import check_checkpointing, freeze, prune_optimizer
+from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer
 from .policies import Stage, plan_stages, split_point_at
 from .preflight import check_batch, check_collator, check_labels
 from .splitting import Split, find_blocks, split_model
@@ -93,6 +93,7 @@ class FreezeCacheTrainer(Trainer):
         self._eval_transform = eval_transform
         self._split: Split | None = None
         self._stages: list[Stage] = []
+        self._frozen: list[Frozen] = []
         self._cached = False
         self._views: ViewDataset | None = None
         self._sampler: ChunkSampler | None = None
@@ -146,9 +147,7 @@ class FreezeCacheTrainer(Trainer):
                     f"{name} sets use_reentrant=True: with a frozen prefix that gives no gradients at all, without an "
                     "error. Set it to False, the default."
                 )
-        if self.model is not None:
-            find_blocks(self.model)
-            self._plan(freeze_config)
+        self._plan(freeze_config)
         if self.cache_config.mode != "never":
             cache_dir, output_dir = (
                 Path(self.cache_config.cache_dir).resolve(),
@@ -203,6 +202,10 @@ class FreezeCacheTrainer(Trainer):
             if self.train_dataset is None:
                 raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
             self._split, self._cached, self._stage_loader = None, False, None
+            # A second train() starts at the first stage again.
+            while self._frozen:
+                self._frozen.pop().thaw()
+            self._stages = self._plan(self.freeze_config)
             self._views = ViewDataset(
                 self._with_rgb(self.train_dataset),
                 self._view_seed,
@@ -214,6 +217,7 @@ class FreezeCacheTrainer(Trainer):
             self._sampler = ChunkSampler(
                 layout, seed, self._view_seed, self.cache_config.num_views, self.cache_config.shuffle_window
             )
+            self._data_parts = {}
             self._preflight()
         return super().train(*args, **kwargs)
 
@@ -235,12 +239,12 @@ class FreezeCacheTrainer(Trainer):
         batch = check_batch(self._views, self._collator, self.label_names, self._num_labels)
         check_collator(self._views, self._collator)
         self._image_shape = tuple(batch["pixel_values"].shape[1:])
-        model = self.model if self.model is not None else self.call_model_init()
+        model = self.model
         parameters = inspect.signature(model.forward).parameters
         self._prefix_inputs = frozenset(
             name for name in batch if name in parameters and name not in {"pixel_values", *(self.label_names or [])}
         )
-        split = split_model(model, max(stage.split_point for stage in self._plan_for(model)))
+        split = split_model(model, max(stage.split_point for stage in self._stages))
         device_batch = {
             name: value.to(next(model.parameters()).device)
             for name, value in batch.items()
@@ -248,14 +252,6 @@ class FreezeCacheTrainer(Trainer):
         }
         difference = split.verify(device_batch)
         logger.info("Split of %s verified: largest difference %.3g.", type(model).__name__, difference)
-
-    def _plan_for(self, model: nn.Module) -> list[Stage]:
-        assert self.freeze_config is not None
-        kept, self.model = self.model, model
-        try:
-            return self._plan(self.freeze_config)
-        finally:
-            self.model = kept
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         """Return the loader of the current stage; before training, one that renders views live."""
@@ -286,7 +282,6 @@ class FreezeCacheTrainer(Trainer):
         # The model is final here (model_init, restored weights) and the optimizer does not exist yet. Groups saved in a
         # checkpoint hold what was trained when it was saved, so freeze that much, and let `_run_epoch` freeze the rest.
         if self.freeze_config is not None:
-            self._stages = self._plan(self.freeze_config)
             if resume_from_checkpoint is None:
                 split_point = self._stages[0].split_point
             else:
@@ -299,7 +294,7 @@ class FreezeCacheTrainer(Trainer):
         self._split.image_shape = self._image_shape
         check_checkpointing(self.model)
         if split_point > 0:
-            freeze(self._split)
+            self._frozen.append(freeze(self._split))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.freeze_config is None:

@@ -1,0 +1,322 @@
+"""What an image costs in training: full, frozen without cache, cached, and the limit of a cache.
+
+    python recipes/benchmarks/epoch_cost.py --model DIR --data DIR --split-points 3,6,9,11 --json FILE
+    python recipes/benchmarks/epoch_cost.py --shape deit-base --data DIR --split-points 6,9,11 --json FILE
+
+All arms run in one process, in turn, several rounds; figures are medians of images/s over rounds, and ratios are taken
+round by round. ``limit`` feeds the same suffix with batches that lie in memory. ``full`` and ``frozen`` are measured
+twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
+the image pipeline out. Peak memory of each arm is that of a process of its own. Building is compared with rendering
+the same views and running the bare prefix on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from record import save, spread
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForImageClassification, set_seed
+
+from hf_freezecache import CachedDataset, split_model
+from hf_freezecache.cache.fingerprint import Fingerprint
+from hf_freezecache.cache.layout import ChunkLayout
+from hf_freezecache.cache.writer import CachePlan, build_cache
+from hf_freezecache.codecs import make_codec
+from hf_freezecache.dataset import ChunkSampler, collate_cached
+from hf_freezecache.freezing import freeze
+from hf_freezecache.views import ViewDataset
+
+SHAPES = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}  # width, heads; 12 blocks, patch 16
+SEED = 0
+
+
+class Augment:
+    """Random resized crop (.35-1) and flip to 224 pixels, normalised; PIL only."""
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {"pixel_values": [self.render(image) for image in rows["image"]], "labels": rows["label"]}
+
+    def render(self, image: Image.Image) -> torch.Tensor:
+        image = image.convert("RGB")
+        scale = random.uniform(0.35, 1) ** 0.5
+        width, height = image.width * scale, image.height * scale
+        left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
+        image = image.resize((224, 224), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+    }
+
+
+class Bench:
+    """One split point: the model, the data and the arms."""
+
+    def __init__(self, args: argparse.Namespace, split_point: int, folder: str) -> None:
+        set_seed(SEED)
+        self.args, self.split_point, self.folder = args, split_point, Path(folder)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if args.model:
+            model = AutoModelForImageClassification.from_pretrained(args.model)
+        else:
+            width, heads = SHAPES[args.shape]
+            model = DeiTForImageClassification(
+                DeiTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000)
+            )
+        self.model = model.to(self.device)
+        files = {"train": str(Path(args.data) / "train*.parquet")}
+        rows = datasets.load_dataset("parquet", data_files=files)["train"].shuffle(seed=SEED).select(range(args.images))
+        self.views = ViewDataset(rows.with_transform(Augment()), SEED)
+        self.layout = ChunkLayout(len(rows), 32, SEED)
+        self.sampler = ChunkSampler(self.layout, SEED, SEED, 1, 8)
+        self.split = split_model(self.model, split_point)
+        if split_point:
+            freeze(self.split)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.fp32)
+
+    def prefix(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            return self.split.prefix(pixel_values.to(self.device))
+
+    def plan(self) -> CachePlan:
+        identity = Fingerprint({"benchmark": f"{self.split_point}"})
+        return CachePlan(identity, self.split_point, (3, 224, 224), 1, self.layout, 32, make_codec(self.args.codec))
+
+    def build(self, folder: Path) -> Any:
+        return build_cache(
+            folder,
+            self.plan(),
+            self.views,
+            collate,
+            self.prefix,
+            batch_size=self.args.batch_size,
+            num_workers=self.args.workers,
+        )
+
+    def loader(self, dataset: Any, collator: Callable[..., Any]) -> DataLoader:
+        return DataLoader(
+            dataset,
+            self.args.batch_size,
+            sampler=self.sampler,
+            collate_fn=collator,
+            num_workers=self.args.workers,
+            drop_last=True,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def endless(self, loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+        for epoch in itertools.count():
+            self.sampler.set_epoch(epoch)
+            yield from loader
+
+    def batches(self, arm: str) -> Iterator[dict[str, torch.Tensor]]:
+        """Return the arm's endless stream of batches."""
+        if arm in ("full", "frozen"):
+            return self.endless(self.loader(self.views, collate))
+        if arm == "cached":
+            dataset = CachedDataset.from_pretrained(self.folder / self.plan().name)
+            return self.endless(self.loader(dataset, collate_cached))
+        kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
+        return itertools.cycle(kept)
+
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        """Train on one batch."""
+        self.model.train()
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        labels, hidden_states = batch["labels"], batch.get("hidden_states")
+        with self.autocast():
+            if hidden_states is None:
+                loss = self.model(pixel_values=batch["pixel_values"], labels=labels).loss
+            else:
+                loss = self.split.suffix(hidden_states, labels).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def rate(self, batches: Iterator[dict[str, torch.Tensor]], steps: int) -> float:
+        """Train for some steps; return images/s."""
+        self.finish()
+        started = time.perf_counter()
+        for batch in itertools.islice(batches, steps):
+            self.step(batch)
+        self.finish()
+        return steps * self.args.batch_size / (time.perf_counter() - started)
+
+    def render(self) -> float:
+        """Render all views; return seconds."""
+        started = time.perf_counter()
+        for _ in self.loader(self.views, collate):
+            pass
+        return time.perf_counter() - started
+
+    def run_prefix(self) -> float:
+        """Run the bare prefix on as many images as a build does; return seconds."""
+        batch = next(self.batches("full"))["pixel_values"]
+        self.prefix(batch)
+        self.finish()
+        started = time.perf_counter()
+        for _ in range(len(self.views) // self.args.batch_size):
+            self.prefix(batch).to("cpu")
+        return time.perf_counter() - started
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak of this process's resident memory.
+
+    Linux hands ``ru_maxrss`` of the parent down to a spawned child, so there it is read from ``/proc``.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory(args: argparse.Namespace, split_point: int, folder: str, arm: str, queue: Any) -> None:
+    """Train a few steps in a process of its own; report its peak memory."""
+    torch.set_num_threads(args.threads)
+    bench = Bench(args, 0 if arm == "full" else split_point, folder)
+    bench.rate(bench.batches(arm), min(24, args.images // args.batch_size))
+    queue.put(torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else peak_resident_bytes())
+
+
+def measure_memory(args: argparse.Namespace, split_point: int, folder: str, arm: str) -> int:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=peak_memory, args=(args, split_point, folder, arm, queue))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return int(peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="folder or name of a pretrained ViT-like classifier")
+    source.add_argument("--shape", choices=sorted(SHAPES), help="a DeiT of this size with random weights")
+    parser.add_argument("--data", required=True, help="folder with train*.parquet of columns image and label")
+    parser.add_argument("--split-points", default="3,6,9,11")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="steps per arm and round")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--codec", default="lossless")
+    parser.add_argument("--fp32", action="store_true", help="train without bf16 autocast")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory")
+    args = parser.parse_args()
+    args.threads = torch.get_num_threads()
+    datasets.disable_progress_bars()
+    results: dict[str, Any] = {}
+    for split_point in map(int, args.split_points.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            results[f"k={split_point}"] = measure(args, split_point, folder)
+    save(args.json, "epoch_cost", {name: str(value) for name, value in vars(args).items()} | {"seed": SEED}, results)
+
+
+def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str, Any]:
+    frozen, full = Bench(args, split_point, folder), Bench(args, 0, folder)
+    builds: list[tuple[float, float, float]] = []
+    for turn in range(min(args.rounds, 3)):
+        into = folder if turn == 0 else tempfile.mkdtemp(dir=folder)
+        steps: list[Callable[[], float]] = [
+            lambda into=into: frozen.build(Path(into)).seconds,
+            frozen.render,
+            frozen.run_prefix,
+        ]
+        seconds = [0.0] * 3
+        for position in [(turn + offset) % 3 for offset in range(3)]:
+            seconds[position] = steps[position]()
+        builds.append((seconds[0], seconds[1], seconds[2]))
+    benches = {
+        "full": full,
+        "full_in_memory": full,
+        "frozen": frozen,
+        "frozen_in_memory": frozen,
+        "cached": frozen,
+        "limit": frozen,
+    }
+    streams = {arm: bench.batches(arm) for arm, bench in benches.items()}
+    rates: dict[str, list[float]] = {arm: [] for arm in benches}
+    for arm, bench in benches.items():
+        bench.rate(streams[arm], 2)  # warm up
+    for turn in range(args.rounds):
+        order = list(benches)
+        for arm in order[turn % len(order) :] + order[: turn % len(order)]:
+            # Fast arms get more steps, so that every sample covers seconds.
+            steps = args.steps * (4 if arm in ("cached", "limit") else 1)
+            rates[arm].append(benches[arm].rate(streams[arm], steps))
+
+    def ratio(a: str, b: str) -> dict[str, Any]:
+        return spread([x / y for x, y in zip(rates[a], rates[b], strict=True)])
+
+    ratios = {
+        f"{a}/{b}": ratio(a, b)
+        for a, b in [
+            ("cached", "limit"),
+            ("cached", "frozen"),
+            ("cached", "frozen_in_memory"),
+            ("cached", "full"),
+            ("cached", "full_in_memory"),
+        ]
+    }
+    result: dict[str, Any] = {
+        "images_per_second": {arm: spread(values) for arm, values in rates.items()},
+        "ratios": ratios,
+        "build_seconds": spread([build for build, _, _ in builds]),
+        "render_seconds": spread([render for _, render, _ in builds]),
+        "prefix_seconds": spread([prefix for _, _, prefix in builds]),
+        "build_ratio": spread([build / (render + prefix) for build, render, prefix in builds]),
+        "cache_bytes_per_image": sum(
+            path.stat().st_size for path in (Path(folder) / frozen.plan().name).rglob("*") if path.is_file()
+        )
+        / args.images,
+    }
+    label = f"k={split_point}:"
+    print(label, "images/s", {arm: round(statistics.median(values), 1) for arm, values in rates.items()})
+    for name, value in ratios.items():
+        print(label, name, f"{value['median']:.3f} ({value['min']:.3f} to {value['max']:.3f})")
+    value = result["build_ratio"]
+    print(label, f"build/(render+prefix) {value['median']:.3f} ({value['min']:.3f} to {value['max']:.3f})")
+    print(label, f"cache {result['cache_bytes_per_image'] / 1024:.1f} KiB per image")
+    if not args.no_memory:
+        del frozen, full, streams, benches
+        memory = partial(measure_memory, args, split_point, folder)
+        result["peak_memory_bytes"] = {arm: memory(arm) for arm in ("full", "frozen", "cached")}
+        print(label, "peak MiB", {arm: round(peak / 2**20) for arm, peak in result["peak_memory_bytes"].items()})
+    return result
+
+
+if __name__ == "__main__":
+    main()

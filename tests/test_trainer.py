@@ -1,0 +1,278 @@
+"""Checkpoints, resume, the best model, logs and evaluation of ``FreezeCacheTrainer``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cache_parity import assert_same, parameters_of
+from tiny import TinyTransform, make_trainer, tiny_vit
+from transformers import AutoModelForImageClassification, TrainingArguments, ViTForImageClassification
+
+from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache.trainer import STATE_NAME
+
+# Suffix dropout makes every step depend on the random state, so a resume that restores it wrongly shows.
+DROPOUT = {"hidden_dropout_prob": 0.1}
+SCHEDULE = "0:1,1:2,3:4"
+
+
+def full_run(train_dataset, **settings) -> FreezeCacheTrainer:
+    trainer = make_trainer(
+        tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2}, save_only_model=False, **settings
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"save_strategy": "epoch"},
+        {"save_strategy": "steps", "save_steps": 2},
+        {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "bf16": True},
+        {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": 1},
+    ],
+    ids=["epoch-ends", "mid-epoch", "accumulation-bf16", "workers"],
+)
+def test_resume_at_every_checkpoint_is_bit_identical(train_dataset, settings) -> None:
+    make = {"schedule": SCHEDULE, "cache": {"num_views": 2}, **settings}
+    whole = make_trainer(tiny_vit(**DROPOUT), train_dataset, **make)
+    whole.train()
+    expected = parameters_of(whole.model)
+    checkpoints = sorted(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert len(checkpoints) >= 4
+    if settings.get("dataloader_num_workers"):  # starting workers is slow: a few suffice
+        checkpoints = checkpoints[1:4]
+    for checkpoint in checkpoints:
+        torch.manual_seed(99)
+        again = make_trainer(tiny_vit(**DROPOUT, initializer_range=0.5), train_dataset, output_dir="again", **make)
+        again.train(resume_from_checkpoint=str(checkpoint))
+        resumed = getattr(again, "losses", [])
+        assert resumed == whole.losses[len(whole.losses) - len(resumed) :], checkpoint
+        assert_same(parameters_of(again.model), expected)
+        shutil.rmtree("again", ignore_errors=True)
+
+
+def test_resume_true_takes_the_last_checkpoint(train_dataset) -> None:
+    whole = full_run(train_dataset, save_strategy="epoch")
+    last = max(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(last)
+    again = make_trainer(
+        tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2}, save_strategy="epoch"
+    )
+    again.train(resume_from_checkpoint=True)
+    assert len(again.losses) == 5
+    assert_same(parameters_of(again.model), parameters_of(whole.model))
+
+
+def test_checkpoint_holds_stage_and_no_cache(train_dataset) -> None:
+    full_run(train_dataset, save_strategy="epoch")
+    stages = [
+        json.loads((Path("out") / f"checkpoint-{step}" / STATE_NAME).read_text())["split_point"] for step in (5, 10, 20)
+    ]
+    assert stages == [1, 2, 4]
+    assert not list(Path("out").rglob("view-00"))
+
+
+def test_resume_with_a_schedule_that_unfreezes_is_refused(train_dataset) -> None:
+    full_run(train_dataset, save_strategy="epoch")
+    again = make_trainer(tiny_vit(), train_dataset, schedule="0:1", cache={"num_views": 2})
+    with pytest.raises(ValueError, match=r"saved with 2 frozen blocks.*asks for 1"):
+        again.train(resume_from_checkpoint="out/checkpoint-15")
+
+
+def test_load_best_model_at_end_ends_on_the_best_checkpoint(train_dataset, eval_dataset) -> None:
+    def metrics(prediction):
+        metrics.calls += 1
+        return {"score": {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.1}[metrics.calls]}
+
+    metrics.calls = 0
+    trainer = make_trainer(
+        tiny_vit(),
+        train_dataset,
+        eval_dataset,
+        cache={"num_views": 2},
+        trainer={"compute_metrics": metrics},
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        learning_rate=0.03,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-10")
+    best = ViTForImageClassification.from_pretrained("out/checkpoint-10")
+    last = ViTForImageClassification.from_pretrained("out/checkpoint-20")
+    assert_same(parameters_of(trainer.model), parameters_of(best))
+    assert not torch.equal(trainer.model.classifier.weight, last.classifier.weight)
+
+
+def test_plain_resume_without_freeze_config_restores_all_weights(train_dataset) -> None:
+    """Stock Trainer leaves most ViT weights random here (transformers issue 43701)."""
+    plain = train_dataset.with_transform(TinyTransform(augment=False))
+    whole = make_trainer(tiny_vit(), plain, schedule=None, save_strategy="epoch")
+    whole.train()
+    again = make_trainer(tiny_vit(initializer_range=0.5), plain, schedule=None, output_dir="again")
+    again.train(resume_from_checkpoint="out/checkpoint-10")
+    assert_same(parameters_of(again.model), parameters_of(whole.model))
+
+
+def test_evaluation_and_prediction_see_the_whole_model_on_images(train_dataset, eval_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, eval_dataset, eval_strategy="epoch")
+    trainer.train()
+    predicted = trainer.predict(eval_dataset).predictions
+    trainer.save_model("saved")
+    plain = AutoModelForImageClassification.from_pretrained("saved").eval()
+    with torch.no_grad():
+        expected = plain(pixel_values=torch.stack([row["pixel_values"] for row in eval_dataset])).logits
+    np.testing.assert_allclose(predicted, expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 4
+
+
+def test_logs_of_a_stage(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, cache={"num_views": 2})
+    trainer.train()
+    stages = [entry for entry in trainer.state.log_history if "freezecache/split_point" in entry]
+    assert [entry["freezecache/split_point"] for entry in stages] == [1, 3]
+    assert stages[0]["freezecache/trainable_parameters"] > stages[1]["freezecache/trainable_parameters"] > 0
+    assert stages[1]["freezecache/released_optimizer_bytes"] > 0
+    for entry in stages:
+        on_disk = sum(
+            p.stat().st_size for p in Path("caches").glob("k*/**/*") if p.is_file() and p.name != "index.json"
+        )
+        assert 0 < entry["freezecache/cache_bytes"] < on_disk
+        assert entry["freezecache/build_seconds"] > 0
+    rates = [entry for entry in trainer.state.log_history if "freezecache/train_images_per_second" in entry]
+    assert len(rates) == 4
+    assert all(entry["freezecache/train_images_per_second"] > 0 for entry in rates)
+
+
+def test_optimizer_state_of_frozen_blocks_is_released(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:0,2:3")
+    trainer.train()
+    trained = {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    optimizer = trainer.optimizer.optimizer
+    assert {id(p) for p in optimizer.state} == trained
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
+
+
+def test_second_run_reuses_the_caches(train_dataset, caplog) -> None:
+    first = make_trainer(tiny_vit(), train_dataset, num_train_epochs=3)
+    first.train()
+    written = {path: path.stat().st_mtime_ns for path in Path("caches").rglob("*") if path.is_file()}
+    second = make_trainer(tiny_vit(), train_dataset, num_train_epochs=3)
+    second.train()
+    assert {path: path.stat().st_mtime_ns for path in Path("caches").rglob("*") if path.is_file()} == written
+    assert [e["freezecache/built_shards"] for e in second.state.log_history if "freezecache/built_shards" in e] == [
+        0,
+        0,
+    ]
+    assert first.losses == second.losses
+
+
+def test_model_init_and_training_twice(train_dataset) -> None:
+    trainer = make_trainer(None, train_dataset, trainer={"model_init": functools.partial(tiny_vit, num_hidden_layers=4)})
+    trainer.train()
+    first, trainer.losses = trainer.losses, []
+    trainer.train()
+    assert trainer.losses == first
+
+
+def test_a_second_train_starts_at_the_first_stage_again(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset)
+    trainer.train()
+    trainer.train()
+    logged = [
+        e["freezecache/trainable_parameters"] for e in trainer.state.log_history if "freezecache/split_point" in e
+    ]
+    fresh = make_trainer(tiny_vit(), train_dataset)
+    fresh.train()
+    assert logged == [
+        e["freezecache/trainable_parameters"] for e in fresh.state.log_history if "freezecache/split_point" in e
+    ]
+
+
+def test_max_steps_stops_in_the_middle_of_a_stage(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, max_steps=12)
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert trainer._split.split_point == 3
+
+
+def test_train_and_eval_transform(images, caplog) -> None:
+    trainer = make_trainer(
+        tiny_vit(),
+        images,
+        cache={"num_views": 3},
+        trainer={"train_transform": TinyTransform(augment=True), "eval_transform": TinyTransform(augment=False)},
+    )
+    trainer.train()
+    base = TinyTransform(augment=False)(images[:1])["pixel_values"][0]
+    assert torch.equal(trainer._views[0, 0]["pixel_values"], base)
+    assert not torch.equal(trainer._views[0, 1]["pixel_values"], base)
+
+
+def test_users_collator_extras_are_stored_and_reach_the_model(train_dataset) -> None:
+    """A column beside labels is stored with its sample, and handed to a user's own loss."""
+    seen: list[torch.Tensor] = []
+
+    def collate(examples):
+        return {
+            "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+            "labels": torch.tensor([example["labels"] for example in examples]),
+            "weights": torch.stack([example["pixel_values"].mean((1, 2)).double() for example in examples]),
+        }
+
+    class Weighted(FreezeCacheTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            weights = inputs.pop("weights")
+            seen.append(weights)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return loss * weights.float().mean().exp()
+
+    def run(mode):
+        seen.clear()
+        trainer = make_trainer(
+            tiny_vit(), train_dataset, cls=Weighted, cache={"mode": mode}, trainer={"data_collator": collate}
+        )
+        trainer.train()
+        return torch.cat(seen), parameters_of(trainer.model)
+
+    live_weights, live = run("never")
+    cached_weights, cached = run("always")
+    assert cached_weights.dtype == torch.float64
+    assert cached_weights.shape == (200, 3)
+    assert torch.equal(live_weights, cached_weights)
+    assert_same(live, cached)
+
+
+def test_schedule_without_frozen_blocks_trains_live(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:0", num_train_epochs=1)
+    trainer.train()
+    assert not Path("caches").exists()
+    assert len(trainer.losses) == 5
+
+
+def test_activation_checkpointing_gives_the_same_training(train_dataset) -> None:
+    plain = make_trainer(tiny_vit(), train_dataset)
+    plain.train()
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    checkpointed = make_trainer(tiny_vit(), train_dataset, **{name: True})
+    checkpointed.train()
+    assert checkpointed.losses == plain.losses
+
+
+def test_a_step_on_the_suffix_leaves_no_patch_behind(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, num_train_epochs=1)
+    trainer.train()
+    # accelerate wraps the forward of the whole model only.
+    patched = [name for name, module in trainer.model.named_modules() if name and "forward" in vars(module)]
+    assert patched == []
