@@ -21,7 +21,8 @@ class FreezeConfig:
     Either an explicit ``schedule`` or a ``policy``; with neither, nothing is frozen and training is plain.
     """
 
-    schedule: Optional[Union[str, dict]] = field(  # type: ignore[type-arg]
+    # `dict` first: `HfArgumentParser` parses with the second of three types.
+    schedule: Union[dict, str, None] = field(  # type: ignore[type-arg]
         default=None,
         metadata={
             "aliases": ["--freeze_schedule"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -12,7 +13,7 @@ import torch
 from .errors import DataError
 from .views import ViewDataset, seeded
 
-__all__ = ["check_batch", "check_collator", "check_labels"]
+__all__ = ["CheckedCollator", "check_batch", "check_collator", "check_labels"]
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -74,7 +75,7 @@ def check_batch(
     with seeded(0, 0, 0):
         try:
             batch = dict(collate(examples))
-        except (KeyError, ValueError, TypeError) as error:
+        except Exception as error:
             raise DataError(
                 f"The data_collator failed on the first rows: {type(error).__name__}: {error}. {hint}"
             ) from error
@@ -95,16 +96,37 @@ def check_batch(
                 f"The data_collator returned {name!r} as {type(value).__name__}; everything it returns must be a tensor "
                 "with one entry per sample, to be stored with the sample."
             )
-    check_label_values(batch, label_names, num_labels)
+    _check_label_values(batch, label_names, num_labels)
     return batch
 
 
-def check_label_values(batch: dict[str, Any], label_names: Sequence[str] | None, num_labels: int | None) -> None:
-    """Check integer class labels of a batch.
+@dataclass(frozen=True)
+class CheckedCollator:
+    """The user's collator, with a look at the labels of each batch that it makes.
 
-    Raises:
-        DataError: A label lies outside ``[0, num_labels)`` and is not -100.
+    Attributes:
+        collate: The user's collator.
+        label_names: Names under which the model takes labels.
+        num_labels: Classes of the model; ``None`` checks nothing.
     """
+
+    collate: Collator
+    label_names: tuple[str, ...]
+    num_labels: int | None
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        """Collate.
+
+        Raises:
+            DataError: A label is out of range.
+        """
+        batch = self.collate(examples)
+        _check_label_values(batch, self.label_names, self.num_labels)
+        return batch
+
+
+def _check_label_values(batch: dict[str, Any], label_names: Sequence[str] | None, num_labels: int | None) -> None:
+    """Raise if an integer class label of a batch lies outside ``[0, num_labels)`` and is not -100."""
     if num_labels is None:
         return
     for name in label_names or []:

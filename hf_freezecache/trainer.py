@@ -30,7 +30,7 @@ from .dataset import CachedDataset, ChunkSampler, collate_cached
 from .errors import UnsupportedSetupError
 from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer
 from .policies import Stage, plan_stages, split_point_at
-from .preflight import check_batch, check_collator, check_labels
+from .preflight import CheckedCollator, check_batch, check_collator, check_labels
 from .splitting import Split, find_blocks, split_model
 from .views import ViewDataset, check_repeatable, with_rgb_images
 
@@ -230,7 +230,8 @@ class FreezeCacheTrainer(Trainer):
 
     @property
     def _collator(self) -> Callable[[list[Any]], dict[str, Any]]:
-        return self._get_collator_with_removed_columns(self.data_collator, description="training")
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        return CheckedCollator(collate, tuple(self.label_names or ()), self._num_labels)
 
     def _preflight(self) -> None:
         """Draw a few views and refuse what would fail later, when work could be lost."""

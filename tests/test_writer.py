@@ -87,7 +87,7 @@ def test_building_leaves_random_states_alone(train_dataset) -> None:
     assert torch.equal(built, torch.rand(3))
 
 
-@pytest.mark.parametrize("stop_at", [25, 60, 90])
+@pytest.mark.parametrize("stop_at", [40, 75, 110])
 def test_killed_build_resumes_at_the_next_shard(train_dataset, tmp_path, stop_at) -> None:
     """Kill -9 in the middle of a shard; finished shards stay as they are, and the cache ends the same."""
     mark = tmp_path / "stopped"
@@ -141,7 +141,7 @@ def test_a_cache_that_another_live_process_writes_is_left_alone(train_dataset, t
     mark = tmp_path / "stopped"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "build_and_wait.py"), "30", str(mark)],
+        [sys.executable, str(HERE / "build_and_wait.py"), "40", str(mark)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

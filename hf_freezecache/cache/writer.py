@@ -122,8 +122,20 @@ class RenderCollator:
     collate: Callable[[list[Any]], dict[str, Any]]
 
     def __call__(self, items: list[tuple[ViewKey, Any]]) -> tuple[list[ViewKey], dict[str, Any]]:
-        """Return keys and collated batch."""
-        return [key for key, _ in items], self.collate([example for _, example in items])
+        """Return keys and collated batch.
+
+        Raises:
+            DataError: The collator failed, or refused the batch; the message names the rows.
+        """
+        keys = [key for key, _ in items]
+        try:
+            return keys, self.collate([example for _, example in items])
+        except Exception as error:
+            raise DataError(
+                f"The data_collator failed on rows {[sample_index for sample_index, _ in keys]} (view {keys[0][1]}): "
+                f"{type(error).__name__}: {error}. Let the transform give all images one size and valid labels; finished "
+                "shards of the cache are kept."
+            ) from error
 
 
 @dataclass(frozen=True)

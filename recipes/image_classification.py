@@ -1,0 +1,300 @@
+"""Fine-tune an image classifier from a cache of its own frozen blocks.
+
+The counterpart of Hugging Face's ``run_image_classification.py``, with the same arguments and ``Trainer`` replaced by
+``FreezeCacheTrainer``:
+
+    python recipes/image_classification.py \\
+        --model_name_or_path facebook/deit-tiny-patch16-224 --ignore_mismatched_sizes \\
+        --dataset_name ./flower_photos --output_dir outputs/flowers --cache_dir caches \\
+        --do_train --do_eval --num_train_epochs 3 --per_device_train_batch_size 32 --learning_rate 3e-4 --bf16 \\
+        --freeze_schedule 0:6,2:9 --num_views 2
+
+HEADER_FIGURES
+
+- ``--dataset_name`` is a data set on the Hub, or a local folder of parquet files (``train*.parquet``, ``test*.parquet``)
+  or of images (``train/<class>/*.jpg``, ``test/<class>/*.jpg``). It is evaluated on its split ``validation``, else on
+  ``test``, else on ``--train_val_split`` of ``train``.
+- ``--cache_dir`` is the folder of hidden states. The download folder, ``--cache_dir`` in Hugging Face's script, is
+  ``--model_cache_dir`` here.
+- Without ``--freeze_schedule`` or ``--freeze_policy`` it trains as ``Trainer`` does.
+- ``--resume_from_checkpoint True`` goes on from the last checkpoint in ``--output_dir``.
+- One ``.json`` file may take the place of all arguments. ``accelerate launch`` starts it as well, on one process.
+- Torchvision is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
+
+logger = logging.getLogger("image_classification")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        default="google/vit-base-patch16-224-in21k", metadata={"help": "A model on the Hub, or its folder."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
+    image_processor_name: str | None = field(default=None, metadata={"help": "Processor, if not the model's own."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    model_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for downloads, --cache_dir in Hugging Face's script; here that is the hidden states'."
+        },
+    )
+    token: str | None = field(
+        default=None, metadata={"help": "Token for the Hub; default: the one of `hf auth login`."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub. Read it first."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start a new head where the model's own has another number of classes."}
+    )
+
+
+@dataclass
+class DataTrainingArguments:
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set on the Hub, or a local folder of parquet files or of images."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Fraction of train to evaluate on where there is no other split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many samples, drawn by seed."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many samples."})
+    image_column_name: str = field(default="image", metadata={"help": "Column that holds the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Column that holds the classes."})
+    min_crop_scale: float = field(default=0.08, metadata={"help": "Least fraction of the area in a random crop."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is None and self.train_dir is None and self.validation_dir is None:
+            raise ValueError("There are no data: give --dataset_name, or --train_dir and --validation_dir.")
+
+
+class ImageTransform:
+    """Renders rows at the processor's size and normalisation; with ``train``, cropped and flipped at random.
+
+    For evaluation it does what the processor does, three times as fast. Randomness comes from ``random``, which the
+    trainer seeds for each sample and view. All state is plain numbers, so two runs of this script hash it alike.
+    """
+
+    def __init__(self, processor: Any, data_args: DataTrainingArguments, train: bool) -> None:
+        settings = processor.to_dict()
+        size = dict(settings["size"])
+        crop = dict(settings["crop_size"]) if settings.get("do_center_crop") else size
+        self.shortest_edge = size.get("shortest_edge")
+        self.resized = None if self.shortest_edge else (size["width"], size["height"])
+        self.output = tuple(crop.get(side) or crop["shortest_edge"] for side in ("width", "height"))
+        self.resample = int(settings.get("resample", Image.Resampling.BILINEAR))
+        self.scale = float(settings["rescale_factor"]) if settings.get("do_rescale", True) else 1.0
+        normalize = settings.get("do_normalize", True)
+        self.mean = [float(value) for value in settings["image_mean"]] if normalize else [0.0]
+        self.std = [float(value) for value in settings["image_std"]] if normalize else [1.0]
+        self.image_column, self.label_column = data_args.image_column_name, data_args.label_column_name
+        self.train, self.min_crop_scale = train, data_args.min_crop_scale
+
+    def random_resized_crop(self, image: Image.Image) -> Image.Image:
+        """Crop as torchvision's ``RandomResizedCrop``: area first, then an aspect ratio in [3/4, 4/3], ten tries."""
+        for _ in range(10):
+            area = image.width * image.height * random.uniform(self.min_crop_scale, 1)
+            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < width <= image.width and 0 < height <= image.height:
+                left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
+                break
+        else:
+            width, height = min(image.width, round(image.height * 4 / 3)), min(image.height, round(image.width * 4 / 3))
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height)).resize(self.output, self.resample)
+
+    def resize_and_crop(self, image: Image.Image) -> Image.Image:
+        resized, shortest = self.resized, min(image.size)
+        if resized is None:
+            resized = tuple(int(self.shortest_edge * side / shortest) for side in image.size)
+        image = image.resize(resized, self.resample)
+        left, top = (image.width - self.output[0]) // 2, (image.height - self.output[1]) // 2
+        return image.crop((left, top, left + self.output[0], top + self.output[1]))
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        mean, std = torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
+        pixel_values = []
+        for image in batch[self.image_column]:
+            image = image.convert("RGB")
+            image = self.random_resized_crop(image) if self.train else self.resize_and_crop(image)
+            if self.train and random.random() < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
+            pixel_values.append((pixels * self.scale - mean) / std)
+        return {"pixel_values": pixel_values, "labels": batch[self.label_column]}
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
+
+
+def parse_arguments() -> tuple[Any, ...]:
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments, FreezeConfig, CacheConfig))
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        arguments = json.loads(Path(sys.argv[1]).read_text())
+        aliases = {"freeze_schedule": "schedule", "freeze_policy": "policy"}  # parse_dict knows none
+        return parser.parse_dict({aliases.get(name, name): value for name, value in arguments.items()})
+    return parser.parse_args_into_dataclasses()
+
+
+def load_splits(
+    data_args: DataTrainingArguments, model_args: ModelArguments, seed: int
+) -> tuple[datasets.Dataset | None, datasets.Dataset | None, list[str]]:
+    """Return the training set, the evaluation set, and the names of the classes."""
+    if data_args.dataset_name is not None:
+        splits = datasets.load_dataset(
+            data_args.dataset_name,
+            data_args.dataset_config_name,
+            cache_dir=model_args.model_cache_dir,
+            token=model_args.token,
+        )
+    else:
+        folders = {"train": data_args.train_dir, "validation": data_args.validation_dir}
+        data_files = {name: str(Path(folder) / "**") for name, folder in folders.items() if folder is not None}
+        splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=model_args.model_cache_dir)
+
+    image_column, label_column = data_args.image_column_name, data_args.label_column_name
+    features = next(iter(splits.values())).features
+    for option, column in (("--image_column_name", image_column), ("--label_column_name", label_column)):
+        if column not in features:
+            raise ValueError(f"{option}={column} is no column of the data set. Choose one of: {', '.join(features)}.")
+    if not isinstance(features[label_column], datasets.ClassLabel):
+        raise ValueError(
+            f"Column {label_column} holds {features[label_column]}, not a ClassLabel, so the classes have no names. Store "
+            f"the data set again after dataset.class_encode_column({label_column!r})."
+        )
+
+    train, evaluation = splits.get("train"), splits.get("validation")
+    # Test splits on the Hub often come without labels, written as -1.
+    if evaluation is None and "test" in splits and min(splits["test"][label_column], default=-1) >= 0:
+        evaluation = splits["test"]
+    if evaluation is None and train is not None and data_args.train_val_split > 0:
+        halves = train.train_test_split(data_args.train_val_split, seed=seed)
+        train, evaluation = halves["train"], halves["test"]
+    if train is not None and data_args.max_train_samples is not None:
+        train = train.shuffle(seed=seed).select(range(min(data_args.max_train_samples, len(train))))
+    if evaluation is not None and data_args.max_eval_samples is not None:
+        evaluation = evaluation.shuffle(seed=seed).select(range(min(data_args.max_eval_samples, len(evaluation))))
+    return train, evaluation, features[label_column].names
+
+
+def main() -> None:
+    model_args, data_args, training_args, freeze_config, cache_config = parse_arguments()
+    # The transforms need the image column, which Trainer would take for unused.
+    training_args.remove_unused_columns = False
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    for name in (logger.name, "hf_freezecache"):
+        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+    set_seed(training_args.seed)  # of the new head
+
+    train_dataset, eval_dataset, classes = load_splits(data_args, model_args, training_args.seed)
+    if training_args.do_train and train_dataset is None:
+        raise ValueError("--do_train needs a split 'train', or --train_dir.")
+    if training_args.do_eval and eval_dataset is None:
+        raise ValueError("--do_eval needs a split 'validation' or 'test', --validation_dir, or --train_val_split > 0.")
+
+    hub = {
+        "cache_dir": model_args.model_cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    name = model_args.model_name_or_path
+    config = AutoConfig.from_pretrained(
+        model_args.config_name or name,
+        id2label=dict(enumerate(classes)),
+        label2id={label: number for number, label in enumerate(classes)},
+        **hub,
+    )
+    model = AutoModelForImageClassification.from_pretrained(
+        name, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **hub
+    )
+    processor = AutoImageProcessor.from_pretrained(model_args.image_processor_name or name, **hub)
+
+    if train_dataset is not None:
+        train_dataset.set_transform(ImageTransform(processor, data_args, train=True))
+    if eval_dataset is not None:
+        eval_dataset.set_transform(ImageTransform(processor, data_args, train=False))
+
+    # A copy of this file alone asks the Hub for the metric.
+    shipped = Path(__file__).with_name("accuracy")
+    metric = evaluate.load(str(shipped) if shipped.is_dir() else "accuracy", cache_dir=model_args.model_cache_dir)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return metric.compute(predictions=prediction.predictions.argmax(axis=1), references=prediction.label_ids)
+
+    freezes = freeze_config.schedule is not None or freeze_config.policy is not None
+    trainer = FreezeCacheTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset if training_args.do_train else None,
+        eval_dataset=eval_dataset if training_args.do_eval else None,
+        data_collator=collate,
+        compute_metrics=compute_metrics,
+        processing_class=processor,
+        freeze_config=freeze_config if freezes else None,
+        cache_config=cache_config,
+    )
+
+    if training_args.do_train:
+        checkpoint = training_args.resume_from_checkpoint
+        checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()  # and the processor
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    card: dict[str, Any] = {"tasks": "image-classification", "tags": ["image-classification", "vision"]}
+    # Local folders are nobody else's business.
+    if not Path(name).exists():
+        card["finetuned_from"] = name
+    if data_args.dataset_name is not None and not Path(data_args.dataset_name).exists():
+        card["dataset"] = data_args.dataset_name
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+
+if __name__ == "__main__":
+    main()
