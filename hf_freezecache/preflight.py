@@ -1,21 +1,75 @@
-"""Checks on the user's data before a run does any work."""
+"""Checks on the user's arguments and data before a run does any work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.compute as pc
 import torch
 
-from .errors import DataError
+from .errors import DataError, UnsupportedSetupError
 from .views import ViewDataset, seeded
 
-__all__ = ["CheckedCollator", "check_batch", "check_collator", "check_labels"]
+__all__ = [
+    "CheckedCollator",
+    "check_arguments",
+    "check_batch",
+    "check_cache_dir",
+    "check_collator",
+    "check_labels",
+]
 
 Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse ``TrainingArguments`` whose meaning cached training cannot keep.
+
+    Raises:
+        UnsupportedSetupError: With the argument, the reason and what to do.
+    """
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise UnsupportedSetupError(
+            f"Cached training runs on one process and one device so far, found world_size={args.world_size} and "
+            f"n_gpu={args.n_gpu}. Start one process, with CUDA_VISIBLE_DEVICES naming one device."
+        )
+    if args.torch_compile:
+        raise UnsupportedSetupError(
+            "torch_compile=True would compile one batch's hidden states into the suffix; cached training does not "
+            "support it. Leave it out."
+        )
+    if args.auto_find_batch_size:
+        raise UnsupportedSetupError("auto_find_batch_size restarts the epoch loop; set the batch size instead.")
+    if getattr(args, "train_sampling_strategy", "random") != "random":
+        raise UnsupportedSetupError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} cannot be kept: cached training shuffles by "
+            "chunks. Use 'random'."
+        )
+    # The names differ over transformers versions; either may be None.
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise UnsupportedSetupError(
+                f"{name} sets use_reentrant=True: with a frozen prefix that gives no gradients at all, without an "
+                "error. Set it to False, the default."
+            )
+
+
+def check_cache_dir(cache_dir: Path, output_dir: Path) -> None:
+    """Refuse caches where ``push_to_hub`` would upload them.
+
+    Raises:
+        UnsupportedSetupError: ``cache_dir`` is ``output_dir`` or lies inside it.
+    """
+    cache_dir, output_dir = cache_dir.resolve(), output_dir.resolve()
+    if cache_dir == output_dir or output_dir in cache_dir.parents:
+        raise UnsupportedSetupError(
+            f"cache_dir {cache_dir} lies inside output_dir {output_dir}, all of which push_to_hub uploads. Caches can "
+            "reveal training images: choose a cache_dir elsewhere."
+        )
 
 
 def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -> None:

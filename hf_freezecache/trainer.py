@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
@@ -17,29 +16,27 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from .cache.fingerprint import Fingerprint, hash_config, hash_dataset, hash_object, hash_tensors
 from .cache.format import FORMAT_VERSION, INDEX_NAME
 from .cache.layout import ChunkLayout
 from .cache.reader import CacheReader
 from .cache.writer import BuildReport, CachePlan, build_cache, explain_miss
+from .checkpoints import load_stage, restore_weights, save_stage
 from .codecs import make_codec
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset, ChunkSampler, collate_cached
 from .errors import UnsupportedSetupError
 from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer
 from .policies import Stage, plan_stages, split_point_at
-from .preflight import CheckedCollator, check_batch, check_collator, check_labels
+from .preflight import CheckedCollator, check_arguments, check_batch, check_cache_dir, check_collator, check_labels
 from .splitting import Split, find_blocks, split_model
 from .views import ViewDataset, check_repeatable, with_rgb_images
 
-__all__ = ["STATE_NAME", "FreezeCacheTrainer"]
+__all__ = ["FreezeCacheTrainer"]
 
 logger = logging.getLogger(__name__)
-
-#: Written into every checkpoint; ``trainer_state.json`` takes no foreign keys.
-STATE_NAME = "freezecache_state.json"
 
 
 def _check_transformers() -> None:
@@ -56,7 +53,7 @@ class FreezeCacheTrainer(Trainer):
     """``Trainer`` that freezes leading blocks stage by stage and trains the rest from a cache of their output.
 
     Every argument of ``Trainer`` keeps its meaning. Without ``freeze_config`` its numbers are those of ``Trainer``, to
-    the bit; only restoring weights (resume, ``load_best_model_at_end``) is mended, see ``_restore_weights``.
+    the bit; only restoring weights (resume, ``load_best_model_at_end``) is mended, see ``checkpoints.restore_weights``.
 
     With ``freeze_config`` the training data are drawn as *views*: view ``v`` of row ``i`` is one draw of the data set's
     own transform under random states seeded by ``(seed, i, v)``. A stage that freezes at least one block first writes
@@ -77,6 +74,9 @@ class FreezeCacheTrainer(Trainer):
         UnsupportedModelError: The model has no blocks to split at.
         ScheduleError: The schedule cannot be read or asks for more blocks than there are.
     """
+
+    eval_dataset: Any
+    model: Any
 
     def __init__(
         self,
@@ -123,41 +123,15 @@ class FreezeCacheTrainer(Trainer):
                 "train_dataset is an IterableDataset: its rows have no number by which to find their hidden states. Use "
                 "a map-style data set (datasets.load_dataset without streaming=True)."
             )
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise UnsupportedSetupError(
-                f"Cached training runs on one process and one device so far, found world_size={args.world_size} and "
-                f"n_gpu={args.n_gpu}. Start one process, with CUDA_VISIBLE_DEVICES naming one device."
-            )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UnsupportedSetupError(
                 "DeepSpeed and FSDP shard the parameters that a stage change freezes; cached training does not support "
                 "them. The frozen part needs no gradients or optimizer state: try without."
             )
-        if args.auto_find_batch_size:
-            raise UnsupportedSetupError("auto_find_batch_size restarts the epoch loop; set the batch size instead.")
-        if args.train_sampling_strategy != "random":
-            raise UnsupportedSetupError(
-                f"train_sampling_strategy={args.train_sampling_strategy!r} cannot be kept: cached training shuffles by "
-                "chunks. Use 'random'."
-            )
-        # The names differ over transformers versions; either may be None.
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-            if (getattr(args, name, None) or {}).get("use_reentrant"):
-                raise UnsupportedSetupError(
-                    f"{name} sets use_reentrant=True: with a frozen prefix that gives no gradients at all, without an "
-                    "error. Set it to False, the default."
-                )
+        check_arguments(args)
         self._plan(freeze_config)
         if self.cache_config.mode != "never":
-            cache_dir, output_dir = (
-                Path(self.cache_config.cache_dir).resolve(),
-                Path(args.output_dir).resolve(),
-            )
-            if cache_dir == output_dir or output_dir in cache_dir.parents:
-                raise UnsupportedSetupError(
-                    f"cache_dir {cache_dir} lies inside output_dir {output_dir}, all of which push_to_hub uploads. Caches "
-                    "can reveal training images: choose a cache_dir elsewhere."
-                )
+            check_cache_dir(Path(self.cache_config.cache_dir), Path(args.output_dir))
         make_codec(self.cache_config.codec)
         if self.train_dataset is not None:
             check_labels(self.train_dataset, self._num_labels, [*(self.label_names or []), "label"])
@@ -262,16 +236,26 @@ class FreezeCacheTrainer(Trainer):
             raise UnsupportedSetupError("get_train_dataloader() is available once train() has been called.")
         return self._loader(self._views, self._collator)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As for ``Trainer``; images are decoded to RGB, as those of the training data are."""
+        convert = self.freeze_config is not None and eval_dataset is not None and not isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(self._with_rgb(eval_dataset) if convert else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As for ``Trainer``; images are decoded to RGB, as those of the training data are."""
+        return super().get_test_dataloader(self._with_rgb(test_dataset) if self.freeze_config else test_dataset)
+
     def _loader(self, dataset: Any, collate: Callable[..., Any]) -> Any:
         args = self.args
-        workers = args.dataloader_num_workers
         return self.accelerator.prepare(
             DataLoader(
                 dataset,
                 batch_size=self._train_batch_size,
                 sampler=self._sampler,
                 collate_fn=collate,
-                num_workers=workers,
+                num_workers=args.dataloader_num_workers,
+                # Absent from early 5.x.
+                multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
                 pin_memory=args.dataloader_pin_memory,
                 persistent_workers=args.dataloader_persistent_workers,
                 prefetch_factor=args.dataloader_prefetch_factor,
@@ -286,7 +270,7 @@ class FreezeCacheTrainer(Trainer):
             if resume_from_checkpoint is None:
                 split_point = self._stages[0].split_point
             else:
-                split_point = self._saved_split_point(Path(resume_from_checkpoint))
+                split_point = load_stage(Path(resume_from_checkpoint))
             self._freeze(split_point)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -506,22 +490,8 @@ class FreezeCacheTrainer(Trainer):
         if self.freeze_config is not None and self.args.should_save:
             assert self._split is not None
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {"format_version": 1, "split_point": self._split.split_point}
-            (folder / STATE_NAME).write_text(json.dumps(state) + "\n")
+            save_stage(folder, self._split.split_point)
         super()._save_checkpoint(model, trial)
-
-    def _saved_split_point(self, checkpoint: Path) -> int:
-        path = checkpoint / STATE_NAME
-        if not path.is_file():
-            logger.warning("%s has no %s: taking it for a checkpoint of plain training.", checkpoint, STATE_NAME)
-            return 0
-        try:
-            return int(json.loads(path.read_text())["split_point"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UnsupportedSetupError(
-                f"{path} cannot be read ({error!r}). Resume from another checkpoint, or start anew."
-            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
@@ -534,25 +504,6 @@ class FreezeCacheTrainer(Trainer):
             super()._load_best_model()
 
     def _restore_weights(self, checkpoint: str | None, model: nn.Module) -> bool:
-        """Load a checkpoint's weights strictly, by the names ``from_pretrained`` understands.
-
-        ``save_pretrained`` writes ViT-like models under legacy names. ``Trainer`` reads them back with
-        ``load_state_dict(strict=False)``, which restores almost nothing (transformers issue 43701).
-
-        Returns:
-            Whether it was done; models that are no ``PreTrainedModel`` are left to ``Trainer``.
-        """
-        if (
-            checkpoint is None
-            or not isinstance(model, PreTrainedModel)
-            or self.is_deepspeed_enabled
-            or self.is_fsdp_enabled
-        ):
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False
-        if not any(Path(checkpoint).glob("*.safetensors")) and not any(Path(checkpoint).glob("pytorch_model*.bin")):
-            return False
-        with torch.random.fork_rng(devices=[]), contextlib.suppress(StopIteration):
-            dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-            restored = type(model).from_pretrained(checkpoint, config=model.config, dtype=dtype)
-            model.load_state_dict(restored.state_dict(), strict=True)
-        return True
+        return restore_weights(Path(checkpoint), model)

@@ -198,6 +198,19 @@ def test_reentrant_checkpointing_of_the_model(train_dataset) -> None:
     assert no_work_was_done()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"torch_compile": True}, "torch_compile"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"train_sampling_strategy": "sequential"}, "shuffles by chunks"),
+    ],
+)
+def test_arguments_that_cannot_be_kept(train_dataset, settings, message) -> None:
+    with pytest.raises(UnsupportedSetupError, match=message):
+        make_trainer(tiny_vit(), train_dataset, **settings)
+
+
 def test_transformers_without_run_epoch(train_dataset, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.delattr(Trainer, "_run_epoch")

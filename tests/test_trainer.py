@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tiny import TinyTransform, make_trainer, tiny_vit
 from transformers import AutoModelForImageClassification, TrainingArguments, ViTForImageClassification
 
 from hf_freezecache import FreezeCacheTrainer
-from hf_freezecache.trainer import STATE_NAME
+from hf_freezecache.checkpoints import STATE_NAME
 
 # Suffix dropout makes every step depend on the random state, so a resume that restores it wrongly shows.
 DROPOUT = {"hidden_dropout_prob": 0.1}
@@ -178,7 +179,9 @@ def test_second_run_reuses_the_caches(train_dataset, caplog) -> None:
 
 
 def test_model_init_and_training_twice(train_dataset) -> None:
-    trainer = make_trainer(None, train_dataset, trainer={"model_init": functools.partial(tiny_vit, num_hidden_layers=4)})
+    trainer = make_trainer(
+        None, train_dataset, trainer={"model_init": functools.partial(tiny_vit, num_hidden_layers=4)}
+    )
     trainer.train()
     first, trainer.losses = trainer.losses, []
     trainer.train()
@@ -276,3 +279,19 @@ def test_a_step_on_the_suffix_leaves_no_patch_behind(train_dataset) -> None:
     # accelerate wraps the forward of the whole model only.
     patched = [name for name, module in trainer.model.named_modules() if name and "forward" in vars(module)]
     assert patched == []
+
+
+def test_building_shows_progress(train_dataset, capsys) -> None:
+    make_trainer(tiny_vit(), train_dataset, disable_tqdm=False, num_train_epochs=1).train()
+    shown = capsys.readouterr().err
+    assert "Caching 1 frozen blocks: 100%" in shown
+    assert "50/50" in shown
+
+
+def test_evaluation_and_prediction_convert_grayscale_images(train_dataset, images) -> None:
+    rows = [{**row, "image": row["image"].convert("L")} for row in images.select(range(4))]
+    gray = datasets.Dataset.from_list(rows, features=images.features).with_transform(TinyTransform(False))
+    trainer = make_trainer(tiny_vit(), train_dataset, num_train_epochs=1)
+    trainer.train()
+    assert trainer.evaluate(gray)["eval_loss"] > 0
+    assert trainer.predict(gray).predictions.shape == (4, 4)

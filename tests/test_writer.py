@@ -17,7 +17,7 @@ import pytest
 import torch
 from tiny import make_trainer, tiny_vit
 
-from hf_freezecache.cache import writer as writer_module
+from hf_freezecache.cache import shard as shard_module
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.layout import ChunkLayout
 from hf_freezecache.cache.reader import CacheReader, verify_cache
@@ -163,7 +163,7 @@ def test_a_cache_that_another_live_process_writes_is_left_alone(train_dataset, t
 
 def test_full_disk_keeps_finished_shards(train_dataset, monkeypatch) -> None:
     written = []
-    genuine = writer_module.write_shard_head
+    genuine = shard_module.write_shard_head
 
     def failing(file, *args):
         written.append(file.name)
@@ -172,7 +172,7 @@ def test_full_disk_keeps_finished_shards(train_dataset, monkeypatch) -> None:
         return genuine(file, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "write_shard_head", failing)
+        patch.setattr(shard_module, "write_shard_head", failing)
         with pytest.raises(CacheWriteError, match=r"No space left on device.*MiB are free.*finished shards are kept"):
             build(train_dataset)
     assert not list(only_cache().rglob("*.tmp"))

@@ -1,0 +1,171 @@
+"""What a cache is to hold, and writing one shard of it chunk by chunk."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..codecs import Codec, dtype_name
+from ..codecs.entropy import compress_frame
+from ..errors import DataError
+from .fingerprint import Fingerprint
+from .format import FORMAT, FORMAT_VERSION, ExtraSpec, head_size, write_shard_head
+from .layout import ChunkLayout
+
+__all__ = ["CachePlan", "ShardWriter"]
+
+#: zstd level of labels and other extras; they are small and mostly compressible.
+_EXTRA_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a cache is to hold.
+
+    Attributes:
+        fingerprint: Identity of the cache.
+        split_point: Number of blocks in the prefix.
+        image_shape: (channels, height, width).
+        num_views: Views to store, at least 1.
+        layout: Which sample goes into which chunk.
+        shard_chunks: Chunks per shard.
+        codec: How chunks are encoded.
+    """
+
+    fingerprint: Fingerprint
+    split_point: int
+    image_shape: tuple[int, int, int]
+    num_views: int
+    layout: ChunkLayout
+    shard_chunks: int
+    codec: Codec
+
+    @property
+    def name(self) -> str:
+        """Name of the directory below ``cache_dir``."""
+        return f"k{self.split_point:02d}-{self.fingerprint.digest[:16]}"
+
+    @property
+    def num_shards(self) -> int:
+        """Shards per view."""
+        return -(-self.layout.num_chunks // self.shard_chunks)
+
+    def rows(self, shard: int) -> npt.NDArray[np.int64]:
+        """Sample indices of a shard in stored order, int64."""
+        per_shard = self.shard_chunks * self.layout.chunk_size
+        return self.layout.order[shard * per_shard : (shard + 1) * per_shard]
+
+
+@dataclass
+class ShardWriter:
+    """Writes one shard, chunk by chunk; a thread encodes while the next batch is computed.
+
+    Holds at most one incomplete chunk, one chunk being encoded, and one batch.
+    """
+
+    file: BinaryIO
+    plan: CachePlan
+    view: int
+    shard: int
+    executor: ThreadPoolExecutor
+    hidden: list[Tensor] = field(default_factory=list)
+    extras: list[dict[str, Tensor]] = field(default_factory=list)
+    ends: list[list[int]] = field(default_factory=list)
+    pending: Future[list[bytes]] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    position: int = 0
+
+    def append(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
+        """Add samples, in stored order."""
+        if not self.metadata:
+            self._start(hidden_states, extras)
+        self._check(hidden_states, extras)
+        self.hidden.append(hidden_states)
+        self.extras.append(extras)
+        size = self.plan.layout.chunk_size
+        while sum(len(part) for part in self.hidden) >= size:
+            self._cut(size)
+
+    def _start(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
+        specs = [
+            ExtraSpec(name, str(value.dtype).removeprefix("torch."), tuple(value.shape[1:]))
+            for name, value in sorted(extras.items())
+        ]
+        self.metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "fingerprint": self.plan.fingerprint.digest,
+            "view": str(self.view),
+            "shard": str(self.shard),
+            "codec": json.dumps(self.plan.codec.to_dict(), sort_keys=True),
+            "hidden_shape": json.dumps(list(hidden_states.shape[1:])),
+            "dtype": dtype_name(hidden_states.dtype),
+            "extras": json.dumps([asdict(spec) for spec in specs], sort_keys=True),
+        }
+        rows = len(self.plan.rows(self.shard))
+        chunks = -(-rows // self.plan.layout.chunk_size)
+        frames = self.plan.codec.num_frames(hidden_states.dtype) + len(specs)
+        self.file.seek(head_size(chunks, frames, rows, self.metadata))
+
+    def _check(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
+        expected = (json.loads(self.metadata["hidden_shape"]), self.metadata["dtype"])
+        found = (list(hidden_states.shape[1:]), dtype_name(hidden_states.dtype))
+        if expected != found:
+            raise DataError(
+                f"Hidden states of one cache must have one shape and dtype: expected {expected}, found {found}. Let the "
+                "transform give all images the same size."
+            )
+        for spec in json.loads(self.metadata["extras"]):
+            value = extras.get(spec["name"])
+            if value is None or list(value.shape[1:]) != spec["shape"]:
+                shape = "nothing" if value is None else f"shape {list(value.shape[1:])}"
+                raise DataError(
+                    f"The collator gave {shape} per sample for {spec['name']!r}, expected shape {spec['shape']} as in the "
+                    "first batch. Cached extras must have one shape; pad them in the transform."
+                )
+
+    def _cut(self, size: int) -> None:
+        hidden = torch.cat(self.hidden)
+        names = self.extras[0].keys()
+        extras = {name: torch.cat([part[name] for part in self.extras]) for name in names}
+        self.hidden, self.extras = [], []
+        if len(hidden) > size:
+            self.hidden = [hidden[size:]]
+            self.extras = [{name: value[size:] for name, value in extras.items()}]
+        self._flush()
+        chunk = hidden[:size]
+        parts = [extras[name][:size] for name in sorted(names)]
+        self.pending = self.executor.submit(self._encode, chunk, parts)
+
+    def _encode(self, hidden_states: Tensor, extras: list[Tensor]) -> list[bytes]:
+        frames = self.plan.codec.encode(hidden_states)
+        frames += [
+            compress_frame(value.contiguous().flatten().view(torch.uint8).numpy().data, _EXTRA_LEVEL)
+            for value in extras
+        ]
+        return frames
+
+    def _flush(self) -> None:
+        if self.pending is not None:
+            frames, self.pending = self.pending.result(), None
+            ends = [self.position]
+            for frame in frames:
+                self.file.write(frame)
+                self.position += len(frame)
+                ends.append(self.position)
+            self.ends.append(ends)
+
+    def finish(self) -> None:
+        """Write what is left, then the head."""
+        left = sum(len(part) for part in self.hidden)
+        if left:
+            self._cut(left)
+        self._flush()
+        write_shard_head(self.file, np.array(self.ends, dtype=np.int64), self.plan.rows(self.shard), self.metadata)
