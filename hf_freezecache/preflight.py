@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.compute as pc
+import numpy as np
 import torch
 
 from .errors import DataError, UnsupportedSetupError
@@ -73,27 +73,28 @@ def check_cache_dir(cache_dir: Path, output_dir: Path) -> None:
 
 
 def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -> None:
-    """Check that the integer label column of a ``datasets.Dataset`` holds classes of the model.
+    """Check that there are rows, and that the integer label column of a ``datasets.Dataset`` holds classes of the model.
 
     Args:
         dataset: Anything; only ``datasets.Dataset`` is looked at.
-        num_labels: Classes of the model; ``None`` checks nothing.
+        num_labels: Classes of the model; ``None`` leaves label values unchecked.
         columns: Names a label column may have; the first that exists and holds integers is checked.
 
     Raises:
-        DataError: A label lies outside ``[0, num_labels)`` and is not -100.
+        DataError: There are no rows, or a label lies outside ``[0, num_labels)`` and is not -100.
     """
+    if len(dataset) == 0:
+        raise DataError("The training data set has no rows.")
     if num_labels is None or not isinstance(dataset, datasets.Dataset):
         return
     for name in columns:
         if name not in dataset.features or not str(dataset.features[name].dtype).startswith(("int", "uint")):
             continue
-        column = dataset.with_format("arrow").select_columns([name])[:][name]
-        wrong = pc.and_(pc.or_(pc.less(column, 0), pc.greater_equal(column, num_labels)), pc.not_equal(column, -100))
-        positions = pc.indices_nonzero(wrong).to_pylist()
-        if positions:
+        labels = dataset.with_format("arrow").select_columns([name])[:][name].to_numpy()
+        positions = np.flatnonzero(((labels < 0) | (labels >= num_labels)) & (labels != -100))
+        if len(positions):
             raise DataError(
-                f"Labels out of range: row {positions[0]} has {name}={column[positions[0]].as_py()}, but the model has "
+                f"Labels out of range: row {positions[0]} has {name}={labels[positions[0]]:.0f}, but the model has "
                 f"{num_labels} classes, so labels must lie in [0, {num_labels}) ({len(positions)} such rows). Give the model "
                 "num_labels=..., or remap the labels."
             )
@@ -115,10 +116,8 @@ def check_batch(
         The batch.
 
     Raises:
-        DataError: There are no rows; images or labels are missing; something is no tensor; a label is out of range.
+        DataError: Images or labels are missing; something is no tensor; a label is out of range.
     """
-    if len(views) == 0:
-        raise DataError("The training data set has no rows.")
     examples = [views[row, 0] for row in range(min(2, len(views)))]
     keys = sorted(examples[0]) if isinstance(examples[0], dict) else type(examples[0]).__name__
     hint = (
