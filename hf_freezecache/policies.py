@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,24 +32,23 @@ class Stage:
 
 def _parse_start(text: str, num_epochs: int, schedule: str) -> int:
     text = text.strip()
-    try:
-        value = float(text)
-    except ValueError:
+    if re.fullmatch(r"-?[0-9]+", text):
+        if int(text) < 0:
+            raise ScheduleError(f"Schedule {schedule!r}: epoch {text} is negative.")
+        return int(text)
+    if not re.fullmatch(r"-?([0-9]+\.[0-9]*|\.[0-9]+)", text):
         raise ScheduleError(
             f"Schedule {schedule!r}: {text!r} is not a start. Expected an epoch such as '3', or a fraction of "
             "training such as '0.5'."
-        ) from None
-    if "." in text:
-        if not 0 <= value < 1:
-            raise ScheduleError(
-                f"Schedule {schedule!r}: {text!r} is written as a fraction of training, which lies in [0, 1). "
-                "Write epochs as whole numbers; stages change at epoch boundaries only."
-            )
-        # The tolerance keeps 0.7 of 10 epochs at 7: in binary the product lies just above it.
-        return math.ceil(value * num_epochs - 1e-9)
-    if value < 0:
-        raise ScheduleError(f"Schedule {schedule!r}: epoch {text} is negative.")
-    return int(value)
+        )
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ScheduleError(
+            f"Schedule {schedule!r}: {text!r} is written as a fraction of training, which lies in [0, 1). "
+            "Write epochs as whole numbers; stages change at epoch boundaries only."
+        )
+    # The tolerance keeps 0.7 of 10 epochs at 7: in binary the product lies just above it.
+    return math.ceil(value * num_epochs - 1e-9)
 
 
 def explicit_schedule(config: FreezeConfig, num_epochs: int, num_blocks: int) -> list[Stage]:
@@ -66,7 +66,7 @@ def explicit_schedule(config: FreezeConfig, num_epochs: int, num_blocks: int) ->
     stages: list[Stage] = []
     for pair in schedule.split(","):
         start_text, colon, split_text = pair.partition(":")
-        if not colon or not split_text.strip().isdigit():
+        if not colon or not re.fullmatch(r"\s*[0-9]+\s*", split_text):
             raise ScheduleError(
                 f"Schedule {schedule!r}: {pair.strip()!r} is not a start:split_point pair. Expected e.g. "
                 f"'0:6,3:9' (from epoch 0 freeze 6 blocks, from epoch 3 freeze 9; this model has {num_blocks})."

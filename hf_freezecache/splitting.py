@@ -121,7 +121,9 @@ class Split:
     def _configured_image_shape(self) -> tuple[int, int, int]:
         config = getattr(self.model, "config", None)
         config = getattr(config, "vision_config", config)
-        size = getattr(config, "image_size", 224)
+        size = getattr(config, "image_size", None)
+        if size is None:
+            return getattr(self, "image_shape", (3, 224, 224))
         height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
         return (getattr(config, "num_channels", 3), height, width)
 
@@ -129,10 +131,16 @@ class Split:
     def _reference_parameter(self) -> Tensor:
         return next(p for p in self.model.parameters() if p.is_floating_point())
 
-    def placeholder(self, batch_size: int) -> Tensor:
-        """Return pixel values of the true shape (batch_size, *image_shape) that take no memory (all strides 0)."""
+    def placeholder(self, batch_size: int, image_shape: tuple[int, int, int] | None = None) -> Tensor:
+        """Return blank pixel values that take no memory (all strides 0).
+
+        Args:
+            batch_size: Images.
+            image_shape: (channels, height, width); default ``self.image_shape``, since some models read the size.
+        """
         like = self._reference_parameter
-        return torch.zeros(1, dtype=like.dtype, device=like.device).expand(batch_size, *self.image_shape)
+        shape = self.image_shape if image_shape is None else image_shape
+        return torch.zeros(1, dtype=like.dtype, device=like.device).expand(batch_size, *shape)
 
     @functools.cached_property
     def _probe(self) -> _Probe:
@@ -176,7 +184,8 @@ class Split:
                     parameter.requires_grad_(True)
             # The caller may be inside `no_grad`; which parameters matter is read off the graph.
             with torch.enable_grad():
-                pixel_values = self.placeholder(1).contiguous()
+                # The size that every model takes without being asked to interpolate.
+                pixel_values = self.placeholder(1, self._configured_image_shape()).contiguous()
                 self.model(pixel_values=pixel_values)
                 if len(block_outputs) == self.num_blocks and not hidden_at_split:
                     hidden_at_split.append(first_tensor(block_outputs[-1]))
@@ -189,7 +198,7 @@ class Split:
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot be split: tracing it on one blank image of shape "
-                f"{self.image_shape} failed with {type(error).__name__}: {error}"
+                f"{self._configured_image_shape()} failed with {type(error).__name__}: {error}"
             ) from error
         finally:
             for handle in handles:

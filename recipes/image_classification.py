@@ -9,7 +9,11 @@ The counterpart of Hugging Face's ``run_image_classification.py``, with the same
         --do_train --do_eval --num_train_epochs 3 --per_device_train_batch_size 32 --learning_rate 3e-4 --bf16 \\
         --freeze_schedule 0:6,2:9 --num_views 2
 
-HEADER_FIGURES
+Measured with this command on 700 training and 200 test images of TensorFlow's flower_photos (five classes; a split of
+our own), these weights with LayerNorm rounded to 8 bits, seed 42, two x86 cores shared with other work
+(``--use_cpu``): accuracy 0.905 after 6.5 minutes, 5.2 of CPU time; 3.1 of CPU time when repeated, since the caches (164
+and 166 MiB) are there. With ``--learning_rate 1e-4``: 0.900.
+As with ``Trainer``, a bf16 run is evaluated under bf16 autocast; in fp32 the saved model gets one image less, 0.900.
 
 - ``--dataset_name`` is a data set on the Hub, or a local folder of parquet files (``train*.parquet``, ``test*.parquet``)
   or of images (``train/<class>/*.jpg``, ``test/<class>/*.jpg``). It is evaluated on its split ``validation``, else on
@@ -49,8 +53,6 @@ from transformers import (
 )
 
 from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
-
-logger = logging.getLogger("image_classification")
 
 
 @dataclass
@@ -101,8 +103,8 @@ class DataTrainingArguments:
 class ImageTransform:
     """Renders rows at the processor's size and normalisation; with ``train``, cropped and flipped at random.
 
-    For evaluation it does what the processor does, three times as fast. Randomness comes from ``random``, which the
-    trainer seeds for each sample and view. All state is plain numbers, so two runs of this script hash it alike.
+    Without, it does what the processor does, faster. Randomness comes from ``random``, which the trainer seeds for each
+    sample and view. All state is plain numbers, so that two runs of this script hash it alike and share their caches.
     """
 
     def __init__(self, processor: Any, data_args: DataTrainingArguments, train: bool) -> None:
@@ -217,8 +219,7 @@ def main() -> None:
     # The transforms need the image column, which Trainer would take for unused.
     training_args.remove_unused_columns = False
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
-    for name in (logger.name, "hf_freezecache"):
-        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+    logging.getLogger("hf_freezecache").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     set_seed(training_args.seed)  # of the new head
 
     train_dataset, eval_dataset, classes = load_splits(data_args, model_args, training_args.seed)

@@ -191,7 +191,9 @@ def test_model_is_unchanged_after_an_error_in_the_suffix() -> None:
     assert_same_snapshot(before, snapshot(model))
 
 
-@pytest.mark.parametrize(("family", "overrides"), [*((f, {}) for f in FAMILIES), *((f, {b: True}) for f, b in POSITION_BIASES)])
+@pytest.mark.parametrize(
+    ("family", "overrides"), [*((f, {}) for f in FAMILIES), *((f, {b: True}) for f, b in POSITION_BIASES)]
+)
 @pytest.mark.parametrize("split_point", [0, 2, NUM_BLOCKS])
 def test_prefix_parameters_are_those_the_hidden_states_depend_on(family, overrides, split_point) -> None:
     """Seen by changing them one at a time; parameters of prefix modules that matter for nothing count as well."""
@@ -328,7 +330,9 @@ def test_a_model_without_attention_is_refused_and_told_what_was_looked_for(model
         split_model(model, 1)
     message = str(caught.value)
     assert type(model).__name__ in message
-    assert "looked for a ModuleList or Sequential of at least two modules of one class that contain attention" in message
+    assert (
+        "looked for a ModuleList or Sequential of at least two modules of one class that contain attention" in message
+    )
     assert found in message
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "part_name",
     "read_shard_head",
     "save_index",
+    "shard_metadata",
     "shard_name",
     "write_shard_head",
 ]
@@ -230,6 +231,13 @@ def _check_index(index: CacheIndex, path: Path) -> None:
     if not all(isinstance(count, int) and count > 0 for count in counts) or index.dtype not in DTYPES:
         raise CacheCorruptError(f"{path} is damaged: counts {counts} and dtype {index.dtype!r} make no cache.")
     codec_from_dict(index.codec)
+    # Before anything is listed or permuted: every shard has a file, and every row takes 8 bytes of its shard's head.
+    num_files, stored = 2 * index.num_views * index.num_shards, sum(record.bytes for record in index.files.values())
+    if len(index.files) < num_files or stored < 8 * index.num_samples * index.num_views:
+        raise CacheCorruptError(
+            f"{path} is damaged: {index.num_samples} samples in {index.num_views} views do not fit its {len(index.files)} "
+            f"files of {stored} bytes, expected {num_files} files."
+        )
     expected = {
         name(view, shard)
         for name in (shard_name, part_name)
@@ -278,6 +286,29 @@ def file_sha256(path: Path, limit: int | None = None) -> str:
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()
+
+
+def shard_metadata(
+    digest: str,
+    view: int,
+    shard: int,
+    codec: dict[str, Any],
+    hidden_shape: Sequence[int],
+    dtype: str,
+    extras: Sequence[ExtraSpec],
+) -> dict[str, str]:
+    """Return the metadata of a shard: strings, as safetensors wants them, and enough to tell what the shard holds."""
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "fingerprint": digest,
+        "view": str(view),
+        "shard": str(shard),
+        "codec": json.dumps(codec, sort_keys=True),
+        "hidden_shape": json.dumps(list(hidden_shape)),
+        "dtype": dtype,
+        "extras": json.dumps([dataclasses.asdict(spec) for spec in extras], sort_keys=True),
+    }
 
 
 @dataclass(frozen=True)

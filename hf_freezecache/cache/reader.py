@@ -18,7 +18,16 @@ from ..codecs import DTYPES, Codec, codec_from_dict
 from ..codecs.entropy import decompress_frame
 from ..errors import CacheCorruptError, CacheMismatchError
 from .fingerprint import Fingerprint
-from .format import INDEX_NAME, CacheIndex, ShardHead, file_sha256, load_index, read_shard_head, shard_name
+from .format import (
+    INDEX_NAME,
+    CacheIndex,
+    ShardHead,
+    file_sha256,
+    load_index,
+    read_shard_head,
+    shard_metadata,
+    shard_name,
+)
 from .layout import ChunkLayout
 
 __all__ = ["CacheReader", "DecodedChunk", "verify_cache"]
@@ -95,7 +104,16 @@ class CacheReader:
             if file_sha256(path, record.head_bytes) != record.head_sha256:
                 raise CacheCorruptError(f"{path} is damaged: the hash of its head does not match {INDEX_NAME}.")
             head = read_shard_head(path)
-            fits = (head.metadata.get("view"), head.metadata.get("shard")) == (str(view), str(shard))
+            index = self.index
+            fits = head.metadata == shard_metadata(
+                Fingerprint(index.fingerprint).digest,
+                view,
+                shard,
+                index.codec,
+                index.hidden_shape,
+                index.dtype,
+                index.extras,
+            )
             chunks = range(shard * self.index.shard_chunks, (shard + 1) * self.index.shard_chunks)
             rows = self.layout.order[chunks.start * self.index.chunk_size : chunks.stop * self.index.chunk_size]
             frames = self.codec.num_frames(self.dtype) + len(self.index.extras)

@@ -16,7 +16,7 @@ from ..codecs import Codec, dtype_name
 from ..codecs.entropy import compress_frame
 from ..errors import DataError
 from .fingerprint import Fingerprint
-from .format import FORMAT, FORMAT_VERSION, ExtraSpec, head_size, write_shard_head
+from .format import ExtraSpec, head_size, shard_metadata, write_shard_head
 from .layout import ChunkLayout
 
 __all__ = ["CachePlan", "ShardWriter"]
@@ -63,6 +63,13 @@ class CachePlan:
         return self.layout.order[shard * per_shard : (shard + 1) * per_shard]
 
 
+def _specs(extras: dict[str, Tensor]) -> list[ExtraSpec]:
+    return [
+        ExtraSpec(name, str(value.dtype).removeprefix("torch."), tuple(value.shape[1:]))
+        for name, value in sorted(extras.items())
+    ]
+
+
 @dataclass
 class ShardWriter:
     """Writes one shard, chunk by chunk; a thread encodes while the next batch is computed.
@@ -94,21 +101,16 @@ class ShardWriter:
             self._cut(size)
 
     def _start(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
-        specs = [
-            ExtraSpec(name, str(value.dtype).removeprefix("torch."), tuple(value.shape[1:]))
-            for name, value in sorted(extras.items())
-        ]
-        self.metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "fingerprint": self.plan.fingerprint.digest,
-            "view": str(self.view),
-            "shard": str(self.shard),
-            "codec": json.dumps(self.plan.codec.to_dict(), sort_keys=True),
-            "hidden_shape": json.dumps(list(hidden_states.shape[1:])),
-            "dtype": dtype_name(hidden_states.dtype),
-            "extras": json.dumps([asdict(spec) for spec in specs], sort_keys=True),
-        }
+        specs = _specs(extras)
+        self.metadata = shard_metadata(
+            self.plan.fingerprint.digest,
+            self.view,
+            self.shard,
+            self.plan.codec.to_dict(),
+            hidden_states.shape[1:],
+            dtype_name(hidden_states.dtype),
+            specs,
+        )
         rows = len(self.plan.rows(self.shard))
         chunks = -(-rows // self.plan.layout.chunk_size)
         frames = self.plan.codec.num_frames(hidden_states.dtype) + len(specs)
@@ -122,14 +124,12 @@ class ShardWriter:
                 f"Hidden states of one cache must have one shape and dtype: expected {expected}, found {found}. Let the "
                 "transform give all images the same size."
             )
-        for spec in json.loads(self.metadata["extras"]):
-            value = extras.get(spec["name"])
-            if value is None or list(value.shape[1:]) != spec["shape"]:
-                shape = "nothing" if value is None else f"shape {list(value.shape[1:])}"
-                raise DataError(
-                    f"The collator gave {shape} per sample for {spec['name']!r}, expected shape {spec['shape']} as in the "
-                    "first batch. Cached extras must have one shape; pad them in the transform."
-                )
+        stored, given = json.loads(self.metadata["extras"]), [asdict(spec) for spec in _specs(extras)]
+        if stored != json.loads(json.dumps(given)):
+            raise DataError(
+                f"The collator gave {given} per sample, expected {stored} as in the first batch. Cached extras must have "
+                "one name, dtype and shape in all batches; pad and convert them in the transform."
+            )
 
     def _cut(self, size: int) -> None:
         hidden = torch.cat(self.hidden)

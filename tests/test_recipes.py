@@ -1,0 +1,283 @@
+"""The recipes run as a user runs them: from arguments to a saved folder, on tiny models and data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_vit
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "image_classification.py"
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 18},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 16, "width": 16},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.4],
+}
+COMMON = {
+    "model_name_or_path": "model",
+    "model_cache_dir": "downloads",
+    "cache_dir": "caches",
+    "output_dir": "out",
+    "do_train": True,
+    "do_eval": True,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 10,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "chunk_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    return runpy.run_path(str(RECIPE))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """Run the recipe in this process, return the library's log messages."""
+    model = tiny_vit()
+    model.save_pretrained("model")
+    Path("model/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    caplog.set_level(logging.INFO, logger="hf_freezecache")  # sets back what the recipe sets
+
+    def run(*arguments: str) -> list[str]:
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        return [r.getMessage() for r in caplog.records if r.name.startswith("hf_freezecache")]
+
+    return run
+
+
+@pytest.fixture
+def parquet_folder(images: datasets.Dataset) -> str:
+    Path("data").mkdir()
+    images.select(range(30)).to_parquet("data/train.parquet")
+    images.select(range(30, 50)).to_parquet("data/test.parquet")
+    return "data"
+
+
+def command_line(**settings: Any) -> list[str]:
+    return [part for name, value in {**COMMON, **settings}.items() for part in (f"--{name}", str(value))]
+
+
+def measured_accuracy(folder: str | Path, rows: datasets.Dataset, autocast: bool = False) -> float:
+    """Accuracy of a saved folder as a stranger to this library computes it."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    right = 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for batch in rows.iter(batch_size=50):
+            inputs = processor([image.convert("RGB") for image in batch["image"]], return_tensors="pt")
+            right += int((model(**inputs).logits.argmax(1) == torch.tensor(batch["label"])).sum())
+    return right / len(rows)
+
+
+def reported_accuracy(folder: str | Path) -> float:
+    return json.loads((Path(folder) / "eval_results.json").read_text())["eval_accuracy"]
+
+
+def test_parquet_folder_gives_the_reported_accuracy_and_a_second_run_reuses_the_caches(run, parquet_folder) -> None:
+    settings = {"dataset_name": parquet_folder, "freeze_schedule": "0:1,2:3", "num_views": 2}
+    log = run(*command_line(**settings))
+    assert len([m for m in log if m.startswith("No cache fits")]) == 2
+    test = datasets.Dataset.from_parquet("data/test.parquet", cache_dir="downloads")
+    assert reported_accuracy("out") == measured_accuracy("out", test)
+    assert AutoModelForImageClassification.from_pretrained("out").config.id2label == dict(enumerate("abcd"))
+
+    log = run(*command_line(**settings, output_dir="again"))
+    assert not [m for m in log if "No cache fits" in m]
+    assert len([m for m in log if m.startswith("Using the cache")]) == 2
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
+def test_image_folder_from_a_json_file(run) -> None:
+    generator = np.random.default_rng(0)
+    for number, label in enumerate(["blue", "green", "red"]):
+        folder = Path("pictures") / label
+        folder.mkdir(parents=True)
+        for row in range(12):
+            pixels = generator.integers(0, 200, (20 + row, 24, 3), dtype=np.uint8)
+            pixels[..., 2 - number] += 20
+            mode = {0: "RGBA", 1: "L"}.get(row, "RGB")
+            Image.fromarray(pixels).convert(mode).save(folder / f"{row}.png")
+    settings = {"dataset_name": "pictures", "train_val_split": 0.5, "ignore_mismatched_sizes": True}
+    Path("args.json").write_text(json.dumps({**COMMON, **settings, "freeze_schedule": "0:2"}))
+    log = run("args.json")
+    assert [m for m in log if m.startswith("Cached 18 views")]
+
+    rows = datasets.load_dataset("imagefolder", data_dir="pictures", cache_dir="downloads")["train"]
+    held_out = rows.train_test_split(0.5, seed=42)["test"]
+    assert reported_accuracy("out") == measured_accuracy("out", held_out)
+    config = AutoModelForImageClassification.from_pretrained("out").config
+    assert config.label2id == {"blue": 0, "green": 1, "red": 2}
+    assert "pictures" not in Path("out/README.md").read_text()
+
+    # The new head is drawn by --seed, whatever was drawn before.
+    torch.manual_seed(99)
+    Path("args.json").write_text(json.dumps({**COMMON, **settings, "schedule": "0:2", "output_dir": "again"}))
+    run("args.json")
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
+def test_without_a_schedule_nothing_is_cached(run, parquet_folder) -> None:
+    log = run(*command_line(dataset_name=parquet_folder, max_steps=2, max_train_samples=20, max_eval_samples=5))
+    assert log == []
+    assert not Path("caches").exists()
+    assert json.loads(Path("out/train_results.json").read_text())["epoch"] == 1.0
+    assert reported_accuracy("out") * 5 == pytest.approx(round(reported_accuracy("out") * 5))
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        (("train", "validation", "test"), "validation"),
+        (("train", "test"), "test"),
+        (("train", "unlabelled test"), "held out"),
+        (("train",), "held out"),
+    ],
+)
+def test_evaluation_split(recipe, images, splits, expected) -> None:
+    Path("data").mkdir()
+    for number, name in enumerate(splits):
+        rows = images.select(range(20)).add_column("row", [100 * number + row for row in range(20)])
+        if name == "unlabelled test":
+            rows = rows.remove_columns("label").add_column("label", [-1] * 20).cast(rows.features)
+        rows.to_parquet(f"data/{name.split()[-1]}.parquet")
+    data_args = recipe["DataTrainingArguments"](dataset_name="data")
+    train, evaluation, classes = recipe["load_splits"](data_args, recipe["ModelArguments"](model_cache_dir="c"), 3)
+    held_out = datasets.Dataset.from_dict({"row": range(20)}).train_test_split(0.15, seed=3)
+    assert classes == ["a", "b", "c", "d"]
+    if expected == "held out":
+        assert (train["row"][:], evaluation["row"][:]) == (held_out["train"]["row"][:], held_out["test"]["row"][:])
+        assert not set(train["row"]) & set(evaluation["row"])
+    else:
+        assert list(train["row"]) == list(range(20))
+        assert evaluation["row"][0] == 100 * splits.index(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_column_name": "picture"}, "--image_column_name=picture is no column.*image, label"),
+        ({"label_column_name": "image"}, "Column image holds Image.*class_encode_column"),
+    ],
+)
+def test_wrong_columns_are_named(run, parquet_folder, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(*command_line(dataset_name=parquet_folder, **settings))
+
+
+def make_transform(recipe: dict[str, Any], train: bool, min_crop_scale: float = 0.08, **settings: Any) -> Any:
+    processor = SimpleNamespace(to_dict=lambda: {**PROCESSOR, **settings})
+    data_args = recipe["DataTrainingArguments"](dataset_name="x", min_crop_scale=min_crop_scale)
+    return recipe["ImageTransform"](processor, data_args, train)
+
+
+def pixels_of(transform: Any, image: Image.Image) -> torch.Tensor:
+    return transform({"image": [image], "label": [0]})["pixel_values"][0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_center_crop": False, "size": {"height": 16, "width": 12}, "resample": 2},
+        {"size": {"height": 20, "width": 20}, "do_normalize": False},
+    ],
+)
+@pytest.mark.parametrize("shape", [(16, 16), (31, 23), (50, 17)])
+def test_eval_transform_is_the_processors(recipe, settings, shape) -> None:
+    Path("preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **settings}))
+    processor = AutoImageProcessor.from_pretrained(".")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(
+        pixels_of(make_transform(recipe, train=False, **settings), image), expected, rtol=0, atol=1e-6
+    )
+
+
+def test_train_transform_crops_and_flips_by_pythons_generator_alone(recipe) -> None:
+    # Every pixel tells its column and row, so a rendering tells where it was cut.
+    rows, columns = np.mgrid[:60, :80]
+    image = Image.fromarray(np.stack([columns, rows, 0 * rows], axis=2).astype(np.uint8))
+    raw = {"do_normalize": False, "do_rescale": False, "resample": 0}
+    transform = make_transform(recipe, train=True, min_crop_scale=0.3, **raw)
+    flips, areas = 0, []
+    for seed in range(200):
+        random.seed(seed)
+        pixels = pixels_of(transform, image)
+        random.seed(seed)
+        assert torch.equal(pixels_of(transform, image), pixels)
+        assert pixels.shape == (3, 16, 16)
+        width, height = (float(pixels[c].max() - pixels[c].min()) * 16 / 15 for c in (0, 1))
+        assert 3 / 4 * 0.85 < width / height < 4 / 3 * 1.15
+        areas.append(width * height / (60 * 80))
+        flips += bool(pixels[0, 0, 0] > pixels[0, 0, -1])
+    assert 70 < flips < 130
+    assert 0.25 < min(areas) < 0.4
+    assert 0.85 < max(areas) < 1.1
+    # No crop of the right shape fits into a strip: its middle, as wide as the ratio allows.
+    strip = Image.fromarray(np.stack([np.tile(np.arange(90), (12, 1))] * 3, axis=2).astype(np.uint8))
+    pixels = pixels_of(make_transform(recipe, train=True, min_crop_scale=0.9, **raw), strip)
+    assert (pixels.min(), pixels.max()) == (37, 52)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"needs the real images and weights of {SHARED_DATA}")
+def test_real_flowers_through_the_command_line() -> None:
+    settings = {
+        "model_name_or_path": SHARED_DATA / "models" / "deit-tiny-patch16-224",
+        "dataset_name": SHARED_DATA / "flower_photos",
+        "ignore_mismatched_sizes": True,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 3e-4,
+        "bf16": True,
+        "freeze_schedule": "0:6,2:9",
+        "num_views": 2,
+        "chunk_size": 32,
+    }
+
+    def run(**more: Any) -> str:
+        environment = {**os.environ, "HF_HOME": str(Path("home").absolute()), "PYTHONHASHSEED": str(len(more))}
+        command = [sys.executable, str(RECIPE), *command_line(**settings, **more)]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    run()
+    test = datasets.Dataset.from_parquet(str(SHARED_DATA / "flower_photos" / "test.parquet"), cache_dir="downloads")
+    assert reported_accuracy("out") == measured_accuracy("out", test, autocast=True)
+    # Trainer evaluates under the run's bf16 autocast; plain fp32 may decide a borderline image otherwise.
+    assert abs(reported_accuracy("out") - measured_accuracy("out", test)) <= 2 / 200
+    assert reported_accuracy("out") >= 0.85
+
+    # Another process with other hash seeds finds the first cache.
+    log = run(output_dir="again", num_train_epochs=1)
+    assert "Using the cache" in log
+    assert "No cache fits" not in log
