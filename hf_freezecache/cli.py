@@ -157,8 +157,8 @@ def inspect(path: CachePath, as_json: AsJson = False, debug: Debug = False) -> N
             for entry in described:
                 typer.echo("\n".join(_lines(entry)))
             _note_unfinished(unfinished)
-        for error in damaged[1:]:
-            _complain(error)
+        for other in damaged[1:]:
+            _complain(other)
         if damaged:
             raise damaged[0]
 

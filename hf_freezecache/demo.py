@@ -56,8 +56,7 @@ class DemoSettings:
         patch_size: Side of a patch, pixels.
         hidden_size: Width of the ViT.
         num_blocks: Blocks of the ViT.
-        initializer_range: Standard deviation of initial weights. The usual 0.02 is made for widths near 768; at width
-            128 it hardly learns in a few epochs.
+        initializer_range: Standard deviation of initial weights; at this width the usual 0.02 hardly learns.
         num_pretrain_classes: The digits below this number are learned first, the others in the three runs.
         pretrain_epochs: Epochs on the first digits.
         epochs: Epochs of each of the three runs.
@@ -65,7 +64,7 @@ class DemoSettings:
         learning_rate: Peak rate of AdamW, the same in all runs.
         schedule: Epoch:split point pairs of the two frozen runs.
         num_views: Stored views of each image in the cached run.
-        max_images: Use only this many images; ``None`` uses all 1,797.
+        max_images: Use only so many images; ``None`` uses all 1,797.
     """
 
     image_size: int = 32
@@ -75,7 +74,7 @@ class DemoSettings:
     initializer_range: float = 0.1
     num_pretrain_classes: int = 6
     pretrain_epochs: int = 8
-    epochs: int = 20
+    epochs: int = 16
     batch_size: int = 32
     learning_rate: float = 1e-3
     schedule: str = "0:3,4:6"
@@ -155,11 +154,15 @@ def _require_extras() -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence logs, warnings and bars of the libraries; what the demo has to say it prints itself."""
+def _calm() -> Iterator[None]:
+    """Silence logs, warnings and bars of the libraries, and compute on one thread.
+
+    The demo's steps are small: on a busy machine several threads mostly wait for each other.
+    """
     verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    logger = logging.getLogger("hf_freezecache")
+    logger, threads = logging.getLogger("hf_freezecache"), torch.get_num_threads()
     level = logger.level
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
@@ -168,6 +171,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        torch.set_num_threads(threads)
         logger.setLevel(level)
         transformers.logging.set_verbosity(verbosity)
         if not bars:
@@ -199,8 +203,8 @@ def _split_digits(settings: DemoSettings, seed: int) -> tuple[datasets.Dataset, 
     digits = load_digit_images(settings.image_size, settings.max_images)
     labels, images = np.array(digits["label"]), digits.select_columns(["image"])
     order = np.random.default_rng(seed).permutation(len(digits))
-    first = order[labels[order] < settings.num_pretrain_classes]
-    others = order[labels[order] >= settings.num_pretrain_classes]
+    known = labels[order] < settings.num_pretrain_classes
+    first, others = order[known], order[~known]
     held_out = round(len(others) * TEST_FRACTION)
     parts = []
     for rows, augment in ((first, True), (others[held_out:], True), (others[:held_out], False)):
@@ -283,7 +287,6 @@ def _figures(name: str, trainer: _TimedTrainer) -> dict[str, Any]:
         "build_seconds": round(sum(entry["freezecache/build_seconds"] for entry in caches), 3),
         "cache_bytes": sum(entry["freezecache/cache_bytes"] for entry in caches),
         "cache_bytes_per_image": sum(entry["freezecache/cache_bytes_per_image"] for entry in caches),
-        "cache_split_points": [entry["freezecache/split_point"] for entry in caches],
         "accuracy_after_seconds": [[round(seconds, 3), accuracy] for seconds, accuracy in trainer.curve],
     }
 
@@ -312,16 +315,15 @@ def run(
         UnsupportedSetupError: scikit-learn or matplotlib is missing.
         OSError: The output cannot be written.
     """
-    settings = settings or DemoSettings()
-    started = time.perf_counter()
+    started, settings = time.perf_counter(), settings or DemoSettings()
     _require_extras()
     picture, json_path = output_dir / "demo.png", json_path or output_dir / "demo.json"
-    output_dir.mkdir(parents=True, exist_ok=True)
-    json_path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (output_dir, json_path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     if json_path.is_dir():
         raise IsADirectoryError(f"{json_path} is a folder; give the name of a file for the figures.")
     # A fresh folder: a cache of a former demo would be found and reused, and nothing would be built.
-    with _quiet(), tempfile.TemporaryDirectory(prefix=".demo-", dir=output_dir) as scratch:
+    with _calm(), tempfile.TemporaryDirectory(prefix=".demo-", dir=output_dir) as scratch:
         figures = _three_runs(settings, seed, Path(scratch), echo)
         echo("5/5  picture and figures\n")
         echo(format_runs(figures["runs"]) + "\n")
@@ -346,25 +348,23 @@ def _keep_caches(built: Path, kept: Path) -> list[Path]:
 
 
 def _summary(figures: dict[str, Any], json_path: Path) -> list[str]:
-    images, settings = figures["test_images"], figures["settings"]
+    images, views = figures["test_images"], figures["settings"]["num_views"]
     error = max((run["accuracy"] * (1 - run["accuracy"]) / images) ** 0.5 for run in figures["runs"])
     return [
         f"Accuracy: on {images} held-out images after the last epoch; one seed, standard error up to {error:.1%}.",
         "          Run 2 draws a new view of each image in every epoch, run 3 has the stored ones.",
         "Seconds:  wall-clock of train(), cache build included, evaluation left out in all three.",
-        f"Bytes:    of all {len(figures['caches'])} caches, {settings['num_views']} stored views per image in each, lossless.",
+        f"Bytes:    of {len(figures['caches'])} caches together, {views} stored views per image in each, lossless.",
         "",
-        f"picture:  {figures['picture']}",
-        f"figures:  {json_path}",
+        f"picture:  {figures['picture']}\nfigures:  {json_path}",
         *(f"cache:    {path}" for path in figures["caches"]),
-        f"The whole demo took {figures['total_seconds']:.0f} s. To look into a cache:",
+        f"The whole demo took {figures['total_seconds']:.0f} s. To look into a cache:\n"
         f"  hf-freezecache inspect {figures['caches'][-1]}",
     ]
 
 
 def _three_runs(settings: DemoSettings, seed: int, scratch: Path, echo: Callable[[str], None]) -> dict[str, Any]:
-    first, train, test = _split_digits(settings, seed)
-    known = settings.num_pretrain_classes
+    (first, train, test), known = _split_digits(settings, seed), settings.num_pretrain_classes
     echo(f"1/5  a ViT of {settings.num_blocks} blocks learns the digits 0-{known - 1} ({len(first)} images)")
     pretrained = _make_model(settings, known, seed)
     pretraining = _train("1/5", pretrained, first, None, settings.pretrain_epochs, settings, seed, scratch)
@@ -384,8 +384,9 @@ def _three_runs(settings: DemoSettings, seed: int, scratch: Path, echo: Callable
     runs = []
     for step, (name, freezing) in enumerate(variants, start=2):
         echo(f"{step}/5  {name}")
-        model = copy.deepcopy(fresh)
-        trainer = _train(f"{step}/5", model, train, test, settings.epochs, settings, seed, scratch, **freezing)
+        trainer = _train(
+            f"{step}/5", copy.deepcopy(fresh), train, test, settings.epochs, settings, seed, scratch, **freezing
+        )
         runs.append(_figures(name, trainer))
         echo(f"     {runs[-1]['seconds']:.1f} s, accuracy {runs[-1]['accuracy']:.1%}")
     return {

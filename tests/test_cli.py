@@ -126,7 +126,7 @@ def test_an_error_of_another_kind_is_one_line_too(cache, monkeypatch) -> None:
 def test_inspect_prints_what_a_cache_holds(cache) -> None:
     status, out, err = call("inspect", cache)
     assert (status, err) == (0, "")
-    rows = {line.strip().partition("  ")[0]: line.partition("  ")[2].strip() for line in out.splitlines()[1:]}
+    rows = {parts[0]: parts[2].strip() for parts in (line.strip().partition("  ") for line in out.splitlines()[:0:-1])}
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.name != "index.json")
     assert out.splitlines()[0] == str(cache)
     for label, words in {
@@ -164,8 +164,8 @@ def test_inspect_prints_json(cache) -> None:
         "bytes_per_image": size / 20,
         "bytes_per_image_and_view": size / 40,
         "bits_per_element": 8 * size / 40 / (17 * 16),
-        "extras": [{"name": "labels", "dtype": "int64", "shape": []}],
     }
+    assert entry["extras"] == [{"name": "labels", "dtype": "int64", "shape": []}]
     assert {name: entry[name] for name in expected} == pytest.approx(expected)
 
 
@@ -393,11 +393,13 @@ def check_demo(folder: Path, out: str, figures: dict, epochs: int) -> None:
 @pytest.mark.usefixtures("tiny_demo")
 def test_demo_writes_table_picture_and_figures(tmp_path, capfd) -> None:
     level = logging.getLogger("hf_freezecache").level, transformers.logging.get_verbosity()
+    torch.set_num_threads(2)
     status, out, err = call("demo", "--output-dir", tmp_path / "demo")
     assert (status, err) == (0, "")
     assert capfd.readouterr() == ("", "")
     figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
     check_demo(tmp_path / "demo", out, figures, TINY.epochs)
+    assert (figures["machine"]["threads"], torch.get_num_threads()) == (1, 2)
     assert [line[:3] for line in out.splitlines() if line[:1].isdigit()] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     assert figures["seed"] == 0
     assert (logging.getLogger("hf_freezecache").level, transformers.logging.get_verbosity()) == level

@@ -202,6 +202,7 @@ def test_prefix_parameters_are_those_the_hidden_states_depend_on(family, overrid
     members = {p for module in split.prefix_modules() for p in module.parameters()}
     frozen = split.prefix_parameters()
     parameters = dict(model.named_parameters())
+    assert {name for name, p in parameters.items() if p in members} <= frozen.keys()
     assert list(frozen) == [name for name in parameters if name in frozen]
     assert all(frozen[name] is parameters[name] for name in frozen)
     with torch.no_grad():
@@ -217,6 +218,28 @@ def test_prefix_parameters_are_those_the_hidden_states_depend_on(family, overrid
             elif name in frozen:
                 assert parameter in members, name
     assert len(frozen) < len(parameters)
+
+
+class LoosePositions(nn.Module):
+    """Position codes that belong to no module that runs before the blocks, and a parameter used by nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = PlainViT()
+        self.config = self.inner.config
+        self.positions = nn.Parameter(torch.randn(8))
+        self.inner.embeddings.unused = nn.Parameter(torch.randn(8))
+        self.inner.embeddings.register_forward_hook(lambda module, args, output: output + self.positions)
+
+    def forward(self, pixel_values):
+        return self.inner(pixel_values)
+
+
+def test_prefix_parameters_may_lie_outside_of_the_prefix_modules() -> None:
+    split = split_model(LoosePositions(), 1)
+    assert "positions" in split.prefix_parameters()
+    assert "inner.embeddings.unused" in split.prefix_parameters()
+    assert len(split.prefix_parameters()) == 2 + 2 + 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
