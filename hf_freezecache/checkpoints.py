@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -61,8 +62,22 @@ def restore_weights(checkpoint: Path, model: nn.Module) -> bool:
         return False
     if not any(any(checkpoint.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")):
         return False
+    path = checkpoint / "model.safetensors"
+    if path.is_file():
+        tensors = load_file(path)
+        if tensors.keys() == model.state_dict().keys():  # saved under today's names
+            model.load_state_dict(tensors, strict=True)
+            return True
     with torch.random.fork_rng(devices=[]):
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        restored = type(model).from_pretrained(checkpoint, config=model.config, dtype=dtype)
-        model.load_state_dict(restored.state_dict(), strict=True)
+        # fp32 holds what any 16-bit file holds; each parameter is cast to its own dtype on copying.
+        restored, info = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=torch.float32, output_loading_info=True
+        )
+    wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        raise RuntimeError(
+            f"Checkpoint {checkpoint} does not hold the weights of this {type(model).__name__}: "
+            + ", ".join(f"{name.replace('_', ' ')} {keys[:5]}" for name, keys in wrong.items() if keys)
+        )
+    model.load_state_dict(restored.state_dict(), strict=True)
     return True

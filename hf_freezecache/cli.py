@@ -172,7 +172,7 @@ def verify(path: CachePath, as_json: AsJson = False, debug: Debug = False) -> No
     with _one_line_errors(debug):
         caches, unfinished = _find_caches(path)
         results = [_verify(cache) for cache in caches]
-        problems = sum(len(result["problems"]) for result in results)
+        problems = sum(len(result["problems"]) for result in results) + len(unfinished)
         if as_json:
             document = {"sound": not problems, "caches": results, "unfinished": list(map(str, unfinished))}
             typer.echo(json.dumps(document, indent=1))
@@ -182,7 +182,8 @@ def verify(path: CachePath, as_json: AsJson = False, debug: Debug = False) -> No
                     typer.echo(f"problem: {' '.join(problem.split())}")
                 if not result["problems"]:
                     typer.echo(f"sound: {result['path']}, {result['files']} files, {result['bytes']:,} bytes")
-            _note_unfinished(unfinished)
+            for folder in unfinished:
+                typer.echo(f"problem: {folder} has no {INDEX_NAME}: its build is unfinished, or the file is lost.")
         if problems:
             raise typer.Exit(1)
 

@@ -124,8 +124,7 @@ class _Bar(TrainerCallback):  # type: ignore[misc]
 class _TimedTrainer(FreezeCacheTrainer):
     """Keeps time: seconds of ``train()`` without those of ``evaluate()``, and accuracy against them."""
 
-    started = 0.0
-    evaluation_seconds = 0.0
+    started = evaluation_seconds = 0.0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.curve: list[list[float]] = []
@@ -261,7 +260,6 @@ def _train(
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=not sys.stderr.isatty(),
-        dataloader_pin_memory=False,
     )
     trainer = _TimedTrainer(
         model=model,

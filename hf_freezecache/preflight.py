@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 
-from .errors import DataError, UnsupportedSetupError
+from .errors import CacheWriteError, DataError, UnsupportedSetupError
 from .views import ViewDataset, seeded
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "check_cache_dir",
     "check_collator",
     "check_labels",
+    "check_writable",
 ]
 
 Collator = Callable[[list[Any]], dict[str, Any]]
@@ -70,6 +72,22 @@ def check_cache_dir(cache_dir: Path, output_dir: Path) -> None:
             f"cache_dir {cache_dir} lies inside output_dir {output_dir}, all of which push_to_hub uploads. Caches can "
             "reveal training images: choose a cache_dir elsewhere."
         )
+
+
+def check_writable(cache_dir: Path) -> None:
+    """Make the folder of caches and write to it once, before a run that will need it hours later.
+
+    Raises:
+        CacheWriteError: It cannot be made or written.
+    """
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise CacheWriteError(
+            f"The folder of caches {cache_dir} could not be written: {error}. Permit writing, or choose another cache_dir."
+        ) from error
 
 
 def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -> None:
@@ -193,7 +211,7 @@ def _check_label_values(batch: dict[str, Any], label_names: Sequence[str] | None
                 )
 
 
-def check_collator(views: ViewDataset, collate: Collator, trials: int = 4) -> None:
+def check_collator(views: ViewDataset, collate: Collator, trials: int = 32) -> None:
     """Refuse a collator that mixes samples (Mixup, CutMix) or draws random numbers of its own.
 
     Collates two samples together and one alone, a few times under different random states: the first sample must come

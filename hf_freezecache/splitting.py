@@ -292,11 +292,11 @@ class Split:
             hidden_states: (batch, tokens, hidden), on the model's device.
         """
         probe = self._probe
-        patched: list[nn.Module] = []
+        patched: list[tuple[nn.Module, Any]] = []
 
         def patch(module: nn.Module, forward: Callable[..., Any]) -> None:
+            patched.append((module, module.__dict__.get("forward")))
             module.forward = forward
-            patched.append(module)
 
         def answer(output: Any) -> Callable[..., Any]:
             return lambda *args, **kwargs: output
@@ -323,8 +323,11 @@ class Split:
                 patch(block, answer(_with_first_tensor(template, hidden_states)))
             yield
         finally:
-            for module in patched:
-                del module.forward
+            for module, own in reversed(patched):
+                if own is None:
+                    del module.forward
+                else:  # the instance had a forward of its own
+                    module.forward = own
             if handle is not None:
                 handle.remove()
 

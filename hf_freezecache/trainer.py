@@ -27,12 +27,20 @@ from .checkpoints import load_stage, restore_weights, save_stage
 from .codecs import make_codec
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset, ChunkSampler, collate_cached
-from .errors import UnsupportedSetupError
+from .errors import CacheMismatchError, UnsupportedSetupError
 from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer
 from .policies import Stage, plan_stages, split_point_at
-from .preflight import CheckedCollator, check_arguments, check_batch, check_cache_dir, check_collator, check_labels
+from .preflight import (
+    CheckedCollator,
+    check_arguments,
+    check_batch,
+    check_cache_dir,
+    check_collator,
+    check_labels,
+    check_writable,
+)
 from .splitting import Split, find_blocks, split_model
-from .views import ViewDataset, check_repeatable, with_rgb_images
+from .views import ViewDataset, check_repeatable, preserved_random_state, with_rgb_images
 
 __all__ = ["FreezeCacheTrainer"]
 
@@ -94,6 +102,7 @@ class FreezeCacheTrainer(Trainer):
         self._split: Split | None = None
         self._stages: list[Stage] = []
         self._frozen: list[Frozen] = []
+        self._made_optimizer = False
         self._cached = False
         self._views: ViewDataset | None = None
         self._sampler: ChunkSampler | None = None
@@ -101,6 +110,7 @@ class FreezeCacheTrainer(Trainer):
         self._data_parts: dict[str, str] = {}
         self._image_shape: tuple[int, int, int] = (0, 0, 0)
         self._prefix_inputs: frozenset[str] = frozenset()
+        self._batch_spec = ""
         self._paused_seconds = 0.0
         if freeze_config is None and (train_transform is not None or eval_transform is not None):
             raise UnsupportedSetupError(
@@ -129,6 +139,12 @@ class FreezeCacheTrainer(Trainer):
                 "them. The frozen part needs no gradients or optimizer state: try without."
             )
         check_arguments(args)
+        for name, base in (("_get_train_sampler", Trainer), ("get_train_dataloader", FreezeCacheTrainer)):
+            if getattr(type(self), name) is not getattr(base, name):
+                raise UnsupportedSetupError(
+                    f"{type(self).__name__} overrides {name}, which cached training would not use: it shuffles by chunks of "
+                    "the cache. Remove the override, or train without freeze_config."
+                )
         self._plan(freeze_config)
         if self.cache_config.mode != "never":
             check_cache_dir(Path(self.cache_config.cache_dir), Path(args.output_dir))
@@ -148,10 +164,10 @@ class FreezeCacheTrainer(Trainer):
     def _plan(self, freeze_config: FreezeConfig) -> list[Stage]:
         epochs = math.ceil(self.args.num_train_epochs)
         if self.args.max_steps > 0 and self.train_dataset is not None:
-            per_epoch = math.ceil(
-                len(self.train_dataset) / self.args.train_batch_size / self.args.gradient_accumulation_steps
-            )
-            epochs = math.ceil(self.args.max_steps / per_epoch)
+            batches = len(self.train_dataset) / self.args.train_batch_size
+            batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
+            per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+            epochs = math.ceil(self.args.max_steps / max(per_epoch, 1))
         _, blocks = find_blocks(self.model)
         return plan_stages(freeze_config, max(epochs, 1), len(blocks))
 
@@ -173,12 +189,18 @@ class FreezeCacheTrainer(Trainer):
             UnsupportedSetupError: As at construction, or the transform cannot be hashed.
         """
         if self.freeze_config is not None:
+            if kwargs.get("trial") is not None or (len(args) > 1 and args[1] is not None):
+                raise UnsupportedSetupError(
+                    "Hyperparameter search changes seeds and epochs after stages and views are planned: search without "
+                    "freeze_config, or call train() of a new trainer for each trial."
+                )
             if self.train_dataset is None:
                 raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
             self._split, self._cached, self._stage_loader = None, False, None
-            # A second train() starts at the first stage again.
-            while self._frozen:
-                self._frozen.pop().thaw()
+            # A second train() starts at the first stage again, with an optimizer that holds all parameters.
+            self._thaw()
+            if self._made_optimizer:
+                self.optimizer, self.lr_scheduler = None, None
             self._stages = self._plan(self.freeze_config)
             self._views = ViewDataset(
                 self._with_rgb(self.train_dataset),
@@ -193,7 +215,15 @@ class FreezeCacheTrainer(Trainer):
             )
             self._data_parts = {}
             self._preflight()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._thaw()
+
+    def _thaw(self) -> None:
+        """Give the model back as it came: frozen parameters require gradients again, hooks are gone."""
+        while self._frozen:
+            self._frozen.pop().thaw()
 
     @property
     def _view_seed(self) -> int:
@@ -220,13 +250,23 @@ class FreezeCacheTrainer(Trainer):
             name for name in batch if name in parameters and name not in {"pixel_values", *(self.label_names or [])}
         )
         split = split_model(model, max(stage.split_point for stage in self._stages))
+        self._batch_spec = json.dumps(sorted((name, str(v.dtype), list(v.shape[1:])) for name, v in batch.items()))
         device_batch = {
             name: value.to(next(model.parameters()).device)
             for name, value in batch.items()
             if name in {"pixel_values", *self._prefix_inputs}
         }
+        check_checkpointing(model)
         difference = split.verify(device_batch)
         logger.info("Split of %s verified: largest difference %.3g.", type(model).__name__, difference)
+        if self.cache_config.mode == "always" and any(stage.split_point for stage in self._stages):
+            # What would stop a later stage stops the run now.
+            self._hash_data()
+            check_writable(Path(self.cache_config.cache_dir))
+            if self._train_transform is not None and self.cache_config.num_views == 1:
+                logger.warning(
+                    "num_views=1 stores the eval rendering only: train_transform is not used in cached stages."
+                )
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         """Return the loader of the current stage; before training, one that renders views live."""
@@ -272,6 +312,9 @@ class FreezeCacheTrainer(Trainer):
             else:
                 split_point = load_stage(Path(resume_from_checkpoint))
             self._freeze(split_point)
+            self._made_optimizer = self.optimizer is None
+            if self.optimizer is not None:  # the user's own holds all parameters
+                prune_optimizer(self.optimizer)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _freeze(self, split_point: int) -> None:
@@ -358,7 +401,31 @@ class FreezeCacheTrainer(Trainer):
         assert self._split is not None
         assert self._sampler is not None
         config, layout = self.cache_config, self._sampler.layout
-        if not self._data_parts:  # hashed once per train(): reading a large data set takes a while
+        self._hash_data()
+        autocast = self.accelerator.mixed_precision
+        dtypes = sorted({str(p.dtype) for p in self._split.prefix_parameters().values()})
+        tensors = {**self._split.prefix_parameters(), **self._split.prefix_buffers()}
+        return Fingerprint(
+            {
+                "format version": str(FORMAT_VERSION),
+                **self._data_parts,
+                "batch": self._batch_spec,
+                "image size": "x".join(map(str, self._image_shape)),
+                "model": f"{type(self.model).__name__} {hash_config(getattr(self.model, 'config', None))}",
+                "prefix weights": hash_tensors(tensors),
+                "split point": str(split_point),
+                "number of views": str(config.num_views),
+                "view seed": str(self._view_seed),
+                "dtype": f"{autocast} autocast, {'/'.join(dtypes)} weights",
+                "codec": json.dumps(make_codec(config.codec).to_dict(), sort_keys=True),
+                "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
+            }
+        )
+
+    def _hash_data(self) -> None:
+        """Hash data and code; once per ``train()``, since reading a large data set takes a while."""
+        config = self.cache_config
+        if not self._data_parts:
             transform = (
                 config.transform_id
                 if config.transform_id is not None
@@ -377,24 +444,6 @@ class FreezeCacheTrainer(Trainer):
                 "transform": transform,
                 "data collator": collator,
             }
-        autocast = self.accelerator.mixed_precision
-        dtypes = sorted({str(p.dtype) for p in self._split.prefix_parameters().values()})
-        tensors = {**self._split.prefix_parameters(), **self._split.prefix_buffers()}
-        return Fingerprint(
-            {
-                "format version": str(FORMAT_VERSION),
-                **self._data_parts,
-                "image size": "x".join(map(str, self._image_shape)),
-                "model": f"{type(self.model).__name__} {hash_config(getattr(self.model, 'config', None))}",
-                "prefix weights": hash_tensors(tensors),
-                "split point": str(split_point),
-                "number of views": str(config.num_views),
-                "view seed": str(self._view_seed),
-                "dtype": f"{autocast} autocast, {'/'.join(dtypes)} weights",
-                "codec": json.dumps(make_codec(config.codec).to_dict(), sort_keys=True),
-                "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
-            }
-        )
 
     def _cache(self, split_point: int) -> BuildReport:
         """Find the cache of this split point, or build it."""
@@ -415,6 +464,7 @@ class FreezeCacheTrainer(Trainer):
         directory = cache_dir / plan.name
         if (directory / INDEX_NAME).is_file():
             reader = CacheReader(directory, plan.fingerprint)
+            self._spot_check(reader)
             logger.info("Using the cache %s.", directory)
             return BuildReport(
                 directory, reader.index.total_bytes, kept_shards=reader.index.num_shards * config.num_views
@@ -446,6 +496,31 @@ class FreezeCacheTrainer(Trainer):
             directory,
         )
         return report
+
+    def _spot_check(self, reader: CacheReader, num_samples: int = 4) -> None:
+        """Compute a few samples of a cache again: the fingerprint cannot see all code that data pass through."""
+        assert self._views is not None
+        dataset = CachedDataset(reader)
+        # Spread over the rows, the same ones for every process.
+        rows = sorted({row * (len(dataset) - 1) // max(num_samples - 1, 1) for row in range(num_samples)})
+        keys = [(row, position % reader.index.num_views) for position, row in enumerate(rows)]
+        with preserved_random_state():
+            batch = self._collator([self._views[key] for key in keys])
+            inputs = {name: batch[name] for name in batch.keys() & {"pixel_values", *self._prefix_inputs}}
+            exact = self._run_prefix(**inputs).to("cpu").float()
+        stored = collate_cached(dataset.__getitems__(keys))
+        scale = float(exact.abs().max())
+        # bf16 rounds to 8 bits, and other batch shapes and kernels round otherwise.
+        tolerance = (0.05 if self.accelerator.mixed_precision in ("bf16", "fp16") else 1e-3) * scale
+        difference = float((exact - stored["hidden_states"].float()).abs().max())
+        extras = [name for name in stored if name != "hidden_states" and not torch.equal(stored[name], batch[name])]
+        if not difference <= tolerance or extras:
+            raise CacheMismatchError(
+                f"Cache {reader.directory} has the right fingerprint but not what rows {rows} give now (hidden states "
+                f"differ by {difference:.3g}, at most {tolerance:.3g} expected; differing extras: {extras or 'none'}). "
+                "Code of the transform, the data set or the model has changed. Use another cache_dir, or delete the "
+                "folder to rebuild."
+            )
 
     def _run_prefix(self, pixel_values: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
         assert self._split is not None

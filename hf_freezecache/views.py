@@ -142,7 +142,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
-def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 3) -> None:
+def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -> None:
     """Draw a few views twice.
 
     A transform with a generator of its own (seeded neither by Python's, NumPy's nor torch's global state) gives two

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -294,7 +295,7 @@ def test_verify_names_every_problem_in_json(cache) -> None:
     assert "notes.txt does not belong" in foreign
 
 
-def test_an_unfinished_cache_fails_by_itself_and_is_a_note_beside_others(cache) -> None:
+def test_an_unfinished_cache_is_a_problem_by_itself_and_beside_others(cache) -> None:
     unfinished = shutil.copytree(cache, cache.with_name("k03-0000000000000000"))
     (unfinished / "index.json").unlink()
     (cache.parent / "photos").mkdir()
@@ -303,9 +304,9 @@ def test_an_unfinished_cache_fails_by_itself_and_is_a_note_beside_others(cache) 
     assert_one_line(err)
     assert "no finished cache" in err
     status, out, _ = call("verify", cache.parent)
-    assert status == 0
+    assert status == 1
     assert f"sound: {cache}" in out
-    assert f"note: {unfinished} is unfinished" in out
+    assert f"problem: {unfinished} has no index.json" in out
     assert "photos" not in out
     assert json.loads(call("verify", cache.parent, "--json")[1])["unfinished"] == [str(unfinished)]
     shutil.rmtree(cache)
@@ -391,18 +392,35 @@ def check_demo(folder: Path, out: str, figures: dict, epochs: int) -> None:
 
 
 @pytest.mark.usefixtures("tiny_demo")
-def test_demo_writes_table_picture_and_figures(tmp_path, capfd) -> None:
+def test_demo_writes_table_picture_and_figures(tmp_path, capfd, caplog) -> None:
     level = logging.getLogger("hf_freezecache").level, transformers.logging.get_verbosity()
     torch.set_num_threads(2)
     status, out, err = call("demo", "--output-dir", tmp_path / "demo")
     assert (status, err) == (0, "")
     assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
     check_demo(tmp_path / "demo", out, figures, TINY.epochs)
     assert (figures["machine"]["threads"], torch.get_num_threads()) == (1, 2)
     assert [line[:3] for line in out.splitlines() if line[:1].isdigit()] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     assert figures["seed"] == 0
     assert (logging.getLogger("hf_freezecache").level, transformers.logging.get_verbosity()) == level
+
+
+def test_seconds_leave_evaluation_out(train_dataset, eval_dataset, monkeypatch) -> None:
+    def slow(self: object, *args: object, **kwargs: object) -> dict[str, float]:
+        time.sleep(0.25)
+        return {"eval_accuracy": 0.5}
+
+    monkeypatch.setattr(demo.FreezeCacheTrainer, "evaluate", slow)
+    settings = {"schedule": None, "cls": demo._TimedTrainer, "eval_strategy": "epoch"}
+    trainer = make_trainer(tiny_vit(), train_dataset, eval_dataset, **settings)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    assert len(trainer.curve) == 4
+    assert seconds > 1
+    assert trainer.curve[-1][0] <= trainer.seconds < seconds - 0.95
 
 
 @pytest.mark.usefixtures("tiny_demo")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 from pathlib import Path
 
 import datasets
@@ -11,6 +13,7 @@ import torch
 from conftest import make_images
 from tiny import TinyTransform, make_trainer, tiny_vit
 
+from hf_freezecache import FreezeCacheTrainer
 from hf_freezecache import trainer as trainer_module
 from hf_freezecache.cache.fingerprint import Fingerprint, hash_dataset, hash_object, hash_tensors
 from hf_freezecache.cache.reader import CacheReader
@@ -175,7 +178,59 @@ def test_transforms_that_cannot_be_hashed_need_a_name(images) -> None:
     with pytest.raises(UnsupportedSetupError, match="transform_id"):
         hash_object(cannot_be_pickled, "training transform")
     assert cached_run(images, transform=TinyTransform(True), cache={"transform_id": "v1"}) == 8
-    assert cached_run(images, transform=TinyTransform(True, 0.3), cache={"transform_id": "v1"}) == 0
+
+    class SameImages(TinyTransform):
+        pass
+
+    assert cached_run(images, transform=SameImages(True), cache={"transform_id": "v1"}) == 0
+    with pytest.raises(CacheMismatchError, match=r"right fingerprint but not what rows .* give now"):
+        cached_run(images, transform=TinyTransform(True, 0.3), cache={"transform_id": "v1"})
+
+
+def test_edited_code_of_an_imported_transform_is_noticed(images, tmp_path, monkeypatch, caplog) -> None:
+    """What can be imported is pickled by its name: only its source shows the edit."""
+    source = (
+        "from tiny import TinyTransform\n\n\nclass Scaled(TinyTransform):\n    def __call__(self, batch):\n"
+        "        batch = super().__call__(batch)\n"
+        "        return {**batch, 'pixel_values': [p * FACTOR for p in batch['pixel_values']]}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    built = []
+    for factor in (1.0, -3.0):
+        (tmp_path / "scaled.py").write_text(source.replace("FACTOR", str(factor)))
+        sys.modules.pop("scaled", None)
+        importlib.invalidate_caches()
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        built.append(cached_run(images, transform=importlib.import_module("scaled").Scaled(True)))
+    assert built == [8, 8]
+    assert "transform" in caplog.text.split("differs in: ")[1]
+
+
+def test_edited_code_of_the_model_is_caught(images) -> None:
+    """No hash sees a forward that was replaced; a few samples computed again do."""
+    cached_run(images)
+    model = tiny_vit()
+    own = model.vit.layers[0].forward
+    model.vit.layers[0].forward = lambda *args, **kwargs: own(*args, **kwargs) * 1.5
+    with pytest.raises(CacheMismatchError, match="Code of the transform, the data set or the model"):
+        cached_run(images, model)
+
+
+def test_a_change_of_what_the_collator_yields_is_noticed(images, caplog) -> None:
+    class Weighted(TinyTransform):
+        def __call__(self, batch):
+            return {**super().__call__(batch), "weights": [torch.ones(2) for _ in batch["label"]]}
+
+    settings = {"transform": Weighted(True)}
+    assert cached_run(images, remove_unused_columns=True, **settings) == 8
+
+    class Ignoring(FreezeCacheTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            assert inputs.pop("weights").shape[1:] == (2,)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    assert cached_run(images, cls=Ignoring, **settings) == 8
+    assert "batch" in caplog.text.split("differs in: ")[1]
 
 
 def test_tensor_hash_sees_names_dtypes_shapes_and_bits() -> None:

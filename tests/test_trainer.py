@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_cache_parity import assert_same, parameters_of
 from tiny import TinyTransform, make_trainer, tiny_vit
 from transformers import AutoModelForImageClassification, TrainingArguments, ViTForImageClassification
@@ -158,7 +159,8 @@ def test_logs_of_a_stage(train_dataset) -> None:
 def test_optimizer_state_of_frozen_blocks_is_released(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:0,2:3")
     trainer.train()
-    trained = {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    frozen = trainer._split.prefix_parameters()
+    trained = {id(p) for name, p in trainer.model.named_parameters() if name not in frozen}
     optimizer = trainer.optimizer.optimizer
     assert {id(p) for p in optimizer.state} == trained
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
@@ -191,7 +193,9 @@ def test_model_init_and_training_twice(train_dataset) -> None:
 def test_a_second_train_starts_at_the_first_stage_again(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset)
     trainer.train()
+    before = parameters_of(trainer.model)
     trainer.train()
+    assert not torch.equal(before["vit.layers.1.mlp.fc1.weight"], trainer.model.vit.layers[1].mlp.fc1.weight)
     logged = [
         e["freezecache/trainable_parameters"] for e in trainer.state.log_history if "freezecache/split_point" in e
     ]
@@ -295,3 +299,63 @@ def test_evaluation_and_prediction_convert_grayscale_images(train_dataset, image
     trainer.train()
     assert trainer.evaluate(gray)["eval_loss"] > 0
     assert trainer.predict(gray).predictions.shape == (4, 4)
+
+
+def test_the_model_comes_back_thawed(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset)
+    trainer.train()
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
+def test_resume_with_the_users_own_optimizer(train_dataset) -> None:
+    def run(**settings):
+        model = tiny_vit()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        trainer = make_trainer(
+            model, train_dataset, save_strategy="epoch", trainer={"optimizers": (optimizer, None)}, output_dir="mine"
+        )
+        trainer.train(**settings)
+        return parameters_of(trainer.model)
+
+    whole = run()
+    for step in (5, 10, 15):
+        assert_same(run(resume_from_checkpoint=f"mine/checkpoint-{step}"), whole)
+
+
+def test_resume_from_an_incomplete_checkpoint_is_refused(train_dataset) -> None:
+    full_run(train_dataset, save_strategy="epoch")
+    path = Path("out/checkpoint-10/model.safetensors")
+    tensors = {name: t for name, t in load_file(path).items() if ".2." not in name}
+    save_file(tensors, path, metadata={"format": "pt"})
+    again = make_trainer(tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2})
+    with pytest.raises(RuntimeError, match="does not hold the weights"):
+        again.train(resume_from_checkpoint="out/checkpoint-10")
+
+
+@pytest.mark.parametrize("name", ["_get_train_sampler", "get_train_dataloader"])
+def test_overridden_samplers_and_loaders_are_refused(train_dataset, name) -> None:
+    own = type("Own", (FreezeCacheTrainer,), {name: lambda self, *args: None})
+    with pytest.raises(ValueError, match=f"Own overrides {name}"):
+        make_trainer(tiny_vit(), train_dataset, cls=own)
+
+
+def test_a_block_with_a_forward_of_its_own_keeps_it(train_dataset) -> None:
+    model = tiny_vit()
+    block = model.vit.layers[0]
+    own = block.forward
+
+    def doubled(*args, **kwargs):
+        return own(*args, **kwargs) * 2
+
+    block.forward = doubled
+    make_trainer(model, train_dataset, num_train_epochs=1).train()
+    assert block.forward is doubled
+
+
+def test_a_folder_that_a_late_stage_cannot_write_stops_the_run_at_once(train_dataset) -> None:
+    Path("a-file").touch()
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:0,2:3", cache={"cache_dir": "a-file/caches"})
+    with pytest.raises(OSError, match="could not be written"):
+        trainer.train()
+    assert not hasattr(trainer, "losses")

@@ -87,7 +87,7 @@ def test_building_leaves_random_states_alone(train_dataset) -> None:
     assert torch.equal(built, torch.rand(3))
 
 
-@pytest.mark.parametrize("stop_at", [40, 75, 110])
+@pytest.mark.parametrize("stop_at", [60, 80, 115])
 def test_killed_build_resumes_at_the_next_shard(train_dataset, tmp_path, stop_at) -> None:
     """Kill -9 in the middle of a shard; finished shards stay as they are, and the cache ends the same."""
     mark = tmp_path / "stopped"
@@ -141,7 +141,7 @@ def test_a_cache_that_another_live_process_writes_is_left_alone(train_dataset, t
     mark = tmp_path / "stopped"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "build_and_wait.py"), "40", str(mark)],
+        [sys.executable, str(HERE / "build_and_wait.py"), "80", str(mark)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -273,3 +273,20 @@ def test_memory_does_not_grow_with_rows(tmp_path) -> None:
         for path in (tmp_path / plan.name).rglob("*.safetensors"):
             path.unlink()
     assert abs(peaks[1] - peaks[0]) < 100e6, peaks
+
+
+@pytest.mark.parametrize("what", ["frame", "part"])
+def test_a_resumed_build_does_not_bless_damage(train_dataset, what) -> None:
+    """Hashes of kept shards are taken when the build ends: a flipped bit must be found before."""
+    build(train_dataset)
+    directory = only_cache()
+    whole = files_of(directory)
+    (directory / "index.json").unlink()
+    name = "view-01/shard-00001.safetensors" if what == "frame" else "index/view-01/part-00001.parquet"
+    data = bytearray(whole[name])
+    data[len(data) // 2] ^= 4
+    (directory / name).write_bytes(data if what == "frame" else data[:40])
+    trainer = build(train_dataset)
+    (entry,) = [e for e in trainer.state.log_history if "freezecache/built_shards" in e]
+    assert entry["freezecache/built_shards"] == 1
+    assert files_of(directory) == whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,24 @@ def hash_dataset(dataset: Any) -> str:
     return digest.hexdigest()
 
 
+def _sources(thing: Any) -> list[str]:
+    """Return hashes of the files that define a transform, or the parts of a tuple of them.
+
+    What can be imported is pickled by name only, so an edit of its code would go unseen. Installed packages are left
+    out: their versions change together with far more than a transform.
+    """
+    parts = (
+        list(thing) if isinstance(thing, (tuple, list)) else list(thing.values()) if isinstance(thing, dict) else None
+    )
+    if parts is not None:
+        return [source for part in parts for source in _sources(part)]
+    owner = thing if hasattr(thing, "__qualname__") else type(thing)
+    path = getattr(sys.modules.get(getattr(owner, "__module__", "")), "__file__", None)
+    if path is None or owner.__module__ == "__main__" or {"site-packages", "dist-packages"} & set(Path(path).parts):
+        return []
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest()] if Path(path).is_file() else []
+
+
 def hash_object(thing: Any, what: str) -> str:
     """Hash code and state of a transform or collator with ``datasets``' own hasher.
 
@@ -117,7 +136,7 @@ def hash_object(thing: Any, what: str) -> str:
     """
     hasher: Callable[[Any], str] = Hasher.hash
     try:
-        return hasher(thing)
+        return hasher((thing, _sources(thing)))
     except Exception as error:
         raise UnsupportedSetupError(
             f"The {what} cannot be hashed ({type(error).__name__}: {error}), so a cache could go stale unseen when it "

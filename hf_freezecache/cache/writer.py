@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -15,12 +16,15 @@ from typing import Any
 import datasets
 import filelock
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..codecs import DTYPES
+from ..codecs.entropy import check_frame
 from ..errors import CacheCorruptError, CacheLockedError, CacheWriteError, DataError, FreezeCacheError
 from ..views import ViewDataset, ViewKey, preserved_random_state
 from .fingerprint import Fingerprint
@@ -106,18 +110,32 @@ class _Keyed(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def _finished(directory: Path, plan: CachePlan, view: int, shard: int) -> bool:
-    """Say whether a shard and its index part are there, whole and of this cache."""
-    if not (directory / part_name(view, shard)).is_file():
+    """Say whether a shard and its index part are there, of this cache, and sound to the last frame.
+
+    Only a resumed build asks; what it keeps gets its hashes afterwards, so damage must be found now.
+    """
+    part, path = directory / part_name(view, shard), directory / shard_name(view, shard)
+    if not part.is_file():
         return False
+    rows = plan.rows(shard)
     try:
-        head = read_shard_head(directory / shard_name(view, shard))
-    except CacheCorruptError as error:
-        logger.warning("Rebuilding a shard: %s", error)
+        head = read_shard_head(path)
+        identity = (head.metadata.get("fingerprint"), head.metadata.get("view"), head.metadata.get("shard"))
+        if identity != (plan.fingerprint.digest, str(view), str(shard)) or not np.array_equal(
+            head.sample_indices, rows
+        ):
+            return False
+        if not np.array_equal(pq.read_table(part, columns=["sample_index"])["sample_index"].to_numpy(), rows):
+            raise ValueError(f"{part} does not list the rows of its shard")
+        with path.open("rb") as file:
+            file.seek(head.head_bytes)
+            for ends in head.frame_offsets.tolist():
+                for start, end in itertools.pairwise(ends):
+                    check_frame(file.read(end - start))
+    except (CacheCorruptError, ValueError, OSError, KeyError, pa.ArrowException) as error:
+        logger.warning("Rebuilding shard %s: %s", path, error)
         return False
-    identity = (head.metadata.get("fingerprint"), head.metadata.get("view"), head.metadata.get("shard"))
-    return identity == (plan.fingerprint.digest, str(view), str(shard)) and np.array_equal(
-        head.sample_indices, plan.rows(shard)
-    )
+    return True
 
 
 def _record(directory: Path, name: str, head: ShardHead | None = None) -> FileRecord:
@@ -163,7 +181,7 @@ def explain_miss(cache_dir: Path, fingerprint: Fingerprint) -> str | None:
     for path in sorted(cache_dir.glob(f"k*/{INDEX_NAME}")):
         try:
             parts = load_index(path.parent).fingerprint
-        except FreezeCacheError as error:
+        except (FreezeCacheError, OSError) as error:
             logger.warning("Passing over a cache that cannot be read: %s", error)
             continue
         different = fingerprint.difference(Fingerprint(parts))

@@ -6,7 +6,7 @@ import zstandard
 
 from .base import Buffer
 
-__all__ = ["compress_frame", "decompress_frame"]
+__all__ = ["check_frame", "compress_frame", "decompress_frame"]
 
 
 def compress_frame(data: Buffer, level: int) -> bytes:
@@ -42,3 +42,23 @@ def decompress_frame(frame: Buffer, expected_bytes: int) -> bytes:
     if len(content) != expected_bytes:
         raise ValueError(f"zstd frame holds {len(content)} bytes, expected {expected_bytes}")
     return content
+
+
+def check_frame(frame: Buffer) -> None:
+    """Check that a frame is whole, against its own size and checksum, in bounded memory.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        parameters = zstandard.get_frame_parameters(frame)
+        if not parameters.has_checksum:
+            raise ValueError("zstd frame without a checksum")
+        found = 0
+        with zstandard.ZstdDecompressor().stream_reader(frame) as reader:
+            while block := reader.read(2**20):
+                found += len(block)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"damaged zstd frame ({error})") from error
+    if found != parameters.content_size:
+        raise ValueError(f"zstd frame holds {found} bytes, claims {parameters.content_size}")
