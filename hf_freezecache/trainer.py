@@ -294,6 +294,9 @@ class FreezeCacheTrainer(Trainer):
                 sampler=self._sampler,
                 collate_fn=collate,
                 num_workers=args.dataloader_num_workers,
+                # Starting workers draws a seed: from here, so that the global state is the same with kept workers or
+                # after a resume. Views are seeded by themselves.
+                generator=torch.Generator(),
                 # Absent from early 5.x.
                 multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
                 pin_memory=args.dataloader_pin_memory,

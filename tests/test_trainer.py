@@ -40,8 +40,9 @@ def full_run(train_dataset, **settings) -> FreezeCacheTrainer:
         {"save_strategy": "steps", "save_steps": 2},
         {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "bf16": True},
         {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": 1},
+        {"save_strategy": "epoch", "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     ],
-    ids=["epoch-ends", "mid-epoch", "accumulation-bf16", "workers"],
+    ids=["epoch-ends", "mid-epoch", "accumulation-bf16", "workers", "kept-workers"],
 )
 def test_resume_at_every_checkpoint_is_bit_identical(train_dataset, settings) -> None:
     make = {"schedule": SCHEDULE, "cache": {"num_views": 2}, **settings}
