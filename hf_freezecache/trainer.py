@@ -186,7 +186,12 @@ class FreezeCacheTrainer(Trainer):
         Raises:
             DataError: The transform or the collator gives batches that cannot be used.
             UnrepeatableTransformError: The transform has a random generator of its own.
-            UnsupportedSetupError: As at construction, or the transform cannot be hashed.
+            UnsupportedSetupError: As at construction, the transform cannot be hashed, or this is a trial of a
+                hyperparameter search.
+            CacheWriteError: The folder of caches cannot be written.
+            CacheLockedError: Another live process is building the cache of a stage.
+            CacheCorruptError: The cache of a stage is damaged.
+            CacheMismatchError: A cache with the right fingerprint does not hold what its rows give now.
         """
         if self.freeze_config is not None:
             if kwargs.get("trial") is not None or (len(args) > 1 and args[1] is not None):
@@ -269,7 +274,11 @@ class FreezeCacheTrainer(Trainer):
                 )
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
-        """Return the loader of the current stage; before training, one that renders views live."""
+        """Return a loader that renders views live; each stage swaps in its own when it begins.
+
+        Raises:
+            UnsupportedSetupError: ``train()`` has not been called.
+        """
         if self.freeze_config is None:
             return super().get_train_dataloader()
         if self._sampler is None:
