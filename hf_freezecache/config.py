@@ -8,7 +8,10 @@ from typing import Optional, Union
 
 from .errors import ScheduleError, UnsupportedSetupError
 
-__all__ = ["CacheConfig", "FreezeConfig"]
+__all__ = ["DEFAULT_FIDELITY", "CacheConfig", "FreezeConfig"]
+
+#: Fidelity budget of ``codec="auto"``. Source: recipes/benchmarks/codec_accuracy.py.
+DEFAULT_FIDELITY = 0.002
 
 # `HfArgumentParser` reads annotations at run time and takes `Optional[X]`, not `X | None`, on Python 3.10.
 # ruff: noqa: UP007, UP045
@@ -91,7 +94,47 @@ class CacheConfig:
             "mode='never', draws a new view in every epoch."
         },
     )
-    codec: str = field(default="lossless", metadata={"help": "How hidden states are stored. 'lossless' so far."})
+    codec: str = field(
+        default="lossless",
+        metadata={
+            "help": "How hidden states are stored: 'lossless'; 'auto', the cheapest within --fidelity; 'transform', 'int8', "
+            "'int4', 'bf16' or 'fp16'; or a pipeline as a JSON list of steps. All but 'lossless' are lossy."
+        },
+    )
+    fidelity: float = field(
+        default=DEFAULT_FIDELITY,
+        metadata={
+            "help": "codec='auto': how far decoded states may lead the suffix astray on held-out images: KL to the exact "
+            "logits in nats per image, and mean squared error of the standardised input of the head; of the latter alone "
+            "while the head is random."
+        },
+    )
+    compression: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "codec='transform': split_point:bits pairs, e.g. '0:4.0,6:2.5,9:1.5': bits per element from which split "
+            "point on; or the name of a curve, 'linear' or 'geometric'."
+        },
+    )
+    gradient_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "'auto' and 'transform': how much a direction counts by its effect on the output, from 0 to 1."
+        },
+    )
+    calibration_samples: int = field(
+        default=256,
+        metadata={"help": "Images for fitting (the first half) and measuring (the other half) a lossy codec."},
+    )
+    promote: str = field(
+        default="auto",
+        metadata={
+            "help": "Where a later stage's states come from. 'auto': from the previous stage's cache through the blocks "
+            "between, where that stays within --fidelity (always for a lossless one); 'never': from the images; "
+            "'always': from the cache whenever there is one.",
+            "choices": ["auto", "never", "always"],
+        },
+    )
     chunk_size: int = field(
         default=32, metadata={"help": "Samples encoded together: the unit of reading and of shuffling."}
     )
@@ -141,7 +184,24 @@ class CacheConfig:
         """
         if self.mode not in ("always", "never"):
             raise UnsupportedSetupError(f"mode must be 'always' or 'never', got {self.mode!r}.")
-        for name, least in (("chunk_size", 1), ("shard_chunks", 1), ("shuffle_window", 1), ("num_views", 0)):
+        if self.promote not in ("auto", "never", "always"):
+            raise UnsupportedSetupError(f"promote must be 'auto', 'never' or 'always', got {self.promote!r}.")
+        if not (isinstance(self.fidelity, (int, float)) and 0 < self.fidelity < float("inf")):
+            raise UnsupportedSetupError(f"fidelity must be a positive number, got {self.fidelity!r}.")
+        if not (isinstance(self.gradient_weight, (int, float)) and 0 <= self.gradient_weight <= 1):
+            raise UnsupportedSetupError(f"gradient_weight must be a number from 0 to 1, got {self.gradient_weight!r}.")
+        if self.compression is not None and self.codec != "transform":
+            raise UnsupportedSetupError(
+                f"compression={self.compression!r} sets the rate of codec='transform', but codec={self.codec!r}. Set "
+                "codec='transform', or remove compression; codec='auto' takes its rate from fidelity."
+            )
+        for name, least in (
+            ("chunk_size", 1),
+            ("shard_chunks", 1),
+            ("shuffle_window", 1),
+            ("num_views", 0),
+            ("calibration_samples", 4),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UnsupportedSetupError(f"{name} must be a whole number >= {least}, got {value!r}.")

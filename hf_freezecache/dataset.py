@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,15 @@ from torch.utils.data import Dataset, Sampler
 
 from .cache.fingerprint import Fingerprint
 from .cache.layout import ChunkLayout, epoch_view
-from .cache.reader import CacheReader, DecodedChunk
+from .cache.reader import CacheReader
 from .views import ViewKey
 
-__all__ = ["CachedDataset", "ChunkSampler", "collate_cached"]
+__all__ = ["PACKED", "CachedDataset", "ChunkSampler", "collate_cached", "split_packed"]
+
+#: Prefix of the names of what ``Codec.unpack`` gave, in items and batches.
+PACKED = "packed."
+
+_Chunk = dict[str, Tensor]
 
 
 class CachedDataset(Dataset):  # type: ignore[type-arg]
@@ -30,14 +35,17 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         reader: The opened cache.
         max_chunks: Decoded chunks kept in memory. ``ChunkSampler`` needs its window and, where a batch spans two
             windows, what the batch touches of the next.
+        packed: Items hold the codec's integers, as ``"packed.<name>"``, in place of ``hidden_states``. They are a
+            quarter to half the size; ``Codec.restore`` turns a batch of them into hidden states on the training device.
     """
 
-    def __init__(self, reader: CacheReader, max_chunks: int = 16) -> None:
+    def __init__(self, reader: CacheReader, max_chunks: int = 16, packed: bool = False) -> None:
         self.reader = reader
         self.max_chunks = max_chunks
+        self.packed = packed
         #: Chunks decoded so far by this process.
         self.decoded_chunks = 0
-        self._chunks: OrderedDict[tuple[int, int], DecodedChunk] = OrderedDict()
+        self._chunks: OrderedDict[tuple[int, int], _Chunk] = OrderedDict()
         self._unread: dict[tuple[int, int], int] = {}
 
     @classmethod
@@ -62,19 +70,24 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         """Leave decoded chunks behind when copied into a worker process."""
         return {**self.__dict__, "_chunks": OrderedDict(), "_unread": {}}
 
-    def _chunk(self, view: int, chunk: int) -> DecodedChunk:
+    def _chunk(self, view: int, chunk: int) -> _Chunk:
         key = (view, chunk)
         if key in self._chunks:
             self._chunks.move_to_end(key)
             return self._chunks[key]
-        decoded = self.reader.read_chunk(view, chunk)
+        if self.packed:
+            packed = self.reader.unpack_chunk(view, chunk)
+            parts = {PACKED + name: array for name, array in packed.arrays.items()} | packed.extras
+        else:
+            decoded = self.reader.read_chunk(view, chunk)
+            parts = {"hidden_states": decoded.hidden_states, **decoded.extras}
         self.decoded_chunks += 1
-        self._chunks[key] = decoded
-        self._unread[key] = len(decoded.hidden_states)
+        self._chunks[key] = parts
+        self._unread[key] = len(next(iter(parts.values())))
         while len(self._chunks) > self.max_chunks:
             old, _ = self._chunks.popitem(last=False)
             del self._unread[old]
-        return decoded
+        return parts
 
     def __getitem__(self, key: int | ViewKey) -> dict[str, Tensor]:
         """Return one sample.
@@ -97,13 +110,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
                     f"{len(self)} samples in {num_views} views."
                 )
             chunk, row = divmod(int(layout.position[sample_index]), layout.chunk_size)
-            decoded = self._chunk(view, chunk)
-            items.append(
-                {
-                    "hidden_states": decoded.hidden_states[row],
-                    **{name: value[row] for name, value in decoded.extras.items()},
-                }
-            )
+            items.append({name: value[row] for name, value in self._chunk(view, chunk).items()})
             # In an epoch each sample is read once: a chunk read to its end makes room at once.
             self._unread[view, chunk] -= 1
             if self._unread[view, chunk] == 0:
@@ -157,5 +164,19 @@ class ChunkSampler(Sampler[ViewKey]):
 
 
 def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples of a cache into a batch: ``hidden_states`` (batch, tokens, hidden), labels and other extras."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    """Stack samples of a cache into a batch: ``hidden_states`` (batch, tokens, hidden), labels and other extras.
+
+    Packed samples are stacked as they are. What only some of them carry, those of chunks with tokens that are stored
+    as they are, is zero for the others.
+    """
+    names = {name: item[name] for item in reversed(items) for name in item}
+    return {
+        name: torch.stack([item[name] if name in item else torch.zeros_like(like) for item in items])
+        for name, like in sorted(names.items())
+    }
+
+
+def split_packed(batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what ``Codec.restore`` takes of a batch, and the rest of the batch."""
+    packed = {name.removeprefix(PACKED): value for name, value in batch.items() if name.startswith(PACKED)}
+    return packed, {name: value for name, value in batch.items() if not name.startswith(PACKED)}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
 
-__all__ = ["Split", "find_blocks", "first_tensor", "split_model"]
+__all__ = ["Split", "find_blocks", "first_tensor", "split_model", "token_grid"]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
@@ -347,6 +347,70 @@ class Split:
         with self.injecting(hidden_states):
             return self.model(pixel_values=self.placeholder(len(hidden_states)), **extra)
 
+    def between(self, hidden_states: Tensor, stop: int, **extra: Any) -> Tensor:
+        """Run blocks ``[k:stop]``.
+
+        Args:
+            hidden_states: (batch, tokens, hidden), as ``prefix`` gave them.
+            stop: Block before which to stop, greater than ``split_point``.
+            extra: Further arguments of the model's forward.
+
+        Returns:
+            Hidden states (batch, tokens, hidden) that enter block ``stop``.
+
+        Raises:
+            UnsupportedModelError: ``stop`` is not behind the split point, or there is no such block.
+        """
+        if not self.split_point < stop <= self.num_blocks:
+            raise UnsupportedModelError(
+                f"Cannot go on from block {self.split_point} to {stop}; expected {self.split_point + 1} to {self.num_blocks}."
+            )
+
+        def after_last(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            raise _PrefixDone(first_tensor(output))
+
+        _ = self._probe  # runs the model; must not meet the hook
+        handle = self._blocks[stop - 1].register_forward_hook(after_last)
+        try:
+            with self.injecting(hidden_states):
+                self.model(pixel_values=self.placeholder(len(hidden_states)), **extra)
+        except _PrefixDone as done:
+            return done.hidden_states
+        finally:
+            handle.remove()
+        raise AssertionError("the forward ended without reaching the block")
+
+    def outputs(self, hidden_states: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
+        """Run the suffix, and also return what its head saw.
+
+        Args:
+            hidden_states: (batch, tokens, hidden), as ``prefix`` gave them.
+            extra: Further arguments of the model's forward.
+
+        Returns:
+            The model's first output, e.g. logits (batch, classes), and the final features (batch, features): the input of
+            the last ``nn.Linear`` outside the blocks that gives as many values as the output has. Without one, the output.
+        """
+        _ = self._probe  # runs the model; must not meet the hooks
+        inside = {module for block in self._blocks for module in block.modules()}
+        seen: list[tuple[int, Tensor]] = []
+
+        def record(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+            seen.append((module.out_features, args[0]))
+
+        handles = [
+            module.register_forward_pre_hook(record)
+            for module in self.model.modules()
+            if isinstance(module, nn.Linear) and module not in inside
+        ]
+        try:
+            output = first_tensor(self.suffix(hidden_states, **extra))
+        finally:
+            for handle in handles:
+                handle.remove()
+        features = [tensor for size, tensor in seen if size == output.shape[-1]]
+        return output, (features[-1] if features else output).flatten(1)
+
     def verify(self, batch: dict[str, Any], tolerance: float | None = None) -> float:
         """Compare the split with the model on one batch, in eval mode.
 
@@ -383,6 +447,31 @@ class Split:
                 f"{tolerance:g} relative). Use plain Trainer for this model, and please report it."
             )
         return difference
+
+
+def token_grid(num_tokens: int, image_shape: tuple[int, int, int], config: Any = None) -> tuple[int, tuple[int, int]]:
+    """Find how the tokens of hidden states lie on the image.
+
+    Args:
+        num_tokens: Tokens per sample.
+        image_shape: (channels, height, width) of the images.
+        config: The model's configuration, for its ``patch_size``.
+
+    Returns:
+        Number of leading prefix tokens (CLS, distillation, registers), and (height, width) of the grid of patches. Where no
+        grid of the image's proportions with at most 16 prefix tokens is found: 0 and (1, num_tokens).
+    """
+    _, height, width = image_shape
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
+    if isinstance(patch, int) and patch > 0:
+        grid = (height // patch, width // patch)
+        if 0 <= num_tokens - grid[0] * grid[1] <= 16 and min(grid) > 0:
+            return num_tokens - grid[0] * grid[1], grid
+    for prefix_tokens in range(min(17, num_tokens)):
+        rows = round(((num_tokens - prefix_tokens) * height / width) ** 0.5)
+        if rows > 0 and rows * rows * width == (num_tokens - prefix_tokens) * height:
+            return prefix_tokens, (rows, (num_tokens - prefix_tokens) // rows)
+    return 0, (1, num_tokens)
 
 
 def split_model(model: nn.Module, k: int) -> Split:

@@ -18,16 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from .cache.fingerprint import Fingerprint, hash_config, hash_dataset, hash_object, hash_tensors
-from .cache.format import FORMAT_VERSION, INDEX_NAME
 from .cache.layout import ChunkLayout
-from .cache.reader import CacheReader
-from .cache.writer import BuildReport, CachePlan, build_cache, explain_miss
+from .caching import Data, StageCache, requested_codec
 from .checkpoints import load_stage, restore_weights, save_stage
-from .codecs import make_codec
+from .codecs import Codec
 from .config import CacheConfig, FreezeConfig
-from .dataset import CachedDataset, ChunkSampler, collate_cached
-from .errors import CacheMismatchError, UnsupportedSetupError
+from .dataset import CachedDataset, ChunkSampler, collate_cached, split_packed
+from .errors import UnsupportedSetupError
 from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer
 from .policies import Stage, plan_stages, split_point_at
 from .preflight import (
@@ -40,7 +37,7 @@ from .preflight import (
     check_writable,
 )
 from .splitting import Split, find_blocks, split_model
-from .views import ViewDataset, check_repeatable, preserved_random_state, with_rgb_images
+from .views import ViewDataset, check_repeatable, with_rgb_images
 
 __all__ = ["FreezeCacheTrainer"]
 
@@ -103,14 +100,12 @@ class FreezeCacheTrainer(Trainer):
         self._stages: list[Stage] = []
         self._frozen: list[Frozen] = []
         self._made_optimizer = False
-        self._cached = False
-        self._views: ViewDataset | None = None
+        self._data: Data | None = None
+        self._stage_cache: StageCache | None = None
+        self._codec: Codec | None = None
+        self._dtype = torch.float32
         self._sampler: ChunkSampler | None = None
         self._stage_loader: Any = None
-        self._data_parts: dict[str, str] = {}
-        self._image_shape: tuple[int, int, int] = (0, 0, 0)
-        self._prefix_inputs: frozenset[str] = frozenset()
-        self._batch_spec = ""
         self._paused_seconds = 0.0
         if freeze_config is None and (train_transform is not None or eval_transform is not None):
             raise UnsupportedSetupError(
@@ -145,10 +140,12 @@ class FreezeCacheTrainer(Trainer):
                     f"{type(self).__name__} overrides {name}, which cached training would not use: it shuffles by chunks of "
                     "the cache. Remove the override, or train without freeze_config."
                 )
-        self._plan(freeze_config)
+        stages = self._plan(freeze_config)
         if self.cache_config.mode != "never":
             check_cache_dir(Path(self.cache_config.cache_dir), Path(args.output_dir))
-        make_codec(self.cache_config.codec)
+        num_blocks = len(find_blocks(self.model)[1])
+        for stage in stages:
+            requested_codec(self.cache_config, max(stage.split_point, 1), num_blocks)
         if self.train_dataset is not None:
             check_labels(self.train_dataset, self._num_labels, [*(self.label_names or []), "label"])
 
@@ -201,24 +198,33 @@ class FreezeCacheTrainer(Trainer):
                 )
             if self.train_dataset is None:
                 raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
-            self._split, self._cached, self._stage_loader = None, False, None
+            self._split, self._codec, self._stage_loader = None, None, None
             # A second train() starts at the first stage again, with an optimizer that holds all parameters.
             self._thaw()
             if self._made_optimizer:
                 self.optimizer, self.lr_scheduler = None, None
             self._stages = self._plan(self.freeze_config)
-            self._views = ViewDataset(
+            views = ViewDataset(
                 self._with_rgb(self.train_dataset),
                 self._view_seed,
                 self._train_transform,
                 self._eval_transform,
             )
-            layout = ChunkLayout(len(self._views), self.cache_config.chunk_size, self._view_seed)
+            layout = ChunkLayout(len(views), self.cache_config.chunk_size, self._view_seed)
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             self._sampler = ChunkSampler(
                 layout, seed, self._view_seed, self.cache_config.num_views, self.cache_config.shuffle_window
             )
-            self._data_parts = {}
+            self._data = Data(
+                self.train_dataset,
+                (self._train_transform, self._eval_transform),
+                views,
+                self._collator,
+                self.data_collator,
+                layout,
+                self._view_seed,
+                classes=self._num_labels is not None,
+            )
             self._preflight()
         try:
             return super().train(*args, **kwargs)
@@ -244,31 +250,43 @@ class FreezeCacheTrainer(Trainer):
 
     def _preflight(self) -> None:
         """Draw a few views and refuse what would fail later, when work could be lost."""
-        assert self._views is not None
-        check_repeatable(self._views, self.cache_config.num_views)
-        batch = check_batch(self._views, self._collator, self.label_names, self._num_labels)
-        check_collator(self._views, self._collator)
-        self._image_shape = tuple(batch["pixel_values"].shape[1:])
+        data = self._data
+        assert data is not None
+        check_repeatable(data.views, self.cache_config.num_views)
+        batch = check_batch(data.views, data.collate, self.label_names, self._num_labels)
+        check_collator(data.views, data.collate)
+        data.image_shape = tuple(batch["pixel_values"].shape[1:])
         model = self.model
         parameters = inspect.signature(model.forward).parameters
-        self._prefix_inputs = frozenset(
+        data.prefix_inputs = frozenset(
             name for name in batch if name in parameters and name not in {"pixel_values", *(self.label_names or [])}
         )
+        data.batch_spec = json.dumps(sorted((name, str(v.dtype), list(v.shape[1:])) for name, v in batch.items()))
         split = split_model(model, max(stage.split_point for stage in self._stages))
-        self._batch_spec = json.dumps(sorted((name, str(v.dtype), list(v.shape[1:])) for name, v in batch.items()))
         device_batch = {
             name: value.to(next(model.parameters()).device)
             for name, value in batch.items()
-            if name in {"pixel_values", *self._prefix_inputs}
+            if name in {"pixel_values", *data.prefix_inputs}
         }
         check_checkpointing(model)
         difference = split.verify(device_batch)
         logger.info("Split of %s verified: largest difference %.3g.", type(model).__name__, difference)
-        if self.cache_config.mode == "always" and any(stage.split_point for stage in self._stages):
+        config, workers = self.cache_config, self.cache_config.build_num_workers
+        self._stage_cache = StageCache(
+            config,
+            data,
+            self._run_frozen,
+            str(self.accelerator.mixed_precision),
+            batch_size=config.build_batch_size or self._train_batch_size,
+            num_workers=self.args.dataloader_num_workers if workers is None else workers,
+            show_progress=not self.args.disable_tqdm,
+            split_points=tuple(stage.split_point for stage in self._stages),
+        )
+        if config.mode == "always" and any(stage.split_point for stage in self._stages):
             # What would stop a later stage stops the run now.
-            self._hash_data()
-            check_writable(Path(self.cache_config.cache_dir))
-            if self._train_transform is not None and self.cache_config.num_views == 1:
+            self._stage_cache.hash_data()
+            check_writable(Path(config.cache_dir))
+            if self._train_transform is not None and config.num_views == 1:
                 logger.warning(
                     "num_views=1 stores the eval rendering only: train_transform is not used in cached stages."
                 )
@@ -283,7 +301,8 @@ class FreezeCacheTrainer(Trainer):
             return super().get_train_dataloader()
         if self._sampler is None:
             raise UnsupportedSetupError("get_train_dataloader() is available once train() has been called.")
-        return self._loader(self._views, self._collator)
+        assert self._data is not None
+        return self._loader(self._data.views, self._data.collate)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As for ``Trainer``; images are decoded to RGB, as those of the training data are."""
@@ -331,7 +350,8 @@ class FreezeCacheTrainer(Trainer):
 
     def _freeze(self, split_point: int) -> None:
         self._split = split_model(self.model, split_point)
-        self._split.image_shape = self._image_shape
+        assert self._data is not None
+        self._split.image_shape = self._data.image_shape
         check_checkpointing(self.model)
         if split_point > 0:
             self._frozen.append(freeze(self._split))
@@ -379,26 +399,35 @@ class FreezeCacheTrainer(Trainer):
             "freezecache/trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "freezecache/released_optimizer_bytes": released,
         }
-        self._cached = split_point > 0 and self.cache_config.mode == "always"
         assert self._sampler is not None
+        assert self._data is not None
+        assert self._stage_cache is not None
+        self._codec = None
         self._sampler.num_views = self.cache_config.num_views if split_point > 0 else 0
-        if self._cached:
-            report = self._cache(split_point)
+        if split_point > 0 and self.cache_config.mode == "always":
+            reader, report = self._stage_cache.open(self._split)
+            self._codec, self._dtype = reader.codec, reader.dtype
             dataset = CachedDataset(
-                CacheReader(report.directory),
-                max_chunks=self.cache_config.shuffle_window + self._chunks_per_batch,
+                reader, max_chunks=self.cache_config.shuffle_window + self._chunks_per_batch, packed=True
             )
             self._stage_loader = self._loader(dataset, collate_cached)
             logs |= {
                 "freezecache/cache_bytes": report.total_bytes,
                 "freezecache/cache_bytes_per_image": report.total_bytes / len(dataset),
+                "freezecache/bits_per_element": round(reader.index.bits_per_element, 4),
                 "freezecache/build_seconds": round(report.seconds, 3),
                 "freezecache/built_shards": report.built_shards,
+            }
+            measured = reader.index.calibration or {}
+            logs |= {
+                f"freezecache/{name}": measured[name]
+                for name in ("fidelity", "agreement", "relative_error")
+                if name in measured
             }
         else:
             why = "no block is frozen" if split_point == 0 else "mode='never'"
             logger.info("Training without a cache from here on: %s.", why)
-            self._stage_loader = self._loader(self._views, self._collator)
+            self._stage_loader = self._loader(self._data.views, self._data.collate)
         self.callback_handler.train_dataloader = self._stage_loader
         self.log(logs)
 
@@ -406,143 +435,15 @@ class FreezeCacheTrainer(Trainer):
     def _chunks_per_batch(self) -> int:
         return min(self._train_batch_size, self.cache_config.shuffle_window)
 
-    # ---- The cache ----
-
-    def _fingerprint(self, split_point: int) -> Fingerprint:
-        """Return what the cache of this split point depends on, in a user's words."""
-        assert self._split is not None
-        assert self._sampler is not None
-        config, layout = self.cache_config, self._sampler.layout
-        self._hash_data()
-        autocast = self.accelerator.mixed_precision
-        dtypes = sorted({str(p.dtype) for p in self._split.prefix_parameters().values()})
-        tensors = {**self._split.prefix_parameters(), **self._split.prefix_buffers()}
-        return Fingerprint(
-            {
-                "format version": str(FORMAT_VERSION),
-                **self._data_parts,
-                "batch": self._batch_spec,
-                "image size": "x".join(map(str, self._image_shape)),
-                "model": f"{type(self.model).__name__} {hash_config(getattr(self.model, 'config', None))}",
-                "prefix weights": hash_tensors(tensors),
-                "split point": str(split_point),
-                "number of views": str(config.num_views),
-                "view seed": str(self._view_seed),
-                "dtype": f"{autocast} autocast, {'/'.join(dtypes)} weights",
-                "codec": json.dumps(make_codec(config.codec).to_dict(), sort_keys=True),
-                "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
-            }
-        )
-
-    def _hash_data(self) -> None:
-        """Hash data and code; once per ``train()``, since reading a large data set takes a while."""
-        config = self.cache_config
-        if not self._data_parts:
-            transform = (
-                config.transform_id
-                if config.transform_id is not None
-                else hash_object(
-                    (
-                        self._train_transform,
-                        self._eval_transform,
-                        self.train_dataset.format if isinstance(self.train_dataset, datasets.Dataset) else None,
-                    ),
-                    "training transform",
-                )
-            )
-            collator = config.transform_id or hash_object(self.data_collator, "data collator")
-            self._data_parts = {
-                "dataset": config.dataset_id or hash_dataset(self.train_dataset),
-                "transform": transform,
-                "data collator": collator,
-            }
-
-    def _cache(self, split_point: int) -> BuildReport:
-        """Find the cache of this split point, or build it."""
-        assert self._split is not None
-        assert self._sampler is not None
-        assert self._views is not None
-        config = self.cache_config
-        cache_dir = Path(config.cache_dir)
-        plan = CachePlan(
-            self._fingerprint(split_point),
-            split_point,
-            self._image_shape,
-            config.num_views,
-            self._sampler.layout,
-            config.shard_chunks,
-            make_codec(config.codec),
-        )
-        directory = cache_dir / plan.name
-        if (directory / INDEX_NAME).is_file():
-            reader = CacheReader(directory, plan.fingerprint)
-            self._spot_check(reader)
-            logger.info("Using the cache %s.", directory)
-            return BuildReport(
-                directory, reader.index.total_bytes, kept_shards=reader.index.num_shards * config.num_views
-            )
-        if not directory.exists():
-            miss = explain_miss(cache_dir, plan.fingerprint) if cache_dir.is_dir() else None
-            logger.warning("No cache fits, building %s%s", directory, f": {miss}." if miss else ".")
-        else:
-            logger.warning("Going on with the unfinished cache %s.", directory)
-        workers = config.build_num_workers
-        report = build_cache(
-            cache_dir,
-            plan,
-            self._views,
-            self._collator,
-            self._run_prefix,
-            batch_size=config.build_batch_size or self._train_batch_size,
-            num_workers=self.args.dataloader_num_workers if workers is None else workers,
-            prefix_inputs=self._prefix_inputs,
-            show_progress=not self.args.disable_tqdm,
-        )
-        logger.info(
-            "Cached %d views in %.1f s (%.1f s rendering, %.1f s in the prefix): %.1f MiB in %s.",
-            len(self._views) * config.num_views,
-            report.seconds,
-            report.render_seconds,
-            report.prefix_seconds,
-            report.total_bytes / 2**20,
-            directory,
-        )
-        return report
-
-    def _spot_check(self, reader: CacheReader, num_samples: int = 4) -> None:
-        """Compute a few samples of a cache again: the fingerprint cannot see all code that data pass through."""
-        assert self._views is not None
-        dataset = CachedDataset(reader)
-        # Spread over the rows, the same ones for every process.
-        rows = sorted({row * (len(dataset) - 1) // max(num_samples - 1, 1) for row in range(num_samples)})
-        keys = [(row, position % reader.index.num_views) for position, row in enumerate(rows)]
-        with preserved_random_state():
-            batch = self._collator([self._views[key] for key in keys])
-            inputs = {name: batch[name] for name in batch.keys() & {"pixel_values", *self._prefix_inputs}}
-            exact = self._run_prefix(**inputs).to("cpu").float()
-        stored = collate_cached(dataset.__getitems__(keys))
-        scale = float(exact.abs().max())
-        # bf16 rounds to 8 bits, and other batch shapes and kernels round otherwise.
-        tolerance = (0.05 if self.accelerator.mixed_precision in ("bf16", "fp16") else 1e-3) * scale
-        difference = float((exact - stored["hidden_states"].float()).abs().max())
-        extras = [name for name in stored if name != "hidden_states" and not torch.equal(stored[name], batch[name])]
-        if not difference <= tolerance or extras:
-            raise CacheMismatchError(
-                f"Cache {reader.directory} has the right fingerprint but not what rows {rows} give now (hidden states "
-                f"differ by {difference:.3g}, at most {tolerance:.3g} expected; differing extras: {extras or 'none'}). "
-                "Code of the transform, the data set or the model has changed. Use another cache_dir, or delete the "
-                "folder to rebuild."
-            )
-
-    def _run_prefix(self, pixel_values: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
-        assert self._split is not None
-        inputs = self._prepare_inputs({"pixel_values": pixel_values, **extras})
+    def _run_frozen(self, function: Callable[..., Any], **inputs: Any) -> Any:
+        """Call a function of tensors on the training device, in eval mode, without gradients."""
+        inputs = self._prepare_inputs(inputs)
         training = self.model.training
         try:
             self.model.eval()
             # The run's own autocast: hidden states computed in fp32 are not those of a bf16 run.
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-                return self._split.prefix(**inputs)
+                return function(**inputs)
         finally:
             self.model.train(training)
 
@@ -550,11 +451,15 @@ class FreezeCacheTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on a batch of images, or on a batch of hidden states through the suffix."""
-        if not (self._cached and isinstance(inputs, Mapping) and "hidden_states" in inputs):
+        packed, rest = split_packed(inputs) if self._codec is not None and isinstance(inputs, Mapping) else ({}, {})
+        if self._codec is None or not packed:
             return super().training_step(model, inputs, *args, **kwargs)
         assert self._split is not None
-        inputs = self._prepare_inputs(dict(inputs))
-        hidden_states = inputs.pop("hidden_states")
+        inputs, packed = self._prepare_inputs(rest) if rest else {}, self._prepare_inputs(packed)
+        # Integers came to the device; what bf16 rounds off the states is far below what the codec did.
+        compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+        with torch.no_grad():
+            hidden_states = self._codec.restore(packed, self._dtype, compute_dtype)
         inputs["pixel_values"] = self._split.placeholder(len(hidden_states))
         with self._split.injecting(hidden_states):
             return super().training_step(model, inputs, *args, **kwargs)
@@ -565,10 +470,13 @@ class FreezeCacheTrainer(Trainer):
         Source: the estimate of ``PreTrainedModel.floating_point_ops``, with tokens for inputs, and without what does not
         run.
         """
-        if "hidden_states" not in inputs or not self._cached:
+        packed, _ = split_packed(inputs)
+        if self._codec is None or not packed:
             return super().floating_point_ops(inputs)
-        batch, tokens, _ = inputs["hidden_states"].shape
-        return 6 * batch * tokens * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        assert self._stage_cache is not None
+        assert self._stage_cache.previous is not None
+        tokens, _ = self._stage_cache.previous.index.hidden_shape
+        return 6 * len(packed["values"]) * tokens * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     # ---- Checkpoints ----
 

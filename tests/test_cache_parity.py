@@ -43,8 +43,8 @@ def test_cached_and_uncached_training_are_the_same_to_the_bit(train_dataset, set
     """50 rows in batches of 10: build and training batches have one shape."""
     live = run(train_dataset, "never", **settings)
     cached = run(train_dataset, "always", **settings)
-    assert cached._cached
-    assert not live._cached
+    assert cached._codec is not None
+    assert live._codec is None
     assert len(live.losses) == 20
     assert live.losses == cached.losses
     assert_same(parameters_of(live.model), parameters_of(cached.model))

@@ -13,11 +13,10 @@ import torch
 from conftest import make_images
 from tiny import TinyTransform, make_trainer, tiny_vit
 
-from hf_freezecache import FreezeCacheTrainer
-from hf_freezecache import trainer as trainer_module
+from hf_freezecache import FreezeCacheTrainer, caching
 from hf_freezecache.cache.fingerprint import Fingerprint, hash_dataset, hash_object, hash_tensors
 from hf_freezecache.cache.reader import CacheReader
-from hf_freezecache.codecs import CODECS, LosslessCodec
+from hf_freezecache.codecs import PRESETS, LosslessCodec
 from hf_freezecache.errors import CacheMismatchError, UnsupportedSetupError
 
 
@@ -87,14 +86,14 @@ def test_a_change_is_noticed_and_named(images, part, caplog) -> None:
 
 def test_a_change_of_codec_is_noticed_and_named(images, monkeypatch, caplog) -> None:
     cached_run(images)
-    monkeypatch.setitem(CODECS, "lossless", lambda **configuration: LosslessCodec(level=3))
+    monkeypatch.setitem(PRESETS, "lossless", LosslessCodec(level=3))
     assert cached_run(images) == 8
     assert "codec" in caplog.text.split("differs in: ")[1]
 
 
 def test_a_change_of_format_version_is_noticed_and_named(images, monkeypatch, caplog) -> None:
     cached_run(images)
-    monkeypatch.setattr(trainer_module, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(caching, "FORMAT_VERSION", 2)
     assert cached_run(images) == 8
     assert "format version" in caplog.text.split("differs in: ")[1]
 
@@ -170,7 +169,7 @@ def test_data_sets_that_cannot_be_hashed_need_a_name(images) -> None:
         make_trainer(tiny_vit(), Rows(), num_train_epochs=1).train()
     trainer = make_trainer(tiny_vit(), Rows(), cache={"dataset_id": "rows-1"}, num_train_epochs=1)
     trainer.train()
-    assert trainer._cached
+    assert trainer._codec is not None
 
 
 def test_transforms_that_cannot_be_hashed_need_a_name(images) -> None:

@@ -705,7 +705,9 @@ def test_hidden_states_that_are_not_finite_name_their_rows(tmp_path, value) -> N
 
 def test_hidden_states_of_a_dtype_that_cannot_be_stored_are_refused(tmp_path) -> None:
     with pytest.raises(DataError, match=r"dtype torch.int64 cannot be stored"):
-        tiny_cache.build(tmp_path, tiny_cache.make_plan(), prefix=lambda pixels: tiny_cache.prefix(pixels).long())
+        tiny_cache.build(
+            tmp_path, tiny_cache.make_plan(), prefix=lambda pixel_values: tiny_cache.prefix(pixel_values).long()
+        )
 
 
 @pytest.mark.parametrize("change", ["dtype", "shape", "missing", "more"])
@@ -729,7 +731,7 @@ def test_extras_that_change_from_batch_to_batch_are_refused(tmp_path, change) ->
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_hidden_states_of_every_dtype_are_stored_exactly(tmp_path, dtype) -> None:
     plan = tiny_cache.make_plan(num_views=1)
-    report = tiny_cache.build(tmp_path, plan, prefix=lambda pixels: tiny_cache.prefix(pixels).to(dtype))
+    report = tiny_cache.build(tmp_path, plan, prefix=lambda pixel_values: tiny_cache.prefix(pixel_values).to(dtype))
     reader = CacheReader(report.directory)
     assert reader.dtype is dtype
     for chunk in range(3):

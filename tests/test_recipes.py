@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -21,7 +22,10 @@ from PIL import Image
 from tiny import tiny_vit
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_freezecache.codecs import make_codec
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "image_classification.py"
+BENCHMARKS = RECIPE.parent / "benchmarks"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 PROCESSOR = {
@@ -248,6 +252,78 @@ def test_train_transform_crops_and_flips_by_pythons_generator_alone(recipe) -> N
     strip = Image.fromarray(np.stack([np.tile(np.arange(90), (12, 1))] * 3, axis=2).astype(np.uint8))
     pixels = pixels_of(make_transform(recipe, train=True, min_crop_scale=0.9, **raw), strip)
     assert (pixels.min(), pixels.max()) == (37, 52)
+
+
+@pytest.fixture
+def rate_distortion(model, images, monkeypatch: pytest.MonkeyPatch):
+    """Run the benchmark in this process with one of its peers, or none; return its results."""
+    model.save_pretrained("model")
+    Path("model/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    Path("data").mkdir()
+    images.select(range(32)).to_parquet("data/test.parquet")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(peer: str | None) -> dict[str, Any]:
+        for missing in {"zfpy", "pysz", "blosc2"} - {peer}:
+            monkeypatch.setitem(sys.modules, missing, None)
+        command = "--model model --data data --images 32 --split-points 2 --chunk-size 8 --rounds 1 --target-kl 1e-4"
+        files = ["--out", "out/record.json", "--plot", "out/plot.png"]
+        monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *command.split(), *files])
+        runpy.run_path(str(BENCHMARKS / "rate_distortion.py"), run_name="__main__")
+        return json.loads(Path("out/record.json").read_text())
+
+    return run
+
+
+def test_rate_distortion_counts_all_bytes(rate_distortion, model, images, capsys: pytest.CaptureFixture) -> None:
+    record = rate_distortion(None)
+    printed = capsys.readouterr().out
+    for peer in ("zfpy", "pysz", "blosc2"):
+        assert f"SKIPPED peer {peer}" in printed
+        assert record["config"]["peers"][peer].startswith("skipped")
+    assert Path("out/plot.png").read_bytes().startswith(b"\x89PNG")
+    codecs = record["results"]["k=2"]["codecs"]
+    expected = {"transform", "transform_weighted", "int_naive", "int_packed", "int_packed_apart", "fp16", "bf16"}
+    assert set(codecs) == expected
+    for name, result in codecs.items():
+        assert f"k=2 {name}: {result['bits_per_element']:.3f} bits/element" in printed
+        assert result["within_target"] == (result["kl"] <= 1e-4)
+        state = result["bits_per_element"] - result["bits_per_element_frames_only"]
+        assert state == pytest.approx(8 * result["state_bytes"] / (16 * 17 * 16))
+    for name in ("transform", "transform_weighted"):
+        assert 0.9e-4 < codecs[name]["kl"] <= 1e-4
+        finest, *_, coarsest = record["results"]["k=2"]["curves"][name]
+        assert finest["kl"] < codecs[name]["kl"] < coarsest["kl"]
+        assert finest["bits_per_element"] > codecs[name]["bits_per_element"] > coarsest["bits_per_element"]
+        peers = [codec["bits_per_element"] for codec in codecs.values() if "best_peer" not in codec]
+        assert codecs[name]["ratio_to_best_peer"] == codecs[name]["bits_per_element"] / min(peers)
+
+    # The same figures by the model's own hidden states.
+    pixels = np.stack([np.array(image.convert("RGB")) for image in images.select(range(16, 32))["image"]])
+    mean, std = (torch.tensor(PROCESSOR[f"image_{name}"]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        outputs = model.eval()(
+            (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std, output_hidden_states=True
+        )
+    states = outputs.hidden_states[2]
+    frames = [frame for chunk in states.split(8) for frame in make_codec("fp16").encode(chunk)]
+    stored = sum(map(len, frames)) + 8 * len(frames)
+    assert codecs["fp16"]["bits_per_element_frames_only"] == pytest.approx(8 * stored / states.numel(), rel=0.01)
+    error = (states.half().float() - states).norm() / states.norm()
+    assert codecs["fp16"]["relative_error"] == pytest.approx(float(error), rel=0.01)
+    assert codecs["fp16"]["agreement"] == 1
+
+
+@pytest.mark.parametrize(("peer", "codec"), [("zfpy", "zfp"), ("pysz", "sz3"), ("blosc2", "blosc2")])
+def test_rate_distortion_of_a_peer(rate_distortion, peer, codec) -> None:
+    pytest.importorskip(peer, reason=f"the benchmark's peer {peer} is not installed")
+    record = rate_distortion(peer)
+    assert record["config"]["peers"][peer] == importlib.metadata.version(peer)
+    codecs = record["results"]["k=2"]["codecs"]
+    assert codecs[codec]["within_target"]
+    if peer != "blosc2":
+        assert codecs[codec]["kl"] > 0.8e-4
+        assert codecs[f"{codec}_apart"]["kl"] > 0.8e-4
 
 
 @pytest.mark.slow

@@ -223,8 +223,8 @@ def test_train_and_eval_transform(images, caplog) -> None:
     )
     trainer.train()
     base = TinyTransform(augment=False)(images[:1])["pixel_values"][0]
-    assert torch.equal(trainer._views[0, 0]["pixel_values"], base)
-    assert not torch.equal(trainer._views[0, 1]["pixel_values"], base)
+    assert torch.equal(trainer._data.views[0, 0]["pixel_values"], base)
+    assert not torch.equal(trainer._data.views[0, 1]["pixel_values"], base)
 
 
 def test_users_collator_extras_are_stored_and_reach_the_model(train_dataset) -> None:

@@ -3,6 +3,7 @@
 A cache directory holds::
 
     index.json                            written last: names every other file with size and SHA-256
+    codec.safetensors                     fitted tensors of a lossy codec and its calibration; absent if lossless
     index/view-00/part-00000.parquet      one row per stored sample: where it lies, and its labels
     view-00/shard-00000.safetensors       the hidden states of ``shard_chunks`` chunks in one view
 
@@ -34,6 +35,7 @@ from ..codecs import DTYPES, codec_from_dict
 from ..errors import CacheCorruptError, UnsupportedSetupError
 
 __all__ = [
+    "CODEC_NAME",
     "FORMAT_VERSION",
     "INDEX_NAME",
     "CacheIndex",
@@ -55,10 +57,13 @@ __all__ = [
 FORMAT = "hf_freezecache"
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+CODEC_NAME = "codec.safetensors"
 #: A larger index or head is refused unread. 1 GiB of images in 500 KB shards needs far less.
 MAX_INDEX_BYTES = 256 * 2**20
 MAX_HEAD_BYTES = 64 * 2**20
-_FILE_NAME = re.compile(r"(view-\d{2,}/shard-\d{5,}\.safetensors|index/view-\d{2,}/part-\d{5,}\.parquet)")
+_FILE_NAME = re.compile(
+    r"(codec\.safetensors|view-\d{2,}/shard-\d{5,}\.safetensors|index/view-\d{2,}/part-\d{5,}\.parquet)"
+)
 
 
 def shard_name(view: int, shard: int) -> str:
@@ -133,6 +138,8 @@ class CacheIndex:
         layout_seed: Seed of the chunk layout.
         extras: What is stored beside the hidden states.
         files: Relative path -> record.
+        calibration: How the codec was chosen and what it costs, see ``calibration.Calibration``; ``None`` for a lossless
+            cache, and then absent from the file.
     """
 
     fingerprint: dict[str, str]
@@ -148,6 +155,7 @@ class CacheIndex:
     layout_seed: int
     extras: tuple[ExtraSpec, ...]
     files: dict[str, FileRecord]
+    calibration: dict[str, Any] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -156,12 +164,20 @@ class CacheIndex:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all shards and index parts."""
+        """Bytes of all shards, index parts and the codec's state."""
         return sum(record.bytes for record in self.files.values())
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits of all files per element of the hidden states."""
+        elements = self.num_samples * self.num_views * self.hidden_shape[0] * self.hidden_shape[1]
+        return 8 * self.total_bytes / elements
 
 
 def _canonical(index: CacheIndex) -> bytes:
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
+    if index.calibration is None:
+        del document["calibration"]
     body = json.dumps(document, sort_keys=True)
     document["checksum"] = hashlib.sha256(body.encode()).hexdigest()
     return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
@@ -244,6 +260,8 @@ def _check_index(index: CacheIndex, path: Path) -> None:
         for view in range(index.num_views)
         for shard in range(index.num_shards)
     }
+    if index.calibration is not None:
+        expected.add(CODEC_NAME)
     if set(index.files) != expected or not all(_FILE_NAME.fullmatch(name) for name in index.files):
         odd = sorted(set(index.files) ^ expected)[:3]
         raise CacheCorruptError(f"{path} is damaged: files missing from it, or foreign to a cache: {odd}.")

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ..codecs import DTYPES, Codec, codec_from_dict
+from ..codecs.base import Buffer
 from ..codecs.entropy import decompress_frame
 from ..errors import CacheCorruptError, CacheMismatchError
 from .fingerprint import Fingerprint
 from .format import (
+    CODEC_NAME,
     INDEX_NAME,
     CacheIndex,
     ShardHead,
@@ -29,8 +31,9 @@ from .format import (
     shard_name,
 )
 from .layout import ChunkLayout
+from .state import load_state
 
-__all__ = ["CacheReader", "DecodedChunk", "verify_cache"]
+__all__ = ["CacheReader", "DecodedChunk", "PackedChunk", "verify_cache"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,19 @@ class DecodedChunk:
     """
 
     hidden_states: Tensor
+    extras: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PackedChunk:
+    """The samples of one chunk in one view, as ``Codec.unpack`` gave them.
+
+    Attributes:
+        arrays: Name -> (samples, ...), for ``Codec.restore``.
+        extras: Name -> (samples, ...).
+    """
+
+    arrays: dict[str, Tensor]
     extras: dict[str, Tensor]
 
 
@@ -80,7 +96,6 @@ class CacheReader:
                     f"Cache {self.directory} was written for other inputs; these parts differ: {', '.join(different)}. "
                     "Use another cache_dir, or delete the folder to rebuild."
                 )
-        self.codec = codec_from_dict(self.index.codec)
         self.layout = ChunkLayout(self.index.num_samples, self.index.chunk_size, self.index.layout_seed)
         for name, record in self.index.files.items():
             path = self.directory / name
@@ -91,6 +106,17 @@ class CacheReader:
                     f"{path} {found}, expected {record.bytes} bytes. Delete {self.directory / INDEX_NAME} and run the "
                     "same training again to rebuild what is damaged."
                 )
+        if CODEC_NAME not in self.index.files:
+            self.codec = codec_from_dict(self.index.codec)
+            return
+        path = self.directory / CODEC_NAME
+        if file_sha256(path) != self.index.files[CODEC_NAME].sha256:
+            raise CacheCorruptError(
+                f"{path} is damaged: its hash does not match {INDEX_NAME}. Delete {self.directory}."
+            )
+        self.codec = load_state(path, Fingerprint(self.index.fingerprint).digest).codec
+        if self.codec.to_dict() != self.index.codec:
+            raise CacheCorruptError(f"{path} holds another codec than {INDEX_NAME} names. Delete {self.directory}.")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,6 +162,15 @@ class CacheReader:
         Raises:
             CacheCorruptError: Its bytes are damaged.
         """
+        packed = self.unpack_chunk(view, chunk)
+        return DecodedChunk(self.codec.restore(packed.arrays, self.dtype), packed.extras)
+
+    def unpack_chunk(self, view: int, chunk: int) -> PackedChunk:
+        """Read one chunk of one view and undo its entropy coding.
+
+        Raises:
+            CacheCorruptError: Its bytes are damaged.
+        """
         shard, position = divmod(chunk, self.index.shard_chunks)
         head = self._head(view, shard)
         path = self.directory / shard_name(view, shard)
@@ -148,9 +183,9 @@ class CacheReader:
             if len(data) != length:
                 raise ValueError(f"{len(data)} bytes left of {length}")
             bounds = (offsets - offsets[0]).tolist()
-            frames = [memoryview(data)[a:b] for a, b in itertools.pairwise(bounds)]
+            frames: list[Buffer] = [memoryview(data)[a:b] for a, b in itertools.pairwise(bounds)]
             split = self.codec.num_frames(self.dtype)
-            hidden_states = self.codec.decode(frames[:split], (samples, *self.index.hidden_shape), self.dtype)
+            arrays = self.codec.unpack(frames[:split], (samples, *self.index.hidden_shape), self.dtype)
             extras = {}
             for spec, frame in zip(self.index.extras, frames[split:], strict=True):
                 shape = (samples, *spec.shape)
@@ -161,7 +196,7 @@ class CacheReader:
                 f"{path} is damaged in chunk {chunk}: {error}. Delete {path} and {self.directory / INDEX_NAME}, and run "
                 "the same training again to rebuild this shard."
             ) from error
-        return DecodedChunk(hidden_states, extras)
+        return PackedChunk(arrays, extras)
 
 
 def verify_cache(directory: Path) -> list[str]:
@@ -184,6 +219,11 @@ def verify_cache(directory: Path) -> list[str]:
             problems.append(f"{path} has {size} bytes, expected {record.bytes}.")
         elif file_sha256(path) != record.sha256:
             problems.append(f"{path} is altered: its SHA-256 does not match {INDEX_NAME}.")
+        elif name == CODEC_NAME:
+            try:
+                load_state(path, Fingerprint(index.fingerprint).digest)
+            except CacheCorruptError as error:
+                problems.append(str(error))
         elif name.endswith(".safetensors"):
             try:
                 metadata = read_shard_head(path).metadata

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ class CachePlan:
         layout: Which sample goes into which chunk.
         shard_chunks: Chunks per shard.
         codec: How chunks are encoded.
+        calibration: How a lossy codec was chosen, for the index.
     """
 
     fingerprint: Fingerprint
@@ -46,6 +47,7 @@ class CachePlan:
     layout: ChunkLayout
     shard_chunks: int
     codec: Codec
+    calibration: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -145,7 +147,12 @@ class ShardWriter:
         self.pending = self.executor.submit(self._encode, chunk, parts)
 
     def _encode(self, hidden_states: Tensor, extras: list[Tensor]) -> list[bytes]:
-        frames = self.plan.codec.encode(hidden_states)
+        try:
+            frames = self.plan.codec.encode(hidden_states)
+        except ValueError as error:
+            raise DataError(
+                f"Hidden states of shard {self.shard} (view {self.view}) could not be encoded: {error}. Finished shards are kept."
+            ) from error
         frames += [
             compress_frame(value.contiguous().flatten().view(torch.uint8).numpy().data, _EXTRA_LEVEL)
             for value in extras

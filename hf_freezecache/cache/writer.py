@@ -26,9 +26,10 @@ from tqdm.auto import tqdm
 from ..codecs import DTYPES
 from ..codecs.entropy import check_frame
 from ..errors import CacheCorruptError, CacheLockedError, CacheWriteError, DataError, FreezeCacheError
-from ..views import ViewDataset, ViewKey, preserved_random_state
+from ..views import ViewKey, preserved_random_state
 from .fingerprint import Fingerprint
 from .format import (
+    CODEC_NAME,
     INDEX_NAME,
     CacheIndex,
     ExtraSpec,
@@ -44,13 +45,11 @@ from .format import (
     shard_name,
 )
 from .shard import CachePlan, ShardWriter
+from .state import CodecState, load_state, save_state
 
 __all__ = ["BuildReport", "CachePlan", "RenderCollator", "build_cache", "explain_miss"]
 
 logger = logging.getLogger(__name__)
-
-#: zstd level of labels and other extras; they are small and mostly compressible.
-_EXTRA_LEVEL = 3
 
 
 @dataclass
@@ -103,7 +102,7 @@ class RenderCollator:
 class _Keyed(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """A view data set whose items carry their keys."""
 
-    views: ViewDataset
+    views: Any
 
     def __getitem__(self, key: ViewKey) -> tuple[ViewKey, Any]:
         return key, self.views[key]
@@ -124,6 +123,8 @@ def _finished(directory: Path, plan: CachePlan, view: int, shard: int) -> bool:
         if identity != (plan.fingerprint.digest, str(view), str(shard)) or not np.array_equal(
             head.sample_indices, rows
         ):
+            return False
+        if json.loads(head.metadata["codec"]) != plan.codec.to_dict():  # calibrated anew
             return False
         if not np.array_equal(pq.read_table(part, columns=["sample_index"])["sample_index"].to_numpy(), rows):
             raise ValueError(f"{part} does not list the rows of its shard")
@@ -156,6 +157,8 @@ def _index(directory: Path, plan: CachePlan) -> CacheIndex:
             head = read_shard_head(directory / shard_name(view, shard))
             files[shard_name(view, shard)] = _record(directory, shard_name(view, shard), head)
             files[part_name(view, shard)] = _record(directory, part_name(view, shard))
+    if not plan.codec.lossless:
+        files[CODEC_NAME] = _record(directory, CODEC_NAME)
     extras = [ExtraSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in json.loads(head.metadata["extras"])]
     tokens, width = json.loads(head.metadata["hidden_shape"])
     return CacheIndex(
@@ -172,6 +175,7 @@ def _index(directory: Path, plan: CachePlan) -> CacheIndex:
         layout_seed=plan.layout.seed,
         extras=tuple(extras),
         files=files,
+        calibration=None if plan.codec.lossless else plan.calibration or {},
     )
 
 
@@ -199,24 +203,34 @@ def _batches(plan: CachePlan, units: Sequence[tuple[int, int]], batch_size: int)
             yield [(sample_index, view) for sample_index in rows[start : start + batch_size]]
 
 
-def _split_batch(
-    batch: dict[str, Any], prefix_inputs: frozenset[str]
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Return pixel values, all extras, and those extras that the prefix needs too."""
-    extras = {name: value for name, value in batch.items() if name != "pixel_values"}
-    return batch["pixel_values"], extras, {name: extras[name] for name in extras.keys() & prefix_inputs}
+def is_image(name: str) -> bool:
+    """Say whether a part of a batch is consumed by the prefix, and not stored beside the hidden states."""
+    return name == "pixel_values"
+
+
+def _ensure_state(directory: Path, plan: CachePlan) -> None:
+    """Write the codec's state unless it is there. Before any shard, so that no shard is ever without it."""
+    if plan.codec.lossless:
+        return
+    try:
+        if load_state(directory / CODEC_NAME, plan.fingerprint.digest).codec == plan.codec:
+            return
+    except CacheCorruptError:
+        pass
+    save_state(directory / CODEC_NAME, plan.fingerprint.digest, CodecState(plan.codec, plan.calibration or {}))
 
 
 def build_cache(
     cache_dir: Path,
     plan: CachePlan,
-    views: ViewDataset,
+    views: Any,
     collate: Callable[[list[Any]], dict[str, Any]],
     prefix: Callable[..., Tensor],
     *,
     batch_size: int,
     num_workers: int = 0,
     prefix_inputs: frozenset[str] = frozenset(),
+    is_input: Callable[[str], bool] = is_image,
     show_progress: bool = False,
 ) -> BuildReport:
     """Build a cache, or the rest of one whose build was interrupted, and commit it.
@@ -227,13 +241,15 @@ def build_cache(
     Args:
         cache_dir: Folder of caches; this one is ``cache_dir / plan.name``.
         plan: What to store.
-        views: Renders the views.
+        views: Renders the views; or any data set with items by ``(sample index, view)``, such as an earlier cache.
         collate: The user's collator: list of rendered examples -> dict with ``pixel_values`` (batch, channels, height,
             width) and tensors (batch, ...) that are stored beside the hidden states.
-        prefix: (pixel_values, **extras) -> hidden states (batch, tokens, hidden), without gradients, on any device.
+        prefix: (**inputs) -> hidden states (batch, tokens, hidden), without gradients, on any device. Its inputs are
+            those parts of a batch that ``is_input`` or ``prefix_inputs`` name.
         batch_size: Images per prefix call.
         num_workers: Processes that render ahead of the device; 0 renders in this one.
-        prefix_inputs: Names of the extras that the prefix takes as arguments.
+        prefix_inputs: Names of the extras that the prefix takes as arguments, and that are stored as well.
+        is_input: Says by name what is only for the prefix, and not stored. Default: ``pixel_values``.
         show_progress: Show a progress bar over all views and samples.
 
     Raises:
@@ -248,7 +264,9 @@ def build_cache(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with lock, preserved_random_state():
-            _build(plan, views, collate, prefix, batch_size, num_workers, prefix_inputs, show_progress, report)
+            _build(
+                plan, views, collate, prefix, batch_size, num_workers, prefix_inputs, is_input, show_progress, report
+            )
     except filelock.Timeout:
         raise CacheLockedError(
             f"{directory} is being written by another live process. Wait for it to finish and start again, or give "
@@ -268,12 +286,13 @@ def build_cache(
 
 def _build(
     plan: CachePlan,
-    views: ViewDataset,
+    views: Any,
     collate: Callable[[list[Any]], dict[str, Any]],
     prefix: Callable[..., Tensor],
     batch_size: int,
     num_workers: int,
     prefix_inputs: frozenset[str],
+    is_input: Callable[[str], bool],
     show_progress: bool,
     report: BuildReport,
 ) -> None:
@@ -285,6 +304,7 @@ def _build(
     scratch = directory / ".build"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
+    _ensure_state(directory, plan)
     pending = [unit for unit in units if not _finished(directory, plan, *unit)]
     report.kept_shards = len(units) - len(pending)
     if report.kept_shards:
@@ -313,7 +333,9 @@ def _build(
             for view, shard in pending:
                 with atomic_write(directory / shard_name(view, shard)) as file:
                     writer = ShardWriter(file, plan, view, shard, executor)
-                    index = _map_shard(writer, rendered, prefix, batch_size, prefix_inputs, scratch, bar, report)
+                    index = _map_shard(
+                        writer, rendered, prefix, batch_size, prefix_inputs, is_input, scratch, bar, report
+                    )
                     writer.finish()
                 with atomic_write(directory / part_name(view, shard)) as file:
                     index.to_parquet(file)
@@ -334,6 +356,7 @@ def _map_shard(
     prefix: Callable[..., Tensor],
     batch_size: int,
     prefix_inputs: frozenset[str],
+    is_input: Callable[[str], bool],
     scratch: Path,
     bar: Any,
     report: BuildReport,
@@ -347,9 +370,10 @@ def _map_shard(
         keys, batch = next(rendered)
         if keys != [(sample_index, view) for sample_index in rows["sample_index"]]:
             raise AssertionError("rendered samples arrived out of order")
-        pixel_values, extras, prefix_extras = _split_batch(batch, prefix_inputs)
+        extras = {name: value for name, value in batch.items() if not is_input(name)}
+        inputs = {name: value for name, value in batch.items() if is_input(name) or name in prefix_inputs}
         rendered_at = time.perf_counter()
-        hidden_states = prefix(pixel_values, **prefix_extras).detach().to("cpu")
+        hidden_states = prefix(**inputs).detach().to("cpu")
         report.render_seconds += rendered_at - started
         report.prefix_seconds += time.perf_counter() - rendered_at
         if hidden_states.dtype not in DTYPES.values():

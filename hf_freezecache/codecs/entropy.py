@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import zstandard
 
-from .base import Buffer
+from .base import BYTES, Buffer, CompressStep
 
-__all__ = ["check_frame", "compress_frame", "decompress_frame"]
-
-
-def compress_frame(data: Buffer, level: int) -> bytes:
-    """Return one zstd frame with content size and checksum."""
-    return zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True).compress(data)
+__all__ = ["Zstd", "check_frame", "compress_frame", "decompress_frame"]
 
 
-def decompress_frame(frame: Buffer, expected_bytes: int) -> bytes:
+def compress_frame(data: Buffer, level: int, search_matches: bool = True) -> bytes:
+    """Return one zstd frame with content size and checksum.
+
+    Args:
+        data: The content.
+        level: zstd level.
+        search_matches: Without, zstd hardly looks for repetitions and codes nearly all bytes by their frequency.
+    """
+    parameters: dict[str, int] = {"write_checksum": 1, "write_content_size": 1}
+    if not search_matches:
+        # The smallest tables and the longest least match that zstd takes: short matches found by chance among
+        # frequent symbols cost more bits than the symbols do.
+        parameters |= {"min_match": 7, "hash_log": 6, "chain_log": 6, "search_log": 1}
+    compression = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(data), **parameters)
+    return zstandard.ZstdCompressor(compression_params=compression).compress(data)
+
+
+def decompress_frame(frame: Buffer, expected_bytes: int, *, at_most: bool = False) -> bytes:
     """Decode one frame.
 
     Args:
         frame: Exactly one zstd frame.
         expected_bytes: Size of its content. No more memory than this is taken.
+        at_most: Accept smaller content.
 
     Raises:
         ValueError: The frame lacks a checksum, claims another size, is damaged, or is followed by something else.
@@ -28,20 +44,26 @@ def decompress_frame(frame: Buffer, expected_bytes: int) -> bytes:
         parameters = zstandard.get_frame_parameters(frame)
         if not parameters.has_checksum or parameters.dict_id:
             raise ValueError("zstd frame without a checksum or with a dictionary")
-        if parameters.content_size != expected_bytes:
-            raise ValueError(f"zstd frame claims {parameters.content_size} bytes, expected {expected_bytes}")
-        if expected_bytes == 0:
+        size = parameters.content_size
+        if size > expected_bytes or (size != expected_bytes and not at_most):
+            words = "at most " if at_most else ""
+            raise ValueError(f"zstd frame claims {size} bytes, expected {words}{expected_bytes}")
+        if size == 0:
             # The library returns early for empty content, without looking at the rest of the frame.
-            if bytes(frame) != compress_frame(b"", 1):
+            if bytes(frame) not in _EMPTY:
                 raise ValueError("damaged zstd frame of no content")
             return b""
         # Content of the claimed size is the most the one-shot decoder allocates.
         content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"damaged zstd frame ({error})") from error
-    if len(content) != expected_bytes:
-        raise ValueError(f"zstd frame holds {len(content)} bytes, expected {expected_bytes}")
+    if len(content) != size:
+        raise ValueError(f"zstd frame holds {len(content)} bytes, expected {size}")
     return content
+
+
+#: The frames of no content.
+_EMPTY = {compress_frame(b"", 1), compress_frame(b"", 1, search_matches=False)}
 
 
 def check_frame(frame: Buffer) -> None:
@@ -62,3 +84,45 @@ def check_frame(frame: Buffer) -> None:
         raise ValueError(f"damaged zstd frame ({error})") from error
     if found != parameters.content_size:
         raise ValueError(f"zstd frame holds {found} bytes, claims {parameters.content_size}")
+
+
+@dataclass(frozen=True)
+class Zstd(CompressStep):
+    """zstd with checksum and content size.
+
+    Attributes:
+        level: zstd level, 1 to 22. Default 1: on DeiT-Tiny hidden states in fp32 level 3 takes twice the time and does
+            not make them smaller (measured at k = 6 and 11).
+        matches: ``"search"`` for repetitions as the level says, or ``"skip"`` them: packed coefficients are noise with a
+            skewed distribution. On those of DeiT-Tiny, ``"skip"`` at level 1 is 8% smaller than level 3 and 0.1% larger
+            than level 19, at a hundredth of level 19's time.
+    """
+
+    name: ClassVar[str] = "zstd"
+    takes: ClassVar[frozenset[str]] = frozenset({BYTES})
+    gives: ClassVar[str] = BYTES
+    level: int = 1
+    matches: Literal["search", "skip"] = "search"
+
+    def __post_init__(self) -> None:
+        """Check the configuration.
+
+        Raises:
+            ValueError: The level is not a whole number from 1 to 22, or matches is neither word.
+        """
+        if type(self.level) is not int or not 1 <= self.level <= 22:
+            raise ValueError(f"level must be a whole number from 1 to 22, got {self.level!r}")
+        if self.matches not in ("search", "skip"):
+            raise ValueError(f"matches must be 'search' or 'skip', got {self.matches!r}")
+
+    def max_bytes(self, size: int) -> int:
+        """See base class. Source: ``ZSTD_compressBound`` of zstd.h, and 32 bytes for header and checksum."""
+        return size + size // 256 + 64 + 32
+
+    def encode(self, data: Buffer) -> bytes:
+        """See base class."""
+        return compress_frame(data, self.level, self.matches == "search")
+
+    def decode(self, data: Buffer, max_bytes: int) -> bytes:
+        """See base class."""
+        return decompress_frame(data, max_bytes, at_most=True)

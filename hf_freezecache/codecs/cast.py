@@ -1,0 +1,81 @@
+"""Casting hidden states to a smaller float dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import DTYPES, FLOATS, ArraySpec, ArrayStep
+
+__all__ = ["Cast"]
+
+
+def check_finite(array: Tensor) -> None:
+    """Refuse what no lossy step can keep within a bound.
+
+    Raises:
+        ValueError: NaN or infinite values; the message names samples and channels.
+    """
+    finite = torch.isfinite(array)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()
+        samples = sorted({int(row) for row in bad[:, 0]})[:5]
+        channels = sorted({int(row) for row in bad[:, -1]})[:5]
+        raise ValueError(
+            f"NaN or infinite values in samples {samples} of the chunk, channels {channels}; lossy codecs take finite "
+            "values only. Check the images and the model's weights, or use codec='lossless'"
+        )
+
+
+@dataclass(frozen=True)
+class Cast(ArrayStep):
+    """Rounds to nearest in another float dtype.
+
+    Attributes:
+        dtype: ``"F16"``, ``"BF16"`` or ``"F32"``. fp16 keeps 11 bits of numbers up to 65504, bf16 8 bits of any. Under
+            bf16 autocast hidden states between blocks are fp32: bf16 is lossy for them too.
+    """
+
+    name: ClassVar[str] = "cast"
+    takes: ClassVar[frozenset[str]] = frozenset({FLOATS})
+    gives: ClassVar[str] = FLOATS
+    dtype: str = "BF16"
+
+    def __post_init__(self) -> None:
+        """Check the dtype.
+
+        Raises:
+            ValueError: Not one of the dtypes above.
+        """
+        if self.dtype not in ("F16", "BF16", "F32"):
+            raise ValueError(f"dtype must be 'F16', 'BF16' or 'F32', got {self.dtype!r}")
+
+    def encoded_specs(self, spec: ArraySpec) -> dict[str, ArraySpec]:
+        """See base class."""
+        return {"values": ArraySpec(spec.shape, DTYPES[self.dtype])}
+
+    def encode(self, array: Tensor) -> dict[str, Tensor]:
+        """See base class."""
+        check_finite(array)
+        values = array.to(DTYPES[self.dtype])
+        # Rounding up may leave the range of either: bf16 makes 65536 of fp16's 65504.
+        if not bool(torch.isfinite(values.to(array.dtype)).all()):
+            raise ValueError(
+                f"values up to {float(array.abs().max()):.5g} do not fit in {self.dtype}, whose largest is "
+                f"{torch.finfo(values.dtype).max:.5g}, and back in {array.dtype}. Use another dtype, or codec='lossless'"
+            )
+        return {"values": values}
+
+    def decode(self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None) -> Tensor:
+        """See base class."""
+        return arrays["values"].to(dtype)
+
+    def error_bound(self, array: Tensor) -> Tensor:
+        """See base class: half a unit in the last place of the largest value, and half the smallest subnormal."""
+        info = torch.finfo(DTYPES[self.dtype])
+        largest = array.flatten(1).abs().amax(1).double() if array.numel() else torch.zeros(len(array)).double()
+        return largest * info.eps / 2 + info.smallest_normal * info.eps / 2

@@ -1,0 +1,401 @@
+"""Transform coding: decorrelate across channels and across the token grid, then round to one uniform step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep
+from .cast import check_finite
+
+__all__ = ["Transform", "dct_matrix", "frequency_order"]
+
+#: Quanta of the stored mean per step. The mean is known to both sides, so this costs no error, only residual variance:
+#: a quarter of a step leaves at most (1/8)**2 of a step squared.
+_MEAN_QUANTA = 4
+#: Smallest eigenvalue kept of the gradients' second moment, relative to the largest: bounds how unequal the weights are.
+_LEAST_WEIGHT = 1e-4
+#: Step of ``codec="transform"`` when nobody asks for a rate or a fidelity, in root-mean-square values of the centred states.
+DEFAULT_RELATIVE_STEP = 0.5
+_LARGEST = 32767
+
+
+def dct_matrix(size: int) -> Tensor:
+    """Return the orthonormal DCT-II, (size, size) float64; row ``u`` is the ``u``-th cosine.
+
+    Source: Ahmed, Natarajan and Rao, "Discrete Cosine Transform", 1974; with the usual orthonormal scaling.
+    """
+    position = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi * (2 * position[None] + 1) * position[:, None] / (2 * size)) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def frequency_order(height: int, width: int) -> Tensor:
+    """Return the positions of a (height, width) grid of frequencies from low to high, (height * width,) int64."""
+    rows = torch.arange(height, dtype=torch.float64)[:, None] / height
+    columns = torch.arange(width, dtype=torch.float64)[None] / width
+    return torch.argsort((rows.square() + columns.square()).flatten(), stable=True)
+
+
+@dataclass(frozen=True)
+class Transform(ArrayStep):
+    """Mean per token position removed, basis across channels, DCT over the token grid, one step; prefix tokens in fp16.
+
+    With patch tokens ``x`` (tokens, hidden), mean ``m``, basis ``B`` (hidden, hidden) and orthonormal 2-D DCT ``C``, the
+    stored integers are ``round(C (x - m) B^-T / step)``. ``B`` is ``W^-1 V``: ``W`` weighs directions, and the columns of
+    ``V`` are the principal axes of ``W (x - m)``. Unweighted, ``B`` is orthonormal up to the rounding of its storage
+    (8 bits; the encoder inverts what is stored), so the error of the coefficients is the error of the states.
+
+    A token whose coefficients might outgrow 16 bits is stored as it is, and so is a prefix token beyond fp16: nothing is
+    clipped.
+
+    Attributes:
+        step: Step in the units of the (weighted) states. ``None`` until fitted: half the root-mean-square of the centred
+            states.
+        gradient_weight: ``W`` is the second moment of the loss gradients to the power of half this number, scaled to a
+            mean eigenvalue of 1. 0: all directions alike. 0.5: the square root of the second moment is the metric.
+        prefix_tokens: Leading tokens that are no patches. Set by ``fit``.
+        grid: (height, width) of the patches; (1, tokens) if they form no known grid, then there is no DCT. Set by ``fit``.
+        state: SHA-256 of the fitted tensors. Set by ``fit``.
+        basis: (hidden, hidden) int8, columns in units of ``scale``. Set by ``fit``.
+        scale: (hidden,) float32. Set by ``fit``.
+        mean: (tokens, hidden) int32: mean in the transform domain, in units of ``step / 4``. Set by ``fit``.
+    """
+
+    name: ClassVar[str] = "transform"
+    takes: ClassVar[frozenset[str]] = frozenset({FLOATS})
+    gives: ClassVar[str] = INTEGERS
+    step: float | None = None
+    gradient_weight: float = 0.0
+    prefix_tokens: int = 0
+    grid: tuple[int, int] | None = None
+    state: str = ""
+    basis: Tensor | None = field(default=None, repr=False, compare=False, metadata={"stored": False})
+    scale: Tensor | None = field(default=None, repr=False, compare=False, metadata={"stored": False})
+    mean: Tensor | None = field(default=None, repr=False, compare=False, metadata={"stored": False})
+
+    def __post_init__(self) -> None:
+        """Check the configuration.
+
+        Raises:
+            ValueError: A value is out of range, or the tensors are not those of ``state``.
+        """
+        if self.step is not None and not (
+            isinstance(self.step, (int, float)) and math.isfinite(self.step) and self.step > 0
+        ):
+            raise ValueError(f"step must be a positive number, got {self.step!r}")
+        if not (isinstance(self.gradient_weight, (int, float)) and 0 <= self.gradient_weight <= 1):
+            raise ValueError(f"gradient_weight must be a number from 0 to 1, got {self.gradient_weight!r}")
+        if type(self.prefix_tokens) is not int or self.prefix_tokens < 0:
+            raise ValueError(f"prefix_tokens must be a whole number, got {self.prefix_tokens!r}")
+        if self.grid is not None:
+            grid = tuple(self.grid)
+            if len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+                raise ValueError(f"grid must be two positive whole numbers, got {self.grid!r}")
+            object.__setattr__(self, "grid", grid)
+        tensors = {name: getattr(self, name) for name in ("basis", "scale", "mean") if getattr(self, name) is not None}
+        if tensors and (self.grid is None or _digest(tensors) != self.state):
+            raise ValueError("the fitted tensors are not those that the configuration names")
+
+    def configuration(self) -> dict[str, Any]:
+        """See base class."""
+        stored = super().configuration()
+        return {**stored, "grid": None if self.grid is None else list(self.grid)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``basis``, ``scale`` and ``mean``, or nothing before ``fit``."""
+        if self.basis is None or self.scale is None or self.mean is None:
+            return {}
+        return {"basis": self.basis, "scale": self.scale, "mean": self.mean}
+
+    # ---- Fitting ----
+
+    def fit(
+        self,
+        sample: Tensor,
+        prefix_tokens: int = 0,
+        grid: tuple[int, int] | None = None,
+        gradients: Tensor | None = None,
+    ) -> Transform:
+        """Fit mean and basis, and the step if there is none.
+
+        A sample smaller than the hidden size, and constant channels, are fine: directions without variance get a basis
+        vector like all others.
+
+        Args:
+            sample: (samples, tokens, hidden), float, on the CPU.
+            prefix_tokens: Leading tokens that are no patches.
+            grid: (height, width) of the patches, if they form a grid.
+            gradients: Of the loss, like ``sample``; needed if ``gradient_weight`` is not 0.
+
+        Returns:
+            The fitted step.
+
+        Raises:
+            ValueError: Fewer than two samples, NaN or infinite values, a grid that does not fit, or no gradients.
+        """
+        if sample.dim() != 3 or len(sample) < 2:
+            raise ValueError(
+                f"a basis is fitted on at least 2 samples of (tokens, hidden), got a sample of shape {tuple(sample.shape)}"
+            )
+        tokens, hidden = sample.shape[1] - prefix_tokens, sample.shape[2]
+        grid = grid or (1, tokens)
+        if tokens < 1 or math.prod(grid) != tokens:
+            raise ValueError(
+                f"{sample.shape[1]} tokens with {prefix_tokens} prefix tokens do not form a grid of {grid[0]} x {grid[1]}"
+            )
+        check_finite(sample)
+        patches = sample[:, prefix_tokens:].double()
+        mean = patches.mean(0)
+        centred = (patches - mean).reshape(-1, hidden)
+        covariance = centred.T @ centred / len(centred)
+        weights = torch.eye(hidden, dtype=torch.float64)
+        if self.gradient_weight:
+            if gradients is None:
+                raise ValueError(f"gradient_weight={self.gradient_weight} needs gradients")
+            check_finite(gradients)
+            weights = _weights(gradients[:, prefix_tokens:].double().reshape(-1, hidden), self.gradient_weight)
+        _, axes = torch.linalg.eigh(weights @ covariance @ weights)
+        basis = torch.linalg.solve(weights, axes.flip(1))
+        # Eigenvectors have no sign; one of them makes the fit repeatable.
+        basis = basis * torch.sign(basis.gather(0, basis.abs().argmax(0, keepdim=True)))
+        scale = (basis.abs().amax(0) / 127).float()
+        stored = torch.round(basis / scale).to(torch.int8).contiguous()
+        step = self.step
+        if step is None:
+            spread = float(((centred @ weights) ** 2).mean().sqrt())
+            step = DEFAULT_RELATIVE_STEP * (spread or float(mean.abs().max()) or 1.0)
+        blank = torch.zeros(0, dtype=torch.int32)
+        fitted = dataclasses.replace(
+            self,
+            step=step,
+            prefix_tokens=prefix_tokens,
+            grid=grid,
+            basis=stored,
+            scale=scale,
+            mean=blank,
+            state=_digest({"basis": stored, "scale": scale, "mean": blank}),
+        )
+        return fitted._with_mean(mean)
+
+    def with_step(self, step: float) -> Transform:
+        """Return the same fit with another step.
+
+        Raises:
+            ValueError: Not a positive number, or not fitted.
+        """
+        self._check_fitted()
+        mean = self._mean_tokens(torch.float64, torch.device("cpu"))
+        return dataclasses.replace(self, step=step)._with_mean(mean)
+
+    def _with_mean(self, mean: Tensor) -> Transform:
+        assert self.step is not None
+        quanta = torch.round(self._forward(mean[None])[0] * (_MEAN_QUANTA / self.step))
+        if float(quanta.abs().max()) > 2**31 - 1:
+            raise ValueError(
+                f"a step of {self.step:.3g} is too fine for states whose mean reaches {float(mean.abs().max()):.3g}"
+            )
+        tensors = {**self.tensors(), "mean": quanta.T.contiguous().to(torch.int32)}
+        return dataclasses.replace(self, mean=tensors["mean"], state=_digest(tensors))
+
+    # ---- The two maps, in float64 or in the dtype of training ----
+
+    def _check_fitted(self) -> None:
+        if self.basis is None or self.grid is None:
+            raise ValueError("codec 'transform' has not been fitted: use fit(), or codec='auto'")
+
+    def _basis(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        assert self.basis is not None
+        assert self.scale is not None
+        return self.basis.to(device, dtype) * self.scale.to(device, dtype)
+
+    @functools.cached_property
+    def _inverse(self) -> Tensor:
+        return torch.linalg.inv(self._basis(torch.float64, torch.device("cpu")))
+
+    def _grids(self) -> tuple[int, int]:
+        assert self.grid is not None
+        return self.grid
+
+    def _forward(self, centred: Tensor) -> Tensor:
+        """(samples, tokens, hidden) -> coefficients (samples, hidden, tokens) from low to high frequency."""
+        height, width = self._grids()
+        components = self._inverse.to(centred.dtype) @ centred.transpose(1, 2)
+        if height > 1:
+            grid = components.reshape(*components.shape[:2], height, width)
+            rows, columns = dct_matrix(height).to(centred.dtype), dct_matrix(width).to(centred.dtype)
+            components = (rows @ grid @ columns.T).flatten(2)[:, :, frequency_order(height, width)]
+        return components
+
+    def _constants(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """Return what decoding needs: basis times step, DCT of rows and columns, inverse order, mean of the tokens."""
+        key = (dtype, device)
+        if key not in self._cached_constants:
+            height, width = self._grids()
+            assert self.step is not None
+            exact = torch.float64 if device.type == "cpu" else torch.float32
+            mean = self._mean_tokens(exact, device)
+            self._cached_constants[key] = (
+                (self._basis(exact, device) * self.step).to(dtype),
+                dct_matrix(height).to(device, dtype),
+                dct_matrix(width).to(device, dtype),
+                torch.argsort(frequency_order(height, width)).to(device),
+                mean.to(dtype),
+            )
+        return self._cached_constants[key]
+
+    @functools.cached_property
+    def _cached_constants(self) -> dict[Any, tuple[Tensor, ...]]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave derived tensors behind when copied into a worker process."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cached_constants", "_inverse")}
+
+    def _backward(self, coefficients: Tensor, basis: Tensor, rows: Tensor, columns: Tensor, order: Tensor) -> Tensor:
+        """Coefficients (samples, hidden, tokens) -> (samples, tokens, hidden), in the dtype of the basis."""
+        height, width = self._grids()
+        if height > 1:
+            ordered = coefficients.index_select(2, order).to(basis.dtype)
+            grid = ordered.reshape(*ordered.shape[:2], height, width)
+            coefficients = (rows.T @ (grid @ columns)).flatten(2)
+        return coefficients.to(basis.dtype).transpose(1, 2) @ basis.T
+
+    def _mean_tokens(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(tokens, hidden)."""
+        assert self.mean is not None
+        assert self.step is not None
+        height, width = self._grids()
+        wide = torch.promote_types(dtype, torch.float32)
+        return self._backward(
+            self.mean.to(device, wide).T[None] * (self.step / _MEAN_QUANTA),
+            self._basis(wide, device),
+            dct_matrix(height).to(device, wide),
+            dct_matrix(width).to(device, wide),
+            torch.argsort(frequency_order(height, width)).to(device),
+        )[0].to(dtype)
+
+    # ---- The codec ----
+
+    def encoded_specs(self, spec: ArraySpec) -> dict[str, ArraySpec]:
+        """See base class.
+
+        ``values`` (samples, hidden, patches) int16; ``prefix`` (samples, prefix tokens, hidden) fp16; ``exact_index``
+        (tokens stored as they are, 1) int32, and ``exact`` (the same, hidden) in the dtype of the states.
+        """
+        self._check_fitted()
+        assert self.basis is not None
+        assert self.grid is not None
+        if len(spec.shape) != 3:
+            raise ValueError(f"transform takes (samples, tokens, hidden), got {spec.shape}")
+        samples, tokens, hidden = spec.shape
+        expected = (self.prefix_tokens + math.prod(self.grid), len(self.basis))
+        if (tokens, hidden) != expected:
+            raise ValueError(f"transform was fitted for (tokens, hidden) = {expected}, got {(tokens, hidden)}")
+        return {
+            "values": ArraySpec((samples, hidden, tokens - self.prefix_tokens), torch.int16),
+            "prefix": ArraySpec((samples, self.prefix_tokens, hidden), torch.float16),
+            "exact_index": ArraySpec((samples * tokens, 1), torch.int32, ragged=True),
+            "exact": ArraySpec((samples * tokens, hidden), spec.dtype, ragged=True),
+        }
+
+    def encode(self, array: Tensor) -> dict[str, Tensor]:
+        """See base class."""
+        self.encoded_specs(ArraySpec(tuple(array.shape), array.dtype))
+        check_finite(array)
+        assert self.step is not None
+        wide = torch.float64 if array.dtype == torch.float64 else torch.float32
+        *maps, mean = self._constants(wide, torch.device("cpu"))
+        prefix = array[:, : self.prefix_tokens].to(torch.float16)
+        centred = array[:, self.prefix_tokens :].to(wide) - mean
+        # A coefficient of a grid of n tokens is at most sqrt(n) times the largest value of its component.
+        limit = self.step * _LARGEST / math.sqrt(centred.shape[1]) / 1.01
+        peaks = (centred @ self._inverse.to(wide).T).abs().amax(2)
+        exact = torch.zeros(array.shape[:2], dtype=torch.bool)
+        exact[:, : self.prefix_tokens] = ~torch.isfinite(prefix).all(2)
+        exact[:, self.prefix_tokens :] = ~(peaks < limit)
+        prefix = prefix.masked_fill(exact[:, : self.prefix_tokens, None], 0)
+        centred = centred.masked_fill(exact[:, self.prefix_tokens :, None], 0)
+        values = torch.round(self._forward(centred) / self.step).to(torch.int16)
+        # What arithmetic lost of extreme inputs (1e30 beside 1) must not break the bound, nor values round to infinity.
+        decoded = (self._backward(values, *maps) + mean).to(array.dtype).to(wide)
+        exact[:, self.prefix_tokens :] |= ~torch.isfinite(decoded).all(2)
+        error = (decoded - array[:, self.prefix_tokens :].to(wide)).masked_fill(exact[:, self.prefix_tokens :, None], 0)
+        excess = ~(error.double().square().mean((1, 2)).sqrt() <= self.error_bound(array))
+        exact[:, self.prefix_tokens :] |= excess[:, None]
+        index = exact.flatten().nonzero()
+        return {
+            "values": values,
+            "prefix": prefix,
+            "exact_index": index.to(torch.int32),
+            "exact": array.reshape(-1, array.shape[-1])[index[:, 0]],
+        }
+
+    def collatable(self, arrays: dict[str, Tensor], spec: ArraySpec) -> dict[str, Tensor]:
+        """See base class. Where no token of the chunk is stored as it is, those two arrays are left out."""
+        index, exact = arrays["exact_index"][:, 0].long(), arrays["exact"]
+        samples, tokens, hidden = spec.shape
+        if len(index) != len(exact) or (len(index) and not (index.min() >= 0 and index.max() < samples * tokens)):
+            raise ValueError(f"{len(index)} places of tokens stored as they are, {len(exact)} tokens")
+        collated = {"values": arrays["values"], "prefix": arrays["prefix"]}
+        if len(index):
+            states = torch.zeros(samples * tokens, hidden, dtype=spec.dtype)
+            mask = torch.zeros(samples * tokens, dtype=torch.bool)
+            states[index], mask[index] = exact, True
+            collated["exact"] = states.reshape(samples, tokens, hidden)
+            collated["is_exact"] = mask.reshape(samples, tokens)
+        return collated
+
+    def decode(self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None) -> Tensor:
+        """See base class."""
+        values, prefix = arrays["values"], arrays["prefix"]
+        wide = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+        *maps, mean = self._constants(wide, values.device)
+        patches = (self._backward(values, *maps) + mean).to(dtype)
+        states = torch.cat([prefix.to(dtype), patches], dim=1)
+        if "exact" in arrays:
+            states = torch.where(arrays["is_exact"][..., None], arrays["exact"], states)
+        return states
+
+    @functools.cached_property
+    def _gain(self) -> float:
+        return float(torch.linalg.matrix_norm(self._basis(torch.float64, torch.device("cpu")), 2))
+
+    def error_bound(self, array: Tensor) -> Tensor:
+        """See base class: half a step times the largest singular value of the basis, and the rounding of the result.
+
+        Coefficients are wrong by at most half a step; the DCT keeps root-mean-square values, and the basis stretches them
+        by at most its largest singular value. fp16 rounds prefix tokens to 11 bits.
+        """
+        self._check_fitted()
+        assert self.step is not None
+        largest = array.flatten(1).abs().amax(1).double() if array.numel() else torch.zeros(len(array)).double()
+        rounding = largest * (torch.finfo(array.dtype).eps + 2.0**-11) + 2.0**-25
+        return self.step / 2 * self._gain * (1 + 1e-3) + rounding
+
+
+def _weights(gradients: Tensor, power: float) -> Tensor:
+    """Return the symmetric (hidden, hidden) weights of directions."""
+    moment = gradients.T @ gradients / len(gradients)
+    values, axes = torch.linalg.eigh(moment)
+    if float(values[-1]) <= 0:
+        raise ValueError("all gradients are zero: they cannot weigh directions; use gradient_weight=0")
+    values = values.clamp_min(float(values[-1]) * _LEAST_WEIGHT).pow(power / 2)
+    return (axes * (values / values.mean())) @ axes.T
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
