@@ -105,7 +105,7 @@ class FidelityMeter:
         self._logits = logits
         self._log_probabilities = logits.log_softmax(-1)
         probabilities = self._log_probabilities.exp()
-        self.information = float(_entropy(probabilities.mean(0)) - _entropy(probabilities).mean())
+        self.information = float((_entropy(probabilities.mean(0)) - _entropy(probabilities)).mean())
         least = 0.5 * min(1.0, math.log(max(logits.shape[-1], 1)))
         self.uses_logits = classes and logits.dim() == 2 and 0 < least <= self.information
         self.measure = "logits and features" if self.uses_logits else "features"
@@ -288,7 +288,11 @@ def _search(
     start = position = math.log2(transform.step)
     low, high = -math.inf, math.inf
     for _ in range(_MAX_TRIALS):
-        trial = attempt(_replace(codec, transform.with_step(2.0**position)))
+        try:
+            candidate = transform.with_step(2.0**position)
+        except ValueError:  # too fine for the mean
+            break
+        trial = attempt(_replace(codec, candidate))
         used = share(trial)
         if used <= 1:
             good.append(trial)

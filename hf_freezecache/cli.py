@@ -102,6 +102,7 @@ def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
         "hidden": hidden,
         "dtype": str(DTYPES[index.dtype]).removeprefix("torch."),
         "codec": index.codec,
+        "calibration": index.calibration,
         "chunk_size": index.chunk_size,
         "shard_chunks": index.shard_chunks,
         "shards": index.num_shards * index.num_views,
@@ -115,16 +116,34 @@ def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
     }
 
 
+def _codec_words(codec: dict[str, Any]) -> str:
+    words = []
+    for step in codec["configuration"]["steps"] if codec["name"] == "pipeline" else [codec]:
+        settings = ", ".join(f"{name} {value}" for name, value in step["configuration"].items() if name != "state")
+        words.append(f"{step['name']} ({settings})" if settings else step["name"])
+    return " > ".join(words)
+
+
 def _lines(cache: dict[str, Any]) -> list[str]:
     """Return what ``inspect`` prints of one cache."""
-    configuration = ", ".join(f"{name} {value}" for name, value in cache["codec"]["configuration"].items())
+    calibration = cache["calibration"] or {}
+    measured = (
+        f"{calibration['fidelity']:.3g} ({calibration['measure']}), agreement {calibration['agreement']:.1%}, relative error "
+        f"{calibration['relative_error']:.3f}, on {calibration['num_test']} held-out images, states from the "
+        f"{calibration['source']}"
+        if calibration
+        else "exact"
+        if cache["codec"]["name"] == "lossless"
+        else "not measured"
+    )
     extras = [f"{e['name']} ({e['dtype']}, {e['shape'] or 'one number'})" for e in cache["extras"]]
     rows = {
         "split point": f"{cache['split_point']} frozen blocks",
         "samples": f"{cache['num_samples']:,} in {cache['num_views']} views",
         "images": " x ".join(map(str, cache["image_shape"])) + " (channels x height x width)",
         "hidden states": f"{cache['tokens']} tokens x {cache['hidden']}, {cache['dtype']}",
-        "codec": cache["codec"]["name"] + (f" ({configuration})" if configuration else ""),
+        "codec": _codec_words(cache["codec"]),
+        "fidelity": measured,
         "shards": f"{cache['shards']}, up to {cache['shard_chunks']} chunks of {cache['chunk_size']} samples each",
         "size": f"{_size(cache['bytes'])} ({cache['bytes']:,} bytes)",
         "per image": f"{_size(cache['bytes_per_image'])}; {_size(cache['bytes_per_image_and_view'])} per view",

@@ -108,6 +108,10 @@ class CacheReader:
                 )
         if CODEC_NAME not in self.index.files:
             self.codec = codec_from_dict(self.index.codec)
+            if not self.codec.lossless:
+                raise CacheCorruptError(
+                    f"{self.directory / INDEX_NAME} is damaged: it names a lossy codec but no {CODEC_NAME}."
+                )
             return
         path = self.directory / CODEC_NAME
         if file_sha256(path) != self.index.files[CODEC_NAME].sha256:

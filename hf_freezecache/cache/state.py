@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def save_state(path: Path, fingerprint: str, state: CodecState) -> None:
     """Write the state, atomically.
 
     Each tensor becomes one zstd frame of its byte planes, as a U8 tensor of a safetensors file, whose metadata hold codec,
-    calibration, and dtypes and shapes.
+    calibration, dtypes and shapes, and a hash of all that: what goes on with an unfinished cache has no index to trust.
 
     Args:
         path: The file.
@@ -66,11 +67,19 @@ def save_state(path: Path, fingerprint: str, state: CodecState) -> None:
             {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}, sort_keys=True
         ),
     }
+    metadata["checksum"] = _checksum(metadata)
     with atomic_write(path) as file:
         file.write(safetensors.torch.save(frames, metadata))
 
 
+def _checksum(metadata: Mapping[str, str]) -> str:
+    known = {name: value for name, value in metadata.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def _tensor(frame: Tensor, dtype: str, shape: list[int]) -> Tensor:
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"a tensor of shape {shape}")
     spec = ArraySpec(tuple(shape), getattr(torch, dtype))
     if spec.num_bytes > _MAX_BYTES:
         raise ValueError(f"a tensor of {spec.num_bytes} bytes")
@@ -96,10 +105,16 @@ def load_state(path: Path, fingerprint: str | None = None) -> CodecState:
             metadata: Mapping[str, str] = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError("it is no codec state")
+            if metadata.get("checksum", _checksum(metadata)) != _checksum(metadata):
+                raise ValueError("its checksum does not match")
             specs = json.loads(metadata["tensors"])
+            if specs.keys() != set(file.keys()):
+                raise ValueError(f"tensors {sorted(file.keys())}, expected {sorted(specs)}")
             tensors = {name: _tensor(file.get_tensor(name), *spec) for name, spec in specs.items()}
         codec = codec_from_dict(json.loads(metadata["codec"]), tensors)
         calibration = json.loads(metadata["calibration"])
+        if not isinstance(calibration, dict):
+            raise ValueError(f"its calibration is {calibration!r}")
     except FileNotFoundError:
         raise CacheCorruptError(f"{path} is missing. Delete the cache folder to rebuild it.") from None
     except (

@@ -151,11 +151,14 @@ class Pack(BytesStep):
             position += size
         _add_sparse(flat[:first_dense], buffers[6], buffers[7])
         _add_sparse(flat[first_dense:], buffers[8], buffers[9])
+        bounds = np.empty((len(order), 2), dtype=np.int64)
+        bounds[order, 0], bounds[order, 1] = ends - counts, ends
+        cells = [flat[start:end] for start, end in bounds.tolist()]
         values = np.empty((samples, components, positions), dtype=np.int16)
-        for cell, end, count in zip(order.tolist(), ends.tolist(), counts.tolist(), strict=True):
-            zone, component = divmod(cell, components)
-            start, stop = zones[zone]
-            values[:, component, start:stop] = flat[end - count : end].reshape(samples, stop - start)
+        for zone, (start, stop) in enumerate(zones):
+            block = np.concatenate(cells[zone * components : (zone + 1) * components]) if components else flat
+            block = block.reshape(components, samples, stop - start)
+            values[:, :, start:stop] = block.transpose(1, 0, 2)
         if spec.dtype == torch.int8:
             if values.size and (values.min() < -128 or values.max() > 127):
                 raise ValueError(f"values from {values.min()} to {values.max()} in an array of int8")

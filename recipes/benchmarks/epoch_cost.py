@@ -13,6 +13,7 @@ the same views and running the bare prefix on them.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import multiprocessing
 import random
@@ -36,10 +37,14 @@ from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForIma
 from hf_freezecache import CachedDataset, split_model
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.layout import ChunkLayout
+from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.writer import CachePlan, build_cache
-from hf_freezecache.codecs import make_codec
-from hf_freezecache.dataset import ChunkSampler, collate_cached
+from hf_freezecache.calibration import FidelityMeter, calibrate, fit_codec
+from hf_freezecache.codecs import Codec, make_codec
+from hf_freezecache.config import DEFAULT_FIDELITY
+from hf_freezecache.dataset import ChunkSampler, collate_cached, split_packed
 from hf_freezecache.freezing import freeze
+from hf_freezecache.splitting import token_grid
 from hf_freezecache.views import ViewDataset
 
 SHAPES = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}  # width, heads; 12 blocks, patch 16
@@ -106,7 +111,27 @@ class Bench:
 
     def plan(self) -> CachePlan:
         identity = Fingerprint({"benchmark": f"{self.split_point}"})
-        return CachePlan(identity, self.split_point, (3, 224, 224), 1, self.layout, 32, make_codec(self.args.codec))
+        return CachePlan(identity, self.split_point, (3, 224, 224), 1, self.layout, 32, self.codec)
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """The codec; fitted, for ``auto`` to the default fidelity, on 128 images and measured on 128 others."""
+        codec = make_codec("transform" if self.args.codec == "auto" else self.args.codec)
+        if codec.lossless:
+            return codec
+        batches = itertools.islice(self.endless(self.loader(self.views, collate)), 256 // self.args.batch_size)
+        states = torch.cat([self.prefix(batch["pixel_values"]).cpu() for batch in batches])
+        middle = len(states) // 2
+
+        def outputs(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.no_grad(), self.autocast():
+                parts = [self.split.outputs(part.to(self.device)) for part in states.split(self.args.batch_size)]
+            return torch.cat([a.cpu() for a, _ in parts]), torch.cat([b.cpu() for _, b in parts])
+
+        grid = token_grid(states.shape[1], (3, 224, 224), self.model.config)
+        codec = fit_codec(codec, states[:middle], *grid)
+        budget = DEFAULT_FIDELITY if self.args.codec == "auto" else None
+        return calibrate(codec, FidelityMeter(states[middle:], outputs), middle, chunk_size=32, budget=budget)[0]
 
     def build(self, folder: Path) -> Any:
         return build_cache(
@@ -140,16 +165,26 @@ class Bench:
         if arm in ("full", "frozen"):
             return self.endless(self.loader(self.views, collate))
         if arm == "cached":
-            dataset = CachedDataset.from_pretrained(self.folder / self.plan().name)
-            return self.endless(self.loader(dataset, collate_cached))
+            reader = CacheReader(next(self.folder.glob(f"k{self.split_point:02d}-*")))
+            self.stored = reader.codec
+            return self.endless(self.loader(CachedDataset(reader, packed=True), collate_cached))
         kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
+        if arm == "limit":
+            kept = [{"hidden_states": self.restore(batch), "labels": batch["labels"]} for batch in kept]
         return itertools.cycle(kept)
+
+    def restore(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        packed, _ = split_packed(batch)
+        with torch.no_grad():
+            return self.stored.restore(packed, torch.float32, None if self.args.fp32 else torch.bfloat16)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         """Train on one batch."""
         self.model.train()
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         labels, hidden_states = batch["labels"], batch.get("hidden_states")
+        if "packed.values" in batch:
+            hidden_states = self.restore(batch)
         with self.autocast():
             if hidden_states is None:
                 loss = self.model(pixel_values=batch["pixel_values"], labels=labels).loss
@@ -232,7 +267,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps per arm and round")
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--codec", default="lossless")
+    parser.add_argument("--codec", default="lossless", help="name of a codec, or auto")
     parser.add_argument("--fp32", action="store_true", help="train without bf16 autocast")
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory")
     args = parser.parse_args()
@@ -247,18 +282,18 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str, Any]:
     frozen, full = Bench(args, split_point, folder), Bench(args, 0, folder)
+    started = time.perf_counter()
+    _ = frozen.codec
+    calibration_seconds = time.perf_counter() - started
     builds: list[tuple[float, float, float]] = []
-    for turn in range(min(args.rounds, 3)):
+    # Rendering and prefix before and after each build: the machine's speed drifts.
+    around = [(frozen.render(), frozen.run_prefix())]
+    for turn in range(args.rounds):
         into = folder if turn == 0 else tempfile.mkdtemp(dir=folder)
-        steps: list[Callable[[], float]] = [
-            lambda into=into: frozen.build(Path(into)).seconds,
-            frozen.render,
-            frozen.run_prefix,
-        ]
-        seconds = [0.0] * 3
-        for position in [(turn + offset) % 3 for offset in range(3)]:
-            seconds[position] = steps[position]()
-        builds.append((seconds[0], seconds[1], seconds[2]))
+        seconds = frozen.build(Path(into)).seconds
+        around.append((frozen.render(), frozen.run_prefix()))
+        (render, prefix), (render_after, prefix_after) = around[-2:]
+        builds.append((seconds, (render + render_after) / 2, (prefix + prefix_after) / 2))
     benches = {
         "full": full,
         "full_in_memory": full,
@@ -297,6 +332,8 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         "build_seconds": spread([build for build, _, _ in builds]),
         "render_seconds": spread([render for _, render, _ in builds]),
         "prefix_seconds": spread([prefix for _, _, prefix in builds]),
+        "calibration_seconds": round(calibration_seconds, 2),
+        "codec": frozen.codec.to_dict(),
         "build_ratio": spread([build / (render + prefix) for build, render, prefix in builds]),
         "cache_bytes_per_image": sum(
             path.stat().st_size for path in (Path(folder) / frozen.plan().name).rglob("*") if path.is_file()
