@@ -46,7 +46,7 @@ def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> t
     Raises:
         UnsupportedSetupError: No such codec, or the compression schedule cannot be read.
     """
-    codec = make_codec("transform" if config.codec == "auto" else config.codec)
+    codec = make_codec("transform" if config.codec == "auto" else config.codec or "lossless")
     if config.gradient_weight and isinstance(codec, Pipeline):
         codec = Pipeline(
             tuple(
@@ -57,6 +57,12 @@ def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> t
             )
         )
     rate = None if config.compression is None else rate_at(config.compression, split_point, num_blocks)
+    steps = codec.steps if isinstance(codec, Pipeline) else ()
+    if rate is not None and not any(isinstance(step, Transform) for step in steps):
+        raise UnsupportedSetupError(
+            f"compression={config.compression!r} needs a codec with 'transform', whose step can be chosen; codec="
+            f"{config.codec!r} has none."
+        )
     return codec, config.fidelity if config.codec == "auto" else None, rate
 
 

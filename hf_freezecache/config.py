@@ -94,7 +94,8 @@ class CacheConfig:
             "mode='never', draws a new view in every epoch."
         },
     )
-    codec: str = field(
+    # Steps, as `codecs.make_codec` takes them, or a string; a `codecs.Codec` works too.
+    codec: Union[list, str, None] = field(  # type: ignore[type-arg]
         default="lossless",
         metadata={
             "help": "How hidden states are stored: 'lossless'; 'auto', the cheapest within --fidelity; 'transform', 'int8', "
@@ -190,9 +191,9 @@ class CacheConfig:
             raise UnsupportedSetupError(f"fidelity must be a positive number, got {self.fidelity!r}.")
         if not (isinstance(self.gradient_weight, (int, float)) and 0 <= self.gradient_weight <= 1):
             raise UnsupportedSetupError(f"gradient_weight must be a number from 0 to 1, got {self.gradient_weight!r}.")
-        if self.compression is not None and self.codec != "transform":
+        if self.compression is not None and self.codec in ("auto", "lossless"):
             raise UnsupportedSetupError(
-                f"compression={self.compression!r} sets the rate of codec='transform', but codec={self.codec!r}. Set "
+                f"compression={self.compression!r} sets the rate of a 'transform', but codec={self.codec!r}. Set "
                 "codec='transform', or remove compression; codec='auto' takes its rate from fidelity."
             )
         for name, least in (

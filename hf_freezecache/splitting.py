@@ -389,10 +389,11 @@ class Split:
 
         Returns:
             The model's first output, e.g. logits (batch, classes), and the final features (batch, features): the input of
-            the last ``nn.Linear`` outside the blocks that gives as many values as the output has. Without one, the output.
+            the last ``nn.Linear`` behind the blocks that gives as many values as the output has. Without one, the output.
         """
-        _ = self._probe  # runs the model; must not meet the hooks
-        inside = {module for block in self._blocks for module in block.modules()}
+        # Also runs the model, which must not meet the hooks.
+        before_head = [*self._probe.stem, *self._blocks]
+        inside = {module for part in before_head for module in part.modules()}
         seen: list[tuple[int, Tensor]] = []
 
         def record(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
@@ -468,9 +469,10 @@ def token_grid(num_tokens: int, image_shape: tuple[int, int, int], config: Any =
         if 0 <= num_tokens - grid[0] * grid[1] <= 16 and min(grid) > 0:
             return num_tokens - grid[0] * grid[1], grid
     for prefix_tokens in range(min(17, num_tokens)):
-        rows = round(((num_tokens - prefix_tokens) * height / width) ** 0.5)
-        if rows > 0 and rows * rows * width == (num_tokens - prefix_tokens) * height:
-            return prefix_tokens, (rows, (num_tokens - prefix_tokens) // rows)
+        patches = num_tokens - prefix_tokens
+        rows = round((patches * height / width) ** 0.5)
+        if rows > 0 and patches % rows == 0 and rows * rows * width == patches * height:
+            return prefix_tokens, (rows, patches // rows)
     return 0, (1, num_tokens)
 
 

@@ -4,10 +4,11 @@
     python recipes/benchmarks/epoch_cost.py --shape deit-base --data DIR --split-points 6,9,11 --json FILE
 
 All arms run in one process, in turn, several rounds; figures are medians of images/s over rounds, and ratios are taken
-round by round. ``limit`` feeds the same suffix with batches that lie in memory. ``full`` and ``frozen`` are measured
+round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory; ``decode`` only reads the
+cache, through its sampler, and restores hidden states. ``full`` and ``frozen`` are measured
 twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
 the image pipeline out. Peak memory of each arm is that of a process of its own. Building is compared with rendering
-the same views and running the bare prefix on them.
+the same views and running the bare prefix on them, each measured before and after; calibrating is not part of it.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class Bench:
         """Return the arm's endless stream of batches."""
         if arm in ("full", "frozen"):
             return self.endless(self.loader(self.views, collate))
-        if arm == "cached":
+        if arm in ("cached", "decode"):
             reader = CacheReader(next(self.folder.glob(f"k{self.split_point:02d}-*")))
             self.stored = reader.codec
             return self.endless(self.loader(CachedDataset(reader, packed=True), collate_cached))
@@ -198,12 +199,15 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def rate(self, batches: Iterator[dict[str, torch.Tensor]], steps: int) -> float:
-        """Train for some steps; return images/s."""
+    def rate(self, batches: Iterator[dict[str, torch.Tensor]], steps: int, train: bool = True) -> float:
+        """Train for some steps, or only read and restore their hidden states; return images/s."""
         self.finish()
         started = time.perf_counter()
         for batch in itertools.islice(batches, steps):
-            self.step(batch)
+            if train:
+                self.step(batch)
+            else:
+                self.restore({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
         self.finish()
         return steps * self.args.batch_size / (time.perf_counter() - started)
 
@@ -301,17 +305,18 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         "frozen_in_memory": frozen,
         "cached": frozen,
         "limit": frozen,
+        "decode": frozen,
     }
     streams = {arm: bench.batches(arm) for arm, bench in benches.items()}
     rates: dict[str, list[float]] = {arm: [] for arm in benches}
     for arm, bench in benches.items():
-        bench.rate(streams[arm], 2)  # warm up
+        bench.rate(streams[arm], 2, arm != "decode")  # warm up
     for turn in range(args.rounds):
         order = list(benches)
         for arm in order[turn % len(order) :] + order[: turn % len(order)]:
             # Fast arms get more steps, so that every sample covers seconds.
-            steps = args.steps * (4 if arm in ("cached", "limit") else 1)
-            rates[arm].append(benches[arm].rate(streams[arm], steps))
+            steps = args.steps * {"cached": 4, "limit": 4, "decode": 16}.get(arm, 1)
+            rates[arm].append(benches[arm].rate(streams[arm], steps, arm != "decode"))
 
     def ratio(a: str, b: str) -> dict[str, Any]:
         return spread([x / y for x, y in zip(rates[a], rates[b], strict=True)])
@@ -320,6 +325,7 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         f"{a}/{b}": ratio(a, b)
         for a, b in [
             ("cached", "limit"),
+            ("decode", "limit"),
             ("cached", "frozen"),
             ("cached", "frozen_in_memory"),
             ("cached", "full"),

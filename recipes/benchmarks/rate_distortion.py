@@ -399,19 +399,23 @@ def rates(bench: Bench, coders: dict[str, Coder]) -> dict[str, dict[str, Any]]:
 
 
 def compare(results: dict[str, dict[str, Any]]) -> None:
-    """Add to the library's transforms the ratio of their bits to those of the best peer within the target."""
-    peers = {
+    """Add to the library's transforms the ratio of their bits to those of the best peer within the target.
+
+    Twice: against peers as they come, and against all of them, those with the library's treatment of prefix tokens (or its
+    packing) among them.
+    """
+    within = {
         name: result for name, result in results.items() if not name.startswith("transform") and result["within_target"]
     }
-    if not peers:
-        return
-    best = min(peers, key=lambda name: peers[name]["bits_per_element"])
-    for name, result in results.items():
-        if name.startswith("transform"):
-            bits = peers[best]["bits_per_element"]
-            result["best_peer"] = best
-            result["ratio_to_best_peer"] = result["bits_per_element"] / bits
-            result["ratio_to_best_peer_frames_only"] = result["bits_per_element_frames_only"] / bits
+    borrowed = {name for name in within if name.endswith("_apart") or name == "int_packed"}
+    for suffix, peers in (("", within.keys() - borrowed), ("_of_all", within.keys())):
+        if not peers:
+            continue
+        best = min(sorted(peers), key=lambda name: within[name]["bits_per_element"])
+        for name, result in results.items():
+            if name.startswith("transform"):
+                result[f"best_peer{suffix}"] = best
+                result[f"ratio_to_best_peer{suffix}"] = result["bits_per_element"] / within[best]["bits_per_element"]
 
 
 def summary(label: str, name: str, result: dict[str, Any], peers: dict[str, dict[str, Any]]) -> str:
@@ -426,12 +430,10 @@ def summary(label: str, name: str, result: dict[str, Any], peers: dict[str, dict
         f"decode {result['decode_images_per_second']['median']:.0f}/s",
         f"{result['settings']}" if result["settings"] else "",
     ]
-    if "best_peer" in result:
-        best = result["best_peer"]
-        parts[1:1] = [
-            f"{result['ratio_to_best_peer']:.3f} x best peer ({best} {peers[best]['bits_per_element']:.3f})",
-            f"frames only {result['bits_per_element_frames_only']:.3f}, {result['ratio_to_best_peer_frames_only']:.3f} x",
-        ]
+    for key, words in (("best_peer", "best peer"), ("best_peer_of_all", "best with prefix tokens apart")):
+        if key in result:
+            bits = peers[result[key]]["bits_per_element"]
+            parts.insert(1, f"{result[f'ratio_to_{key}']:.3f} x {words} ({result[key]} {bits:.3f})")
     return f"{label} {name}: " + ", ".join(part for part in parts if part)
 
 

@@ -1,4 +1,4 @@
-"""Writes the table of figures in README.md from the records in recipes/benchmarks/results.
+"""Writes the tables of figures in README.md from the records in recipes/benchmarks/results.
 
 python recipes/benchmarks/readme_table.py
 """
@@ -7,48 +7,121 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-RECORD = HERE / "results" / "epoch_cost--deit-tiny--cpu.json"
+RESULTS = HERE / "results"
 README = HERE.parents[1] / "README.md"
+LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
+AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
+RATES = "rate_distortion--deit-tiny--cpu.json"
+ACCURACY = "codec_accuracy--deit-tiny--cpu.json"
 
 
-def table(record: dict) -> str:
-    """Return the table of one ``epoch_cost`` record."""
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
 
-    def ratio(result: dict, name: str) -> str:
+
+def link(name: str) -> str:
+    return f"[record](recipes/benchmarks/results/{name})"
+
+
+def epochs() -> str:
+    """Return the table of what an image costs in training."""
+    lossless, auto = load(LOSSLESS), load(AUTO)
+
+    def ratio(result: dict[str, Any], name: str) -> str:
         value = result["ratios"][name]
         return f"{value['median']:.2f}x ({value['min']:.2f}-{value['max']:.2f})"
 
     lines = [
-        "| frozen blocks | images/s trained from the cache | over full fine-tuning | over frozen, no cache | of the limit | cache per view |",
-        "|---|---|---|---|---|---|",
+        "| frozen blocks | images/s trained from the cache | over full fine-tuning | over frozen, no cache | of the limit | cache per view, lossless | of the limit, `auto` | cache per view, `auto` |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, result in record["results"].items():
+    for name, result in lossless["results"].items():
+        small = auto["results"][name]
         lines.append(
             f"| {name.removeprefix('k=')} of 12 | {result['images_per_second']['cached']['median']:.0f} "
             f"| {ratio(result, 'cached/full')} | {ratio(result, 'cached/frozen')} "
-            f"| {result['ratios']['cached/limit']['median']:.2f} | {result['cache_bytes_per_image'] / 1024:.0f} KiB |"
+            f"| {result['ratios']['cached/limit']['median']:.2f} | {result['cache_bytes_per_image'] / 1024:.0f} KiB "
+            f"| {small['ratios']['cached/limit']['median']:.2f} | {small['cache_bytes_per_image'] / 1024:.1f} KiB |"
         )
-    config, versions, machine = record["config"], record["versions"], record["machine"]
+    config, versions, machine = lossless["config"], lossless["versions"], lossless["machine"]
     lines += [
         "",
         f"DeiT-Tiny, 224 px, bf16, batch {config['batch_size']}, {machine['accelerator'] or machine['processor']}, "
         f"{machine['cores']} cores; medians (extremes) of {config['rounds']} interleaved rounds, images rendered live in "
         "the uncached arms; building not included. The limit is the same suffix fed from memory. "
-        f"torch {versions['torch']}, transformers {versions['transformers']}; "
-        f"[record](recipes/benchmarks/results/{RECORD.name}), made by `recipes/benchmarks/epoch_cost.py`.",
+        f"torch {versions['torch']}, transformers {versions['transformers']}; lossless {link(LOSSLESS)}, "
+        f"`auto` {link(AUTO)}, made by `recipes/benchmarks/epoch_cost.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def codecs() -> str:
+    """Return the table of rates, and the accuracy of fine-tuning from lossy caches."""
+    record = load(RATES)
+    lines = [
+        "| frozen blocks | bits per element | KiB per image | of its JPEG | of the best peer | of peers with CLS apart | decoded images/s, one thread |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in record["results"].items():
+        found = result["codecs"]
+        ours = found["transform"]
+
+        def against(key: str, ours: dict[str, Any] = ours, found: dict[str, Any] = found) -> str:
+            peer = ours[key]
+            return f"{ours[f'ratio_to_{key}']:.2f}x ({peer.replace('_', ' ')}, {found[peer]['bits_per_element']:.2f})"
+
+        lines.append(
+            f"| {name.removeprefix('k=')} of 12 | {ours['bits_per_element']:.2f} | {ours['kib_per_image']:.1f} "
+            f"| {ours['ratio_to_image_file']:.2f}x | {against('best_peer')} | {against('best_peer_of_all')} "
+            f"| {ours['decode_images_per_second']['median']:,.0f} |"
+        )
+    config = record["config"]
+    half = int(config["images"]) // 2
+    lines += [
+        "",
+        f"`transform` at a KL of at most {config['target_kl']} nats per image to the exact logits, DeiT-Tiny, fitted on {half} "
+        f"photos of Imagenette and measured on {half} others, all stored bytes counted. Peers: fp16 and bf16 with zstd, int2-8 "
+        f"per channel with zstd, zfp, SZ3, blosc2, each tuned to the same KL. {link(RATES)}, made by "
+        "`recipes/benchmarks/rate_distortion.py`.",
+        "",
+    ]
+    accuracy = load(ACCURACY)
+    for data, arms in accuracy["results"].items():
+        base = statistics.mean(arms["lossless"]["accuracy"]["values"])
+        images = sum(run["test_images"] for run in arms["lossless"]["runs"])
+        for arm, result in arms.items():
+            if arm != "lossless":
+                difference, bits = result["difference"], result["runs"][0]["stages"]
+                lines.append(
+                    f"* {data}, `{arm}`: {base + difference['mean']:.2f}% against {base:.2f}% lossless, "
+                    f"{difference['mean']:+.2f} points ({difference['min']:+.2f} to {difference['max']:+.2f} over "
+                    f"{len(difference['values'])} seeds, {images} test images in all), at "
+                    + " and ".join(f"{stage['bits_per_element']:.1f}" for stage in bits)
+                    + " bits per element."
+                )
+    lines += [
+        "",
+        f"Arms are `auto:fidelity[:gradient_weight]`; {accuracy['config']['epochs']} epochs, schedule "
+        f"`{accuracy['config']['schedule']}`, {accuracy['config']['views']} views; {link(ACCURACY)}, made by "
+        "`recipes/benchmarks/codec_accuracy.py`.",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
     text = README.read_text()
-    figures = table(json.loads(RECORD.read_text()))
-    start, end = re.escape("<!-- figures:"), re.escape("<!-- /figures -->")
-    new = re.sub(rf"({start}.*?-->\n).*?({end})", lambda m: f"{m[1]}{figures}\n{m[2]}", text, flags=re.DOTALL)
-    README.write_text(new)
+    for mark, table in (("figures", epochs()), ("codecs", codecs())):
+        start, end = re.escape(f"<!-- {mark}:"), re.escape(f"<!-- /{mark} -->")
+        replace = rf"({start}.*?-->\n).*?({end})"
+        text, count = re.subn(replace, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md must have one block '<!-- {mark}: ... --> ... <!-- /{mark} -->', has {count}")
+    README.write_text(text)
 
 
 if __name__ == "__main__":
