@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import FAMILIES, IMAGE_SIZE, NUM_CLASSES, tiny_model, tiny_vit
 from torch import nn
-from transformers import ViTForImageClassification
+from transformers import ViTForImageClassification, ViTModel
 
 from hf_freezecache import Split, split_model
 from hf_freezecache.errors import UnsupportedModelError
 from hf_freezecache.freezing import freeze
-from hf_freezecache.splitting import find_blocks, first_tensor
+from hf_freezecache.splitting import find_blocks, first_tensor, token_grid
 
 NUM_BLOCKS = 4
 POSITION_BIASES = [
@@ -477,6 +479,176 @@ def test_activation_checkpointing_gives_the_same_gradients(family) -> None:
     assert plain[0].keys() == checkpointed[0].keys()
     for name, gradient in plain[0].items():
         assert torch.equal(gradient, checkpointed[0][name]), name
+
+
+# ---- From one split point to a later one ----
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"), [*((f, {}) for f in FAMILIES), *((f, {b: True}) for f, b in POSITION_BIASES)]
+)
+def test_blocks_between_two_split_points_give_the_later_prefix(family, overrides) -> None:
+    model, batch = tiny_model(family, **overrides).eval(), batch_of()
+    with torch.no_grad():
+        prefixes = [split_model(model, k).prefix(batch["pixel_values"]) for k in range(NUM_BLOCKS + 1)]
+        for start in range(NUM_BLOCKS):
+            for stop in range(start + 1, NUM_BLOCKS + 1):
+                found = split_model(model, start).between(prefixes[start], stop)
+                assert torch.equal(found, prefixes[stop]), (start, stop)
+
+
+@pytest.mark.parametrize("family", ["vit", "beit", "data2vec-vision", "clip"])
+def test_blocks_between_know_the_size_of_the_images(family) -> None:
+    """As told: a split that never saw an image reads it from the model's configuration."""
+    overrides = {} if family in ("vit", "clip") else {"use_relative_position_bias": True}
+    model, pixel_values = tiny_model(family, **overrides).eval(), batch_of(16, 24)["pixel_values"]
+    extra = {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        earlier, expected = (split_model(model, k).prefix(pixel_values, **extra) for k in (1, 3))
+        split = split_model(model, 1)
+        split.image_shape = (3, 16, 24)
+        assert torch.equal(split.between(earlier, 3, **extra), expected)
+
+
+@pytest.mark.parametrize("stop", [-1, 0, 1, 2, NUM_BLOCKS + 1])
+def test_blocks_between_must_lie_behind_the_split_point(stop) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"from block 2 to {stop}; expected 3 to {NUM_BLOCKS}"):
+        split_model(tiny_vit(), 2).between(torch.zeros(3, 17, 16), stop)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_is_unchanged_after_between_and_outputs(family) -> None:
+    model, batch = tiny_model(family), batch_of()
+    model.train()
+    before = snapshot(model)
+    with torch.no_grad():
+        hidden_states = split_model(model, 1).prefix(batch["pixel_values"])
+        split_model(model, 1).between(hidden_states, 3)
+        split_model(model, 1).outputs(hidden_states)
+        with pytest.raises(RuntimeError):
+            split_model(model, 1).between(torch.zeros(3, 17, 5), 3)
+        with pytest.raises(RuntimeError):
+            split_model(model, 1).outputs(torch.zeros(3, 17, 5))
+    assert_same_snapshot(before, snapshot(model))
+
+
+# ---- What the head saw ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split_point", [0, 2, NUM_BLOCKS])
+def test_outputs_are_the_logits_and_what_the_head_makes_them_of(family, split_point) -> None:
+    model, batch = tiny_model(family).eval(), batch_of()
+    split = split_model(model, split_point)
+    with torch.no_grad():
+        logits, features = split.outputs(split.prefix(batch["pixel_values"]))
+        assert torch.equal(logits, model(batch["pixel_values"]).logits)
+        assert features.dim() == 2
+        assert torch.equal(model.classifier(features), logits)
+
+
+def test_without_a_head_the_output_stands_for_the_features() -> None:
+    model, pixel_values = ViTModel(tiny_vit().config, add_pooling_layer=False).eval(), batch_of()["pixel_values"]
+    split = split_model(model, 2)
+    with torch.no_grad():
+        output, features = split.outputs(split.prefix(pixel_values))
+        assert torch.equal(output, model(pixel_values).last_hidden_state)
+    assert torch.equal(features, output.flatten(1))
+
+
+def test_the_last_layer_of_a_deep_head_is_the_head() -> None:
+    model = PlainViT()
+    model.head = nn.Sequential(nn.Linear(8, NUM_CLASSES), nn.Tanh(), nn.Linear(NUM_CLASSES, NUM_CLASSES))
+    split, pixel_values = split_model(model, 1), torch.randn(5, 3, 4, 8)
+    with torch.no_grad():
+        output, features = split.outputs(split.prefix(pixel_values))
+        assert torch.equal(output, model(pixel_values))
+        assert torch.equal(model.head[2](features), output)
+        assert features.abs().max() < 1
+
+
+class HeadlessViT(nn.Module):
+    """Its only linear layer outside the blocks makes the embeddings, as wide as the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = PlainViT()
+        self.inner.head = nn.Identity()
+        self.config = self.inner.config
+
+    def forward(self, pixel_values):
+        return self.inner(pixel_values)
+
+
+def test_embeddings_are_not_taken_for_the_head() -> None:
+    split = split_model(HeadlessViT(), 1)
+    pixel_values = torch.randn(5, 3, 4, 8)
+    with torch.no_grad():
+        output, features = split.outputs(split.prefix(pixel_values))
+    assert torch.equal(features, output)
+
+
+# ---- How tokens lie on the image ----
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "size", "expected"),
+    [
+        ("vit", {}, (16, 16), (1, (4, 4))),
+        ("vit", {}, (16, 24), (1, (4, 6))),
+        ("vit", {}, (32, 12), (1, (8, 3))),
+        ("deit", {}, (16, 16), (2, (4, 4))),
+        ("siglip", {}, (16, 16), (0, (4, 4))),
+        ("clip", {}, (24, 16), (1, (6, 4))),
+        ("ijepa", {}, (16, 16), (0, (4, 4))),
+        ("dinov2_with_registers", {"num_register_tokens": 4}, (16, 16), (5, (4, 4))),
+    ],
+)
+def test_tokens_of_models_lie_on_their_images(family, overrides, size, expected) -> None:
+    model = tiny_model(family, **overrides).eval()
+    with torch.no_grad():
+        hidden_states = split_model(model, 2).prefix(batch_of(*size)["pixel_values"], interpolate_pos_encoding=True)
+    assert token_grid(hidden_states.shape[1], (3, *size), model.config) == expected
+    # The proportions of the image tell the same.
+    assert token_grid(hidden_states.shape[1], (3, *size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "patch_size", "expected"),
+    [
+        (197, (224, 224), 16, (1, (14, 14))),
+        (198, (224, 224), 16, (2, (14, 14))),
+        (261, (224, 224), 14, (5, (16, 16))),
+        (50, (224, 224), 32, (1, (7, 7))),
+        (50, (224, 224), None, (1, (7, 7))),
+        (50, (224, 224), (32, 32), (1, (7, 7))),  # not a number: by proportions
+        (50, (224, 224), 0, (1, (7, 7))),
+        (50, (225, 230), 32, (1, (7, 7))),  # what is left of the last patch is cut off
+        (50, (225, 230), None, (0, (1, 50))),
+        (49, (224, 224), 16, (0, (7, 7))),  # merged patches
+        (37, (96, 100), 16, (1, (6, 6))),
+        (6, (40, 100), 20, (0, (1, 6))),  # fewer tokens than patches
+        (66, (224, 224), 32, (2, (8, 8))),  # 49 patches would leave 17 prefix tokens
+        (16, (16, 16), 1, (0, (4, 4))),
+        (1, (224, 224), None, (0, (1, 1))),
+        (3, (64, 48), None, (0, (1, 3))),  # 2 rows of one and a half
+        (27, (64, 48), None, (15, (4, 3))),
+    ],
+)
+def test_tokens_lie_on_a_grid_of_the_images_proportions(num_tokens, size, patch_size, expected) -> None:
+    config = None if patch_size is None else SimpleNamespace(patch_size=patch_size)
+    assert token_grid(num_tokens, (3, *size), config) == expected
+    assert token_grid(num_tokens, (3, *size), SimpleNamespace(vision_config=config)) == expected
+
+
+@given(st.integers(1, 400), st.integers(1, 12), st.integers(1, 12), st.integers(1, 20), st.none() | st.integers(-1, 40))
+def test_every_token_is_a_prefix_token_or_has_its_place(num_tokens, height, width, scale, patch_size) -> None:
+    height, width = scale * height, scale * width
+    config = SimpleNamespace(patch_size=patch_size)
+    prefix_tokens, (rows, columns) = token_grid(num_tokens, (3, height, width), config)
+    assert 0 <= prefix_tokens <= 16
+    assert min(rows, columns) > 0
+    assert prefix_tokens + rows * columns == num_tokens
 
 
 def test_first_tensor_finds_it_in_any_output() -> None:

@@ -44,8 +44,8 @@ class CodecState:
 def save_state(path: Path, fingerprint: str, state: CodecState) -> None:
     """Write the state, atomically.
 
-    Each tensor becomes one zstd frame of its byte planes, as a U8 tensor of a safetensors file, whose metadata hold codec,
-    calibration, dtypes and shapes, and a hash of all that: what goes on with an unfinished cache has no index to trust.
+    Each tensor becomes one zstd frame of its byte planes, as a U8 tensor of a safetensors file, whose metadata hold a JSON
+    document of codec, calibration, dtypes and shapes, with a hash of all that: what goes on with an unfinished cache has no index to trust.
 
     Args:
         path: The file.
@@ -57,23 +57,22 @@ def save_state(path: Path, fingerprint: str, state: CodecState) -> None:
         name: torch.frombuffer(bytearray(compress_frame(b"".join(_PLANES.encode(tensor)), _LEVEL)), dtype=torch.uint8)
         for name, tensor in tensors.items()
     }
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+    document = {
+        "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
-        "codec": json.dumps(state.codec.to_dict(), sort_keys=True),
-        "calibration": json.dumps(state.calibration, sort_keys=True),
-        "tensors": json.dumps(
-            {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}, sort_keys=True
-        ),
+        "codec": state.codec.to_dict(),
+        "calibration": state.calibration,
+        "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()},
     }
-    metadata["checksum"] = _checksum(metadata)
+    document["checksum"] = _checksum(document)
+    # One entry: safetensors writes several in random order, and the same cache should give the same file.
+    metadata = {FORMAT: json.dumps(document, sort_keys=True)}
     with atomic_write(path) as file:
         file.write(safetensors.torch.save(frames, metadata))
 
 
-def _checksum(metadata: Mapping[str, str]) -> str:
-    known = {name: value for name, value in metadata.items() if name != "checksum"}
+def _checksum(document: Mapping[str, Any]) -> str:
+    known = {name: value for name, value in document.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
@@ -102,17 +101,17 @@ def load_state(path: Path, fingerprint: str | None = None) -> CodecState:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
         with safetensors.safe_open(path, "pt") as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError("it is no codec state")
-            if metadata.get("checksum", _checksum(metadata)) != _checksum(metadata):
+            document = json.loads((file.metadata() or {})[FORMAT])
+            if document["checksum"] != _checksum(document):
                 raise ValueError("its checksum does not match")
-            specs = json.loads(metadata["tensors"])
+            if document["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {document['format_version']}, expected {FORMAT_VERSION}")
+            specs = document["tensors"]
             if specs.keys() != set(file.keys()):
                 raise ValueError(f"tensors {sorted(file.keys())}, expected {sorted(specs)}")
             tensors = {name: _tensor(file.get_tensor(name), *spec) for name, spec in specs.items()}
-        codec = codec_from_dict(json.loads(metadata["codec"]), tensors)
-        calibration = json.loads(metadata["calibration"])
+        codec = codec_from_dict(document["codec"], tensors)
+        calibration, owner = document["calibration"], document["fingerprint"]
         if not isinstance(calibration, dict):
             raise ValueError(f"its calibration is {calibration!r}")
     except FileNotFoundError:
@@ -127,6 +126,6 @@ def load_state(path: Path, fingerprint: str | None = None) -> CodecState:
         UnsupportedSetupError,
     ) as error:
         raise CacheCorruptError(f"{path} is damaged: {error}. Delete the cache folder to rebuild.") from error
-    if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
+    if fingerprint is not None and owner != fingerprint:
         raise CacheCorruptError(f"{path} belongs to another cache. Delete the cache folder to rebuild.")
     return CodecState(codec, calibration)

@@ -130,20 +130,19 @@ def run(args: argparse.Namespace, folder: str, size: int, arm: str, seed: int, c
 
 
 def resized(name: str, num_labels: int, size: int) -> torch.nn.Module:
-    """Load a model for another image size, its position embeddings interpolated once."""
+    """Load a model with a new head, for images of another size its position embeddings interpolated once."""
     model = AutoModelForImageClassification.from_pretrained(name, num_labels=num_labels, ignore_mismatched_sizes=True)
     if size == model.config.image_size:
         return model
-    embeddings = model.base_model.embeddings
-    patch = model.config.patch_size
-    blank = torch.zeros(1, *embeddings.position_embeddings.shape[1:])
+    embeddings, patches = model.base_model.embeddings, (size // model.config.patch_size) ** 2
+    width = embeddings.position_embeddings.shape[2]
     with torch.no_grad():
-        positions = embeddings.interpolate_pos_encoding(blank, size, size)
-    embeddings.position_embeddings = torch.nn.Parameter(positions.clone())
+        positions = embeddings.interpolate_pos_encoding(torch.zeros(1, patches + 1, width), size, size)
+    key = next(name for name, value in model.named_parameters() if value is embeddings.position_embeddings)
     model.config.image_size = size
-    embeddings.patch_embeddings.image_size = (size, size)
-    embeddings.patch_embeddings.num_patches = (size // patch) ** 2
-    return model
+    smaller = AutoModelForImageClassification.from_config(model.config)
+    smaller.load_state_dict({**model.state_dict(), key: positions})
+    return smaller
 
 
 def main() -> None:
