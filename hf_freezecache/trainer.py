@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from .cache.layout import ChunkLayout
-from .caching import Data, StageCache, requested_codec
+from .caching import StageCache
 from .checkpoints import load_stage, restore_weights, save_stage
+from .choosing import Data, requested_codec
 from .codecs import Codec
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset, ChunkSampler, collate_cached, split_packed

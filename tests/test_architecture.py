@@ -54,9 +54,11 @@ MAY_IMPORT = {
     "cache.writer": {*CACHE, *CODECS, "cache.shard", "cache.state", "views"},
     "cache.reader": {*CACHE, *CODECS, "cache.state"},
     "dataset": {*CACHE, "cache.reader", "codecs", "views"},
+    "choosing": {
+        *(*CACHE, "cache.reader", "cache.state", "calibration", "codecs", "config", "dataset", "splitting", "views"),
+    },
     "caching": {
-        *(*CACHE, "cache.reader", "cache.state", "cache.writer", "calibration", "codecs", "config", "dataset"),
-        *("splitting", "views"),
+        *(*CACHE, "cache.reader", "cache.state", "cache.writer", "choosing", "config", "dataset", "splitting", "views"),
     },
     "checkpoints": {"errors"},
     "report": {"errors"},

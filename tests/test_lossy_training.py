@@ -12,9 +12,10 @@ from conftest import make_images
 from tiny import TinyTransform, make_trainer, tiny_vit
 from transformers import HfArgumentParser
 
-from hf_freezecache import CacheConfig, caching
+from hf_freezecache import CacheConfig
 from hf_freezecache.cache.format import load_index
 from hf_freezecache.cache.reader import CacheReader, verify_cache
+from hf_freezecache.choosing import CodecChooser
 from hf_freezecache.codecs import make_codec
 from hf_freezecache.errors import CacheMismatchError, DataError, UnsupportedSetupError
 
@@ -146,9 +147,9 @@ def test_an_interrupted_build_goes_on_with_the_codec_it_began_with(images, monke
     assert finished
     assert not (cache_of(1) / "index.json").exists()
     chosen = []
-    choose = caching.StageCache._choose
+    choose = CodecChooser.choose
     monkeypatch.setattr(
-        caching.StageCache, "_choose", lambda self, split, source: chosen.append(split) or choose(self, split, source)
+        CodecChooser, "choose", lambda self, split, source: chosen.append(split) or choose(self, split, source)
     )
     trainer = lossy_run(images)
     assert (state.stat().st_mtime_ns, state.read_bytes()) == before
@@ -283,8 +284,16 @@ def test_too_few_rows_to_calibrate_on(images) -> None:
         lossy_run(images.select(range(3)), schedule="0:1")
 
 
-def test_weighing_directions_by_gradients(images) -> None:
-    lossy_run(images, schedule="0:2", cache={"gradient_weight": 0.5}, num_train_epochs=1)
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"gradient_weight": 0.5},
+        {"codec": [{"name": "transform", "configuration": {"gradient_weight": 0.5}}, "pack", "zstd"]},
+    ],
+    ids=["setting", "pipeline"],
+)
+def test_weighing_directions_by_gradients(images, cache) -> None:
+    lossy_run(images, schedule="0:2", cache=cache, num_train_epochs=1)
     (step, *_) = CacheReader(cache_of(2)).index.codec["configuration"]["steps"]
     assert step["configuration"]["gradient_weight"] == 0.5
 
