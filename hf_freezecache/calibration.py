@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .codecs import PRESETS, Codec, Pipeline, Transform
-from .errors import UnsupportedSetupError
+from .errors import DataError, UnsupportedSetupError
 
 __all__ = ["Calibration", "FidelityMeter", "calibrate", "fit_codec", "rate_at"]
 
@@ -56,14 +56,16 @@ class Calibration:
         budget: The fidelity asked for, or ``None``.
         target_bits: The bits per element asked for, or ``None``.
         fidelity: What was measured, nats per image or the unit of the features.
-        agreement: Share of images whose largest output stays the same.
-        relative_error: Root-mean-square error of the decoded states over that of the exact ones.
+        agreement: Share of images whose largest output stays the same; ``None`` for a single output.
+        relative_error: Root-mean-square error of the decoded states over the root-mean-square of the exact ones.
+        worst_error: The largest such ratio of any single image.
         bits_per_element: Of the encoded samples, without what is stored once per cache.
-        num_fit: Images that the codec was fitted on.
+        num_fit: Images that the codec was fitted on; 0 if it has nothing to fit.
         num_test: Images that it was measured on.
         trials: Settings that were tried.
         source: Where the states come from: ``"images"``, or ``"cache of split point k"``.
-        sources: Fidelity and relative error of all sources that were compared, before the new codec.
+        sources: Fidelity and relative error of all sources that were compared, after the new codec; of an earlier cache
+            that already exceeds the budget, before it.
     """
 
     chosen_by: str
@@ -71,8 +73,9 @@ class Calibration:
     budget: float | None
     target_bits: float | None
     fidelity: float
-    agreement: float
+    agreement: float | None
     relative_error: float
+    worst_error: float
     bits_per_element: float
     num_fit: int
     num_test: int
@@ -102,35 +105,56 @@ class FidelityMeter:
         self.exact = exact
         self._outputs = outputs
         logits, features = (tensor.double() for tensor in outputs(exact))
+        finite = torch.isfinite(logits.flatten(1)).all(1) & torch.isfinite(features).all(1)
+        if not bool(finite.all()):
+            raise DataError(
+                f"The model's output is NaN or infinite for {int((~finite).sum())} of {len(finite)} calibration images, at "
+                "positions "
+                f"{(~finite).nonzero()[:5, 0].tolist()} of those measured, so a codec cannot be judged by it. Check the "
+                "model's weights and the images; with fp16 try bf16 or fp32, or use codec='lossless'."
+            )
         self._logits = logits
         self._log_probabilities = logits.log_softmax(-1)
         probabilities = self._log_probabilities.exp()
         self.information = float((_entropy(probabilities.mean(0)) - _entropy(probabilities)).mean())
         least = 0.5 * min(1.0, math.log(max(logits.shape[-1], 1)))
         self.uses_logits = classes and logits.dim() == 2 and 0 < least <= self.information
-        self.measure = "logits and features" if self.uses_logits else "features"
-        self._features = features
-        # A feature that never changes carries nothing: it is left out.
+        # A feature that never changes carries nothing: it is left out. If none changes, the states themselves are judged.
         spread = features.var(0, unbiased=False)
         self._varies = spread > 1e-12 * features.square().mean(0).clamp_min(1e-300)
-        self._spread = spread[self._varies]
+        self._features, self._spread = features, spread[self._varies]
+        self.measure = "features" if len(self._spread) else "states"
+        if self.uses_logits:
+            self.measure = f"logits and {self.measure}"
 
-    def __call__(self, states: Tensor) -> tuple[float, float]:
-        """Return (fidelity, agreement) of states that stand in for the exact ones."""
+    def __call__(self, states: Tensor) -> tuple[float, float | None]:
+        """Return (fidelity, agreement) of states that stand in for the exact ones.
+
+        The fidelity is infinite where they make the output NaN or infinite.
+        """
         logits, features = (tensor.double() for tensor in self._outputs(states))
-        agreement = float((logits.argmax(-1) == self._logits.argmax(-1)).double().mean())
-        errors = (features - self._features)[:, self._varies].square() / self._spread
-        fidelity = errors.mean() if errors.numel() else errors.new_zeros(())
+        agreement = None
+        if logits.shape[-1] > 1:
+            agreement = float((logits.argmax(-1) == self._logits.argmax(-1)).double().mean())
+        if len(self._spread):
+            fidelity = ((features - self._features)[:, self._varies].square() / self._spread).mean()
+        else:
+            fidelity = torch.tensor(self.relative_error(states) ** 2, dtype=torch.float64)
         if self.uses_logits:
             exact = self._log_probabilities
             fidelity = torch.maximum(fidelity, (exact.exp() * (exact - logits.log_softmax(-1))).sum(-1).mean())
         # A sum of rounding errors around zero is zero.
-        return max(float(fidelity), 0.0), agreement
+        return max(float(fidelity), 0.0) if bool(torch.isfinite(fidelity)) else math.inf, agreement
 
     def relative_error(self, states: Tensor) -> float:
         """Return the root-mean-square error of states over the root-mean-square of the exact ones."""
         error = (states.double() - self.exact.double()).square().mean()
         return float((error / self.exact.double().square().mean().clamp_min(1e-300)).sqrt())
+
+    def worst_error(self, states: Tensor) -> float:
+        """Return the largest relative error of a single image."""
+        errors = (states.double() - self.exact.double()).flatten(1).square().mean(1)
+        return float((errors / self.exact.double().flatten(1).square().mean(1).clamp_min(1e-300)).sqrt().max())
 
 
 def _transform(codec: Codec) -> Transform | None:
@@ -187,8 +211,9 @@ def _encode(codec: Codec, states: Tensor, chunk_size: int) -> tuple[Tensor, floa
 class _Trial:
     codec: Codec
     fidelity: float
-    agreement: float
+    agreement: float | None
     relative_error: float
+    worst_error: float
     bits: float
 
 
@@ -201,12 +226,13 @@ def calibrate(
     states: Tensor | None = None,
     budget: float | None = None,
     target_bits: float | None = None,
+    fallback: bool = True,
 ) -> tuple[Codec, Calibration]:
     """Choose the step of a fitted codec, and measure it.
 
     With ``budget`` the largest step is sought whose fidelity is within it. Where that takes more than 6 bits per element, or
-    no step is fine enough, int8 is tried as well, and lossless if int8 is too coarse. With ``target_bits`` the smallest step is sought
-    that needs no more. With neither, the codec is only measured.
+    no step is fine enough, int8 is tried as well, and lossless if int8 is too coarse. With ``target_bits`` the smallest step
+    is sought that needs no more. With neither, the codec is only measured.
 
     Args:
         codec: Fitted.
@@ -216,6 +242,7 @@ def calibrate(
         states: What is to be encoded in place of the exact states: those from an earlier lossy cache.
         budget: Fidelity, see ``Calibration``.
         target_bits: Bits per element of the encoded samples.
+        fallback: Whether lossless may be the answer; if not, the finest setting that was tried is, though over budget.
 
     Returns:
         The codec to use, and the report.
@@ -228,16 +255,16 @@ def calibrate(
 
     def attempt(candidate: Codec) -> _Trial:
         decoded, bits = _encode(candidate, given, chunk_size)
-        trial = _Trial(candidate, *meter(decoded), meter.relative_error(decoded), bits)
+        trial = _Trial(candidate, *meter(decoded), meter.relative_error(decoded), meter.worst_error(decoded), bits)
         logger.debug("Calibration: %s", trial)
         trials.append(trial)
         return trial
 
     try:
         if budget is not None:
-            best = _by_fidelity(codec, budget, attempt)
+            best = _by_fidelity(codec, budget, attempt, trials, fallback)
         elif target_bits is not None:
-            best = _by_rate(codec, target_bits, attempt)
+            best = _by_rate(codec, target_bits, attempt, trials)
         else:
             best = attempt(codec)
     except ValueError as error:
@@ -250,6 +277,7 @@ def calibrate(
         fidelity=best.fidelity,
         agreement=best.agreement,
         relative_error=best.relative_error,
+        worst_error=best.worst_error,
         bits_per_element=best.bits,
         num_fit=num_fit,
         num_test=len(meter.exact),
@@ -313,20 +341,28 @@ def _search(
     return good
 
 
-def _by_fidelity(codec: Codec, budget: float, attempt: Callable[[Codec], _Trial]) -> _Trial:
+def _by_fidelity(
+    codec: Codec, budget: float, attempt: Callable[[Codec], _Trial], trials: list[_Trial], fallback: bool
+) -> _Trial:
     aim = (1 + _CLOSE) / 2 * budget
     good = _search(
         codec,
         attempt,
         lambda trial: trial.fidelity / budget,
         # Distortion grows with the square of the step, until it saturates.
-        lambda trial: 0.5 * math.log2(aim / trial.fidelity) if trial.fidelity > 0 else 3.0,
+        lambda trial: (
+            0.5 * math.log2(aim / trial.fidelity)
+            if 0 < trial.fidelity < math.inf
+            else math.copysign(3.0, -trial.fidelity)
+        ),
         coarser_is_worse=True,
     )
     # A channel's own step cannot beat a basis at rates below int8's, some 6.5 bits.
     if not good or min(trial.bits for trial in good) > _INT8_BITS:
         int8 = attempt(PRESETS["int8"])
         good += [int8] if int8.fidelity <= budget else []
+    if not good and not fallback:
+        return min(trials, key=lambda trial: trial.fidelity)
     if not good:
         logger.warning(
             "No lossy setting is within a fidelity of %g at this split point (int8 has %.3g): the cache is lossless.",
@@ -337,7 +373,7 @@ def _by_fidelity(codec: Codec, budget: float, attempt: Callable[[Codec], _Trial]
     return min(good, key=lambda trial: trial.bits)
 
 
-def _by_rate(codec: Codec, target_bits: float, attempt: Callable[[Codec], _Trial]) -> _Trial:
+def _by_rate(codec: Codec, target_bits: float, attempt: Callable[[Codec], _Trial], trials: list[_Trial]) -> _Trial:
     aim = (1 + _CLOSE) / 2 * target_bits
     good = _search(
         codec,
@@ -348,9 +384,10 @@ def _by_rate(codec: Codec, target_bits: float, attempt: Callable[[Codec], _Trial
         coarser_is_worse=False,
     )
     if not good:
-        raise UnsupportedSetupError(
-            f"No step was found that needs at most {target_bits} bits per element at this split point; ask for more."
-        )
+        # Prefix tokens in fp16 set a floor. Hours into a run the coarsest setting is better than an end.
+        least = min(trials, key=lambda trial: trial.bits)
+        logger.warning("No step reaches %g bits per element at this split point: %.2f it is.", target_bits, least.bits)
+        return least
     return max(good, key=lambda trial: trial.bits)
 
 

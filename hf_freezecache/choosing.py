@@ -26,7 +26,7 @@ from .errors import UnsupportedSetupError
 from .splitting import Split, token_grid
 from .views import ViewDataset, ViewKey
 
-__all__ = ["CodecChooser", "Data", "Runner", "promoted", "requested_codec"]
+__all__ = ["CodecChooser", "Data", "Runner", "check_rows", "promoted", "requested_codec"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,18 @@ def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> t
             f"{config.codec!r} has none."
         )
     return codec, config.fidelity if config.codec == "auto" else None, rate
+
+
+def check_rows(count: int) -> None:
+    """Refuse data sets on which no lossy codec can be calibrated.
+
+    Raises:
+        UnsupportedSetupError: Fewer than 4 rows.
+    """
+    if count < 4:
+        raise UnsupportedSetupError(
+            f"A lossy codec is calibrated on at least 4 rows, the data set has {count}. Use codec='lossless'."
+        )
 
 
 @dataclass
@@ -149,7 +161,8 @@ def promoted(
 
     def advance(packed: dict[str, Tensor], **extras: Tensor) -> Tensor:
         # In full precision whatever the autocast: what follows is stored.
-        states = source.codec.restore(packed, source.dtype)
+        with torch.autocast(next(iter(packed.values())).device.type, enabled=False):
+            states = source.codec.restore(packed, source.dtype)
         return earlier.between(states, split.split_point, **extras)
 
     return run(advance, packed=packed, **extras)  # type: ignore[no-any-return]
@@ -186,22 +199,10 @@ class CodecChooser:
         """
         started = time.perf_counter()
         config = self.config
-        sample = self._sample(split)
-        if len(sample.keys) < 4:
-            raise UnsupportedSetupError(
-                f"A lossy codec is calibrated on at least 4 rows, the data set has {len(sample.keys)}. Use codec='lossless'."
-            )
+        sample = self._sample(split, self._keys())
+        check_rows(len(self.data.views))
         middle = sample.middle
-        test_extras = {name: value[middle:] for name, value in sample.extras.items()}
-
-        def outputs(states: Tensor) -> tuple[Tensor, Tensor]:
-            found = [
-                self.run(split.outputs, hidden_states=states[part], **{n: v[part] for n, v in test_extras.items()})
-                for part in self._batches(range(len(states)))
-            ]
-            return torch.cat([f[0].cpu() for f in found]), torch.cat([f[1].cpu() for f in found])
-
-        meter = FidelityMeter(sample.states[middle:], outputs, self.data.classes)
+        meter = self._meter(split, sample, middle)
         requested, budget, rate = requested_codec(config, split.split_point, split.num_blocks)
         prefix_tokens, grid = token_grid(
             sample.states.shape[1], self.data.image_shape, getattr(split.model, "config", None)
@@ -211,7 +212,8 @@ class CodecChooser:
         gradients = self._gradients(split, sample, meter) if weighted else None
         settings: dict[str, Any] = {"chunk_size": config.chunk_size, "budget": budget, "target_bits": rate}
         codec = fit_codec(requested, sample.states[:middle], prefix_tokens, grid, gradients)
-        codec, report = calibrate(codec, meter, middle, **settings)
+        num_fit = middle if codec is not requested else 0
+        codec, report = calibrate(codec, meter, num_fit, **settings)
         used = None
         if source is not None:
             codec, report, used = self._compare(
@@ -235,8 +237,37 @@ class CodecChooser:
         for start in range(0, len(items), self.batch_size):
             yield slice(start, start + self.batch_size)
 
-    def _sample(self, split: Split) -> _Sample:
+    def _meter(self, split: Split, sample: _Sample, start: int) -> FidelityMeter:
+        """Return the meter of the images of a sample from ``start`` on."""
+        extras = {name: value[start:] for name, value in sample.extras.items()}
+
+        def outputs(states: Tensor) -> tuple[Tensor, Tensor]:
+            found = [
+                self.run(split.outputs, hidden_states=states[part], **{n: v[part] for n, v in extras.items()})
+                for part in self._batches(range(len(states)))
+            ]
+            return torch.cat([f[0].cpu() for f in found]), torch.cat([f[1].cpu() for f in found])
+
+        return FidelityMeter(sample.states[start:], outputs, self.data.classes)
+
+    def measure(self, split: Split, reader: CacheReader) -> dict[str, float | None]:
+        """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
+
+        Returns:
+            ``fidelity``, ``agreement`` and ``relative_error``, on the images that calibration measures on.
+
+        Raises:
+            DataError: The model's output is not finite.
+        """
         keys = self._keys()
+        sample = self._sample(split, keys[len(keys) // 2 :])
+        dataset = CachedDataset(reader)
+        stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
+        meter = self._meter(split, sample, 0)
+        fidelity, agreement = meter(stored)
+        return {"fidelity": fidelity, "agreement": agreement, "relative_error": meter.relative_error(stored)}
+
+    def _sample(self, split: Split, keys: list[ViewKey]) -> _Sample:
         states: list[Tensor] = []
         extras: list[dict[str, Tensor]] = []
         for part in self._batches(keys):
@@ -272,24 +303,33 @@ class CodecChooser:
             "images": {"fidelity": report.fidelity, "relative_error": report.relative_error},
             name: {"fidelity": alone, "relative_error": meter.relative_error(states[middle:])},
         }
-        take = None
+        take, budget = None, settings["budget"]
         if alone <= limit or self.config.promote == "always":
             requested, prefix_tokens, grid, gradients = fit
             fitted = fit_codec(requested, states[:middle], prefix_tokens, grid, gradients)
-            if self.config.promote == "always" and alone > limit and settings["budget"] is not None:
+            if self.config.promote == "always" and budget is not None:
                 # No step can undo what the earlier cache lost: spend as much again.
-                settings = {**settings, "budget": 2 * alone}
-            other, other_report = calibrate(fitted, meter, middle, states=states[middle:], **settings)
+                settings = {**settings, "budget": max(budget, 2 * alone)}
+            other, other_report = calibrate(
+                fitted, meter, report.num_fit, states=states[middle:], fallback=False, **settings
+            )
             sources[name] = {"fidelity": other_report.fidelity, "relative_error": other_report.relative_error}
             cheap = other_report.fidelity <= limit and (
                 other_report.bits_per_element <= _PROMOTED_BITS * report.bits_per_element
             )
             if cheap or self.config.promote == "always":
-                take = (other, dataclasses.replace(other_report, source=name))
+                take = (other, dataclasses.replace(other_report, source=name, budget=budget))
+            if take is not None and other_report.fidelity > limit:
+                logger.warning(
+                    "promote='always': states from the %s have a fidelity of %.3g, over the budget of %g.",
+                    name,
+                    other_report.fidelity,
+                    limit,
+                )
         for which, errors in sources.items():
             logger.info("States from the %s: fidelity %.3g, relative error %.3g.", which, *errors.values())
         if take is None:
-            logger.info("Promotion from the %s is not within a fidelity of %g: going from the images.", name, limit)
+            logger.info("The %s is not both within a fidelity of %g and small: going from the images.", name, limit)
             return codec, dataclasses.replace(report, sources=sources), None
         return take[0], dataclasses.replace(take[1], sources=sources), source
 
@@ -327,7 +367,8 @@ class CodecChooser:
 def _words(report: Calibration) -> str:
     return (
         f"{report.bits_per_element:.2f} bits per element, fidelity {report.fidelity:.3g} ({report.measure}"
-        f"{'' if report.budget is None else f', budget {report.budget:g}'}), agreement {report.agreement:.1%}, relative error "
+        f"{'' if report.budget is None else f', budget {report.budget:g}'}), "
+        f"{'' if report.agreement is None else f'agreement {report.agreement:.1%}, '}relative error "
         f"{report.relative_error:.3f}, from the {report.source}, on {report.num_test} images (fitted on {report.num_fit} "
         f"others, {report.trials} settings tried)"
     )

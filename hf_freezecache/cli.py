@@ -116,6 +116,10 @@ def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
     }
 
 
+def _agreement(calibration: dict[str, Any]) -> str:
+    return "" if calibration["agreement"] is None else f"agreement {calibration['agreement']:.1%}, "
+
+
 def _codec_words(codec: dict[str, Any]) -> str:
     words = []
     for step in codec["configuration"]["steps"] if codec["name"] == "pipeline" else [codec]:
@@ -128,7 +132,7 @@ def _lines(cache: dict[str, Any]) -> list[str]:
     """Return what ``inspect`` prints of one cache."""
     calibration = cache["calibration"] or {}
     measured = (
-        f"{calibration['fidelity']:.3g} ({calibration['measure']}), agreement {calibration['agreement']:.1%}, relative error "
+        f"{calibration['fidelity']:.3g} ({calibration['measure']}), {_agreement(calibration)}relative error "
         f"{calibration['relative_error']:.3f}, on {calibration['num_test']} held-out images, states from the "
         f"{calibration['source']}"
         if calibration

@@ -285,7 +285,7 @@ class FreezeCacheTrainer(Trainer):
         )
         if config.mode == "always" and any(stage.split_point for stage in self._stages):
             # What would stop a later stage stops the run now.
-            self._stage_cache.hash_data()
+            self._stage_cache.check()
             check_writable(Path(config.cache_dir))
             if self._train_transform is not None and config.num_views == 1:
                 logger.warning(
@@ -419,12 +419,8 @@ class FreezeCacheTrainer(Trainer):
                 "freezecache/build_seconds": round(report.seconds, 3),
                 "freezecache/built_shards": report.built_shards,
             }
-            measured = reader.index.calibration or {}
-            logs |= {
-                f"freezecache/{name}": measured[name]
-                for name in ("fidelity", "agreement", "relative_error")
-                if name in measured
-            }
+            measured = self._stage_cache.measured.items()
+            logs |= {f"freezecache/{name}": value for name, value in measured if value is not None}
         else:
             why = "no block is frozen" if split_point == 0 else "mode='never'"
             logger.info("Training without a cache from here on: %s.", why)

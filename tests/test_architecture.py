@@ -58,7 +58,8 @@ MAY_IMPORT = {
         *(*CACHE, "cache.reader", "cache.state", "calibration", "codecs", "config", "dataset", "splitting", "views"),
     },
     "caching": {
-        *(*CACHE, "cache.reader", "cache.state", "cache.writer", "choosing", "config", "dataset", "splitting", "views"),
+        *(*CACHE, "cache.reader", "cache.shard", "cache.state", "cache.writer"),
+        *("choosing", "config", "dataset", "splitting", "views"),
     },
     "checkpoints": {"errors"},
     "report": {"errors"},

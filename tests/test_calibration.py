@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_freezecache.calibration import CURVES, FidelityMeter, calibrate, fit_codec, parse_rates, rate_at
 from hf_freezecache.codecs import PRESETS, Codec, Pack, Pipeline, Transform, Zstd
-from hf_freezecache.errors import UnsupportedSetupError
+from hf_freezecache.errors import DataError, UnsupportedSetupError
 
 TOKENS, HIDDEN, GRID = 17, 16, (4, 4)
 CHUNK = 16
@@ -159,8 +159,35 @@ def test_constant_features_are_left_out() -> None:
     exact = torch.tensor([[[-1.0, 3.0, 0.0]], [[1.0, 3.0, 0.0]]])
     meter = FidelityMeter(exact, lambda states: (torch.zeros(2, 1), states.flatten(1)))
     assert meter(exact + torch.tensor([0.5, 9.0, 9.0]))[0] == pytest.approx(0.25)
-    constant = FidelityMeter(exact[:1].expand(2, -1, -1), lambda states: (torch.zeros(2, 1), states.flatten(1)))
-    assert constant(exact + 1)[0] == 0.0
+
+
+def test_outputs_that_never_change_leave_the_states_to_judge_by() -> None:
+    """Otherwise anything would do."""
+    exact = states_of(4)
+    meter = FidelityMeter(exact, lambda states: (torch.zeros(len(states), 3), torch.ones(len(states), 5)))
+    assert meter.measure == "states"
+    assert meter(exact * 1.1)[0] == pytest.approx(0.01, rel=1e-3)
+    assert meter(exact)[0] == 0.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite(value) -> None:
+    exact = states_of(6)
+
+    def outputs(states):
+        logits = states.flatten(1)[:, :4].clone()
+        logits[3] = value
+        return logits, logits
+
+    with pytest.raises(DataError, match=r"NaN or infinite for 1 of 6 calibration images, at positions \[3\]"):
+        FidelityMeter(exact, outputs)
+    meter = FidelityMeter(exact, lambda states: (states.flatten(1)[:, :4], states.flatten(1)[:, :4]))
+    assert meter(exact.clone().index_fill_(0, torch.tensor([2]), value))[0] == math.inf
+
+
+def test_a_single_output_has_no_agreement() -> None:
+    meter = FidelityMeter(states_of(4), lambda states: (states.flatten(1)[:, :1], states.flatten(1)))
+    assert meter(meter.exact)[1] is None
 
 
 # ---- Calibration to a fidelity ----
@@ -248,10 +275,24 @@ def test_a_rate_is_kept_and_used(fitted, target) -> None:
     assert 8 * sum(map(len, codec.encode(meter.exact))) / meter.exact.numel() == report.bits_per_element
 
 
-def test_a_rate_that_no_step_reaches_is_refused(fitted) -> None:
-    """The class token alone takes a seventeenth of 16 bits."""
-    with pytest.raises(UnsupportedSetupError, match=r"at most 0.5 bits per element at this split point; ask for more"):
-        calibrate(fitted, meter_of(), 16, chunk_size=CHUNK, target_bits=0.5)
+def test_a_rate_that_no_step_reaches_gives_the_lowest_with_a_warning(fitted, caplog) -> None:
+    """The class token alone takes a seventeenth of 16 bits. The run goes on."""
+    with caplog.at_level(logging.WARNING):
+        _, report = calibrate(fitted, meter_of(), 16, chunk_size=CHUNK, target_bits=0.5)
+    assert 0.5 < report.bits_per_element < 3
+    assert (
+        f"No step reaches 0.5 bits per element at this split point: {report.bits_per_element:.2f} it is" in caplog.text
+    )
+
+
+def test_without_a_fallback_the_finest_setting_is_taken(fitted) -> None:
+    meter = meter_of()
+    chosen, report = calibrate(
+        fitted, meter, 16, chunk_size=CHUNK, states=states_of(16, seed=3), budget=1e-3, fallback=False
+    )
+    assert not chosen.lossless
+    assert report.fidelity > 1e-3
+    assert report.worst_error >= report.relative_error
 
 
 @pytest.mark.parametrize("codec", ["lossless", "fp16", "int8", "fitted"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hf_freezecache.cache.format import load_index
 from hf_freezecache.cache.reader import CacheReader, verify_cache
 from hf_freezecache.choosing import CodecChooser
 from hf_freezecache.codecs import make_codec
-from hf_freezecache.errors import CacheMismatchError, DataError, UnsupportedSetupError
+from hf_freezecache.errors import CacheLockedError, CacheMismatchError, DataError, UnsupportedSetupError
 
 PIPELINE = json.dumps(
     [
@@ -123,6 +124,51 @@ def test_a_second_run_uses_the_caches_and_another_budget_does_not(images, caplog
     assert stages(other)[0]["bits_per_element"] < stages(first)[0]["bits_per_element"]
 
 
+def test_a_budget_that_nothing_lossy_meets_gives_a_sound_lossless_cache(images, caplog) -> None:
+    trainer = lossy_run(images, cache={"fidelity": 1e-15, "promote": "never"}, schedule="0:1", num_train_epochs=1)
+    assert "the cache is lossless" in caplog.text
+    assert verify_cache(cache_of(1)) == []
+    assert CacheReader(cache_of(1)).codec.lossless
+    assert stages(trainer)[0]["fidelity"] == 0.0
+    assert load_index(cache_of(1)).calibration["budget"] == 1e-15
+
+
+def test_a_cache_is_measured_again_with_the_suffix_of_the_run_that_reuses_it(images, caplog) -> None:
+    def run(scale: float):
+        model = tiny_vit()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.startswith(("vit.layers.2", "vit.layers.3")):
+                    parameter *= scale
+        trainer = make_trainer(
+            model,
+            images.with_transform(TinyTransform(augment=True)),
+            schedule="0:2",
+            cache={"codec": "auto", "num_views": 2, "transform_id": "tiny", "fidelity": 0.05},
+            num_train_epochs=1,
+        )
+        trainer.train()
+        return stages(trainer)[0]
+
+    first, again, other = run(1.0), run(1.0), run(4.0)
+    assert again["built_shards"] == other["built_shards"] == 0
+    assert again["fidelity"] == pytest.approx(first["fidelity"], rel=1e-3)
+    assert other["fidelity"] > 2 * first["fidelity"]
+    assert "calibrated with another suffix" in caplog.text
+
+
+def test_calibration_holds_the_lock_of_the_cache(images, monkeypatch) -> None:
+    choose = CodecChooser.choose
+
+    def competing(self, split, source):
+        with pytest.raises(CacheLockedError, match="another live process"):
+            lossy_run(images, schedule="0:1", num_train_epochs=1)
+        return choose(self, split, source)
+
+    monkeypatch.setattr(CodecChooser, "choose", competing)
+    lossy_run(images, schedule="0:1", num_train_epochs=1)
+
+
 def test_a_changed_data_set_under_the_same_name_is_noticed(images) -> None:
     lossy_run(images, cache={"dataset_id": "pictures"})
     with pytest.raises(CacheMismatchError, match="not what rows"):
@@ -226,6 +272,49 @@ def test_auto_promotes_from_a_lossy_cache_that_is_fine_enough(images) -> None:
     assert calibration["sources"]["images"]["fidelity"] < errors["fidelity"] <= 0.2
 
 
+def test_promotion_always_never_ends_in_a_lossless_cache_of_lossy_states(images, caplog) -> None:
+    """The budget is spent by the first cache; the second gets as much again, and says so."""
+    cache = {"promote": "always", "fidelity": 0.002}
+    trainer = lossy_run(images, cache=cache, schedule="0:1,1:2,2:3", num_train_epochs=3)
+    for split_point in (2, 3):
+        reader = CacheReader(cache_of(split_point))
+        assert not reader.codec.lossless
+        assert reader.index.calibration["budget"] == 0.002
+        if reader.index.calibration["fidelity"] > 0.002:
+            assert "over the budget of 0.002" in caplog.text
+    assert [
+        stage["built_shards"]
+        for stage in stages(lossy_run(images, cache=cache, schedule="0:1,1:2,2:3", num_train_epochs=3))
+    ] == [0, 0, 0]
+    assert len(stages(trainer)) == 3
+
+
+def test_rates_of_earlier_stages_are_part_of_a_promoted_cache(images) -> None:
+    cache = {"codec": "transform", "promote": "always"}
+    lossy_run(images, cache={**cache, "compression": "0:3.0,2:6.0"})
+    finer = lossy_run(images, cache={**cache, "compression": "0:8.0,2:6.0"})
+    assert [stage["built_shards"] for stage in stages(finer)] == [8, 8]
+
+
+def test_resume_at_the_change_of_stage_promotes_again(images) -> None:
+    """The resumed run has not opened the first stage's cache; it must find it, or its states would differ."""
+    settings = {"cache": {"promote": "always"}, "num_train_epochs": 2}
+    whole = lossy_run(images, save_strategy="epoch", save_only_model=False, **settings)
+    for path in sorted(cache_of(2).glob("*"), reverse=True):
+        if path.name != "codec.safetensors":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = make_trainer(
+        tiny_vit(),
+        images.with_transform(TinyTransform(augment=True)),
+        schedule="0:1,1:2",
+        cache={"codec": "auto", "num_views": 2, "transform_id": "tiny", "promote": "always"},
+        num_train_epochs=2,
+    )
+    again.train(resume_from_checkpoint="out/checkpoint-5")
+    assert again.losses == whole.losses[5:]
+    assert load_index(cache_of(2)).calibration["source"] == "cache of split point 1"
+
+
 # ---- Rates ----
 
 
@@ -281,7 +370,8 @@ def test_a_rate_needs_a_step_to_choose(images) -> None:
 
 def test_too_few_rows_to_calibrate_on(images) -> None:
     with pytest.raises(UnsupportedSetupError, match=r"at least 4 rows, the data set has 3\. Use codec='lossless'"):
-        lossy_run(images.select(range(3)), schedule="0:1")
+        lossy_run(images.select(range(3)), schedule="0:0,1:1")
+    assert not Path("caches").exists()
 
 
 @pytest.mark.parametrize(

@@ -306,16 +306,19 @@ def test_a_lossy_cache_names_its_state_and_keeps_its_calibration(cache, codec) -
     assert not reader.codec.lossless
 
 
-def test_a_lossless_cache_has_no_state(tmp_path) -> None:
-    """Not even if a calibration is given: what older readers know stays as it was."""
+def test_a_lossless_cache_has_a_state_only_if_calibration_chose_it(tmp_path) -> None:
+    """What older readers know stays as it was; where no lossy codec was good enough, the report of that is kept."""
     plain = tiny_cache.build(tmp_path / "a", tiny_cache.make_plan()).directory
     given = tiny_cache.build(tmp_path / "b", plan_of(PRESETS["lossless"])).directory
-    for directory in (plain, given, GOLDEN_CACHE):
+    for directory in (plain, GOLDEN_CACHE):
         document = json.loads((directory / INDEX_NAME).read_bytes())
         assert "calibration" not in document
         assert CODEC_NAME not in document["files"]
         assert not (directory / CODEC_NAME).exists()
         assert load_index(directory).calibration is None
+    assert load_index(given).calibration == CALIBRATION
+    assert CacheReader(given).codec == PRESETS["lossless"]
+    assert verify_cache(plain) == verify_cache(given) == []
     for golden in sorted(GOLDEN_CACHE.rglob("*.safetensors")):
         name = golden.relative_to(GOLDEN_CACHE)
         assert (plain / name).read_bytes() == (given / name).read_bytes()

@@ -19,10 +19,15 @@ from .fingerprint import Fingerprint
 from .format import ExtraSpec, head_size, shard_metadata, write_shard_head
 from .layout import ChunkLayout
 
-__all__ = ["CachePlan", "ShardWriter"]
+__all__ = ["CachePlan", "ShardWriter", "cache_name"]
 
 #: zstd level of labels and other extras; they are small and mostly compressible.
 _EXTRA_LEVEL = 3
+
+
+def cache_name(split_point: int, fingerprint: Fingerprint) -> str:
+    """Return the name of a cache's directory below ``cache_dir``."""
+    return f"k{split_point:02d}-{fingerprint.digest[:16]}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class CachePlan:
     @property
     def name(self) -> str:
         """Name of the directory below ``cache_dir``."""
-        return f"k{self.split_point:02d}-{self.fingerprint.digest[:16]}"
+        return cache_name(self.split_point, self.fingerprint)
 
     @property
     def num_shards(self) -> int:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from .format import (
 from .shard import CachePlan, ShardWriter
 from .state import CodecState, load_state, save_state
 
-__all__ = ["BuildReport", "CachePlan", "RenderCollator", "build_cache", "explain_miss"]
+__all__ = ["BuildReport", "CachePlan", "RenderCollator", "build_cache", "explain_miss", "writing"]
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def _index(directory: Path, plan: CachePlan) -> CacheIndex:
             head = read_shard_head(directory / shard_name(view, shard))
             files[shard_name(view, shard)] = _record(directory, shard_name(view, shard), head)
             files[part_name(view, shard)] = _record(directory, part_name(view, shard))
-    if not plan.codec.lossless:
+    if _has_state(plan):
         files[CODEC_NAME] = _record(directory, CODEC_NAME)
     extras = [ExtraSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in json.loads(head.metadata["extras"])]
     tokens, width = json.loads(head.metadata["hidden_shape"])
@@ -175,7 +176,7 @@ def _index(directory: Path, plan: CachePlan) -> CacheIndex:
         layout_seed=plan.layout.seed,
         extras=tuple(extras),
         files=files,
-        calibration=None if plan.codec.lossless else plan.calibration or {},
+        calibration=plan.calibration or {} if _has_state(plan) else None,
     )
 
 
@@ -208,9 +209,14 @@ def is_image(name: str) -> bool:
     return name == "pixel_values"
 
 
+def _has_state(plan: CachePlan) -> bool:
+    """Say whether the cache holds a codec's state: all lossy ones, and those that calibration found no lossy codec for."""
+    return plan.calibration is not None or not plan.codec.lossless
+
+
 def _ensure_state(directory: Path, plan: CachePlan) -> None:
     """Write the codec's state unless it is there. Before any shard, so that no shard is ever without it."""
-    if plan.codec.lossless:
+    if not _has_state(plan):
         return
     try:
         if load_state(directory / CODEC_NAME, plan.fingerprint.digest).codec == plan.codec:
@@ -258,15 +264,26 @@ def build_cache(
         DataError: A row cannot be rendered, or its hidden states are not finite or of another shape.
     """
     started = time.perf_counter()
+    report = BuildReport(cache_dir / plan.name)
+    with writing(cache_dir, plan), preserved_random_state():
+        _build(plan, views, collate, prefix, batch_size, num_workers, prefix_inputs, is_input, show_progress, report)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+@contextmanager
+def writing(cache_dir: Path, plan: CachePlan) -> Iterator[None]:
+    """Hold the lock of a cache, in its directory, which is made; say what to do about errors of the file system.
+
+    Raises:
+        CacheLockedError: Another live process holds it.
+        CacheWriteError: The folder cannot be written, or the disk is full.
+    """
     directory = cache_dir / plan.name
-    report = BuildReport(directory)
-    lock = filelock.FileLock(cache_dir / f".{plan.name}.lock", timeout=0)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with lock, preserved_random_state():
-            _build(
-                plan, views, collate, prefix, batch_size, num_workers, prefix_inputs, is_input, show_progress, report
-            )
+        with filelock.FileLock(cache_dir / f".{plan.name}.lock", timeout=0):
+            yield
     except filelock.Timeout:
         raise CacheLockedError(
             f"{directory} is being written by another live process. Wait for it to finish and start again, or give "
@@ -280,8 +297,6 @@ def build_cache(
             f"The cache {directory} could not be written: {error} ({free / 2**20:.0f} MiB are free there). Its finished "
             "shards are kept: make room or permit writing, or choose another cache_dir, and start again."
         ) from error
-    report.seconds = time.perf_counter() - started
-    return report
 
 
 def _build(

@@ -68,7 +68,7 @@ def make_codec(codec: str | Codec | Sequence[Step | Mapping[str, Any]]) -> Codec
             return PRESETS[codec]
         if not codec.lstrip().startswith("["):
             raise UnsupportedSetupError(
-                f"Unknown codec {codec!r}; known are {sorted(PRESETS)}, or a JSON list of steps from {sorted(CODECS)}."
+                f"Unknown codec {codec!r}; known are {sorted(PRESETS)}, in CacheConfig also 'auto', or a JSON list of steps from {sorted(CODECS)}."
             )
         try:
             codec = json.loads(codec)
