@@ -66,6 +66,10 @@ class FreezeCacheTrainer(Trainer):
     the hidden states of ``num_views`` views of every row to ``cache_config.cache_dir`` (or finds them there), and then
     trains on them; evaluation and prediction always see images. Saved models are whole, ordinary models.
 
+    Each stage logs, as ``freezecache/<name>``: ``split_point``, ``trainable_parameters``, ``released_optimizer_bytes``; and of
+    its cache ``cache_bytes``, ``cache_bytes_per_image``, ``bits_per_element`` (all files counted), ``build_seconds`` (with
+    calibration), ``built_shards``, and, of a lossy one, ``fidelity``, ``agreement`` and ``relative_error`` on held-out images.
+
     Args:
         args: As for ``Trainer``, positional or keyword.
         freeze_config: When to freeze how many blocks. ``None`` trains like ``Trainer``.

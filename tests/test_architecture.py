@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "codecs.cast": {"codecs.base"},
     "codecs.quantize": {"codecs.base", "codecs.cast"},
     "codecs.transform": {"codecs.base", "codecs.cast"},
-    "codecs.pipeline": {"codecs.base", "codecs.cast", "codecs.entropy", "codecs.planes"},
+    "codecs.pipeline": {"codecs.base", "codecs.entropy", "codecs.planes"},
     "codecs": {"errors", *STEPS},
     "calibration": {"errors", "codecs"},
     "cache": set(),

@@ -172,19 +172,20 @@ def _codes(block: Ints) -> Ints:
         return np.zeros(len(block), dtype=np.uint8)
     magnitude = np.abs(block.astype(np.int32))
     size = block.shape[1]
+    small = np.minimum(magnitude, 8).astype(np.uint8)
     entropy = np.zeros(len(block))
     # Counts of 0 to 7 with their mirror images; what is larger counts as one more symbol with the bits of its length.
     for value in range(8):
-        share = (magnitude == value).sum(axis=1) / size / (1 if value == 0 else 2)
+        share = np.count_nonzero(small == value, axis=1) / size / (1 if value == 0 else 2)
         with np.errstate(divide="ignore", invalid="ignore"):
             bits = np.where(share > 0, -share * np.log2(share), 0.0)
         entropy += bits * (1 if value == 0 else 2)
-    large = (magnitude > 7).mean(axis=1)
-    mean = magnitude.mean(axis=1)
+    large = np.count_nonzero(small == 8, axis=1) / size
+    mean = magnitude.sum(axis=1, dtype=np.int64) / size
     entropy += large * np.log2(2 + mean) * 2
     kinds = np.searchsorted(ENTROPY, entropy, side="right")
     # Two bytes only where exceptions at some 24 bits each would cost more than a second plane of mostly zeros.
-    kinds[(magnitude > 127).mean(axis=1) > 0.05] = 5
+    kinds[np.count_nonzero(magnitude > 127, axis=1) > 0.05 * size] = 5
     octaves = np.log2(np.maximum(mean, 2.0**-10)) - np.take(FIRST_LEVEL, kinds)
     levels = np.clip(np.round(4 * octaves), 0, LEVELS - 1).astype(np.int64)
     return (kinds * LEVELS + levels).astype(np.uint8)

@@ -177,7 +177,8 @@ def main() -> None:
                     flush=True,
                 )
             results[name] = summary(name, runs)
-            config = {key: str(value) for key, value in vars(args).items()} | {"model": Path(args.model).name}
+            config = {key: str(value) for key, value in vars(args).items() if key != "json"}
+            config["model"] = Path(args.model).name
             config["data"] = " ".join(Path(item).name for item in args.data)
             save(args.json, "codec_accuracy", config, results)
 

@@ -17,7 +17,7 @@ README = HERE.parents[1] / "README.md"
 LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
 AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
 RATES = "rate_distortion--deit-tiny--cpu.json"
-ACCURACY = "codec_accuracy--deit-tiny--cpu.json"
+ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -90,27 +90,34 @@ def codecs() -> str:
         "`recipes/benchmarks/rate_distortion.py`.",
         "",
     ]
-    accuracy = load(ACCURACY)
-    for data, arms in accuracy["results"].items():
-        base = statistics.mean(arms["lossless"]["accuracy"]["values"])
-        images = sum(run["test_images"] for run in arms["lossless"]["runs"])
-        for arm, result in arms.items():
-            if arm != "lossless":
-                difference, bits = result["difference"], result["runs"][0]["stages"]
-                lines.append(
-                    f"* {data}, `{arm}`: {base + difference['mean']:.2f}% against {base:.2f}% lossless, "
-                    f"{difference['mean']:+.2f} points ({difference['min']:+.2f} to {difference['max']:+.2f} over "
-                    f"{len(difference['values'])} seeds, {images} test images in all), at "
-                    + " and ".join(f"{stage['bits_per_element']:.1f}" for stage in bits)
-                    + " bits per element."
-                )
-    lines += [
-        "",
-        f"Arms are `auto:fidelity[:gradient_weight]`; {accuracy['config']['epochs']} epochs, schedule "
-        f"`{accuracy['config']['schedule']}`, {accuracy['config']['views']} views; {link(ACCURACY)}, made by "
-        "`recipes/benchmarks/codec_accuracy.py`.",
-    ]
+    for path in sorted(RESULTS.glob(ACCURACY)):
+        accuracy = load(path.name)
+        for data, arms in accuracy["results"].items():
+            lines += accuracy_lines(data, arms, accuracy["config"], path.name)
     return "\n".join(lines)
+
+
+def accuracy_lines(data: str, arms: dict[str, Any], config: dict[str, Any], record: str) -> list[str]:
+    """Return what the codecs cost in final accuracy on one data set."""
+    base = statistics.mean(arms["lossless"]["accuracy"]["values"])
+    images = sum(run["test_images"] for run in arms["lossless"]["runs"])
+    name, _, pixels = data.rpartition("-")
+    lines = [
+        f"* {name} at {pixels} px, {config['epochs']} epochs of the schedule `{config['schedule']}`, {config['views']} views, "
+        f"{len(arms['lossless']['runs'])} seeds, {images} test images in all ({link(record)}): lossless {base:.2f}%"
+    ]
+    for arm, result in arms.items():
+        if arm == "lossless":
+            continue
+        budget, _, weight = arm.removeprefix("auto:").partition(":")
+        difference, stages = result["difference"], result["runs"][0]["stages"]
+        lines.append(
+            f"  * `auto`, fidelity {budget}{f', gradient weight {weight}' if weight else ''}: {difference['mean']:+.2f} points "
+            f"({difference['min']:+.2f} to {difference['max']:+.2f}), loss {result['loss_difference']['mean']:+.4f}, at "
+            + " and ".join(f"{stage['bits_per_element']:.1f}" for stage in stages)
+            + " bits per element"
+        )
+    return lines
 
 
 def main() -> None:
