@@ -183,7 +183,10 @@ def test_a_pipeline_can_be_asked_for_in_every_spelling() -> None:
 @pytest.mark.parametrize(
     ("codec", "words"),
     [
-        ("zstd", r"Unknown codec 'zstd'; known are \['bf16', .*'transform'\], in CacheConfig also 'auto', or a JSON list of steps from \['cast'"),
+        (
+            "zstd",
+            r"Unknown codec 'zstd'; known are \['bf16', .*'transform'\], in CacheConfig also 'auto', or a JSON list of steps from \['cast'",
+        ),
         ("", "Unknown codec ''"),
         ('["planes", "zstd"', "is not valid JSON"),
         ('["planes", 7]', "Unknown codec 7 in a pipeline"),
