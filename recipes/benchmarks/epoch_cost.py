@@ -281,7 +281,10 @@ def main() -> None:
     for split_point in map(int, args.split_points.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             results[f"k={split_point}"] = measure(args, split_point, folder)
-    save(args.json, "epoch_cost", {name: str(value) for name, value in vars(args).items()} | {"seed": SEED}, results)
+    config = {name: str(value) for name, value in vars(args).items() if name != "json"} | {"seed": SEED}
+    # Names, not where they lie on this machine.
+    config |= {name: Path(value).name for name, value in (("model", args.model), ("data", args.data)) if value}
+    save(args.json, "epoch_cost", config, results)
 
 
 def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str, Any]:
