@@ -24,6 +24,8 @@ __all__ = ["CodecState", "load_state", "save_state"]
 
 _LEVEL = 19
 _PLANES = Planes()
+#: Stands in a file for no tensors.
+_NOTHING = "nothing"
 #: A larger state is refused unread: a basis of 1536 channels in 8 bits takes 2.3 MB, a mean of 1024 tokens 6 MB.
 _MAX_BYTES = 2**30
 
@@ -68,7 +70,8 @@ def save_state(path: Path, fingerprint: str, state: CodecState) -> None:
     # One entry: safetensors writes several in random order, and the same cache should give the same file.
     metadata = {FORMAT: json.dumps(document, sort_keys=True)}
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(frames, metadata))
+        # Old versions of safetensors cannot read a file of no tensors.
+        file.write(safetensors.torch.save(frames or {_NOTHING: torch.zeros(1, dtype=torch.uint8)}, metadata))
 
 
 def _checksum(document: Mapping[str, Any]) -> str:
@@ -107,7 +110,7 @@ def load_state(path: Path, fingerprint: str | None = None) -> CodecState:
             if document["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {document['format_version']}, expected {FORMAT_VERSION}")
             specs = document["tensors"]
-            if specs.keys() != set(file.keys()):
+            if specs.keys() != set(file.keys()) - {_NOTHING}:
                 raise ValueError(f"tensors {sorted(file.keys())}, expected {sorted(specs)}")
             tensors = {name: _tensor(file.get_tensor(name), *spec) for name, spec in specs.items()}
         codec = codec_from_dict(document["codec"], tensors)
