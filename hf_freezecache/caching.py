@@ -220,7 +220,9 @@ class StageCache:
         if not (directory / INDEX_NAME).is_file():
             return None
         try:
-            return CacheReader(directory, fingerprint)
+            reader = CacheReader(directory, fingerprint)
+            self._spot_check(earlier, reader)
+            return reader
         except FreezeCacheError as error:
             logger.warning("Passing over the cache of an earlier stage: %s", error)
             return None
@@ -255,8 +257,6 @@ class StageCache:
 
     def _measure(self, split: Split, reader: CacheReader) -> dict[str, float | None]:
         """Measure a lossy cache with today's suffix: it may have been calibrated with another head."""
-        if reader.index.calibration is None:
-            return {}
         if not reader.index.calibration:
             return {}
         with preserved_random_state():

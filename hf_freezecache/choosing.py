@@ -199,8 +199,8 @@ class CodecChooser:
         """
         started = time.perf_counter()
         config = self.config
-        sample = self._sample(split, self._keys())
         check_rows(len(self.data.views))
+        sample = self._sample(split, self._keys())
         middle = sample.middle
         meter = self._meter(split, sample, middle)
         requested, budget, rate = requested_codec(config, split.split_point, split.num_blocks)

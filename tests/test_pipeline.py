@@ -221,7 +221,6 @@ def test_without_its_tensors_a_transform_is_not_fitted() -> None:
         assert codec.tensors() == {}
         for call in (
             lambda codec: codec.encode(smooth_states(2)),
-            lambda codec: codec.num_frames(torch.float32),
             lambda codec: codec.max_frame_bytes((2, TOKENS, HIDDEN), torch.float32),
             lambda codec: codec.unpack([], (2, TOKENS, HIDDEN), torch.float32),
             lambda codec: codec.error_bound(smooth_states(2)),
@@ -440,9 +439,10 @@ def test_transform_of_any_hidden_size_stays_in_its_bound(hidden, samples, gradie
         assert transform.step == step or step is None
         codec = pipeline(transform)
         states = smooth_states(5, seed=7, hidden=hidden)
-        # The encoder checks the bound too, and keeps what breaks it: nothing does. (Large weights outgrow 16 bits.)
+        # The encoder checks the bound too, and keeps what breaks it: nothing does. With the largest weights a component
+        # reaches 515, and three by three of them outgrow 16 bits of the small step from 324 on.
         kept = codec.unpack(codec.encode(states), states.shape, states.dtype).keys() - {"values", "0.prefix"}
-        assert not kept or gradient_weight == 1.0
+        assert not kept or (gradient_weight == 1.0 and step == 0.03)
         assert bool((rms(decode(codec, states) - states) <= codec.error_bound(states)).all())
 
 

@@ -127,6 +127,11 @@ class CacheReader:
         """Dtype of the hidden states."""
         return DTYPES[self.index.dtype]
 
+    @property
+    def _codec_frames(self) -> int:
+        """Frames of hidden states per chunk; those of extras follow."""
+        return len(self.codec.max_frame_bytes((1, *self.index.hidden_shape), self.dtype))
+
     def _head(self, view: int, shard: int) -> ShardHead:
         if (view, shard) not in self._heads:
             path = self.directory / shard_name(view, shard)
@@ -146,7 +151,7 @@ class CacheReader:
             )
             chunks = range(shard * self.index.shard_chunks, (shard + 1) * self.index.shard_chunks)
             rows = self.layout.order[chunks.start * self.index.chunk_size : chunks.stop * self.index.chunk_size]
-            frames = self.codec.num_frames(self.dtype) + len(self.index.extras)
+            frames = self._codec_frames + len(self.index.extras)
             if (
                 not fits
                 or not np.array_equal(head.sample_indices, rows)
@@ -188,7 +193,7 @@ class CacheReader:
                 raise ValueError(f"{len(data)} bytes left of {length}")
             bounds = (offsets - offsets[0]).tolist()
             frames: list[Buffer] = [memoryview(data)[a:b] for a, b in itertools.pairwise(bounds)]
-            split = self.codec.num_frames(self.dtype)
+            split = self._codec_frames
             arrays = self.codec.unpack(frames[:split], (samples, *self.index.hidden_shape), self.dtype)
             extras = {}
             for spec, frame in zip(self.index.extras, frames[split:], strict=True):

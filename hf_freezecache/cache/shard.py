@@ -120,7 +120,8 @@ class ShardWriter:
         )
         rows = len(self.plan.rows(self.shard))
         chunks = -(-rows // self.plan.layout.chunk_size)
-        frames = self.plan.codec.num_frames(hidden_states.dtype) + len(specs)
+        sizes = self.plan.codec.max_frame_bytes(hidden_states.shape, hidden_states.dtype)
+        frames = len(sizes) + len(specs)
         self.file.seek(head_size(chunks, frames, rows, self.metadata))
 
     def _check(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:

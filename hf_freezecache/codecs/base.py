@@ -198,10 +198,6 @@ class Codec(ABC):
         return {}
 
     @abstractmethod
-    def num_frames(self, dtype: torch.dtype) -> int:
-        """Return the number of frames per chunk of hidden states of this dtype."""
-
-    @abstractmethod
     def max_frame_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> list[int]:
         """Return the largest size of each frame of a chunk, known before it is encoded.
 
@@ -217,7 +213,7 @@ class Codec(ABC):
             hidden_states: (samples, tokens, hidden), one of ``DTYPES``, on the CPU.
 
         Returns:
-            ``num_frames(hidden_states.dtype)`` frames.
+            As many frames as ``max_frame_bytes`` has sizes.
 
         Raises:
             ValueError: A lossy codec was given NaN or infinite values, or values out of its range.

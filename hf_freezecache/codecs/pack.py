@@ -62,7 +62,8 @@ class Pack(BytesStep):
     Attributes:
         zones: Ranges of positions per component, with edges at equal steps of the square root of the position:
             positions are taken to be ordered by frequency on a square grid. Fewer where there are under 16 positions a
-            zone. Default: on DeiT-Tiny 6, 10 and 14 zones differ by less than 1%, 1 zone costs 2 to 5%.
+            zone. Default: on DeiT-Tiny at k = 3, 6, 9, 11 and a KL of 0.01, 6, 10 and 14 zones differ by less than
+            0.4%, 1 zone costs 3 to 8%.
     """
 
     name: ClassVar[str] = "pack"

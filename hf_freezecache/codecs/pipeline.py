@@ -114,15 +114,6 @@ class Pipeline(Codec):
                     found.append((_SIDE_BYTES, side, _SIDE_BYTES.max_bytes(side)))
         return found
 
-    def num_frames(self, dtype: torch.dtype) -> int:
-        """See base class."""
-        tokens, hidden = 1, 1
-        for step in self._arrays:
-            basis, grid = getattr(step, "basis", None), getattr(step, "grid", None)
-            if basis is not None and grid is not None:
-                tokens, hidden = step.prefix_tokens + grid[0] * grid[1], len(basis)  # type: ignore[attr-defined]
-        return sum(len(sizes) for _, _, sizes in self._buffers(ArraySpec((1, tokens, hidden), dtype)))
-
     def max_frame_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> list[int]:
         """See base class."""
         sizes = [size for _, _, sizes in self._buffers(ArraySpec(tuple(shape), dtype)) for size in sizes]
@@ -235,10 +226,6 @@ class LosslessCodec(Codec):
     def to_dict(self) -> dict[str, Any]:
         """See base class."""
         return {"name": self.name, "configuration": dataclasses.asdict(self)}
-
-    def num_frames(self, dtype: torch.dtype) -> int:
-        """See base class."""
-        return self._pipeline.num_frames(dtype)
 
     def max_frame_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> list[int]:
         """See base class."""

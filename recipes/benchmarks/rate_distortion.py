@@ -159,7 +159,7 @@ def blosc(layout: str, bits: int | None) -> Coder:
 def prefix_apart(coder: Coder, prefix_tokens: int) -> Coder:
     """Return the coder for patches, with prefix tokens in fp16 beside them."""
     beside = make_codec("fp16")
-    count = beside.num_frames(torch.float32)
+    count = len(beside.max_frame_bytes((1, 1, 1), torch.float32))
 
     def encode(states: Tensor) -> Frames:
         prefix, patches = states[:, :prefix_tokens].contiguous(), states[:, prefix_tokens:].contiguous()
