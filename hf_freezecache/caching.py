@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ import torch
 from torch import Tensor
 
 from .cache.fingerprint import Fingerprint, hash_config, hash_tensors
-from .cache.format import CODEC_NAME, FORMAT_VERSION, INDEX_NAME
+from .cache.format import CODEC_NAME, COPIES_NAME, FORMAT_VERSION, GEOMETRY_NAME, INDEX_NAME
 from .cache.reader import CacheReader
 from .cache.shard import cache_name
-from .cache.state import CodecState, load_state, save_state
+from .cache.state import CodecState, load_copies, load_state, save_state
 from .cache.writer import BuildReport, CachePlan, build_cache, explain_miss, writing
-from .choosing import CodecChooser, Data, Runner, check_rows, promoted, requested_codec
+from .choosing import CodecChooser, Data, Runner, Sample, check_rows, promoted, requested_codec
+from .codecs import Codec
 from .config import CacheConfig
+from .copying import choose_copies
 from .dataset import PACKED, CachedDataset, collate_cached, split_packed
 from .errors import CacheCorruptError, CacheMismatchError, FreezeCacheError
 from .splitting import Split
-from .views import preserved_random_state
+from .views import GeometryCollator, GeometryViews, preserved_random_state
 
 __all__ = ["StageCache"]
 
@@ -67,7 +70,8 @@ class StageCache:
             UnsupportedSetupError: Data or code cannot be hashed, or there are too few rows for a lossy codec.
         """
         self.hash_data()
-        if not requested_codec(self.config, max(self.split_points), max(self.split_points))[0].lossless:
+        lossless = requested_codec(self.config, max(self.split_points), max(self.split_points))[0].lossless
+        if not lossless or self.config.copies_apart:
             check_rows(len(self.data.views))
 
     def hash_data(self) -> None:
@@ -99,6 +103,7 @@ class StageCache:
                 "view seed": str(self.data.view_seed),
                 "dtype": f"{self.mixed_precision} autocast, {'/'.join(dtypes)} weights",
                 "codec": self._codec_request(split),
+                **self._copies_request(),
                 "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
             }
         )
@@ -115,6 +120,14 @@ class StageCache:
                 rates = [requested_codec(self.config, point, split.num_blocks)[2] for point in earlier]
                 request["promote"] = [self.config.promote, self.config.fidelity, earlier, rates]
         return json.dumps(request, sort_keys=True)
+
+    def _copies_request(self) -> dict[str, str]:
+        """Return what views beyond the first are to be, if that is not what the first is."""
+        config = self.config
+        if not config.copies_apart:
+            return {}
+        request = {"copies": config.copies, "budgets": config.copy_budgets, "samples": config.calibration_samples}
+        return {"copies": json.dumps(request, sort_keys=True)}
 
     # ---- Finding and building ----
 
@@ -153,12 +166,12 @@ class StageCache:
         else:
             logger.warning("Going on with the unfinished cache %s.", directory)
         source = self._promotable(split)
-        if codec.lossless:
-            self.measured = {}
-        else:
-            state, source = self._state(split, plan, source)
-            plan = dataclasses.replace(plan, codec=state.codec, calibration=state.calibration)
-            self.measured = {name: state.calibration.get(name) for name in ("fidelity", "agreement", "relative_error")}
+        self.measured = {}
+        if not codec.lossless or config.copies_apart:
+            plan, source = self._fitted(split, plan, source)
+            for prefix, found in (("", plan.calibration or {}), ("copy_", plan.copies_calibration or {})):
+                names = ("fidelity", "agreement", "relative_error")
+                self.measured |= {prefix + name: found[name] for name in names if name in found}
         report = self._build(split, plan, source)
         report.seconds = time.perf_counter() - started
         reader = CacheReader(directory, fingerprint)
@@ -185,11 +198,17 @@ class StageCache:
             packed, extras = split_packed(inputs)
             return promoted(self.run, split, source, packed, extras)
 
+        views: Any = self.data.views
+        collate: Callable[[list[Any]], dict[str, Any]] = self.data.collate
+        if source is not None:
+            views, collate = CachedDataset(source, packed=True, geometry=_predicts(plan)), collate_cached
+        elif _predicts(plan):
+            views, collate = GeometryViews(views), GeometryCollator(collate, GEOMETRY_NAME)
         return build_cache(
             Path(self.config.cache_dir),
             plan,
-            self.data.views if source is None else CachedDataset(source, packed=True),
-            self.data.collate if source is None else collate_cached,
+            views,
+            collate,
             (lambda **inputs: self.run(split.prefix, **inputs)) if source is None else promote,
             batch_size=self.batch_size,
             num_workers=self.num_workers if source is None else 0,
@@ -206,7 +225,8 @@ class StageCache:
         if previous is None or not 0 < previous.index.split_point < split.split_point:
             return None
         stored = {spec.name for spec in previous.index.extras}
-        enough = previous.index.num_views >= self.config.num_views and self.data.prefix_inputs <= stored
+        needed = self.data.prefix_inputs | ({GEOMETRY_NAME} if self.config.copies_apart else set())
+        enough = previous.index.num_views >= self.config.num_views and needed <= stored
         return previous if enough else None
 
     def _earlier(self, split: Split) -> CacheReader | None:
@@ -230,50 +250,97 @@ class StageCache:
     def _chooser(self) -> CodecChooser:
         return CodecChooser(self.config, self.data, self.run, self.batch_size)
 
-    def _state(
+    def _fitted(
         self, split: Split, plan: CachePlan, source: CacheReader | None
-    ) -> tuple[CodecState, CacheReader | None]:
-        """Return codec and source of an unfinished cache, or choose them, and write them down before any shard."""
+    ) -> tuple[CachePlan, CacheReader | None]:
+        """Return plan, with codecs, and source of an unfinished cache, or choose them and write them down before any shard."""
         cache_dir = Path(self.config.cache_dir)
-        path = cache_dir / plan.name / CODEC_NAME
+        directory = cache_dir / plan.name
         with writing(cache_dir, plan):
-            if path.is_file():
-                try:
-                    state = load_state(path, plan.fingerprint.digest)
-                    promoted_from = state.calibration.get("source", "images")
-                    if promoted_from == "images":
-                        return state, None
-                    if source is not None and promoted_from == f"cache of split point {source.index.split_point}":
-                        return state, source
-                    logger.warning("Beginning anew: the %s, from which this cache was made, is gone.", promoted_from)
-                except CacheCorruptError as error:
-                    logger.warning("Calibrating again: %s", error)
+            found = self._unfinished(plan, directory, source)
+            if found is not None:
+                return found
             with preserved_random_state():
-                state, source = self._chooser().choose(split, source)
-            save_state(path, plan.fingerprint.digest, state)
-        return state, source
+                chooser = self._chooser()
+                if plan.codec.lossless:
+                    state: CodecState[Codec] = CodecState(plan.codec, {})
+                else:
+                    state, source = chooser.choose(split, source)
+                    plan = dataclasses.replace(plan, codec=state.codec, calibration=state.calibration)
+                if self.config.copies_apart:
+                    promote = None
+                    if source is not None:
+                        earlier = source
+
+                        def promote(sample: Sample) -> Tensor:
+                            return chooser.promoted(split, earlier, sample)
+
+                    copies = choose_copies(chooser, split, state, promote)
+                    plan = dataclasses.replace(plan, copies=copies.codec, copies_calibration=copies.calibration)
+                    save_state(directory / COPIES_NAME, plan.fingerprint.digest, copies)
+            if not plan.codec.lossless or plan.calibration is not None:
+                # Last: what it finds of itself, the next start takes for complete.
+                save_state(directory / CODEC_NAME, plan.fingerprint.digest, state)
+        return plan, source
+
+    def _unfinished(
+        self, plan: CachePlan, directory: Path, source: CacheReader | None
+    ) -> tuple[CachePlan, CacheReader | None] | None:
+        """Return plan and source with the codecs that a killed build has written down, if all of them are there."""
+        digest, origins = plan.fingerprint.digest, set()
+        wanted = [COPIES_NAME] if self.config.copies_apart else []
+        wanted += [] if plan.codec.lossless else [CODEC_NAME]
+        if not all((directory / name).is_file() for name in wanted):
+            return None
+        try:
+            if CODEC_NAME in wanted:
+                state = load_state(directory / CODEC_NAME, digest)
+                plan = dataclasses.replace(plan, codec=state.codec, calibration=state.calibration)
+                origins.add(state.calibration.get("source", "images"))
+            if COPIES_NAME in wanted:
+                copies = load_copies(directory / COPIES_NAME, digest)
+                plan = dataclasses.replace(plan, copies=copies.codec, copies_calibration=copies.calibration)
+                origins.add(copies.calibration.get("source", "images"))
+        except CacheCorruptError as error:
+            logger.warning("Calibrating again: %s", error)
+            return None
+        if origins == {"images"}:
+            return plan, None
+        if source is not None and origins == {f"cache of split point {source.index.split_point}"}:
+            return plan, source
+        logger.warning("Beginning anew: the source of this cache (%s) is gone.", ", ".join(sorted(map(str, origins))))
+        return None
 
     # ---- Checking ----
 
     def _measure(self, split: Split, reader: CacheReader) -> dict[str, float | None]:
         """Measure a lossy cache with today's suffix: it may have been calibrated with another head."""
-        if not reader.index.calibration:
+        reports = {"": reader.index.calibration, "copy_": reader.index.copies_calibration}
+        if not any(reports.values()):
             return {}
         with preserved_random_state():
             measured = self._chooser().measure(split, reader)
-        fidelity, budget = measured["fidelity"], reader.index.calibration.get("budget")
-        logger.info(
-            "With this run's suffix its fidelity is %.3g, relative error %.3f.", fidelity, measured["relative_error"]
-        )
-        if budget is not None and fidelity is not None and fidelity > 1.5 * budget:
-            logger.warning(
-                "The cache %s was calibrated with another suffix (fidelity %.3g): with this one its fidelity is %.3g, over the "
-                "budget of %g. Delete the folder to build a finer one.",
-                reader.directory,
-                reader.index.calibration["fidelity"],
+        for prefix, report in reports.items():
+            if not report:
+                continue
+            fidelity, budget = measured[prefix + "fidelity"], report.get("budget")
+            what = "views beyond the first" if prefix else "its states"
+            logger.info(
+                "With this run's suffix the fidelity of %s is %.3g, relative error %.3f.",
+                what,
                 fidelity,
-                budget,
+                measured[prefix + "relative_error"],
             )
+            if budget is not None and fidelity is not None and fidelity > 1.5 * budget:
+                logger.warning(
+                    "The cache %s was calibrated with another suffix (fidelity of %s %.3g): with this one it is %.3g, over the "
+                    "budget of %g. Delete the folder to build a finer one.",
+                    reader.directory,
+                    what,
+                    report["fidelity"],
+                    fidelity,
+                    budget,
+                )
         return measured
 
     def _spot_check(self, split: Split, reader: CacheReader, num_samples: int = 4) -> None:
@@ -290,12 +357,18 @@ class StageCache:
         difference = exact - stored["hidden_states"].float()
         # bf16 rounds to 8 bits, and other batch shapes and kernels round otherwise.
         tolerance = 0.05 if self.mixed_precision in ("bf16", "fp16") else 1e-3
-        if reader.codec.lossless:
+        if reader.views.lossless:
             found, limit = float(difference.abs().max()), tolerance * float(exact.abs().max())
         else:
             # Other images may fare somewhat worse than those that calibration measured.
-            limit = 1.5 * float((reader.index.calibration or {}).get("worst_error", 1.0)) + tolerance
-            found = float((difference.square().mean((1, 2)) / exact.square().mean((1, 2))).sqrt().max())
+            copies = reader.index.copies_calibration
+            reports = [reader.index.calibration if view == 0 or copies is None else copies for _, view in keys]
+            limits = torch.tensor(
+                [1.5 * float((report or {}).get("worst_error", 0.0)) + tolerance for report in reports]
+            )
+            errors = (difference.square().mean((1, 2)) / exact.square().mean((1, 2))).sqrt()
+            worst = int((errors / limits).argmax())
+            found, limit = float(errors[worst]), float(limits[worst])
         extras = [name for name in stored if name != "hidden_states" and not torch.equal(stored[name], batch[name])]
         if not found <= limit or extras:
             raise CacheMismatchError(
@@ -304,3 +377,7 @@ class StageCache:
                 "Code of the transform, the data set or the model has changed. Use another cache_dir, or delete the "
                 "folder to rebuild."
             )
+
+
+def _predicts(plan: CachePlan) -> bool:
+    return plan.views.needs_base(1)

@@ -33,7 +33,7 @@ from torch import Tensor
 from .codecs import PRESETS, Codec, Pipeline, Transform
 from .errors import DataError, UnsupportedSetupError
 
-__all__ = ["Calibration", "FidelityMeter", "calibrate", "fit_codec", "rate_at"]
+__all__ = ["Calibration", "FidelityMeter", "calibrate", "coded", "fit_codec", "rate_at"]
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def fit_codec(
         raise UnsupportedSetupError(f"The codec could not be fitted: {error}.") from error
 
 
-def _encode(codec: Codec, states: Tensor, chunk_size: int) -> tuple[Tensor, float]:
+def coded(codec: Codec, states: Tensor, chunk_size: int) -> tuple[Tensor, float]:
     """Return decoded states, and bits per element."""
     decoded, stored = [], 0
     for start in range(0, len(states), chunk_size):
@@ -228,6 +228,7 @@ def calibrate(
     budget: float | None = None,
     target_bits: float | None = None,
     fallback: bool = True,
+    offset: Tensor | None = None,
 ) -> tuple[Codec, Calibration]:
     """Choose the step of a fitted codec, and measure it.
 
@@ -243,6 +244,7 @@ def calibrate(
         states: What is to be encoded in place of the exact states: those from an earlier lossy cache.
         budget: Fidelity, see ``Calibration``.
         target_bits: Bits per element of the encoded samples.
+        offset: Added to what is decoded: what was predicted of the states, if ``states`` are residuals.
         fallback: Whether lossless may be the answer; if not, the finest setting that was tried is, though over budget.
 
     Returns:
@@ -255,7 +257,8 @@ def calibrate(
     trials: list[_Trial] = []
 
     def attempt(candidate: Codec) -> _Trial:
-        decoded, bits = _encode(candidate, given, chunk_size)
+        decoded, bits = coded(candidate, given, chunk_size)
+        decoded = decoded if offset is None else decoded + offset
         trial = _Trial(candidate, *meter(decoded), meter.relative_error(decoded), meter.worst_error(decoded), bits)
         logger.debug("Calibration: %s", trial)
         trials.append(trial)

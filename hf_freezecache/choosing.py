@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache.fingerprint import hash_dataset, hash_object
+from .cache.format import GEOMETRY_NAME
 from .cache.layout import ChunkLayout
 from .cache.reader import CacheReader
 from .cache.state import CodecState
@@ -24,9 +25,9 @@ from .config import CacheConfig
 from .dataset import CachedDataset, collate_cached, split_packed
 from .errors import UnsupportedSetupError
 from .splitting import Split, token_grid
-from .views import ViewDataset, ViewKey
+from .views import GeometryCollator, GeometryViews, ViewDataset, ViewKey
 
-__all__ = ["CodecChooser", "Data", "Runner", "check_rows", "promoted", "requested_codec"]
+__all__ = ["CodecChooser", "Data", "Runner", "Sample", "check_rows", "promoted", "requested_codec"]
 
 logger = logging.getLogger(__name__)
 
@@ -122,18 +123,20 @@ class Data:
 
 
 @dataclass
-class _Sample:
+class Sample:
     """Exact states of the calibration images.
 
     Attributes:
         keys: Which images, in which view.
         states: (samples, tokens, hidden), on the CPU.
         extras: Further inputs of the model, (samples, ...).
+        geometry: Where each view lies in its image, (samples, 5).
     """
 
     keys: list[ViewKey]
     states: Tensor
     extras: dict[str, Tensor]
+    geometry: Tensor
 
     @property
     def middle(self) -> int:
@@ -150,7 +153,7 @@ def promoted(
         run: Runs a function on the training device.
         split: The later split.
         source: The earlier cache.
-        packed: What ``Codec.unpack`` gave of a batch of it.
+        packed: Packed batch of it, for ``ViewCodec.restore``.
         extras: Further inputs of the model.
 
     Returns:
@@ -162,7 +165,7 @@ def promoted(
     def advance(packed: dict[str, Tensor], **extras: Tensor) -> Tensor:
         # In full precision whatever the autocast: what follows is stored.
         with torch.autocast(next(iter(packed.values())).device.type, enabled=False):
-            states = source.codec.restore(packed, source.dtype)
+            states = source.views.restore(packed, source.dtype)
         return earlier.between(states, split.split_point, **extras)
 
     return run(advance, packed=packed, **extras)  # type: ignore[no-any-return]
@@ -183,8 +186,9 @@ class CodecChooser:
     data: Data
     run: Runner
     batch_size: int
+    _base: tuple[Split, Sample] | None = None
 
-    def choose(self, split: Split, source: CacheReader | None) -> tuple[CodecState, CacheReader | None]:
+    def choose(self, split: Split, source: CacheReader | None) -> tuple[CodecState[Codec], CacheReader | None]:
         """Fit and calibrate a lossy codec at a split point, and decide between the images and an earlier cache.
 
         Args:
@@ -200,16 +204,14 @@ class CodecChooser:
         started = time.perf_counter()
         config = self.config
         check_rows(len(self.data.views))
-        sample = self._sample(split, self._keys())
+        sample = self.base_sample(split)
         middle = sample.middle
-        meter = self._meter(split, sample, middle)
+        meter = self.meter(split, sample, middle)
         requested, budget, rate = requested_codec(config, split.split_point, split.num_blocks)
-        prefix_tokens, grid = token_grid(
-            sample.states.shape[1], self.data.image_shape, getattr(split.model, "config", None)
-        )
+        prefix_tokens, grid = self.token_grid(split, sample)
         steps = requested.steps if isinstance(requested, Pipeline) else ()
         weighted = any(isinstance(step, Transform) and step.gradient_weight for step in steps)
-        gradients = self._gradients(split, sample, meter) if weighted else None
+        gradients = self.gradients(split, sample, meter) if weighted else None
         settings: dict[str, Any] = {"chunk_size": config.chunk_size, "budget": budget, "target_bits": rate}
         codec = fit_codec(requested, sample.states[:middle], prefix_tokens, grid, gradients)
         num_fit = middle if codec is not requested else 0
@@ -227,17 +229,43 @@ class CodecChooser:
         )
         return CodecState(codec, report.to_dict()), used
 
-    def _keys(self) -> list[ViewKey]:
-        """Return the calibration images: a random sample of rows, views in turn."""
+    def keys(self, *, copies: bool = False) -> list[ViewKey]:
+        """Return the calibration images: a random sample of rows, in the views of one codec in turn.
+
+        Args:
+            copies: Whether the views are those beyond the first, if these have a codec of their own.
+        """
         count = min(self.config.calibration_samples, len(self.data.views))
         rows = np.random.default_rng([self.data.view_seed & (2**64 - 1), 0xCA]).permutation(len(self.data.views))
-        return [(int(row), place % max(self.config.num_views, 1)) for place, row in enumerate(rows[:count])]
+        views = range(max(self.config.num_views, 1))
+        if self.config.copies_apart:
+            views = views[1:] if copies else views[:1]
+        return [(int(row), views[place % len(views)]) for place, row in enumerate(rows[:count])]
+
+    def base_sample(self, split: Split) -> Sample:
+        """Return the sample that the base view's codec was chosen on; computed once per split."""
+        if self._base is None or self._base[0] is not split:
+            self._base = (split, self.sample(split, self.keys()))
+        return self._base[1]
+
+    def token_grid(self, split: Split, sample: Sample) -> tuple[int, tuple[int, int]]:
+        """Return the number of prefix tokens, and (height, width) of the patches."""
+        return token_grid(sample.states.shape[1], self.data.image_shape, getattr(split.model, "config", None))
+
+    def promoted(self, split: Split, source: CacheReader, sample: Sample) -> Tensor:
+        """Return the states of a sample as they come from an earlier cache, (samples, tokens, hidden), on the CPU."""
+        dataset, parts = CachedDataset(source, packed=True), []
+        for part in self._batches(sample.keys):
+            packed, _ = split_packed(collate_cached(dataset.__getitems__(sample.keys[part])))
+            own = {extra: value[part] for extra, value in sample.extras.items()}
+            parts.append(promoted(self.run, split, source, packed, own).cpu())
+        return torch.cat(parts)
 
     def _batches(self, items: Sequence[Any]) -> Iterator[slice]:
         for start in range(0, len(items), self.batch_size):
             yield slice(start, start + self.batch_size)
 
-    def _meter(self, split: Split, sample: _Sample, start: int) -> FidelityMeter:
+    def meter(self, split: Split, sample: Sample, start: int) -> FidelityMeter:
         """Return the meter of the images of a sample from ``start`` on."""
         extras = {name: value[start:] for name, value in sample.extras.items()}
 
@@ -254,34 +282,45 @@ class CodecChooser:
         """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
 
         Returns:
-            ``fidelity``, ``agreement`` and ``relative_error``, on the images that calibration measures on.
+            ``fidelity``, ``agreement`` and ``relative_error``, on the images that calibration measures on; and the same of
+            views beyond the first, under ``copy_...``, if these have a codec of their own.
 
         Raises:
             DataError: The model's output is not finite.
         """
-        keys = self._keys()
-        sample = self._sample(split, keys[len(keys) // 2 :])
+        found: dict[str, float | None] = {}
         dataset = CachedDataset(reader)
-        stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
-        meter = self._meter(split, sample, 0)
-        fidelity, agreement = meter(stored)
-        return {"fidelity": fidelity, "agreement": agreement, "relative_error": meter.relative_error(stored)}
+        for prefix, copies in (("", False), ("copy_", True)) if self.config.copies_apart else (("", False),):
+            keys = self.keys(copies=copies)
+            sample = self.sample(split, keys[len(keys) // 2 :])
+            stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
+            meter = self.meter(split, sample, 0)
+            fidelity, agreement = meter(stored)
+            own = {"fidelity": fidelity, "agreement": agreement, "relative_error": meter.relative_error(stored)}
+            found |= {prefix + name: value for name, value in own.items()}
+        return found
 
-    def _sample(self, split: Split, keys: list[ViewKey]) -> _Sample:
+    def sample(self, split: Split, keys: list[ViewKey], views: ViewDataset | None = None) -> Sample:
+        """Compute the exact states of images; of ``views``, if given, in place of the data's own."""
+        rendered = GeometryViews(self.data.views if views is None else views)
+        collate = GeometryCollator(self.data.collate, GEOMETRY_NAME)
         states: list[Tensor] = []
         extras: list[dict[str, Tensor]] = []
+        geometry: list[Tensor] = []
         for part in self._batches(keys):
-            batch = self.data.collate([self.data.views[key] for key in keys[part]])
+            batch = collate([rendered[key] for key in keys[part]])
             own = {name: batch[name] for name in sorted(batch.keys() & self.data.prefix_inputs)}
             states.append(self.run(split.prefix, pixel_values=batch["pixel_values"], **own).cpu())
             extras.append(own)
-        return _Sample(keys, torch.cat(states), {name: torch.cat([e[name] for e in extras]) for name in extras[0]})
+            geometry.append(batch[GEOMETRY_NAME])
+        joined = {name: torch.cat([e[name] for e in extras]) for name in extras[0]}
+        return Sample(keys, torch.cat(states), joined, torch.cat(geometry))
 
     def _compare(
         self,
         split: Split,
         source: CacheReader,
-        sample: _Sample,
+        sample: Sample,
         meter: FidelityMeter,
         codec: Codec,
         report: Calibration,
@@ -290,13 +329,7 @@ class CodecChooser:
     ) -> tuple[Codec, Calibration, CacheReader | None]:
         """Measure promotion from an earlier cache against the images; return codec, report and source of the better."""
         name = f"cache of split point {source.index.split_point}"
-        dataset, middle = CachedDataset(source, packed=True), sample.middle
-        parts = []
-        for part in self._batches(sample.keys):
-            packed, _ = split_packed(collate_cached(dataset.__getitems__(sample.keys[part])))
-            own = {extra: value[part] for extra, value in sample.extras.items()}
-            parts.append(promoted(self.run, split, source, packed, own).cpu())
-        states = torch.cat(parts)
+        middle, states = sample.middle, self.promoted(split, source, sample)
         alone, _ = meter(states[middle:])
         limit = self.config.fidelity
         sources = {
@@ -333,7 +366,7 @@ class CodecChooser:
             return codec, dataclasses.replace(report, sources=sources), None
         return take[0], dataclasses.replace(take[1], sources=sources), source
 
-    def _gradients(self, split: Split, sample: _Sample, meter: FidelityMeter) -> Tensor:
+    def gradients(self, split: Split, sample: Sample, meter: FidelityMeter) -> Tensor:
         """Return how the output moves with the states of the images to fit on.
 
         For logits: gradients of the log-likelihood of labels drawn from the model's own prediction, whose second moment is

@@ -13,6 +13,9 @@ __all__ = ["DEFAULT_FIDELITY", "CacheConfig", "FreezeConfig"]
 #: Fidelity budget of ``codec="auto"``. Source: recipes/benchmarks/codec_accuracy.py.
 DEFAULT_FIDELITY = 0.002
 
+#: Fidelity budget of further views over that of the first, unless set. Source: recipes/benchmarks/augmentation.py.
+COPY_FIDELITY_FACTOR = 10
+
 # `HfArgumentParser` reads annotations at run time and takes `Optional[X]`, not `X | None`, on Python 3.10.
 # ruff: noqa: UP007, UP045
 
@@ -136,6 +139,35 @@ class CacheConfig:
             "choices": ["auto", "never", "always"],
         },
     )
+    copies: str = field(
+        default="auto",
+        metadata={
+            "help": "How views beyond the first are stored. 'full': as the first. 'residual': what the base view does not predict "
+            "of them, by a transform codec. 'sensitive': the same of the least similar channels and tokens only. 'auto': with "
+            "codec='auto' whichever takes the fewest bytes at --copy_fidelity, else 'full'.",
+            "choices": ["auto", "full", "residual", "sensitive"],
+        },
+    )
+    copy_fidelity: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Fidelity budget of views beyond the first, unless copies='full'; default: 10 times --fidelity."
+        },
+    )
+    copy_budget: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Bits per element that a view beyond the first may take, in place of --copy_fidelity; not for copies='full'."
+        },
+    )
+    feature_augmentation: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Augments hidden states while training from a cache: name:number pairs, e.g. 'brightness:0.1,mixup:0.2'. "
+            "token_flip, token_dropout: probability; brightness: largest offset as a share of a channel's range; mixup, cutmix: "
+            "alpha of the Beta distribution, one of the two. Changes no cache."
+        },
+    )
     chunk_size: int = field(
         default=32, metadata={"help": "Samples encoded together: the unit of reading and of shuffling."}
     )
@@ -196,6 +228,27 @@ class CacheConfig:
                 f"compression={self.compression!r} sets the rate of a 'transform', but codec={self.codec!r}. Set "
                 "codec='transform', or remove compression; codec='auto' takes its rate from fidelity."
             )
+        if self.feature_augmentation is not None and self.mode == "never":
+            raise UnsupportedSetupError(
+                f"feature_augmentation={self.feature_augmentation!r} acts on cached hidden states, but mode='never' caches "
+                "none. Remove one of them; without a cache, augment the images."
+            )
+        if self.copies not in ("auto", "full", "residual", "sensitive"):
+            raise UnsupportedSetupError(
+                f"copies must be 'auto', 'full', 'residual' or 'sensitive', got {self.copies!r}."
+            )
+        for name in ("copy_fidelity", "copy_budget"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+                raise UnsupportedSetupError(f"{name} must be a positive number, got {value!r}.")
+            if not self.copies_apart:
+                raise UnsupportedSetupError(
+                    f"{name}={value!r} is for views that are stored apart from the first, but copies={self.copies!r} with "
+                    f"codec={self.codec!r} and num_views={self.num_views} stores all alike. Set copies='residual' and at "
+                    "least two views, or remove it."
+                )
         for name, least in (
             ("chunk_size", 1),
             ("shard_chunks", 1),
@@ -215,3 +268,17 @@ class CacheConfig:
             value = getattr(self, name)
             if value is not None and value < (1 if name == "build_batch_size" else 0):
                 raise UnsupportedSetupError(f"{name} is out of range: {value!r}.")
+
+    @property
+    def copies_apart(self) -> bool:
+        """Whether views beyond the first have a codec of their own."""
+        return self.num_views > 1 and (
+            self.copies in ("residual", "sensitive") or (self.copies == "auto" and self.codec == "auto")
+        )
+
+    @property
+    def copy_budgets(self) -> tuple[float | None, float | None]:
+        """Fidelity and bits per element that views beyond the first are given; one of them is ``None``."""
+        if self.copy_budget is not None:
+            return None, self.copy_budget
+        return self.copy_fidelity or COPY_FIDELITY_FACTOR * self.fidelity, None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .cache.fingerprint import Fingerprint
+from .cache.format import GEOMETRY_NAME
 from .cache.layout import ChunkLayout, epoch_view
 from .cache.reader import CacheReader
 from .views import ViewKey
@@ -36,13 +37,16 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         max_chunks: Decoded chunks kept in memory. ``ChunkSampler`` needs its window and, where a batch spans two
             windows, what the batch touches of the next.
         packed: Items hold the codec's integers, as ``"packed.<name>"``, in place of ``hidden_states``. They are a
-            quarter to half the size; ``Codec.restore`` turns a batch of them into hidden states on the training device.
+            quarter to half the size; ``ViewCodec.restore`` turns a batch of them into hidden states on the training
+            device.
+        geometry: Items hold ``view_geometry`` (5,), where the view lies in its image, if the cache does.
     """
 
-    def __init__(self, reader: CacheReader, max_chunks: int = 16, packed: bool = False) -> None:
+    def __init__(self, reader: CacheReader, max_chunks: int = 16, packed: bool = False, geometry: bool = False) -> None:
         self.reader = reader
         self.max_chunks = max_chunks
         self.packed = packed
+        self.geometry = geometry
         #: Chunks decoded so far by this process.
         self.decoded_chunks = 0
         self._chunks: OrderedDict[tuple[int, int], _Chunk] = OrderedDict()
@@ -81,6 +85,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         else:
             decoded = self.reader.read_chunk(view, chunk)
             parts = {"hidden_states": decoded.hidden_states, **decoded.extras}
+        if not self.geometry:
+            parts.pop(GEOMETRY_NAME, None)
         self.decoded_chunks += 1
         self._chunks[key] = parts
         self._unread[key] = len(next(iter(parts.values())))
@@ -177,6 +183,6 @@ def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def split_packed(batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what ``Codec.restore`` takes of a batch, and the rest of the batch."""
+    """Return what ``ViewCodec.restore`` takes of a batch, and the rest of the batch."""
     packed = {name.removeprefix(PACKED): value for name, value in batch.items() if name.startswith(PACKED)}
     return packed, {name: value for name, value in batch.items() if not name.startswith(PACKED)}

@@ -22,10 +22,11 @@ from .cache.layout import ChunkLayout
 from .caching import StageCache
 from .checkpoints import load_stage, restore_weights, save_stage
 from .choosing import Data, requested_codec
-from .codecs import Codec
+from .codecs import ViewCodec
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset, ChunkSampler, collate_cached, split_packed
 from .errors import UnsupportedSetupError
+from .feature_augmentation import FeatureAugmenter, parse_feature_augmentation, step_generator
 from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer
 from .policies import Stage, plan_stages, split_point_at
 from .preflight import (
@@ -37,7 +38,7 @@ from .preflight import (
     check_labels,
     check_writable,
 )
-from .splitting import Split, find_blocks, split_model
+from .splitting import Split, find_blocks, first_tensor, split_model, token_grid
 from .views import ViewDataset, check_repeatable, with_rgb_images
 
 __all__ = ["FreezeCacheTrainer"]
@@ -68,7 +69,8 @@ class FreezeCacheTrainer(Trainer):
 
     Each stage logs, as ``freezecache/<name>``: ``split_point``, ``trainable_parameters``, ``released_optimizer_bytes``; and of
     its cache ``cache_bytes``, ``cache_bytes_per_image``, ``bits_per_element`` (all files counted), ``build_seconds`` (with
-    calibration), ``built_shards``, and, of a lossy one, ``fidelity``, ``agreement`` and ``relative_error`` on held-out images.
+    calibration), ``built_shards``, and, of a lossy one, ``fidelity``, ``agreement`` and ``relative_error`` on held-out images;
+    the same of views beyond the first as ``copy_fidelity`` and so on, if these are stored apart.
 
     Args:
         args: As for ``Trainer``, positional or keyword.
@@ -85,6 +87,7 @@ class FreezeCacheTrainer(Trainer):
         ScheduleError: The schedule cannot be read or asks for more blocks than there are.
     """
 
+    compute_loss_func: Any
     eval_dataset: Any
     model: Any
 
@@ -107,11 +110,12 @@ class FreezeCacheTrainer(Trainer):
         self._made_optimizer = False
         self._data: Data | None = None
         self._stage_cache: StageCache | None = None
-        self._codec: Codec | None = None
+        self._codec: ViewCodec | None = None
         self._dtype = torch.float32
         self._sampler: ChunkSampler | None = None
         self._stage_loader: Any = None
         self._paused_seconds = 0.0
+        self._augmenter: FeatureAugmenter | None = None
         if freeze_config is None and (train_transform is not None or eval_transform is not None):
             raise UnsupportedSetupError(
                 "train_transform and eval_transform are used with freeze_config only; without it set a transform on the "
@@ -123,6 +127,8 @@ class FreezeCacheTrainer(Trainer):
         if freeze_config is not None:
             self._check_setup(freeze_config)
             self.eval_dataset = self._with_rgb(self.eval_dataset)
+        elif self.cache_config.feature_augmentation is not None:
+            logger.warning("feature_augmentation acts on cached stages only: without freeze_config it does nothing.")
 
     # ---- What can be refused before anything runs ----
 
@@ -153,6 +159,8 @@ class FreezeCacheTrainer(Trainer):
             requested_codec(self.cache_config, max(stage.split_point, 1), num_blocks)
         if self.train_dataset is not None:
             check_labels(self.train_dataset, self._num_labels, [*(self.label_names or []), "label"])
+        if self._make_augmenter() is not None and not any(stage.split_point for stage in stages):
+            logger.warning("feature_augmentation acts on cached stages only: no stage of this schedule is one.")
 
     @property
     def _num_labels(self) -> int | None:
@@ -204,6 +212,7 @@ class FreezeCacheTrainer(Trainer):
             if self.train_dataset is None:
                 raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
             self._split, self._codec, self._stage_loader = None, None, None
+            self._augmenter = self._make_augmenter()
             # A second train() starts at the first stage again, with an optimizer that holds all parameters.
             self._thaw()
             if self._made_optimizer:
@@ -276,6 +285,8 @@ class FreezeCacheTrainer(Trainer):
         check_checkpointing(model)
         difference = split.verify(device_batch)
         logger.info("Split of %s verified: largest difference %.3g.", type(model).__name__, difference)
+        if self._augmenter is not None and split.split_point > 0:
+            self._check_augmenter(self._augmenter, split, batch.get("labels"), device_batch)
         config, workers = self.cache_config, self.cache_config.build_num_workers
         self._stage_cache = StageCache(
             config,
@@ -411,7 +422,7 @@ class FreezeCacheTrainer(Trainer):
         self._sampler.num_views = self.cache_config.num_views if split_point > 0 else 0
         if split_point > 0 and self.cache_config.mode == "always":
             reader, report = self._stage_cache.open(self._split)
-            self._codec, self._dtype = reader.codec, reader.dtype
+            self._codec, self._dtype = reader.views, reader.dtype
             dataset = CachedDataset(
                 reader, max_chunks=self.cache_config.shuffle_window + self._chunks_per_batch, packed=True
             )
@@ -462,8 +473,15 @@ class FreezeCacheTrainer(Trainer):
         with torch.no_grad():
             hidden_states = self._codec.restore(packed, self._dtype, compute_dtype)
         inputs["pixel_values"] = self._split.placeholder(len(hidden_states))
-        with self._split.injecting(hidden_states):
-            return super().training_step(model, inputs, *args, **kwargs)
+        if self._augmenter is not None:
+            geometry = self._geometry(hidden_states)
+            hidden_states = self._augmenter.step(hidden_states, inputs.get("labels"), geometry, self.state.global_step)
+        try:
+            with self._split.injecting(hidden_states):
+                return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            if self._augmenter is not None:
+                self._augmenter.targets = None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count 6 operations per suffix parameter and token for cached batches; as ``Trainer`` for images.
@@ -477,7 +495,77 @@ class FreezeCacheTrainer(Trainer):
         assert self._stage_cache is not None
         assert self._stage_cache.previous is not None
         tokens, _ = self._stage_cache.previous.index.hidden_shape
-        return 6 * len(packed["values"]) * tokens * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return (
+            6
+            * len(next(iter(packed.values())))
+            * tokens
+            * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        )
+
+    # ---- Augmentation of cached batches ----
+
+    def _make_augmenter(self) -> FeatureAugmenter | None:
+        text, args = self.cache_config.feature_augmentation, self.args
+        if text is None:
+            return None
+        seed = args.seed if args.data_seed is None else args.data_seed
+        augmenter = FeatureAugmenter(
+            parse_feature_augmentation(text), self._num_labels, seed, args.label_smoothing_factor
+        )
+        own_loss = "compute_loss_func" if self.compute_loss_func is not None else None
+        if type(self).compute_loss is not FreezeCacheTrainer.compute_loss:
+            own_loss = f"{type(self).__name__}.compute_loss"
+        if augmenter.mixes and own_loss is not None:
+            raise UnsupportedSetupError(
+                f"feature_augmentation={text!r} mixes samples and trains on soft labels by cross-entropy, in place of the loss "
+                f"that {own_loss} computes. Leave mixup and cutmix out, or train with the model's own loss."
+            )
+        return augmenter
+
+    def _geometry(self, hidden_states: torch.Tensor) -> tuple[int, tuple[int, int]]:
+        assert self._data is not None
+        return token_grid(hidden_states.shape[1], self._data.image_shape, getattr(self.model, "config", None))
+
+    def _check_augmenter(
+        self, augmenter: FeatureAugmenter, split: Split, labels: Any, device_batch: dict[str, Any]
+    ) -> None:
+        """Augment one batch: what would fail once a cache is built fails now."""
+        hidden_states = self._run_frozen(split.prefix, **device_batch)
+        geometry = self._geometry(hidden_states)
+        augmenter.augment(hidden_states, labels, geometry, step_generator(0, 0))
+        extra = {name: value for name, value in device_batch.items() if name != "pixel_values"}
+
+        def unrounded(hidden_states: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                hidden_states = hidden_states.to(next(self.model.parameters()).dtype)
+                return first_tensor(split.suffix(hidden_states, **extra))
+
+        def suffix(states: torch.Tensor) -> torch.Tensor:
+            return self._run_frozen(unrounded, hidden_states=states)
+
+        for name in augmenter.without_effect(suffix, hidden_states, geometry):
+            logger.warning(
+                "feature_augmentation: %s changes nothing that %s computes behind %d frozen blocks: its output does not "
+                "depend on what this changes (the order of the patches, or patches at all). Leave it out.",
+                name,
+                type(self.model).__name__,
+                split.split_point,
+            )
+        if augmenter.mixes:
+            outputs = self._run_frozen(self.model, **device_batch, labels=labels)
+            augmenter.check_loss(first_tensor(outputs), outputs, labels)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``; with soft labels, by cross-entropy, while a batch of mixed samples is trained on."""
+        if self._augmenter is None or self._augmenter.targets is None:
+            return super().compute_loss(*args, **kwargs)
+        # Trainer then keeps the labels from the model, which would take soft ones for multi-label, and hands over
+        # `num_items_in_batch`. Not for longer: `training_step` would take every loss for one divided by it.
+        self.compute_loss_func = self._augmenter.loss
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            self.compute_loss_func = None
 
     # ---- Checkpoints ----
 

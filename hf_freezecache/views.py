@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -13,8 +12,12 @@ import torch
 from torch.utils.data import Dataset
 
 from .errors import DataError, UnrepeatableTransformError, UnsupportedSetupError
+from .seeding import preserved_random_state, seeded
+from .transforms import ViewParameters, recorded
 
 __all__ = [
+    "GeometryCollator",
+    "GeometryViews",
     "ViewDataset",
     "ViewKey",
     "check_repeatable",
@@ -25,32 +28,6 @@ __all__ = [
 
 #: (sample index, view): what samplers yield and data sets are asked for. View 0 is the base view.
 ViewKey = tuple[int, int]
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's CPU generators on leaving."""
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-
-
-@contextmanager
-def seeded(seed: int, sample_index: int, view: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators from ``(seed, sample_index, view)``; restore them after.
-
-    The numbers are mixed by ``numpy.random.SeedSequence``, so neighbouring samples and views are unrelated.
-    """
-    words = np.random.SeedSequence([seed & (2**64 - 1), sample_index, view]).generate_state(4, dtype=np.uint64)
-    with preserved_random_state():
-        random.seed(int(words[0]))
-        np.random.seed(words[1:3].view(np.uint32))
-        torch.default_generator.manual_seed(int(words[3]))
-        yield
 
 
 def _is_image(feature: Any) -> bool:
@@ -101,6 +78,7 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
             raise UnsupportedSetupError(
                 f"train_transform and eval_transform need a datasets.Dataset, got {type(dataset).__name__}."
             )
+        self.dataset = dataset
         self.seed = seed
         self._base = dataset if eval_transform is None else dataset.with_transform(eval_transform)
         self._augmented = dataset if train_transform is None else dataset.with_transform(train_transform)
@@ -115,10 +93,20 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         Raises:
             DataError: Reading or transforming the row failed; the message names the row.
         """
+        return self.render(key)[0]
+
+    def render(self, key: int | ViewKey) -> tuple[Any, ViewParameters | None]:
+        """Render one view; return it with the parameters that an ``ImageTransform`` drew for it, ``None`` if none did.
+
+        Raises:
+            DataError: As for ``[key]``.
+        """
         sample_index, view = (key, 0) if isinstance(key, int) else key
         try:
-            with seeded(self.seed, sample_index, view):
-                return (self._base if view == 0 else self._augmented)[sample_index]
+            with seeded(self.seed, sample_index, view), recorded() as drawn:
+                example = (self._base if view == 0 else self._augmented)[sample_index]
+            # Of a transform that renders several images nobody knows which one the tokens show.
+            return example, drawn[0] if len(drawn) == 1 else None
         except Exception as error:
             raise DataError(
                 f"Row {sample_index} of the training data set could not be rendered (view {view}): "
@@ -130,6 +118,38 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
     def __getitems__(self, keys: Sequence[int | ViewKey]) -> list[Any]:
         """Render several views, in order."""
         return [self[key] for key in keys]
+
+
+class GeometryViews(Dataset):  # type: ignore[type-arg]
+    """The items of a ``ViewDataset``, each with its place in the image: ``(example, geometry)``.
+
+    ``geometry`` are the five numbers of ``codecs.copies.GEOMETRY``; those of the whole image where nobody knows.
+    """
+
+    def __init__(self, views: ViewDataset) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.views)
+
+    def __getitem__(self, key: int | ViewKey) -> tuple[Any, tuple[float, ...]]:
+        """Render one view."""
+        example, parameters = self.views.render(key)
+        return example, (0.0, 0.0, 1.0, 1.0, 0.0) if parameters is None else parameters.geometry()
+
+
+@dataclass(frozen=True)
+class GeometryCollator:
+    """Collates items of ``GeometryViews``: the user's batch, and ``name`` (batch, 5) float32 beside it."""
+
+    collate: Callable[[list[Any]], dict[str, Any]]
+    name: str
+
+    def __call__(self, items: list[tuple[Any, tuple[float, ...]]]) -> dict[str, Any]:
+        """Collate."""
+        batch = dict(self.collate([example for example, _ in items]))
+        return {**batch, self.name: torch.tensor([geometry for _, geometry in items], dtype=torch.float32)}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -25,7 +25,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CACHE = {"errors", "cache.fingerprint", "cache.format", "cache.layout"}
 CODECS = {"codecs", "codecs.base", "codecs.entropy"}
 STEPS = {
-    f"codecs.{name}" for name in ("base", "cast", "entropy", "pack", "pipeline", "planes", "quantize", "transform")
+    f"codecs.{name}"
+    for name in ("base", "cast", "copies", "entropy", "pack", "pipeline", "planes", "quantize", "select", "transform")
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -33,7 +34,9 @@ MAY_IMPORT = {
     "policies": {"errors", "config"},
     "splitting": {"errors"},
     "freezing": {"errors", "splitting"},
-    "views": {"errors"},
+    "seeding": set(),
+    "transforms": {"errors", "seeding"},
+    "views": {"errors", "seeding", "transforms"},
     "preflight": {"errors", "config", "views"},
     "codecs.base": {"errors"},
     "codecs.entropy": {"errors", "codecs.base"},
@@ -42,6 +45,8 @@ MAY_IMPORT = {
     "codecs.cast": {"codecs.base"},
     "codecs.quantize": {"codecs.base", "codecs.cast"},
     "codecs.transform": {"codecs.base", "codecs.cast"},
+    "codecs.select": {"codecs.base", "codecs.cast"},
+    "codecs.copies": {"codecs.base", "codecs.cast", "codecs.transform"},
     "codecs.pipeline": {"codecs.base", "codecs.entropy", "codecs.planes"},
     "codecs": {"errors", *STEPS},
     "calibration": {"errors", "codecs"},
@@ -59,7 +64,12 @@ MAY_IMPORT = {
     },
     "caching": {
         *(*CACHE, "cache.reader", "cache.shard", "cache.state", "cache.writer"),
-        *("choosing", "config", "dataset", "splitting", "views"),
+        *("choosing", "codecs", "config", "copying", "dataset", "splitting", "views"),
+    },
+    "feature_augmentation": {"errors"},
+    "sensitivity": {"codecs"},
+    "copying": {
+        *("cache.state", "calibration", "choosing", "codecs", "errors", "sensitivity", "splitting", "views"),
     },
     "checkpoints": {"errors"},
     "report": {"errors"},

@@ -181,7 +181,7 @@ def test_an_interrupted_build_goes_on_with_the_codec_it_began_with(images, monke
 
         def __call__(self, batch):
             type(self).calls += 1
-            if type(self).calls == 120:
+            if type(self).calls == 170:
                 raise OSError("gone")
             return super().__call__(batch)
 

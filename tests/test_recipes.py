@@ -202,7 +202,7 @@ def test_wrong_columns_are_named(run, parquet_folder, settings, message) -> None
 def make_transform(recipe: dict[str, Any], train: bool, min_crop_scale: float = 0.08, **settings: Any) -> Any:
     processor = SimpleNamespace(to_dict=lambda: {**PROCESSOR, **settings})
     data_args = recipe["DataTrainingArguments"](dataset_name="x", min_crop_scale=min_crop_scale)
-    return recipe["ImageTransform"](processor, data_args, train)
+    return recipe["make_transform"](processor, data_args, train)
 
 
 def pixels_of(transform: Any, image: Image.Image) -> torch.Tensor:

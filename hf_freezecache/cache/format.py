@@ -4,12 +4,13 @@ A cache directory holds::
 
     index.json                            written last: names every other file with size and SHA-256
     codec.safetensors                     fitted tensors of a lossy codec and its calibration; absent if lossless
+    copies.safetensors                    the same of the codec of views 1 and up; absent if it is that of view 0
     index/view-00/part-00000.parquet      one row per stored sample: where it lies, and its labels
     view-00/shard-00000.safetensors       the hidden states of ``shard_chunks`` chunks in one view
 
 A shard is a valid safetensors file. Its tensors are, in file order, ``frame_offsets`` (chunks, frames + 1), I64, into
 ``frames``; ``sample_indices`` (rows,), I64; ``frames`` (bytes,), U8: for each chunk the codec's frames, then one frame
-per extra. Everything before ``frames`` is the *head*, which has a hash of its own, so that a reader can trust it
+per extra. One extra, ``view_geometry``, is for decoding: where the view lies in its image. Everything before ``frames`` is the *head*, which has a hash of its own, so that a reader can trust it
 without reading the frames; each frame is a zstd frame with its own checksum.
 """
 
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import struct
@@ -32,11 +35,15 @@ import numpy.typing as npt
 import torch
 
 from ..codecs import DTYPES, codec_from_dict
+from ..codecs.base import Buffer
+from ..codecs.entropy import decompress_frame
 from ..errors import CacheCorruptError, UnsupportedSetupError
 
 __all__ = [
     "CODEC_NAME",
+    "COPIES_NAME",
     "FORMAT_VERSION",
+    "GEOMETRY_NAME",
     "INDEX_NAME",
     "CacheIndex",
     "ExtraSpec",
@@ -47,6 +54,8 @@ __all__ = [
     "fsync_directory",
     "load_index",
     "part_name",
+    "read_chunk_frames",
+    "read_extra",
     "read_shard_head",
     "save_index",
     "shard_metadata",
@@ -58,11 +67,14 @@ FORMAT = "hf_freezecache"
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 CODEC_NAME = "codec.safetensors"
+COPIES_NAME = "copies.safetensors"
+#: Extra (samples, 5) that says where a view lies in its image, see ``codecs.copies.GEOMETRY``. Stored where copies are predicted.
+GEOMETRY_NAME = "view_geometry"
 #: A larger index or head is refused unread. 1 GiB of images in 500 KB shards needs far less.
 MAX_INDEX_BYTES = 256 * 2**20
 MAX_HEAD_BYTES = 64 * 2**20
 _FILE_NAME = re.compile(
-    r"(codec\.safetensors|view-\d{2,}/shard-\d{5,}\.safetensors|index/view-\d{2,}/part-\d{5,}\.parquet)"
+    r"((codec|copies)\.safetensors|view-\d{2,}/shard-\d{5,}\.safetensors|index/view-\d{2,}/part-\d{5,}\.parquet)"
 )
 
 
@@ -140,6 +152,9 @@ class CacheIndex:
         files: Relative path -> record.
         calibration: How the codec was chosen and what it costs, see ``calibration.Calibration``; ``None`` for a lossless
             cache, and then absent from the file.
+        copies: ``{"name", "configuration"}`` of the codec of views 1 and up; ``None``, and then absent from the file, if it
+            is that of view 0.
+        copies_calibration: How that codec was chosen; absent with it.
     """
 
     fingerprint: dict[str, str]
@@ -156,6 +171,8 @@ class CacheIndex:
     extras: tuple[ExtraSpec, ...]
     files: dict[str, FileRecord]
     calibration: dict[str, Any] | None = None
+    copies: dict[str, Any] | None = None
+    copies_calibration: dict[str, Any] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -173,11 +190,17 @@ class CacheIndex:
         elements = self.num_samples * self.num_views * self.hidden_shape[0] * self.hidden_shape[1]
         return 8 * self.total_bytes / elements
 
+    def view_bytes(self, view: int) -> int:
+        """Return the bytes of the shards and index parts of one view."""
+        names = (name(view, shard) for name in (shard_name, part_name) for shard in range(self.num_shards))
+        return sum(self.files[name].bytes for name in names)
+
 
 def _canonical(index: CacheIndex) -> bytes:
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
-    if index.calibration is None:
-        del document["calibration"]
+    for name in ("calibration", "copies", "copies_calibration"):
+        if document[name] is None:
+            del document[name]
     body = json.dumps(document, sort_keys=True)
     document["checksum"] = hashlib.sha256(body.encode()).hexdigest()
     return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
@@ -262,6 +285,12 @@ def _check_index(index: CacheIndex, path: Path) -> None:
     }
     if index.calibration is not None:
         expected.add(CODEC_NAME)
+    if (index.copies is None) != (index.copies_calibration is None):
+        raise CacheCorruptError(
+            f"{path} is damaged: it names a codec of copies without its calibration, or the reverse."
+        )
+    if index.copies is not None:
+        expected.add(COPIES_NAME)
     if set(index.files) != expected or not all(_FILE_NAME.fullmatch(name) for name in index.files):
         odd = sorted(set(index.files) ^ expected)[:3]
         raise CacheCorruptError(f"{path} is damaged: files missing from it, or foreign to a cache: {odd}.")
@@ -436,3 +465,35 @@ def read_shard_head(path: Path) -> ShardHead:
     if not tiled or not np.array_equal(offsets[1:, 0], offsets[:-1, -1]):
         raise CacheCorruptError(f"{path} is damaged: its frame offsets do not tile its {frame_bytes} bytes of frames.")
     return ShardHead(metadata, offsets, numbers[num_chunks * width :], head_bytes)
+
+
+def read_chunk_frames(path: Path, head: ShardHead, position: int) -> list[Buffer]:
+    """Read the frames of one chunk of a shard.
+
+    Args:
+        path: The shard.
+        head: Its head.
+        position: The chunk's place in the shard.
+
+    Raises:
+        ValueError: The file is shorter than its head promises.
+    """
+    offsets = head.frame_offsets[position]
+    length = int(offsets[-1] - offsets[0])
+    with path.open("rb", buffering=0) as file:
+        data = os.pread(file.fileno(), length, head.head_bytes + int(offsets[0]))
+    if len(data) != length:
+        raise ValueError(f"{len(data)} bytes left of {length}")
+    bounds = (offsets - offsets[0]).tolist()
+    return [memoryview(data)[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def read_extra(spec: ExtraSpec, frame: Buffer, samples: int) -> torch.Tensor:
+    """Decode the frame of an extra, (samples, ...).
+
+    Raises:
+        ValueError: Damaged, or of another size.
+    """
+    shape = (samples, *spec.shape)
+    content = decompress_frame(frame, math.prod(shape) * spec.torch_dtype.itemsize)
+    return torch.frombuffer(bytearray(content), dtype=spec.torch_dtype).reshape(shape)

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..codecs import DTYPES, Codec, codec_from_dict
-from ..codecs.base import Buffer
-from ..codecs.entropy import decompress_frame
+from ..codecs import DTYPES, Codec, ViewCodec, codec_from_dict
 from ..errors import CacheCorruptError, CacheMismatchError
 from .fingerprint import Fingerprint
 from .format import (
     CODEC_NAME,
+    COPIES_NAME,
+    GEOMETRY_NAME,
     INDEX_NAME,
     CacheIndex,
     ShardHead,
     file_sha256,
     load_index,
+    read_chunk_frames,
+    read_extra,
     read_shard_head,
     shard_metadata,
     shard_name,
 )
 from .layout import ChunkLayout
-from .state import load_state
+from .state import CodecState, load_copies, load_state
 
 __all__ = ["CacheReader", "DecodedChunk", "PackedChunk", "verify_cache"]
 
@@ -54,7 +55,7 @@ class PackedChunk:
     """The samples of one chunk in one view, as ``Codec.unpack`` gave them.
 
     Attributes:
-        arrays: Name -> (samples, ...), for ``Codec.restore``.
+        arrays: Name -> (samples, ...), for ``ViewCodec.restore``.
         extras: Name -> (samples, ...).
     """
 
@@ -82,6 +83,7 @@ class CacheReader:
     expected: Fingerprint | None = None
     index: CacheIndex = field(init=False)
     codec: Codec = field(init=False)
+    views: ViewCodec = field(init=False)
     layout: ChunkLayout = field(init=False)
     _heads: dict[tuple[int, int], ShardHead] = field(init=False, default_factory=dict)
 
@@ -112,25 +114,33 @@ class CacheReader:
                 raise CacheCorruptError(
                     f"{self.directory / INDEX_NAME} is damaged: it names a lossy codec but no {CODEC_NAME}."
                 )
-            return
-        path = self.directory / CODEC_NAME
-        if file_sha256(path) != self.index.files[CODEC_NAME].sha256:
+        else:
+            self.codec = self._state(CODEC_NAME, load_state, self.index.codec).codec
+        self.views = ViewCodec(self.codec)
+        if self.index.copies is not None:
+            self.views = ViewCodec(self.codec, self._state(COPIES_NAME, load_copies, self.index.copies).codec)
+            if self.views.needs_base(1) and GEOMETRY_NAME not in {extra.name for extra in self.index.extras}:
+                raise CacheCorruptError(f"{self.directory / INDEX_NAME} is damaged: it names no {GEOMETRY_NAME}.")
+
+    def _state(self, name: str, load: Callable[[Path, str], CodecState[Any]], expected: Any) -> CodecState[Any]:
+        path = self.directory / name
+        if file_sha256(path) != self.index.files[name].sha256:
             raise CacheCorruptError(
                 f"{path} is damaged: its hash does not match {INDEX_NAME}. Delete {self.directory}."
             )
-        self.codec = load_state(path, Fingerprint(self.index.fingerprint).digest).codec
-        if self.codec.to_dict() != self.index.codec:
+        state = load(path, Fingerprint(self.index.fingerprint).digest)
+        if state.codec.to_dict() != expected:
             raise CacheCorruptError(f"{path} holds another codec than {INDEX_NAME} names. Delete {self.directory}.")
+        return state
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the hidden states."""
         return DTYPES[self.index.dtype]
 
-    @property
-    def _codec_frames(self) -> int:
-        """Frames of hidden states per chunk; those of extras follow."""
-        return len(self.codec.max_frame_bytes((1, *self.index.hidden_shape), self.dtype))
+    def _codec_frames(self, view: int) -> int:
+        """Return the frames of hidden states per chunk; those of extras follow."""
+        return self.views.num_frames(view, (1, *self.index.hidden_shape), self.dtype)
 
     def _head(self, view: int, shard: int) -> ShardHead:
         if (view, shard) not in self._heads:
@@ -144,14 +154,14 @@ class CacheReader:
                 Fingerprint(index.fingerprint).digest,
                 view,
                 shard,
-                index.codec,
+                index.codec if view == 0 or index.copies is None else index.copies,
                 index.hidden_shape,
                 index.dtype,
                 index.extras,
             )
             chunks = range(shard * self.index.shard_chunks, (shard + 1) * self.index.shard_chunks)
             rows = self.layout.order[chunks.start * self.index.chunk_size : chunks.stop * self.index.chunk_size]
-            frames = self._codec_frames + len(self.index.extras)
+            frames = self._codec_frames(view) + len(self.index.extras)
             if (
                 not fits
                 or not np.array_equal(head.sample_indices, rows)
@@ -172,34 +182,34 @@ class CacheReader:
             CacheCorruptError: Its bytes are damaged.
         """
         packed = self.unpack_chunk(view, chunk)
-        return DecodedChunk(self.codec.restore(packed.arrays, self.dtype), packed.extras)
+        return DecodedChunk(self.views.restore(packed.arrays, self.dtype), packed.extras)
 
     def unpack_chunk(self, view: int, chunk: int) -> PackedChunk:
-        """Read one chunk of one view and undo its entropy coding.
+        """Read one chunk of one view and undo its entropy coding; and, if that view is predicted, of the base view too.
 
         Raises:
             CacheCorruptError: Its bytes are damaged.
         """
+        packed = self._unpack(view, chunk)
+        if not self.views.needs_base(view):
+            return packed
+        base = self._unpack(0, chunk)
+        geometries = torch.stack([base.extras[GEOMETRY_NAME], packed.extras[GEOMETRY_NAME]], 1)
+        return PackedChunk({**base.arrays, **packed.arrays, "geometry": geometries}, packed.extras)
+
+    def _unpack(self, view: int, chunk: int) -> PackedChunk:
         shard, position = divmod(chunk, self.index.shard_chunks)
         head = self._head(view, shard)
         path = self.directory / shard_name(view, shard)
-        offsets = head.frame_offsets[position]
-        length = int(offsets[-1] - offsets[0])
-        with path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, head.head_bytes + int(offsets[0]))
         samples = len(self.members(chunk))
         try:
-            if len(data) != length:
-                raise ValueError(f"{len(data)} bytes left of {length}")
-            bounds = (offsets - offsets[0]).tolist()
-            frames: list[Buffer] = [memoryview(data)[a:b] for a, b in itertools.pairwise(bounds)]
-            split = self._codec_frames
-            arrays = self.codec.unpack(frames[:split], (samples, *self.index.hidden_shape), self.dtype)
-            extras = {}
-            for spec, frame in zip(self.index.extras, frames[split:], strict=True):
-                shape = (samples, *spec.shape)
-                content = decompress_frame(frame, math.prod(shape) * spec.torch_dtype.itemsize)
-                extras[spec.name] = torch.frombuffer(bytearray(content), dtype=spec.torch_dtype).reshape(shape)
+            frames = read_chunk_frames(path, head, position)
+            split = self._codec_frames(view)
+            arrays = self.views.unpack(view, frames[:split], (samples, *self.index.hidden_shape), self.dtype)
+            extras = {
+                spec.name: read_extra(spec, frame, samples)
+                for spec, frame in zip(self.index.extras, frames[split:], strict=True)
+            }
         except ValueError as error:
             raise CacheCorruptError(
                 f"{path} is damaged in chunk {chunk}: {error}. Delete {path} and {self.directory / INDEX_NAME}, and run "
@@ -228,16 +238,18 @@ def verify_cache(directory: Path) -> list[str]:
             problems.append(f"{path} has {size} bytes, expected {record.bytes}.")
         elif file_sha256(path) != record.sha256:
             problems.append(f"{path} is altered: its SHA-256 does not match {INDEX_NAME}.")
-        elif name == CODEC_NAME:
+        elif name in (CODEC_NAME, COPIES_NAME):
             try:
-                load_state(path, Fingerprint(index.fingerprint).digest)
+                load = load_state if name == CODEC_NAME else load_copies
+                load(path, Fingerprint(index.fingerprint).digest)
             except CacheCorruptError as error:
                 problems.append(str(error))
         elif name.endswith(".safetensors"):
             try:
                 metadata = read_shard_head(path).metadata
-                if json.loads(metadata["codec"]) != index.codec:
-                    problems.append(f"{path} was encoded with {metadata['codec']}, {INDEX_NAME} says {index.codec}.")
+                expected = index.codec if int(metadata["view"]) == 0 else index.copies or index.codec
+                if json.loads(metadata["codec"]) != expected:
+                    problems.append(f"{path} was encoded with {metadata['codec']}, {INDEX_NAME} says {expected}.")
             except (CacheCorruptError, KeyError, ValueError) as error:
                 problems.append(str(error))
     known = {INDEX_NAME, *index.files}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
@@ -12,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, dtype_name
+from ..codecs import Codec, CopyCodec, ViewCodec, dtype_name
 from ..codecs.entropy import compress_frame
 from ..errors import DataError
 from .fingerprint import Fingerprint
-from .format import ExtraSpec, head_size, shard_metadata, write_shard_head
+from .format import GEOMETRY_NAME, ExtraSpec, head_size, shard_metadata, write_shard_head
 from .layout import ChunkLayout
 
 __all__ = ["CachePlan", "ShardWriter", "cache_name"]
@@ -43,6 +44,8 @@ class CachePlan:
         shard_chunks: Chunks per shard.
         codec: How chunks are encoded.
         calibration: How a lossy codec was chosen, for the index.
+        copies: How chunks of views 1 and up are encoded, if not by ``codec``.
+        copies_calibration: How that codec was chosen.
     """
 
     fingerprint: Fingerprint
@@ -53,6 +56,13 @@ class CachePlan:
     shard_chunks: int
     codec: Codec
     calibration: dict[str, Any] | None = None
+    copies: CopyCodec | None = None
+    copies_calibration: dict[str, Any] | None = None
+
+    @property
+    def views(self) -> ViewCodec:
+        """Codec of all views."""
+        return ViewCodec(self.codec, self.copies)
 
     @property
     def name(self) -> str:
@@ -82,6 +92,15 @@ class ShardWriter:
     """Writes one shard, chunk by chunk; a thread encodes while the next batch is computed.
 
     Holds at most one incomplete chunk, one chunk being encoded, and one batch.
+
+    Attributes:
+        file: The shard, open for writing.
+        plan: What the cache is to hold.
+        view: The view.
+        shard: The shard's number.
+        executor: Runs the encoder.
+        base: Gives hidden states and geometry of the base view of a chunk, by its place in the shard; for views that are
+            predicted.
     """
 
     file: BinaryIO
@@ -89,12 +108,14 @@ class ShardWriter:
     view: int
     shard: int
     executor: ThreadPoolExecutor
+    base: Callable[[int], tuple[Tensor, Tensor]] | None = None
     hidden: list[Tensor] = field(default_factory=list)
     extras: list[dict[str, Tensor]] = field(default_factory=list)
     ends: list[list[int]] = field(default_factory=list)
     pending: Future[list[bytes]] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     position: int = 0
+    chunks: int = 0
 
     def append(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
         """Add samples, in stored order."""
@@ -113,15 +134,14 @@ class ShardWriter:
             self.plan.fingerprint.digest,
             self.view,
             self.shard,
-            self.plan.codec.to_dict(),
+            self.plan.views.stored_dict(self.view),
             hidden_states.shape[1:],
             dtype_name(hidden_states.dtype),
             specs,
         )
         rows = len(self.plan.rows(self.shard))
         chunks = -(-rows // self.plan.layout.chunk_size)
-        sizes = self.plan.codec.max_frame_bytes(hidden_states.shape, hidden_states.dtype)
-        frames = len(sizes) + len(specs)
+        frames = self.plan.views.num_frames(self.view, hidden_states.shape, hidden_states.dtype) + len(specs)
         self.file.seek(head_size(chunks, frames, rows, self.metadata))
 
     def _check(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
@@ -149,19 +169,24 @@ class ShardWriter:
             self.extras = [{name: value[size:] for name, value in extras.items()}]
         self._flush()
         chunk = hidden[:size]
-        parts = [extras[name][:size] for name in sorted(names)]
-        self.pending = self.executor.submit(self._encode, chunk, parts)
+        parts = {name: extras[name][:size] for name in sorted(names)}
+        self.pending = self.executor.submit(self._encode, self.chunks, chunk, parts)
+        self.chunks += 1
 
-    def _encode(self, hidden_states: Tensor, extras: list[Tensor]) -> list[bytes]:
+    def _encode(self, chunk: int, hidden_states: Tensor, extras: dict[str, Tensor]) -> list[bytes]:
+        base, geometry = None, None
+        if self.base is not None:
+            base, base_geometry = self.base(chunk)
+            geometry = torch.stack([base_geometry, extras[GEOMETRY_NAME]], 1)
         try:
-            frames = self.plan.codec.encode(hidden_states)
+            frames = self.plan.views.encode(self.view, hidden_states, base, geometry)
         except ValueError as error:
             raise DataError(
                 f"Hidden states of shard {self.shard} (view {self.view}) could not be encoded: {error}. Finished shards are kept."
             ) from error
         frames += [
             compress_frame(value.contiguous().flatten().view(torch.uint8).numpy().data, _EXTRA_LEVEL)
-            for value in extras
+            for value in extras.values()
         ]
         return frames
 

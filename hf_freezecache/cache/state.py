@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Planes, codec_from_dict
+from ..codecs import Codec, CopyCodec, Planes, codec_from_dict
 from ..codecs.base import ArraySpec
 from ..codecs.entropy import compress_frame, decompress_frame
 from ..errors import CacheCorruptError, UnsupportedSetupError
 from .format import FORMAT, FORMAT_VERSION, atomic_write
 
-__all__ = ["CodecState", "load_state", "save_state"]
+__all__ = ["CodecState", "load_copies", "load_state", "save_state"]
 
 _LEVEL = 19
 _PLANES = Planes()
@@ -30,8 +30,11 @@ _NOTHING = "nothing"
 _MAX_BYTES = 2**30
 
 
+_C = TypeVar("_C", Codec, CopyCodec)
+
+
 @dataclass(frozen=True)
-class CodecState:
+class CodecState(Generic[_C]):
     """A codec with its tensors, and the report of its calibration.
 
     Attributes:
@@ -39,11 +42,11 @@ class CodecState:
         calibration: What ``calibration.Calibration.to_dict`` gave; empty if nothing was measured.
     """
 
-    codec: Codec
+    codec: _C
     calibration: dict[str, Any]
 
 
-def save_state(path: Path, fingerprint: str, state: CodecState) -> None:
+def save_state(path: Path, fingerprint: str, state: CodecState[Any]) -> None:
     """Write the state, atomically.
 
     Each tensor becomes one zstd frame of its byte planes, as a U8 tensor of a safetensors file, whose metadata hold a JSON
@@ -90,8 +93,8 @@ def _tensor(frame: Tensor, dtype: str, shape: list[int]) -> Tensor:
     return _PLANES.decode([content[p * size : (p + 1) * size] for p in range(spec.dtype.itemsize)], spec)
 
 
-def load_state(path: Path, fingerprint: str | None = None) -> CodecState:
-    """Read and check a state.
+def load_state(path: Path, fingerprint: str | None = None) -> CodecState[Codec]:
+    """Read and check the state of a codec.
 
     Args:
         path: The file.
@@ -100,6 +103,16 @@ def load_state(path: Path, fingerprint: str | None = None) -> CodecState:
     Raises:
         CacheCorruptError: Missing, damaged, or of another cache.
     """
+    return _load(path, fingerprint, codec_from_dict)
+
+
+def load_copies(path: Path, fingerprint: str | None = None) -> CodecState[CopyCodec]:
+    """Read and check the state of the codec of copies; otherwise as ``load_state``."""
+    return _load(path, fingerprint, lambda data, tensors: CopyCodec.from_dict(data, tensors, codec_from_dict))
+
+
+def _load(path: Path, fingerprint: str | None, read: Callable[[Any, dict[str, Tensor]], _C]) -> CodecState[_C]:
+    """Read and check a state, whose codec ``read`` makes."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
@@ -113,7 +126,7 @@ def load_state(path: Path, fingerprint: str | None = None) -> CodecState:
             if specs.keys() != set(file.keys()) - {_NOTHING}:
                 raise ValueError(f"tensors {sorted(file.keys())}, expected {sorted(specs)}")
             tensors = {name: _tensor(file.get_tensor(name), *spec) for name, spec in specs.items()}
-        codec = codec_from_dict(document["codec"], tensors)
+        codec = read(document["codec"], tensors)
         calibration, owner = document["calibration"], document["fingerprint"]
         if not isinstance(calibration, dict):
             raise ValueError(f"its calibration is {calibration!r}")

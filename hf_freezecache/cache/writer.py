@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from ..views import ViewKey, preserved_random_state
 from .fingerprint import Fingerprint
 from .format import (
     CODEC_NAME,
+    COPIES_NAME,
+    GEOMETRY_NAME,
     INDEX_NAME,
     CacheIndex,
     ExtraSpec,
@@ -41,12 +43,14 @@ from .format import (
     fsync_directory,
     load_index,
     part_name,
+    read_chunk_frames,
+    read_extra,
     read_shard_head,
     save_index,
     shard_name,
 )
 from .shard import CachePlan, ShardWriter
-from .state import CodecState, load_state, save_state
+from .state import CodecState, load_copies, load_state, save_state
 
 __all__ = ["BuildReport", "CachePlan", "RenderCollator", "build_cache", "explain_miss", "writing"]
 
@@ -125,7 +129,7 @@ def _finished(directory: Path, plan: CachePlan, view: int, shard: int) -> bool:
             head.sample_indices, rows
         ):
             return False
-        if json.loads(head.metadata["codec"]) != plan.codec.to_dict():  # calibrated anew
+        if json.loads(head.metadata["codec"]) != plan.views.stored_dict(view):  # calibrated anew
             return False
         if not np.array_equal(pq.read_table(part, columns=["sample_index"])["sample_index"].to_numpy(), rows):
             raise ValueError(f"{part} does not list the rows of its shard")
@@ -160,6 +164,8 @@ def _index(directory: Path, plan: CachePlan) -> CacheIndex:
             files[part_name(view, shard)] = _record(directory, part_name(view, shard))
     if _has_state(plan):
         files[CODEC_NAME] = _record(directory, CODEC_NAME)
+    if plan.copies is not None:
+        files[COPIES_NAME] = _record(directory, COPIES_NAME)
     extras = [ExtraSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in json.loads(head.metadata["extras"])]
     tokens, width = json.loads(head.metadata["hidden_shape"])
     return CacheIndex(
@@ -177,6 +183,8 @@ def _index(directory: Path, plan: CachePlan) -> CacheIndex:
         extras=tuple(extras),
         files=files,
         calibration=plan.calibration or {} if _has_state(plan) else None,
+        copies=None if plan.copies is None else plan.copies.to_dict(),
+        copies_calibration=None if plan.copies is None else plan.copies_calibration or {},
     )
 
 
@@ -215,15 +223,51 @@ def _has_state(plan: CachePlan) -> bool:
 
 
 def _ensure_state(directory: Path, plan: CachePlan) -> None:
-    """Write the codec's state unless it is there. Before any shard, so that no shard is ever without it."""
-    if not _has_state(plan):
-        return
-    try:
-        if load_state(directory / CODEC_NAME, plan.fingerprint.digest).codec == plan.codec:
-            return
-    except CacheCorruptError:
-        pass
-    save_state(directory / CODEC_NAME, plan.fingerprint.digest, CodecState(plan.codec, plan.calibration or {}))
+    """Write the states of codecs unless they are there. Before any shard, so that no shard is ever without them."""
+    states: list[tuple[str, Callable[[Path, str], CodecState[Any]], CodecState[Any]]] = []
+    if _has_state(plan):
+        states.append((CODEC_NAME, load_state, CodecState(plan.codec, plan.calibration or {})))
+    if plan.copies is not None:
+        states.append((COPIES_NAME, load_copies, CodecState(plan.copies, plan.copies_calibration or {})))
+    for name, load, state in states:
+        with suppress(CacheCorruptError):
+            if load(directory / name, plan.fingerprint.digest).codec == state.codec:
+                continue
+        save_state(directory / name, plan.fingerprint.digest, state)
+
+
+@dataclass
+class _BaseShard:
+    """Hidden states and geometry of the base view of a shard's chunks, as a reader will decode them.
+
+    Calls come from the encoder's thread, chunk by chunk; the shard of the base view is complete before any other begins.
+    """
+
+    directory: Path
+    plan: CachePlan
+    shard: int
+    head: ShardHead | None = None
+
+    def __call__(self, position: int) -> tuple[Tensor, Tensor]:
+        path, plan = self.directory / shard_name(0, self.shard), self.plan
+        if self.head is None:
+            self.head = read_shard_head(path)
+        metadata = self.head.metadata
+        first = (self.shard * plan.shard_chunks + position) * plan.layout.chunk_size
+        samples = min(plan.layout.chunk_size, plan.layout.num_samples - first)
+        shape, dtype = (samples, *json.loads(metadata["hidden_shape"])), DTYPES[metadata["dtype"]]
+        extras = [
+            ExtraSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in json.loads(metadata["extras"])
+        ]
+        place = [spec.name for spec in extras].index(GEOMETRY_NAME)
+        try:
+            frames = read_chunk_frames(path, self.head, position)
+            split = len(frames) - len(extras)
+            return plan.codec.decode(frames[:split], shape, dtype), read_extra(
+                extras[place], frames[split + place], samples
+            )
+        except ValueError as error:
+            raise CacheCorruptError(f"{path} is damaged in chunk {position}: {error}. Delete it to rebuild.") from error
 
 
 def build_cache(
@@ -347,7 +391,8 @@ def _build(
         with bar, ThreadPoolExecutor(1) as executor:
             for view, shard in pending:
                 with atomic_write(directory / shard_name(view, shard)) as file:
-                    writer = ShardWriter(file, plan, view, shard, executor)
+                    base = _BaseShard(directory, plan, shard) if plan.views.needs_base(view) else None
+                    writer = ShardWriter(file, plan, view, shard, executor, base)
                     index = _map_shard(
                         writer, rendered, prefix, batch_size, prefix_inputs, is_input, scratch, bar, report
                     )

@@ -11,11 +11,13 @@ from torch import Tensor
 from ..errors import UnsupportedSetupError
 from .base import DTYPES, Codec, Step, dtype_name
 from .cast import Cast
+from .copies import CopyCodec, Predictor, ViewCodec
 from .entropy import Zstd
 from .pack import Pack
 from .pipeline import LosslessCodec, Pipeline
 from .planes import Planes
 from .quantize import Quantize
+from .select import Select
 from .transform import Transform
 
 __all__ = [
@@ -24,13 +26,17 @@ __all__ = [
     "PRESETS",
     "Cast",
     "Codec",
+    "CopyCodec",
     "LosslessCodec",
     "Pack",
     "Pipeline",
     "Planes",
+    "Predictor",
     "Quantize",
+    "Select",
     "Step",
     "Transform",
+    "ViewCodec",
     "Zstd",
     "codec_from_dict",
     "dtype_name",
@@ -38,7 +44,7 @@ __all__ = [
 ]
 
 #: Extension point: name -> class of a step, of which pipelines are made.
-CODECS: dict[str, type[Step]] = {cls.name: cls for cls in (Cast, Quantize, Transform, Planes, Pack, Zstd)}
+CODECS: dict[str, type[Step]] = {cls.name: cls for cls in (Cast, Select, Quantize, Transform, Planes, Pack, Zstd)}
 
 #: Name -> codec that a user can ask for by it.
 PRESETS: dict[str, Codec] = {

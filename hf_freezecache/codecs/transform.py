@@ -16,7 +16,7 @@ from torch import Tensor
 from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep
 from .cast import check_finite
 
-__all__ = ["Transform", "dct_matrix", "frequency_order"]
+__all__ = ["Transform", "dct_matrix", "digest", "frequency_order"]
 
 #: Quanta of the stored mean per step. The mean is known to both sides, so this costs no error, only residual variance:
 #: a quarter of a step leaves at most (1/8)**2 of a step squared.
@@ -109,7 +109,7 @@ class Transform(ArrayStep):
                 raise ValueError(f"grid must be two positive whole numbers, got {self.grid!r}")
             object.__setattr__(self, "grid", grid)
         tensors = {name: getattr(self, name) for name in ("basis", "scale", "mean") if getattr(self, name) is not None}
-        if tensors and (self.grid is None or _digest(tensors) != self.state):
+        if tensors and (self.grid is None or digest(tensors) != self.state):
             raise ValueError("the fitted tensors are not those that the configuration names")
 
     def configuration(self) -> dict[str, Any]:
@@ -131,6 +131,7 @@ class Transform(ArrayStep):
         prefix_tokens: int = 0,
         grid: tuple[int, int] | None = None,
         gradients: Tensor | None = None,
+        rotate: bool = True,
     ) -> Transform:
         """Fit mean and basis, and the step if there is none.
 
@@ -142,6 +143,7 @@ class Transform(ArrayStep):
             prefix_tokens: Leading tokens that are no patches.
             grid: (height, width) of the patches, if they form a grid.
             gradients: Of the loss, like ``sample``; needed if ``gradient_weight`` is not 0.
+            rotate: Whether components are principal axes, or the channels themselves.
 
         Returns:
             The fitted step.
@@ -170,8 +172,10 @@ class Transform(ArrayStep):
                 raise ValueError(f"gradient_weight={self.gradient_weight} needs gradients")
             check_finite(gradients)
             weights = _weights(gradients[:, prefix_tokens:].double().reshape(-1, hidden), self.gradient_weight)
-        _, axes = torch.linalg.eigh(weights @ covariance @ weights)
-        basis = torch.linalg.solve(weights, axes.flip(1))
+        basis = torch.eye(hidden, dtype=torch.float64)
+        if rotate:
+            _, axes = torch.linalg.eigh(weights @ covariance @ weights)
+            basis = torch.linalg.solve(weights, axes.flip(1))
         # Eigenvectors have no sign; one of them makes the fit repeatable.
         basis = basis * torch.sign(basis.gather(0, basis.abs().argmax(0, keepdim=True)))
         scale = (basis.abs().amax(0) / 127).float()
@@ -189,7 +193,7 @@ class Transform(ArrayStep):
             basis=stored,
             scale=scale,
             mean=blank,
-            state=_digest({"basis": stored, "scale": scale, "mean": blank}),
+            state=digest({"basis": stored, "scale": scale, "mean": blank}),
         )
         return fitted._with_mean(mean)
 
@@ -211,7 +215,7 @@ class Transform(ArrayStep):
                 f"a step of {self.step:.3g} is too fine for states whose mean reaches {float(mean.abs().max()):.3g}"
             )
         tensors = {**self.tensors(), "mean": quanta.T.contiguous().to(torch.int32)}
-        return dataclasses.replace(self, mean=tensors["mean"], state=_digest(tensors))
+        return dataclasses.replace(self, mean=tensors["mean"], state=digest(tensors))
 
     # ---- The two maps, in float64 or in the dtype of training ----
 
@@ -416,7 +420,8 @@ def _weights(gradients: Tensor, power: float) -> Tensor:
     return (axes * (values / values.mean())) @ axes.T
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

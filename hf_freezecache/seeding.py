@@ -1,0 +1,38 @@
+"""Random states that depend on a sample and a view alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["preserved_random_state", "seeded"]
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore Python's, NumPy's and torch's CPU generators on leaving."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+@contextmanager
+def seeded(seed: int, sample_index: int, view: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators from ``(seed, sample_index, view)``; restore them after.
+
+    The numbers are mixed by ``numpy.random.SeedSequence``, so neighbouring samples and views are unrelated.
+    """
+    words = np.random.SeedSequence([seed & (2**64 - 1), sample_index, view]).generate_state(4, dtype=np.uint64)
+    with preserved_random_state():
+        random.seed(int(words[0]))
+        np.random.seed(words[1:3].view(np.uint32))
+        torch.default_generator.manual_seed(int(words[3]))
+        yield
