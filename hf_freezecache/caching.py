@@ -126,7 +126,12 @@ class StageCache:
         config = self.config
         if not config.copies_apart:
             return {}
-        request = {"copies": config.copies, "budgets": config.copy_budgets, "samples": config.calibration_samples}
+        request = {
+            "copies": config.copies,
+            "fidelity": config.copy_fidelity,
+            "budget": config.copy_budget,
+            "samples": config.calibration_samples,
+        }
         return {"copies": json.dumps(request, sort_keys=True)}
 
     # ---- Finding and building ----

@@ -15,7 +15,9 @@ from .cache.fingerprint import Fingerprint
 from .cache.format import INDEX_NAME, CacheIndex, load_index
 from .cache.reader import verify_cache
 from .codecs import DTYPES
-from .errors import CacheCorruptError, FreezeCacheError
+from .errors import CacheCorruptError, FreezeCacheError, UnsupportedSetupError
+from .report import draw_sensitivity
+from .sensitivity import Sensitivity
 
 __all__ = ["app"]
 
@@ -103,6 +105,9 @@ def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
         "dtype": str(DTYPES[index.dtype]).removeprefix("torch."),
         "codec": index.codec,
         "calibration": index.calibration,
+        "copies": index.copies,
+        "copies_calibration": index.copies_calibration,
+        "view_bytes": [index.view_bytes(view) for view in range(index.num_views)],
         "chunk_size": index.chunk_size,
         "shard_chunks": index.shard_chunks,
         "shards": index.num_shards * index.num_views,
@@ -123,23 +128,52 @@ def _agreement(calibration: dict[str, Any]) -> str:
 def _codec_words(codec: dict[str, Any]) -> str:
     words = []
     for step in codec["configuration"]["steps"] if codec["name"] == "pipeline" else [codec]:
-        settings = ", ".join(f"{name} {value}" for name, value in step["configuration"].items() if name != "state")
+        settings = ", ".join(
+            f"{name} {f'({len(value)} of them)' if isinstance(value, list) and len(value) > 4 else value}"
+            for name, value in step["configuration"].items()
+            if name != "state"
+        )
         words.append(f"{step['name']} ({settings})" if settings else step["name"])
     return " > ".join(words)
 
 
-def _lines(cache: dict[str, Any]) -> list[str]:
-    """Return what ``inspect`` prints of one cache."""
-    calibration = cache["calibration"] or {}
-    measured = (
+def _fidelity_words(calibration: dict[str, Any]) -> str:
+    return (
         f"{calibration['fidelity']:.3g} ({calibration['measure']}), {_agreement(calibration)}relative error "
         f"{calibration['relative_error']:.3f}, on {calibration['num_test']} held-out images, states from the "
         f"{calibration['source']}"
-        if calibration
-        else "exact"
-        if cache["codec"]["name"] == "lossless"
-        else "not measured"
     )
+
+
+def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
+    """Return what ``inspect`` prints of views beyond the first, if these have a codec of their own."""
+    copies, calibration = cache["copies"], cache["copies_calibration"]
+    if not copies or not calibration:
+        return {}
+    first, *others = cache["view_bytes"]
+    share = sum(others) / len(others) / first
+    similarity = calibration["sensitivity"]
+    parts = [f"{similarity['overall']:.2f}"]
+    parts += [f"{name} alone {value:.2f}" for name, value in similarity["augmentations"].items()]
+    channels = sorted(similarity["channels"])
+    predictor = copies["configuration"]["predictor"]
+    how = ""
+    if predictor is not None:
+        kind = "all channels" if predictor["full"] else "each channel"
+        how = f", predicted from the first by {kind}, pull {predictor['pull']:g}"
+    return {
+        "further views": f"{calibration['storage']}{how}; {share:.0%} of the bytes of the first each",
+        "  codec": _codec_words(copies["configuration"]["codec"]),
+        "  fidelity": _fidelity_words(calibration),
+        "  similarity": f"{', '.join(parts)}; channels {channels[0]:.2f} to {channels[-1]:.2f}",
+    }
+
+
+def _lines(cache: dict[str, Any]) -> list[str]:
+    """Return what ``inspect`` prints of one cache."""
+    measured = "exact" if cache["codec"]["name"] == "lossless" else "not measured"
+    if cache["calibration"]:
+        measured = _fidelity_words(cache["calibration"])
     extras = [f"{e['name']} ({e['dtype']}, {e['shape'] or 'one number'})" for e in cache["extras"]]
     rows = {
         "split point": f"{cache['split_point']} frozen blocks",
@@ -148,6 +182,7 @@ def _lines(cache: dict[str, Any]) -> list[str]:
         "hidden states": f"{cache['tokens']} tokens x {cache['hidden']}, {cache['dtype']}",
         "codec": _codec_words(cache["codec"]),
         "fidelity": measured,
+        **_copies_lines(cache),
         "shards": f"{cache['shards']}, up to {cache['shard_chunks']} chunks of {cache['chunk_size']} samples each",
         "size": f"{_size(cache['bytes'])} ({cache['bytes']:,} bytes)",
         "per image": f"{_size(cache['bytes_per_image'])}; {_size(cache['bytes_per_image_and_view'])} per view",
@@ -160,8 +195,32 @@ def _lines(cache: dict[str, Any]) -> list[str]:
     return [cache["path"], *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
 
 
+def _plot(caches: list[dict[str, Any]], path: Path) -> None:
+    """Draw the sensitivity of the caches that know theirs."""
+    stages = [
+        (cache["split_point"], Sensitivity.from_dict(cache["copies_calibration"]["sensitivity"]))
+        for cache in sorted(caches, key=lambda cache: cache["split_point"])
+        if cache["copies_calibration"]
+    ]
+    if not stages:
+        raise UnsupportedSetupError(
+            "No cache here knows what augmentation changes: it is measured where further views have a codec of their own "
+            "(codec='auto' with num_views of at least 2, or copies='residual')."
+        )
+    draw_sensitivity(stages, path)
+    typer.echo(f"drawn: {path}", err=True)
+
+
 @app.command(epilog="Example: hf-freezecache inspect caches/k06-0123456789abcdef")
-def inspect(path: CachePath, as_json: AsJson = False, debug: Debug = False) -> None:
+def inspect(
+    path: CachePath,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="PNG to draw: channels, tokens and augmentations that the first view says little of."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Say what a cache holds: split point, views, shapes, codec, sizes, and all that it depends on.
 
     Reads index.json only; "verify" checks the other files.
@@ -180,6 +239,8 @@ def inspect(path: CachePath, as_json: AsJson = False, debug: Debug = False) -> N
             for entry in described:
                 typer.echo("\n".join(_lines(entry)))
             _note_unfinished(unfinished)
+        if plot is not None:
+            _plot(described, plot)
         for other in damaged[1:]:
             _complain(other)
         if damaged:

@@ -13,9 +13,6 @@ __all__ = ["DEFAULT_FIDELITY", "CacheConfig", "FreezeConfig"]
 #: Fidelity budget of ``codec="auto"``. Source: recipes/benchmarks/codec_accuracy.py.
 DEFAULT_FIDELITY = 0.002
 
-#: Fidelity budget of further views over that of the first, unless set. Source: recipes/benchmarks/augmentation.py.
-COPY_FIDELITY_FACTOR = 10
-
 # `HfArgumentParser` reads annotations at run time and takes `Optional[X]`, not `X | None`, on Python 3.10.
 # ruff: noqa: UP007, UP045
 
@@ -142,22 +139,20 @@ class CacheConfig:
     copies: str = field(
         default="auto",
         metadata={
-            "help": "How views beyond the first are stored. 'full': as the first. 'residual': what the base view does not predict "
-            "of them, by a transform codec. 'sensitive': the same of the least similar channels and tokens only. 'auto': with "
-            "codec='auto' whichever takes the fewest bytes at --copy_fidelity, else 'full'.",
+            "help": "How views beyond the first are stored. 'full': as the first; or whole within --copy_fidelity or --copy_budget, "
+            "if given. 'residual': what the base view does not predict of them. 'sensitive': the same of the least similar "
+            "channels and tokens only. 'auto': with codec='auto' the best of these, else 'full'.",
             "choices": ["auto", "full", "residual", "sensitive"],
         },
     )
     copy_fidelity: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "Fidelity budget of views beyond the first, unless copies='full'; default: 10 times --fidelity."
-        },
+        default=None, metadata={"help": "Fidelity budget of views beyond the first; excludes --copy_budget."}
     )
     copy_budget: Optional[float] = field(
         default=None,
         metadata={
-            "help": "Bits per element that a view beyond the first may take, in place of --copy_fidelity; not for copies='full'."
+            "help": "Bits per element that each view beyond the first may take. Default, without --copy_fidelity: such that all "
+            "of them together take no more bytes than the first, and no fewer than --fidelity needs."
         },
     )
     feature_augmentation: Optional[str] = field(
@@ -237,6 +232,10 @@ class CacheConfig:
             raise UnsupportedSetupError(
                 f"copies must be 'auto', 'full', 'residual' or 'sensitive', got {self.copies!r}."
             )
+        if self.copy_fidelity is not None and self.copy_budget is not None:
+            raise UnsupportedSetupError(
+                f"Both copy_fidelity={self.copy_fidelity!r} and copy_budget={self.copy_budget!r} were given; give one of them."
+            )
         for name in ("copy_fidelity", "copy_budget"):
             value = getattr(self, name)
             if value is None:
@@ -272,13 +271,5 @@ class CacheConfig:
     @property
     def copies_apart(self) -> bool:
         """Whether views beyond the first have a codec of their own."""
-        return self.num_views > 1 and (
-            self.copies in ("residual", "sensitive") or (self.copies == "auto" and self.codec == "auto")
-        )
-
-    @property
-    def copy_budgets(self) -> tuple[float | None, float | None]:
-        """Fidelity and bits per element that views beyond the first are given; one of them is ``None``."""
-        if self.copy_budget is not None:
-            return None, self.copy_budget
-        return self.copy_fidelity or COPY_FIDELITY_FACTOR * self.fidelity, None
+        asked = self.copies != "auto" and (self.copies != "full" or self.copy_fidelity or self.copy_budget)
+        return self.num_views > 1 and bool(asked or (self.copies == "auto" and self.codec == "auto"))

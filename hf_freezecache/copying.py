@@ -6,8 +6,9 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
@@ -17,6 +18,7 @@ from .cache.state import CodecState
 from .calibration import Calibration, FidelityMeter, calibrate, coded, fit_codec
 from .choosing import CodecChooser, Sample, requested_codec
 from .codecs import Codec, CopyCodec, Pack, Pipeline, Predictor, Select, Transform, Zstd, make_codec
+from .config import CacheConfig
 from .sensitivity import Sensitivity, measure_sensitivity
 from .splitting import Split
 from .views import ViewDataset
@@ -32,6 +34,8 @@ _PREDICTORS = ((0.0, True), (0.5, True), (0.0, False), (0.5, False))
 _SENSITIVITY_IMAGES = 64
 #: Settings of the share of channels and tokens that a search of a hard selection tries: to 1/64.
 _SHARE_TRIALS = 6
+#: Share of the first view's bits that the others take together by default; what is left is for predictor and index.
+_TOGETHER = 0.95
 #: Step of a hard selection over that of the direct codec: rounding then spends a quarter of what the budget allows for.
 _SELECTED_STEP = 0.5
 
@@ -91,7 +95,7 @@ def choose_copies(
     views = _Views(decoded, sample.states, given[1], torch.stack([base_sample.geometry, sample.geometry], 1))
     meter = chooser.meter(split, sample, sample.middle)
     prefix_tokens, grid = chooser.token_grid(split, sample)
-    budget, rate = config.copy_budgets
+    budget, rate = _budgets(config, base.calibration)
     requested, _, _ = requested_codec(config, split.split_point, split.num_blocks)
     if not (isinstance(requested, Pipeline) and any(isinstance(step, Transform) for step in requested.steps)):
         requested = make_codec("transform")
@@ -100,8 +104,15 @@ def choose_copies(
 
     search = _Search(views, meter, requested, prefix_tokens, grid, gradients, config.chunk_size, budget, rate)
     direct = search.direct()
+    if config.copy_budget is None and rate is not None and direct.report.fidelity < config.fidelity:
+        # There is room for more than the first view has: its fidelity is enough.
+        budget, rate = config.fidelity, None
+        search = dataclasses.replace(search, budget=budget, rate=None)
+        direct = search.direct()
     tried = {"direct": direct}
-    if config.copies in ("auto", "residual"):
+    if config.copies == "full":
+        chosen = direct
+    elif config.copies in ("auto", "residual"):
         residual = search.residual(direct)
         tried["residual"] = residual
         # A prediction that saves nothing would cost the reading of the base view.
@@ -147,6 +158,15 @@ def choose_copies(
         sensitivity.overall,
     )
     return CodecState(chosen.codec, report)
+
+
+def _budgets(config: CacheConfig, base: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Return fidelity and bits per element that views beyond the first are given; one of them is ``None``."""
+    if config.copy_fidelity is not None or config.copy_budget is not None:
+        return config.copy_fidelity, config.copy_budget
+    if "bits_per_element" not in base:  # the first view is lossless: as many bytes would be far too many
+        return config.fidelity, None
+    return None, _TOGETHER * base["bits_per_element"] / (config.num_views - 1)
 
 
 def _cost(report: Calibration, budget: float | None) -> tuple[bool, float]:

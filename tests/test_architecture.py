@@ -69,10 +69,10 @@ MAY_IMPORT = {
     "feature_augmentation": {"errors"},
     "sensitivity": {"codecs"},
     "copying": {
-        *("cache.state", "calibration", "choosing", "codecs", "errors", "sensitivity", "splitting", "views"),
+        *("cache.state", "calibration", "choosing", "codecs", "config", "sensitivity", "splitting", "views"),
     },
     "checkpoints": {"errors"},
-    "report": {"errors"},
+    "report": {"errors", "sensitivity"},
 }
 LIBRARY = set(MAY_IMPORT)
 MAY_IMPORT["trainer"] = LIBRARY
