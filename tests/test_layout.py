@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import pickle
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -14,12 +18,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
+import hf_freezecache.cache.layout as layout_module
 from hf_freezecache.cache.layout import ChunkLayout, epoch_view
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.dataset import CachedDataset, ChunkSampler, collate_cached
 from hf_freezecache.errors import CacheCorruptError
 
 SEEDS = st.integers(-(2**63), 2**64 - 1)
+#: Views that six epochs show of chunks 0, 1 and 10**6 by seeds 0 and -1. A change of them changes every training from a cache.
+WRITTEN_DOWN = [
+    [1, 2, 0, 0, 2, 1],
+    [1, 0, 2, 2, 0, 1],
+    [1, 0, 2, 1, 2, 0],
+    [0, 2, 1, 1, 2, 0],
+    [0, 1, 2, 0, 1, 2],
+    [1, 2, 0, 1, 0, 2],
+]
 LAYOUTS = st.builds(ChunkLayout, st.integers(1, 300), st.integers(1, 40), SEEDS)
 
 
@@ -166,6 +180,54 @@ def test_samples_of_a_window_are_mixed() -> None:
     one = [int(layout.position[row]) // 8 for row in order_of(layout, 0, window=1)]
     assert sum(a != b for a, b in itertools.pairwise(one)) == 7
     assert [row for row in order_of(layout, 0, window=1) if layout.position[row] < 8] != layout.members(0).tolist()
+
+
+# ---- The views that epochs show ----
+
+
+@given(LAYOUTS, SEEDS, st.integers(2, 6), st.integers(0, 20))
+def test_every_sample_shows_every_view_once_per_cycle_of_epochs(layout, seed, num_views, cycle) -> None:
+    """So views are balanced per sample, and no sample is ever stuck with one of them."""
+    sampler = ChunkSampler(layout, seed, seed, num_views, 3)
+    shown: dict[int, list[int]] = {row: [] for row in range(layout.num_samples)}
+    for epoch in range(cycle * num_views, (cycle + 1) * num_views):
+        sampler.set_epoch(epoch)
+        for row, view in sampler:
+            shown[row].append(view)
+    assert all(sorted(views) == list(range(num_views)) for views in shown.values())
+
+
+@given(LAYOUTS, SEEDS, st.integers(2, 6), st.integers(0, 50), st.integers(1, 9), st.integers(1, 40))
+def test_views_depend_on_no_window_no_order_and_no_batch(layout, seed, num_views, epoch, window, batch_size) -> None:
+    def views(order_seed: int, window: int, batches: int | None) -> dict[int, int]:
+        sampler = ChunkSampler(layout, order_seed, seed, num_views, window)
+        sampler.set_epoch(epoch)
+        if batches is None:
+            return dict(iter(sampler))
+        return dict(itertools.chain.from_iterable(BatchSampler(sampler, batches, drop_last=False)))
+
+    expected = views(0, 3, None)
+    assert views(7, window, batch_size) == expected
+    # One chunk, one view; and chunks do not all show the same one.
+    by_chunk = [{expected[row] for row in layout.members(chunk).tolist()} for chunk in range(layout.num_chunks)]
+    assert all(len(seen) == 1 for seen in by_chunk)
+    if layout.num_chunks >= 40:
+        assert len(set.union(*by_chunk)) > 1
+
+
+def test_views_are_the_same_in_another_process() -> None:
+    """Written down, and computed by an interpreter that hashes otherwise and has drawn random numbers."""
+    code = (
+        "import numpy, random, runpy, sys; numpy.random.seed(5); random.seed(5)\n"
+        "epoch_view = runpy.run_path(sys.argv[1])['epoch_view']\n"
+        "print([[epoch_view(seed, epoch, chunk, 3) for epoch in range(6)] for seed in (0, -1) for chunk in (0, 1, 10**6)])"
+    )
+    # The module alone, which needs no torch.
+    command = [sys.executable, "-c", code, layout_module.__file__]
+    environment = {**os.environ, "PYTHONHASHSEED": "123"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    here = [[epoch_view(seed, epoch, chunk, 3) for epoch in range(6)] for seed in (0, -1) for chunk in (0, 1, 10**6)]
+    assert json.loads(found.stdout) == here == WRITTEN_DOWN
 
 
 # ---- The data set over a cache ----

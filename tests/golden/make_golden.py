@@ -1,9 +1,9 @@
-"""Writes ``tests/golden/v1`` and ``tests/golden/codecs/<name>``. Run it by hand, once per folder; no test ever does.
+"""Writes ``tests/golden/v1``, ``tests/golden/v1-copies`` and ``tests/golden/codecs/<name>``. Run it by hand, once per folder; no test ever does.
 
     python tests/golden/make_golden.py
 
-It adds what is missing and never replaces what exists. A change of what it writes into ``v1`` is a change of the format:
-raise ``FORMAT_VERSION`` and write into a new folder beside this one. A change of what a codec makes of its frames is one
+It adds what is missing and never replaces what exists. A change of what it writes into ``v1`` or ``v1-copies`` is a change of
+the format: raise ``FORMAT_VERSION`` and write into a new folder beside this one. A change of what a codec makes of its frames is one
 too: caches that hold such frames are of no use any more.
 """
 
@@ -15,11 +15,13 @@ import tempfile
 from pathlib import Path
 
 GOLDEN = Path(__file__).resolve().parent / "v1"
+COPIES = GOLDEN.parent / "v1-copies"
 CODECS = GOLDEN.parent / "codecs"
 sys.path.insert(0, str(GOLDEN.parents[1]))
 
 import datasets  # noqa: E402
 import pyarrow as pa  # noqa: E402
+import tiny_copies  # noqa: E402
 import torch  # noqa: E402
 import zstandard  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -37,15 +39,16 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_cache() -> None:
-    """Write the golden cache."""
+def write_cache(golden: Path) -> None:
+    """Write a golden cache: of views that are stored alike, or of copies that are predicted from the base view."""
     with tempfile.TemporaryDirectory() as folder:
-        directory = build(Path(folder), make_plan()).directory
+        build_here = {GOLDEN: lambda: build(Path(folder), make_plan()), COPIES: lambda: tiny_copies.build(Path(folder))}
+        directory = build_here[golden]().directory
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            target = GOLDEN / directory.name / path.relative_to(directory)
+            target = golden / directory.name / path.relative_to(directory)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-    (GOLDEN / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    (golden / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
 
 
 def write_codec(name: str) -> None:
@@ -81,7 +84,7 @@ def write_codec(name: str) -> None:
 
 
 if __name__ == "__main__":
-    folders = [GOLDEN, *(CODECS / name for name in PRESETS)]
+    folders = [GOLDEN, COPIES, *(CODECS / name for name in PRESETS)]
     missing = [folder for folder in folders if not folder.exists()]
     for folder in folders:
         if folder not in missing:
@@ -89,5 +92,5 @@ if __name__ == "__main__":
     if not missing:
         sys.exit("Nothing is missing.")
     for folder in missing:
-        write_cache() if folder == GOLDEN else write_codec(folder.name)
+        write_cache(folder) if folder in (GOLDEN, COPIES) else write_codec(folder.name)
         print(f"Wrote {folder}.")
