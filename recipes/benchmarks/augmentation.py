@@ -34,31 +34,11 @@ from transformers import TrainingArguments, set_seed
 from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
 from hf_freezecache.transforms import ImageTransform
 
-ARMS = [
-    "live",
-    "one",
-    "2:full",
-    "4:full",
-    "8:full",
-    "2:residual",
-    "4:residual",
-    "8:residual",
-    "4:sensitive",
-    "4:full:bits=1",
-    "4:residual:bits=1",
-    "4:sensitive:bits=1",
-    "default-2",
-    "default",
-    "default-8",
-    "one:features=brightness:0.1",
-    "one:features=token_dropout:0.1",
-    "one:features=mixup:0.2",
-    "one:features=cutmix:1",
-    "default:features=mixup:0.2",
-    "finetune",
-    "one+",
-    "default+",
-]
+ARMS = (
+    "live one 2:full 4:full 8:full 4:residual 4:sensitive 4:full:bits=1 4:sensitive:bits=1 default-2 default default-8 "
+    "one:features=brightness:0.1 one:features=mixup:0.2 one:features=cutmix:1 default:features=mixup:0.2 "
+    "finetune one+ default+"
+).split(" ")
 
 
 def load(folder: str, seed: int, train: int, test: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -240,7 +220,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--test", type=int, default=1000, help="Rows to test on.")
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--schedule", default="0:6")
     parser.add_argument("--min_crop", type=float, default=0.35)
     parser.add_argument("--learning_rate", type=float, default=3e-4)

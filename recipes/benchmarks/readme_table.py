@@ -18,6 +18,8 @@ LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
 AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
 RATES = "rate_distortion--deit-tiny--cpu.json"
 ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
+AUGMENTATION = "augmentation--deit-tiny--*--cpu.json"
+COPIES = "copies_rate--deit-tiny--cpu.json"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -120,9 +122,87 @@ def accuracy_lines(data: str, arms: dict[str, Any], config: dict[str, Any], reco
     return lines
 
 
+def views() -> str:
+    """Return the tables of final accuracy against bytes by ways of storing views, and what a further view costs."""
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob(AUGMENTATION)):
+        record = load(path.name)
+        for data, arms in record["results"].items():
+            lines += augmentation_lines(data, arms, record["config"], path.name)
+    record = load(COPIES)
+    lines += [
+        "| frozen blocks | crop .35-1 and flip | flip alone | the same, gradient weight 0.5 |",
+        "|---|---|---|---|",
+    ]
+    found = record["results"]
+    for point in record["config"]["split_points"].split(","):
+
+        def ratio(name: str, weight: str, point: str = point) -> str:
+            return f"{found[f'k={point} {name} weight={weight}']['ratio']:.2f}"
+
+        lines.append(
+            f"| {point} of 12 | {ratio('crop', '0')} | {ratio('flip', '0')} | {ratio('crop', '0.5')}, {ratio('flip', '0.5')} |"
+        )
+    images = record["config"]["images"]
+    lines += [
+        "",
+        "Bits of a further view as the residual of its prediction over bits of the same view stored directly by the same codec, "
+        f"both at a KL of {record['config']['kl']}; DeiT-Tiny, {images} photos of Imagenette that neither fit nor choice of the "
+        f"predictor saw. {link(COPIES)}, made by `recipes/benchmarks/copies_rate.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def augmentation_lines(data: str, arms: dict[str, Any], config: dict[str, Any], record: str) -> list[str]:
+    """Return the table of one data set."""
+    name, pixels, rows = data.rsplit("-", 2)
+    gap = arms["gap"]
+    lines = [
+        f"{name}, {rows} training images at {pixels} px, {config['epochs']} epochs of the schedule `{config['schedule']}`, "
+        f"{gap['seeds']} seeds with {config['test']} test images each; the gap between live augmentation and one view is "
+        f"{gap['mean']:.1f} points ({gap['min']:.1f} to {gap['max']:.1f}). {link(record)}",
+        "",
+        "| views | accuracy | of the gap | bytes, of one view | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, found in arms.items():
+        if arm == "gap":
+            continue
+        recovered = f"{found['recovered']:.0%}" if found["recovered"] is not None and arm not in ("live", "one") else ""
+        stored = "" if arm in ("live",) or arm.startswith("finetune") else f"{found['bytes_over_one_view']:.2f}x"
+        epochs = statistics.median(run["epochs"] for run in found["runs"])
+        longer = f" ({epochs:.0f} epochs)" if arm.endswith("+") else ""
+        lines.append(
+            f"| {arm_words(arm)}{longer} | {found['accuracy']['mean']:.1f}% | {recovered} | {stored} "
+            f"| {found['seconds']['median']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def arm_words(arm: str) -> str:
+    """Return an arm of ``augmentation.py`` in a reader's words."""
+    name, _, features = arm.rstrip("+").partition(":features=")
+    words = {
+        "live": "live, no cache",
+        "one": "one",
+        "finetune": "all blocks trained, live",
+        "default": "**4, default**",
+    }
+    if name in words:
+        text = words[name]
+    elif name.startswith("default-"):
+        text = f"{name[8:]}, default"
+    else:
+        count, storage, *budget = name.split(":")
+        text = f'{count}, `copies="{storage}"`' + (
+            ", together in the bytes of one" if budget else ", fidelity of the first"
+        )
+    return f"{text}, `{features}`" if features else text
+
+
 def main() -> None:
     text = README.read_text()
-    for mark, table in (("figures", epochs()), ("codecs", codecs())):
+    for mark, table in (("figures", epochs()), ("codecs", codecs()), ("views", views())):
         start, end = re.escape(f"<!-- {mark}:"), re.escape(f"<!-- /{mark} -->")
         replace = rf"({start}.*?-->\n).*?({end})"
         text, count = re.subn(replace, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
