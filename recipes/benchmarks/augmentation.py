@@ -34,11 +34,27 @@ from transformers import TrainingArguments, set_seed
 from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
 from hf_freezecache.transforms import ImageTransform
 
-ARMS = (
-    "live one 2:full 4:full 8:full 4:residual 4:sensitive 4:full:bits=1 4:sensitive:bits=1 default-2 default default-8 "
-    "one:features=brightness:0.1 one:features=mixup:0.2 one:features=cutmix:1 default:features=mixup:0.2 "
-    "finetune one+ default+"
-).split(" ")
+ARMS = [
+    "live",
+    "one",
+    "2:full",
+    "4:full",
+    "8:full",
+    "4:residual",
+    "4:sensitive",
+    "4:full:bits=1",
+    "4:sensitive:bits=1",
+    "default-2",
+    "default",
+    "default-8",
+    "one:features=brightness:0.1",
+    "one:features=mixup:0.2",
+    "one:features=cutmix:1",
+    "default:features=mixup:0.2",
+    "finetune",
+    "one+",
+    "default+",
+]
 
 
 def load(folder: str, seed: int, train: int, test: int) -> tuple[datasets.Dataset, datasets.Dataset]:

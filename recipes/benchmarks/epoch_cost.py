@@ -167,7 +167,7 @@ class Bench:
             return self.endless(self.loader(self.views, collate))
         if arm in ("cached", "decode"):
             reader = CacheReader(next(self.folder.glob(f"k{self.split_point:02d}-*")))
-            self.stored = reader.codec
+            self.stored = reader.views
             return self.endless(self.loader(CachedDataset(reader, packed=True), collate_cached))
         kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
         if arm == "limit":

@@ -135,7 +135,7 @@ def views() -> str:
         "|---|---|---|---|",
     ]
     found = record["results"]
-    for point in record["config"]["split_points"].split(","):
+    for point in sorted(record["config"]["split_points"].split(","), key=int):
 
         def ratio(name: str, weight: str, point: str = point) -> str:
             return f"{found[f'k={point} {name} weight={weight}']['ratio']:.2f}"
