@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--test", type=int, default=1000, help="Rows to test on.")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--schedule", default="0:6")
     parser.add_argument("--min_crop", type=float, default=0.35)
     parser.add_argument("--learning_rate", type=float, default=3e-4)

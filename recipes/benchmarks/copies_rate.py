@@ -4,7 +4,8 @@
 
 Images of the test split are cut into three parts: codecs and predictors are fitted on the first, one of the predictors that the
 package tries is chosen on the second, and bits are compared on the third, which nothing else saw, where both ways are brought
-to the same KL to the exact logits. Base views are decoded from a transform codec at that KL, as the cache would give them.
+to the same KL to the exact logits. First views, from which the others are predicted, are exact, as from a lossless cache, or
+decoded at a KL of their own.
 Views: ``crop``, a random resized crop of .35 to 1 of the area and a flip in half of them; ``flip``, all mirrored. All bytes of
 the views count but the fitted state. With ``weight`` the basis of both ways weighs directions by the gradient.
 
@@ -85,13 +86,56 @@ def search(
     return 2 ** float(np.interp(math.log(target), logs, steps)), float(np.interp(math.log(target), logs, rates))
 
 
+def compare(
+    suffix: Suffix,
+    base: Tensor,
+    view: Tensor,
+    place: Tensor,
+    parts: tuple[slice, slice, slice],
+    fit: Callable[[Tensor], Transform],
+    target: float,
+) -> dict[str, Any]:
+    """Return bits of a view directly and as residual at one KL, on the third part."""
+    first, second, third = parts
+    chosen_on, measured_on = (partial(suffix.kl, suffix.logs(view[part])) for part in (second, third))
+    direct = fit(view)
+    step, direct_bits = search(direct, view[third], 0.0, measured_on, target)
+    best: Any = None
+    for pull, full in PREDICTORS:
+        predictor = Predictor(pull, full, PREFIX, GRID).fit(base[first], place[first], view[first])
+        residual, predicted = CopyCodec(codec(direct), predictor).residual(view, base, place), predictor(base, place)
+        transform = fit(residual)
+        decoded, bits = coded(codec(transform.with_step(step)), residual[second], CHUNK)
+        # As hf_freezecache.copying scores them.
+        score = bits + 0.5 * min(1.0, bits / 2) * math.log2(max(chosen_on(decoded + predicted[second]), 1e-12))
+        if best is None or score < best[0]:
+            best = (score, transform, residual, predicted, pull, full)
+    _, transform, residual, predicted, pull, full = best
+    own_step, _ = search(transform.with_step(step), residual[second], predicted[second], chosen_on, target)
+    own = transform.with_step(own_step)
+    _, residual_bits = search(own, residual[third], predicted[third], measured_on, target)
+    promised, _ = coded(codec(own), residual[third], CHUNK)
+    left = residual[third][:, PREFIX:].square().sum()
+    spread = (view[third][:, PREFIX:] - view[first][:, PREFIX:].mean(0)).square().sum()
+    return {
+        "direct_bits": round(direct_bits, 4),
+        "residual_bits": round(residual_bits, 4),
+        "ratio": round(residual_bits / direct_bits, 4),
+        "residual_energy": round(float(left / spread), 4),
+        "pull": pull,
+        "channels_mix": full,
+        "kl_of_unseen_images": round(measured_on(promised + predicted[third]), 5),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="DeiT-Tiny, a folder or a name on the Hub.")
     parser.add_argument("--data", required=True, help="Folder with test.parquet: image, label.")
-    parser.add_argument("--images", type=int, default=128, help="Images in each of the three parts.")
+    parser.add_argument("--images", type=int, default=96, help="Images in each of the three parts.")
     parser.add_argument("--split_points", default="3,6,9,11")
     parser.add_argument("--weights", default="0,0.5")
+    parser.add_argument("--bases", default="exact,0.002", help="KL of the first views that predict; exact: lossless.")
     parser.add_argument("--kl", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
@@ -122,66 +166,31 @@ def main() -> None:
             states[name] = tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
     for split_point in map(int, args.split_points.split(",")):
         suffix = Suffix(model, split_point)
-        base = states["base"][split_point]
-        fitted = Transform().fit(base[first], PREFIX, GRID)
-        exact = suffix.logs(base[second])
-        step, _ = search(fitted, base[second], 0.0, partial(suffix.kl, exact), args.kl)
-        decoded, _ = coded(codec(fitted.with_step(step)), base, CHUNK)
-        for name in moving:
-            view = states[name][split_point]
-            chosen_on, measured_on = (suffix.logs(view[part]) for part in (second, third))
-            for weight in map(float, args.weights.split(",")):
-                gradients = suffix.gradients(view[first]) if weight else None
+        for fidelity in args.bases.split(","):
+            base = states["base"][split_point]
+            if fidelity != "exact":
+                fitted = Transform().fit(base[first], PREFIX, GRID)
+                kl = partial(suffix.kl, suffix.logs(base[second]))
+                step, _ = search(fitted, base[second], 0.0, kl, float(fidelity))
+                base, _ = coded(codec(fitted.with_step(step)), base, CHUNK)
+            for name in moving:
+                view, place = states[name][split_point], geometry[name]
+                for weight in map(float, args.weights.split(",")):
+                    gradients = suffix.gradients(view[first]) if weight else None
 
-                def fit(sample: Tensor, w: float = weight, g: Any = gradients) -> Transform:
-                    return Transform(gradient_weight=w).fit(sample[first], PREFIX, GRID, g)
+                    def fit(sample: Tensor, w: float = weight, g: Any = gradients) -> Transform:
+                        return Transform(gradient_weight=w).fit(sample[first], PREFIX, GRID, g)
 
-                direct = fit(view)
-                _, chosen_bits = search(direct, view[second], 0.0, partial(suffix.kl, chosen_on), args.kl)
-                _, bits = search(direct, view[third], 0.0, partial(suffix.kl, measured_on), args.kl)
-                best: Any = None
-                for pull, full in PREDICTORS:
-                    predictor = Predictor(pull, full, PREFIX, GRID).fit(
-                        decoded[first], geometry[name][first], view[first]
+                    key = f"k={split_point} base={fidelity} {name} weight={weight:g}"
+                    results[key] = compare(suffix, base, view, place, (first, second, third), fit, args.kl)
+                    found = results[key]
+                    print(
+                        f"{key}: {found['direct_bits']:.3f} bits directly, {found['residual_bits']:.3f} as residual, ratio "
+                        f"{found['ratio']:.3f}; residual energy {found['residual_energy']:.2f}, pull {found['pull']}, "
+                        f"{'all channels' if found['channels_mix'] else 'each channel'}; calibrated to {args.kl:g}, unseen "
+                        f"{found['kl_of_unseen_images']:.4f}",
+                        flush=True,
                     )
-                    copies = CopyCodec(codec(direct), predictor)
-                    residual = copies.residual(view, decoded, geometry[name])
-                    predicted = predictor(decoded, geometry[name])
-                    transform = fit(residual)
-                    own_step, own_bits = search(
-                        transform,
-                        residual[second],
-                        predicted[second],
-                        partial(suffix.kl, chosen_on),
-                        args.kl,
-                    )
-                    if best is None or own_bits < best[0]:
-                        best = (own_bits, own_step, transform, residual, predicted, (pull, full))
-                own_bits, own_step, transform, residual, predicted, which = best
-                _, left = search(transform, residual[third], predicted[third], partial(suffix.kl, measured_on), args.kl)
-                promised, _ = coded(codec(transform.with_step(own_step)), residual[third], CHUNK)
-                unseen = suffix.kl(measured_on, promised + predicted[third])
-                key = f"k={split_point} {name} weight={weight:g}"
-                energy = float(
-                    residual[third][:, PREFIX:].square().sum()
-                    / (view[third][:, PREFIX:] - view[first][:, PREFIX:].mean(0)).square().sum()
-                )
-                results[key] = {
-                    "direct_bits": round(bits, 4),
-                    "residual_bits": round(left, 4),
-                    "ratio": round(left / bits, 4),
-                    "ratio_on_second_part": round(own_bits / chosen_bits, 4),
-                    "residual_energy": round(energy, 4),
-                    "pull": which[0],
-                    "channels_mix": which[1],
-                    "kl_of_unseen_images": round(unseen, 5),
-                }
-                print(
-                    f"{key}: {bits:.3f} bits directly, {left:.3f} as residual, ratio {left / bits:.3f} (on the images it was "
-                    f"chosen on {own_bits / chosen_bits:.3f}); energy {energy:.2f}, pull {which[0]}, "
-                    f"{'all channels' if which[1] else 'each channel'}; calibrated to {args.kl:g}, unseen {unseen:.4f}",
-                    flush=True,
-                )
         config = {name: str(value) for name, value in vars(args).items() if name != "json"}
         config |= {"model": Path(args.model).name, "data": Path(args.data).name}
         save(args.json, "copies_rate", config, results)
