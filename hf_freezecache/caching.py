@@ -20,10 +20,10 @@ from .cache.reader import CacheReader
 from .cache.shard import cache_name
 from .cache.state import CodecState, load_copies, load_state, save_state
 from .cache.writer import BuildReport, CachePlan, build_cache, explain_miss, writing
-from .choosing import CodecChooser, Data, Runner, Sample, check_rows, promoted, requested_codec
+from .choosing import CodecChooser, Data, Runner, check_rows, promoted, requested_codec
 from .codecs import Codec
 from .config import CacheConfig
-from .copying import choose_copies
+from .copying import choose_copies, keeps_copies
 from .dataset import PACKED, CachedDataset, collate_cached, split_packed
 from .errors import CacheCorruptError, CacheMismatchError, FreezeCacheError
 from .splitting import Split
@@ -130,7 +130,10 @@ class StageCache:
             "copies": config.copies,
             "fidelity": config.copy_fidelity,
             "budget": config.copy_budget,
+            "first view's fidelity": config.fidelity,
             "samples": config.calibration_samples,
+            "promote": config.promote,
+            "weight": config.gradient_weight,
         }
         return {"copies": json.dumps(request, sort_keys=True)}
 
@@ -206,8 +209,9 @@ class StageCache:
         views: Any = self.data.views
         collate: Callable[[list[Any]], dict[str, Any]] = self.data.collate
         if source is not None:
-            views, collate = CachedDataset(source, packed=True, geometry=_predicts(plan)), collate_cached
-        elif _predicts(plan):
+            views, collate = CachedDataset(source, packed=True, geometry=self.config.copies_apart), collate_cached
+        elif self.config.copies_apart:
+            # Also where views are stored directly: a later stage may be computed from these, and predict.
             views, collate = GeometryViews(views), GeometryCollator(collate, GEOMETRY_NAME)
         return build_cache(
             Path(self.config.cache_dir),
@@ -267,20 +271,16 @@ class StageCache:
                 return found
             with preserved_random_state():
                 chooser = self._chooser()
+                apart = self.config.copies_apart
+                if apart and source is not None and self.config.promote == "auto":
+                    source = source if keeps_copies(chooser, split, source) else None
                 if plan.codec.lossless:
                     state: CodecState[Codec] = CodecState(plan.codec, {})
                 else:
                     state, source = chooser.choose(split, source)
                     plan = dataclasses.replace(plan, codec=state.codec, calibration=state.calibration)
-                if self.config.copies_apart:
-                    promote = None
-                    if source is not None:
-                        earlier = source
-
-                        def promote(sample: Sample) -> Tensor:
-                            return chooser.promoted(split, earlier, sample)
-
-                    copies = choose_copies(chooser, split, state, promote)
+                if apart:
+                    copies = choose_copies(chooser, split, state, source)
                     plan = dataclasses.replace(plan, copies=copies.codec, copies_calibration=copies.calibration)
                     save_state(directory / COPIES_NAME, plan.fingerprint.digest, copies)
             if not plan.codec.lossless or plan.calibration is not None:
@@ -382,7 +382,3 @@ class StageCache:
                 "Code of the transform, the data set or the model has changed. Use another cache_dir, or delete the "
                 "folder to rebuild."
             )
-
-
-def _predicts(plan: CachePlan) -> bool:
-    return plan.views.needs_base(1)

@@ -151,22 +151,29 @@ def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
     if not copies or not calibration:
         return {}
     first, *others = cache["view_bytes"]
-    share = sum(others) / len(others) / first
-    similarity = calibration["sensitivity"]
-    parts = [f"{similarity['overall']:.2f}"]
-    parts += [f"{name} alone {value:.2f}" for name, value in similarity["augmentations"].items()]
-    channels = sorted(similarity["channels"])
-    predictor = copies["configuration"]["predictor"]
-    how = ""
+    configuration = copies.get("configuration", {})
+    predictor = configuration.get("predictor")
+    how = calibration.get("storage", "stored apart")
     if predictor is not None:
-        kind = "all channels" if predictor["full"] else "each channel"
-        how = f", predicted from the first by {kind}, pull {predictor['pull']:g}"
-    return {
-        "further views": f"{calibration['storage']}{how}; {share:.0%} of the bytes of the first each",
-        "  codec": _codec_words(copies["configuration"]["codec"]),
-        "  fidelity": _fidelity_words(calibration),
-        "  similarity": f"{', '.join(parts)}; channels {channels[0]:.2f} to {channels[-1]:.2f}",
+        kind = "all channels" if predictor.get("full") else "each channel"
+        how += f", predicted from the first by {kind}, pull {predictor.get('pull')}"
+    lines = {
+        "further views": f"{how}; {sum(others) / len(others) / first:.0%} of the bytes of the first each",
+        "  codec": _codec_words(configuration["codec"]),
+        "  fidelity": _fidelity_words(calibration) if "fidelity" in calibration else "not measured",
     }
+    if "sensitivity" in calibration:
+        found = _sensitivity(calibration, cache["path"])
+        parts = [f"{found.overall:.2f}", *(f"{name} alone {value:.2f}" for name, value in found.augmentations.items())]
+        lines["  similarity"] = f"{', '.join(parts)}; channels {min(found.channels):.2f} to {max(found.channels):.2f}"
+    return lines
+
+
+def _sensitivity(calibration: dict[str, Any], path: str) -> Sensitivity:
+    try:
+        return Sensitivity.from_dict(calibration["sensitivity"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheCorruptError(f"{path}/{INDEX_NAME} is damaged: its sensitivity cannot be read: {error}.") from error
 
 
 def _lines(cache: dict[str, Any]) -> list[str]:
@@ -198,9 +205,9 @@ def _lines(cache: dict[str, Any]) -> list[str]:
 def _plot(caches: list[dict[str, Any]], path: Path) -> None:
     """Draw the sensitivity of the caches that know theirs."""
     stages = [
-        (cache["split_point"], Sensitivity.from_dict(cache["copies_calibration"]["sensitivity"]))
+        (cache["split_point"], _sensitivity(cache["copies_calibration"], cache["path"]))
         for cache in sorted(caches, key=lambda cache: cache["split_point"])
-        if cache["copies_calibration"]
+        if "sensitivity" in (cache["copies_calibration"] or {})
     ]
     if not stages:
         raise UnsupportedSetupError(

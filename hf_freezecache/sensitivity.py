@@ -56,10 +56,18 @@ class Sensitivity:
         """Return what ``to_dict`` gave, also after a way through JSON.
 
         Raises:
-            TypeError: Something is missing or unknown.
+            KeyError: Something is missing.
+            TypeError: Something is unknown, or no number where one belongs.
+            ValueError: The same.
         """
-        tokens = tuple(tuple(row) for row in data["tokens"])
-        return cls(**{**data, "channels": tuple(data["channels"]), "tokens": tokens})
+        numbers = {
+            "overall": float(data["overall"]),
+            "prefix": None if data["prefix"] is None else float(data["prefix"]),
+            "channels": tuple(map(float, data["channels"])),
+            "tokens": tuple(tuple(map(float, row)) for row in data["tokens"]),
+            "augmentations": {str(name): float(value) for name, value in dict(data["augmentations"]).items()},
+        }
+        return cls(**{**data, **numbers})
 
 
 def _explained(error: Tensor, variance: Tensor) -> Tensor:

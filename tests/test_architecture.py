@@ -69,7 +69,8 @@ MAY_IMPORT = {
     "feature_augmentation": {"errors"},
     "sensitivity": {"codecs"},
     "copying": {
-        *("cache.state", "calibration", "choosing", "codecs", "config", "sensitivity", "splitting", "views"),
+        *("cache.reader", "cache.state", "calibration", "choosing", "codecs", "config", "sensitivity", "splitting"),
+        *("transforms", "views"),
     },
     "checkpoints": {"errors"},
     "report": {"errors", "sensitivity"},

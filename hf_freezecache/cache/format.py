@@ -285,6 +285,9 @@ def _check_index(index: CacheIndex, path: Path) -> None:
     }
     if index.calibration is not None:
         expected.add(CODEC_NAME)
+    reports = (index.calibration, index.copies, index.copies_calibration)
+    if not all(report is None or isinstance(report, dict) for report in reports):
+        raise CacheCorruptError(f"{path} is damaged: calibration and codec of copies must be objects.")
     if (index.copies is None) != (index.copies_calibration is None):
         raise CacheCorruptError(
             f"{path} is damaged: it names a codec of copies without its calibration, or the reverse."

@@ -119,6 +119,14 @@ class CacheReader:
         self.views = ViewCodec(self.codec)
         if self.index.copies is not None:
             self.views = ViewCodec(self.codec, self._state(COPIES_NAME, load_copies, self.index.copies).codec)
+            predictor = self.views.copies.predictor if self.views.copies is not None else None
+            try:
+                if predictor is not None:
+                    predictor.check(*self.index.hidden_shape)
+            except ValueError as error:
+                raise CacheCorruptError(
+                    f"{self.directory / COPIES_NAME} is damaged: {error}. Delete {self.directory}."
+                ) from error
             if self.views.needs_base(1) and GEOMETRY_NAME not in {extra.name for extra in self.index.extras}:
                 raise CacheCorruptError(f"{self.directory / INDEX_NAME} is damaged: it names no {GEOMETRY_NAME}.")
 

@@ -145,6 +145,29 @@ class Predictor:
             return {}
         return {"gains": self.gains, "scale": self.scale, "mean": self.mean}
 
+    def check(self, tokens: int, hidden: int) -> None:
+        """Check that the tensors fit hidden states of (tokens, hidden); those of a file may be anything.
+
+        Raises:
+            ValueError: They do not, or are not finite.
+        """
+        patches = self.grid[0] * self.grid[1]
+        if self.prefix_tokens + patches != tokens:
+            raise ValueError(
+                f"{self.prefix_tokens} prefix tokens and a grid of {self.grid[0]} x {self.grid[1]} make no {tokens} tokens"
+            )
+        shapes = {
+            "gains": ((hidden if self.full else 1, hidden), torch.int8),
+            "scale": ((hidden,), torch.float32),
+            "mean": ((patches, hidden), torch.float16),
+        }
+        for name, tensor in self.tensors().items():
+            shape, dtype = shapes[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not bool(torch.isfinite(tensor.float()).all()):
+                raise ValueError(
+                    f"the predictor's {name} is {tuple(tensor.shape)} {tensor.dtype} or not finite, expected {shape} {dtype}"
+                )
+
     def fit(self, base: Tensor, geometry: Tensor, views: Tensor) -> Predictor:
         """Fit ``A`` and ``m``.
 

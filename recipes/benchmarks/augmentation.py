@@ -162,7 +162,7 @@ def fitting_epochs(seen: dict[str, Any], arm: str, epochs: int) -> int:
     """Return how many epochs of an arm fit in the wall-clock of full fine-tuning: its build once, then epochs."""
     own, full = seen["runs"][arm.rstrip("+")], seen["runs"]["finetune"]
     per_epoch = (own["seconds"] - own["build_seconds"]) / epochs
-    return max(epochs, int((full["seconds"] - own["build_seconds"]) / per_epoch))
+    return max(1, int((full["seconds"] - own["build_seconds"]) / per_epoch))
 
 
 def run_task(args: argparse.Namespace, name: str, task: dict[str, Any], arms: list[str], report: Any) -> None:
