@@ -73,16 +73,16 @@ class _Choice:
 
 
 def keeps_copies(chooser: CodecChooser, split: Split, source: CacheReader) -> bool:
-    """Say whether views beyond the first, computed from an earlier cache, are within the fidelity asked for of them.
+    """Say whether views beyond the first, computed from an earlier cache, leave half of the fidelity asked for of them.
 
-    No codec can give back what that cache has lost: where it is over budget already, the images are the better source.
+    No codec can give back what that cache has lost: where it has used up the budget, the images are the better source.
     """
     sample = chooser.sample(split, chooser.keys(copies=True))
     middle = sample.middle
     alone, _ = chooser.meter(split, sample, middle)(chooser.promoted(split, source, sample)[middle:])
     limit = chooser.config.copy_fidelity or chooser.config.fidelity
     logger.info("Further views from the cache of split point %d: fidelity %.3g.", source.index.split_point, alone)
-    return alone <= limit
+    return alone <= limit / 2
 
 
 def choose_copies(
@@ -115,6 +115,10 @@ def choose_copies(
     meter = chooser.meter(split, sample, sample.middle)
     prefix_tokens, grid = chooser.token_grid(split, sample)
     budget, rate = _budgets(config, base.calibration, sample.states, len(chooser.data.views))
+    if source is not None and budget is not None:
+        # No step can undo what the earlier cache lost: spend as much again.
+        alone, _ = meter(given[1][sample.middle :])
+        budget = max(budget, 2 * alone)
     requested, _, _ = requested_codec(config, split.split_point, split.num_blocks)
     if not (isinstance(requested, Pipeline) and any(isinstance(step, Transform) for step in requested.steps)):
         requested = make_codec("transform")

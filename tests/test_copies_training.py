@@ -25,6 +25,8 @@ from hf_freezecache.cache.layout import ChunkLayout, epoch_view
 from hf_freezecache.cache.reader import CacheReader, verify_cache
 from hf_freezecache.choosing import CodecChooser
 from hf_freezecache.cli import app
+from hf_freezecache.codecs import Predictor
+from hf_freezecache.codecs.transform import digest
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import CacheCorruptError, DataError, UnsupportedSetupError
 from hf_freezecache.sensitivity import Sensitivity
@@ -552,3 +554,75 @@ def test_flips_are_not_pinned_to_a_sample(pictures, residual) -> None:
             if view:
                 shown[row].add(flips[row][view - 1])
     assert sum(len(ways) == 2 for ways in shown.values()) == both
+
+
+# ---- What a review found ----
+
+
+def test_the_fidelity_that_copies_fall_back_on_is_part_of_the_fingerprint(pictures) -> None:
+    settings = {"codec": "lossless", "copies": "residual"}
+    coarse = run(pictures, {**settings, "fidelity": 0.5})
+    fine = run(pictures, {**settings, "fidelity": 0.001})
+    assert built(fine)[0] > 0
+    assert len(list(Path("caches").glob("k01-*"))) == 2
+    assert stages(fine)[0]["freezecache/copy_fidelity"] <= 0.001 < stages(coarse)[0]["freezecache/copy_fidelity"]
+
+
+def test_copies_over_budget_in_an_earlier_cache_come_from_the_images(pictures) -> None:
+    """The base view is lossless and can be promoted; its copies have lost more than asked for, once and for all."""
+    settings = {"codec": "lossless", "copies": "residual", "copy_fidelity": 0.01}
+    run(pictures, settings, schedule="0:1,1:3", num_train_epochs=2)
+    assert load_index(cache_of(3)).copies_calibration["source"] == "images"
+    assert load_index(cache_of(3)).copies_calibration["fidelity"] <= 0.01
+    always = {**settings, "promote": "always", "cache_dir": "always"}
+    run(pictures, always, schedule="0:1,1:3", num_train_epochs=2)
+    assert load_index(cache_of(3, "always")).copies_calibration["source"] == "cache of split point 1"
+    assert load_index(cache_of(3, "always")).copies_calibration["bits_per_element"] < 12
+    assert load_index(cache_of(3)).fingerprint != load_index(cache_of(3, "always")).fingerprint
+
+
+class Named(TinyTransform):
+    """A user's own transform with a name that ours has too."""
+
+    augmentations = 7
+
+
+def test_a_users_own_augmentations_are_left_alone(pictures) -> None:
+    trainer = make_trainer(
+        tiny_vit(),
+        pictures,
+        schedule="0:1",
+        cache={"codec": "auto", "num_views": 2, "transform_id": "mine", "calibration_samples": CALIBRATION},
+        trainer={"train_transform": Named(augment=True), "eval_transform": EVALUATION},
+        num_train_epochs=1,
+    )
+    trainer.train()
+    assert load_index(cache_of(1)).copies_calibration["sensitivity"]["augmentations"] == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grid": (9, 9)},
+        {"prefix_tokens": 1000},
+        {"gains": torch.zeros(3, 3, dtype=torch.int8)},
+        {"scale": torch.full((16,), torch.nan)},
+        {"mean": torch.zeros(16, 16)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_foreign_predictor_is_refused(residual, change) -> None:
+    predictor = residual.reader.views.copies.predictor
+    predictor.check(*residual.reader.index.hidden_shape)
+    changed = {**predictor.configuration(), **predictor.tensors(), **change}
+    tensors = {name: changed[name] for name in predictor.tensors()}
+    foreign = Predictor(**{**changed, "state": digest(tensors)})
+    with pytest.raises(ValueError, match=r"predictor|tokens"):
+        foreign.check(*residual.reader.index.hidden_shape)
+
+
+@pytest.mark.parametrize("change", [{"copies_calibration": [1]}, {"copies": "x"}])
+def test_reports_of_another_kind_are_refused(damaged, change) -> None:
+    save_index(damaged, dataclasses.replace(load_index(damaged), **change))
+    with pytest.raises(CacheCorruptError, match="must be objects"):
+        load_index(damaged)
