@@ -65,7 +65,7 @@ def load(folder: str, seed: int, train: int, test: int) -> tuple[datasets.Datase
     return rows.select(order[:train]), rows.select(order[train : train + test])
 
 
-#: Views that the README recommends; all other settings are at their defaults.
+#: Views of the arm ``default``; all other settings are at their defaults.
 DEFAULT_VIEWS = 4
 
 

@@ -176,6 +176,12 @@ def augmentation_lines(data: str, arms: dict[str, Any], config: dict[str, Any], 
             f"| {arm_words(arm)}{longer} | {found['accuracy']['mean']:.1f}% | {recovered} | {stored} "
             f"| {found['seconds']['median']:.0f} |"
         )
+    lines += [
+        "",
+        "Means over the seeds; one test image is "
+        f"{100 / int(config['test']):.2f} points. Seconds, with build, of one thread on a machine that did other work as well: they set "
+        "the epochs of the longer runs, and compare no speeds.",
+    ]
     return [*lines, ""]
 
 
@@ -186,12 +192,12 @@ def arm_words(arm: str) -> str:
         "live": "live, no cache",
         "one": "one",
         "finetune": "all blocks trained, live",
-        "default": "**4, default**",
+        "default": "4, as by default",
     }
     if name in words:
         text = words[name]
     elif name.startswith("default-"):
-        text = f"{name[8:]}, default"
+        text = f"{name[8:]}, as by default"
     else:
         count, storage, *budget = name.split(":")
         text = f'{count}, `copies="{storage}"`' + (
