@@ -166,7 +166,7 @@ def residual(pictures, tmp_path_factory) -> Run:
     [
         ({"copies": "residual", "copy_fidelity": 0.01}, {"residual", "direct"}),
         ({"copies": "sensitive", "copy_fidelity": 0.05}, {"sensitive"}),
-        ({"copies": "sensitive", "copy_budget": 5.0}, {"sensitive"}),
+        ({"copies": "sensitive", "copy_budget": 6.0}, {"sensitive"}),
         ({"copies": "auto", "copy_budget": 3.0}, {"residual", "direct", "sensitive"}),
         ({"copies": "full", "copy_fidelity": 0.01}, {"direct"}),
         ({"copies": "residual", "codec": "lossless", "copy_fidelity": 0.01}, {"residual", "direct"}),

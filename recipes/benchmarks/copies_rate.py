@@ -37,7 +37,7 @@ from hf_freezecache.transforms import ImageTransform
 
 GRID, PREFIX, CHUNK = (14, 14), 1, 32
 #: As ``hf_freezecache.copying`` tries them: pull, and whether channels mix.
-PREDICTORS = ((0.0, True), (0.5, True), (0.0, False), (0.5, False))
+PREDICTORS = ((0.0, True), (0.5, True), (0.5, False))
 
 
 def codec(transform: Transform) -> Pipeline:
@@ -105,13 +105,10 @@ def compare(
         predictor = Predictor(pull, full, PREFIX, GRID).fit(base[first], place[first], view[first])
         residual, predicted = CopyCodec(codec(direct), predictor).residual(view, base, place), predictor(base, place)
         transform = fit(residual)
-        decoded, bits = coded(codec(transform.with_step(step)), residual[second], CHUNK)
-        # As hf_freezecache.copying scores them.
-        score = bits + 0.5 * min(1.0, bits / 2) * math.log2(max(chosen_on(decoded + predicted[second]), 1e-12))
-        if best is None or score < best[0]:
-            best = (score, transform, residual, predicted, pull, full)
-    _, transform, residual, predicted, pull, full = best
-    own_step, _ = search(transform.with_step(step), residual[second], predicted[second], chosen_on, target)
+        own_step, bits = search(transform.with_step(step), residual[second], predicted[second], chosen_on, target)
+        if best is None or bits < best[0]:
+            best = (bits, own_step, transform, residual, predicted, pull, full)
+    _, own_step, transform, residual, predicted, pull, full = best
     own = transform.with_step(own_step)
     _, residual_bits = search(own, residual[third], predicted[third], measured_on, target)
     promised, _ = coded(codec(own), residual[third], CHUNK)
