@@ -27,7 +27,7 @@ from .errors import UnsupportedSetupError
 from .splitting import Split, token_grid
 from .views import GeometryCollator, GeometryViews, ViewDataset, ViewKey
 
-__all__ = ["CodecChooser", "Data", "Runner", "Sample", "check_rows", "promoted", "requested_codec"]
+__all__ = ["CodecChooser", "Data", "Runner", "Sample", "check_rows", "is_weighted", "promoted", "requested_codec"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,12 @@ def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> t
             f"{config.codec!r} has none."
         )
     return codec, config.fidelity if config.codec == "auto" else None, rate
+
+
+def is_weighted(codec: Codec) -> bool:
+    """Say whether fitting a codec takes gradients."""
+    steps = codec.steps if isinstance(codec, Pipeline) else ()
+    return any(isinstance(step, Transform) and step.gradient_weight for step in steps)
 
 
 def check_rows(count: int) -> None:
@@ -186,7 +192,7 @@ class CodecChooser:
     data: Data
     run: Runner
     batch_size: int
-    _base: tuple[Split, Sample] | None = None
+    _samples: tuple[Split, dict[bool, Sample]] | None = None
 
     def choose(self, split: Split, source: CacheReader | None) -> tuple[CodecState[Codec], CacheReader | None]:
         """Fit and calibrate a lossy codec at a split point, and decide between the images and an earlier cache.
@@ -204,14 +210,12 @@ class CodecChooser:
         started = time.perf_counter()
         config = self.config
         check_rows(len(self.data.views))
-        sample = self.base_sample(split)
+        sample = self.calibration_sample(split)
         middle = sample.middle
         meter = self.meter(split, sample, middle)
         requested, budget, rate = requested_codec(config, split.split_point, split.num_blocks)
         prefix_tokens, grid = self.token_grid(split, sample)
-        steps = requested.steps if isinstance(requested, Pipeline) else ()
-        weighted = any(isinstance(step, Transform) and step.gradient_weight for step in steps)
-        gradients = self.gradients(split, sample, meter) if weighted else None
+        gradients = self.gradients(split, sample, meter) if is_weighted(requested) else None
         settings: dict[str, Any] = {"chunk_size": config.chunk_size, "budget": budget, "target_bits": rate}
         codec = fit_codec(requested, sample.states[:middle], prefix_tokens, grid, gradients)
         num_fit = middle if codec is not requested else 0
@@ -242,11 +246,14 @@ class CodecChooser:
             views = views[1:] if copies else views[:1]
         return [(int(row), views[place % len(views)]) for place, row in enumerate(rows[:count])]
 
-    def base_sample(self, split: Split) -> Sample:
-        """Return the sample that the base view's codec was chosen on; computed once per split."""
-        if self._base is None or self._base[0] is not split:
-            self._base = (split, self.sample(split, self.keys()))
-        return self._base[1]
+    def calibration_sample(self, split: Split, *, copies: bool = False) -> Sample:
+        """Return the exact states of ``keys(copies=copies)``; computed once per split."""
+        if self._samples is None or self._samples[0] is not split:
+            self._samples = (split, {})
+        found = self._samples[1]
+        if copies not in found:
+            found[copies] = self.sample(split, self.keys(copies=copies))
+        return found[copies]
 
     def token_grid(self, split: Split, sample: Sample) -> tuple[int, tuple[int, int]]:
         """Return the number of prefix tokens, and (height, width) of the patches."""

@@ -152,7 +152,7 @@ class CacheConfig:
         default=None,
         metadata={
             "help": "Bits per element that each view beyond the first may take. Default, without --copy_fidelity: such that all "
-            "of them together take no more bytes than the first, and no fewer than --fidelity needs."
+            "of them together take about the bytes of the first, or fewer where --fidelity needs no more."
         },
     )
     feature_augmentation: Optional[str] = field(

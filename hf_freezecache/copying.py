@@ -16,7 +16,7 @@ from torch import Tensor
 from .cache.reader import CacheReader
 from .cache.state import CodecState
 from .calibration import Calibration, FidelityMeter, calibrate, coded, fit_codec
-from .choosing import CodecChooser, Sample, requested_codec
+from .choosing import CodecChooser, Sample, is_weighted, requested_codec
 from .codecs import Codec, CopyCodec, Pack, Pipeline, Predictor, Select, Transform, Zstd, make_codec
 from .config import CacheConfig
 from .sensitivity import Sensitivity, measure_sensitivity
@@ -37,8 +37,9 @@ _SENSITIVITY_IMAGES = 64
 _SHARE_TRIALS = 6
 #: Share of the first view's bits that the others take together by default: calibration measures on a sample.
 _TOGETHER = 0.97
-#: Stored beside each view of a row: geometry, sample index, labels, and its row of the index. Measured: 30 to 60.
-_ROW_BYTES = 60
+#: Stored beside each view of a row: geometry, sample index, labels, and its row of the index. Measured: 62 with 200 rows in one
+#: shard, fewer with more.
+_ROW_BYTES = 62
 #: Step of a hard selection over that of the direct codec: rounding then spends a quarter of what the budget allows for.
 _SELECTED_STEP = 0.5
 
@@ -49,13 +50,11 @@ class _Views:
 
     Attributes:
         base: (samples, tokens, hidden), base views as they are decoded.
-        exact: The same of the other views, as the images give them.
-        given: The same as the cache will be given them: ``exact``, or from an earlier cache.
+        given: The same of the other views, as the cache will be given them: from the images, or from an earlier cache.
         geometry: (samples, 2, 5).
     """
 
     base: Tensor
-    exact: Tensor
     given: Tensor
     geometry: Tensor
 
@@ -76,7 +75,7 @@ def keeps_copies(chooser: CodecChooser, split: Split, source: CacheReader) -> bo
 
     No codec can give back what that cache has lost: where it has used up the budget, the images are the better source.
     """
-    sample = chooser.sample(split, chooser.keys(copies=True))
+    sample = chooser.calibration_sample(split, copies=True)
     middle = sample.middle
     alone, _ = chooser.meter(split, sample, middle)(chooser.promoted(split, source, sample)[middle:])
     limit = chooser.config.copy_fidelity or chooser.config.fidelity
@@ -104,25 +103,32 @@ def choose_copies(
     """
     started = time.perf_counter()
     config = chooser.config
-    base_sample = chooser.base_sample(split)
-    sample = chooser.sample(split, chooser.keys(copies=True))
+    base_sample, sample = (chooser.calibration_sample(split, copies=copies) for copies in (False, True))
     given = (base_sample.states, sample.states)
     if source is not None:
         given = (chooser.promoted(split, source, base_sample), chooser.promoted(split, source, sample))
     decoded, _ = coded(base.codec, given[0], config.chunk_size)
-    views = _Views(decoded, sample.states, given[1], torch.stack([base_sample.geometry, sample.geometry], 1))
+    views = _Views(decoded, given[1], torch.stack([base_sample.geometry, sample.geometry], 1))
     meter = chooser.meter(split, sample, sample.middle)
     prefix_tokens, grid = chooser.token_grid(split, sample)
     budget, rate = _budgets(config, base.calibration, sample.states, len(chooser.data.views))
     if source is not None and budget is not None:
         # No step can undo what the earlier cache lost: spend as much again.
-        alone, _ = meter(given[1][sample.middle :])
+        asked, (alone, _) = budget, meter(given[1][sample.middle :])
         budget = max(budget, 2 * alone)
+        if budget > asked:
+            logger.warning(
+                "Further views from the cache of split point %d have a fidelity of %.3g already; a budget of %g cannot be kept, "
+                "%.3g is aimed at. Set promote='auto' to compute them from the images.",
+                source.index.split_point,
+                alone,
+                asked,
+                budget,
+            )
     requested, _, _ = requested_codec(config, split.split_point, split.num_blocks)
     if not (isinstance(requested, Pipeline) and any(isinstance(step, Transform) for step in requested.steps)):
         requested = make_codec("transform")
-    weighted = any(isinstance(step, Transform) and step.gradient_weight for step in getattr(requested, "steps", ()))
-    gradients = chooser.gradients(split, sample, meter) if weighted else None
+    gradients = chooser.gradients(split, sample, meter) if is_weighted(requested) else None
 
     search = _Search(views, meter, requested, prefix_tokens, grid, gradients, config.chunk_size, budget, rate)
     direct = search.direct()
@@ -248,14 +254,11 @@ class _Search:
         codec, report = self._calibrate(codec, given[middle:], None, fallback=True)
         return _Choice("direct", CopyCodec(codec), report)
 
-    def _predicted(self, predictor: Predictor) -> tuple[CopyCodec, Tensor, Tensor]:
-        """Return a codec with this predictor, not yet calibrated, and residuals and predictions of all views."""
+    def _predicted(self, predictor: Predictor) -> tuple[Tensor, Tensor]:
+        """Return residuals and predictions of all views."""
         views = self.views
-        bare = CopyCodec(self.requested, predictor)
-        residual = bare.residual(views.given, views.base, views.geometry)
-        codec = fit_codec(self.requested, residual[: views.middle], self.prefix_tokens, self.grid, self.gradients)
-        predicted = predictor(views.base.float(), views.geometry).to(residual.dtype)
-        return CopyCodec(codec, predictor), residual, predicted
+        residuals = CopyCodec(self.requested, predictor).residual(views.given, views.base, views.geometry)
+        return residuals, predictor(views.base.float(), views.geometry).to(residuals.dtype)
 
     def residual(self, direct: _Choice) -> _Choice:
         """Store residuals, with the predictor that serves best."""
@@ -265,12 +268,13 @@ class _Search:
         for pull, full in _PREDICTORS:
             predictor = Predictor(pull, full, self.prefix_tokens, self.grid)
             predictor = predictor.fit(views.base[:middle], views.geometry[:middle], views.given[:middle])
-            candidate, residual, predicted = self._predicted(predictor)
+            residuals, predicted = self._predicted(predictor)
+            codec = fit_codec(self.requested, residuals[:middle], self.prefix_tokens, self.grid, self.gradients)
             # From the step of the direct codec on, it does not take many trials.
-            codec = candidate.codec if step is None else _with_step(candidate.codec, step)
-            codec, report = self._calibrate(codec, residual[middle:], predicted[middle:], fallback=False)
+            codec = codec if step is None else _with_step(codec, step)
+            codec, report = self._calibrate(codec, residuals[middle:], predicted[middle:], fallback=False)
             logger.debug("Predictor with pull %g, full %s: %s", pull, full, report)
-            found.append(_Choice("residual", dataclasses.replace(candidate, codec=codec), report))
+            found.append(_Choice("residual", CopyCodec(codec, predictor), report))
         return min(found, key=lambda choice: _cost(choice.report, self.budget))
 
     def selected(self, direct: _Choice, residual: _Choice, within: Calibration | None = None) -> _Choice | None:
@@ -284,9 +288,7 @@ class _Search:
         views, middle = self.views, self.views.middle
         assert residual.codec.predictor is not None
         predictor = residual.codec.predictor
-        bare = CopyCodec(self.requested, predictor)
-        residuals = bare.residual(views.given, views.base, views.geometry)
-        predicted = predictor(views.base.float(), views.geometry).to(residuals.dtype)
+        residuals, predicted = self._predicted(predictor)
         patches = views.given[:middle, self.prefix_tokens :].double()
         left = residuals[:middle, self.prefix_tokens :].double().square().mean((0, 1))
         similarity = 1 - left / (patches - patches.mean(0)).square().mean((0, 1)).clamp_min(1e-30)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .codecs import Predictor
+from .codecs.copies import WHOLE
 
 __all__ = ["Sensitivity", "measure_sensitivity"]
 
@@ -121,5 +122,5 @@ def measure_sensitivity(
         tokens=tuple(tuple(round(value, _DIGITS) for value in row) for row in by_token.tolist()),
         augmentations=dict(augmentations or {}),
         num_images=len(exact),
-        known_geometry=bool((geometry != torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0])).any()),
+        known_geometry=bool((geometry != torch.tensor(WHOLE)).any()),
     )

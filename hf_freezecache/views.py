@@ -120,10 +120,14 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         return [self[key] for key in keys]
 
 
+#: Stands for what nobody knows.
+WHOLE_IMAGE = ViewParameters(0.0, 0.0, 1.0, 1.0)
+
+
 class GeometryViews(Dataset):  # type: ignore[type-arg]
     """The items of a ``ViewDataset``, each with its place in the image: ``(example, geometry)``.
 
-    ``geometry`` are the five numbers of ``codecs.copies.GEOMETRY``; those of the whole image where nobody knows.
+    ``geometry`` are the five numbers of ``ViewParameters.geometry``; those of the whole image where nobody knows.
     """
 
     def __init__(self, views: ViewDataset) -> None:
@@ -136,7 +140,7 @@ class GeometryViews(Dataset):  # type: ignore[type-arg]
     def __getitem__(self, key: int | ViewKey) -> tuple[Any, tuple[float, ...]]:
         """Render one view."""
         example, parameters = self.views.render(key)
-        return example, (0.0, 0.0, 1.0, 1.0, 0.0) if parameters is None else parameters.geometry()
+        return example, (parameters or WHOLE_IMAGE).geometry()
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ MAY_IMPORT = {
         *("choosing", "codecs", "config", "copying", "dataset", "splitting", "views"),
     },
     "feature_augmentation": {"errors"},
-    "sensitivity": {"codecs"},
+    "sensitivity": {"codecs", "codecs.copies"},
     "copying": {
         *("cache.reader", "cache.state", "calibration", "choosing", "codecs", "config", "sensitivity", "splitting"),
         *("transforms", "views"),

@@ -27,7 +27,7 @@ from hf_freezecache.codecs import (
     make_codec,
 )
 from hf_freezecache.codecs.base import ArraySpec
-from hf_freezecache.codecs.copies import WHOLE, move_tokens, unknown_geometry
+from hf_freezecache.codecs.copies import WHOLE, move_tokens
 from hf_freezecache.dataset import PACKED, collate_cached, split_packed
 from hf_freezecache.errors import UnsupportedSetupError
 
@@ -104,7 +104,7 @@ def test_views_at_the_place_of_the_base_view_are_not_moved(place, dtype) -> None
     moved = move_tokens(patches, pair(place, place), (3, 5))
     assert moved.dtype == dtype
     torch.testing.assert_close(moved, patches, rtol=1e-5, atol=1e-5)
-    whole = torch.stack([unknown_geometry(1)] * 2, 1)
+    whole = torch.stack([torch.tensor([WHOLE]).expand(1, -1)] * 2, 1)
     torch.testing.assert_close(move_tokens(patches, whole, (3, 5)), patches, rtol=1e-6, atol=1e-6)
 
 
@@ -155,7 +155,7 @@ def some_geometry(samples: int, seed: int = 0) -> Tensor:
     sides = 0.5 + 0.5 * torch.rand(samples, 2, generator=generator)
     corner = torch.rand(samples, 2, generator=generator) * (1 - sides)
     flip = torch.randint(0, 2, (samples, 1), generator=generator).float()
-    return torch.stack([unknown_geometry(samples), torch.cat([corner, corner + sides, flip], 1)], 1)
+    return torch.stack([torch.tensor([WHOLE]).expand(samples, -1), torch.cat([corner, corner + sides, flip], 1)], 1)
 
 
 MIXTURE = noise(HIDDEN, HIDDEN, seed=1) / HIDDEN**0.5

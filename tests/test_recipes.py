@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_vit
+from tiny import PROCESSOR, tiny_vit
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_freezecache.codecs import make_codec
@@ -28,19 +28,6 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "image_classification.py"
 BENCHMARKS = RECIPE.parent / "benchmarks"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
-PROCESSOR = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": 18},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 16, "width": 16},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.2, 0.3, 0.4],
-}
 COMMON = {
     "model_name_or_path": "model",
     "model_cache_dir": "downloads",

@@ -17,6 +17,7 @@ from datasets.fingerprint import Hasher
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import PROCESSOR
 from transformers.models import vit
 
 import hf_freezecache.seeding
@@ -260,18 +261,6 @@ def test_the_box_is_where_the_pixels_come_from() -> None:
             torch.testing.assert_close(pixels[1, :, 8], 200 * (top + (bottom - top) * centres) - 0.5, rtol=0, atol=2)
 
 
-PROCESSOR = {
-    "do_resize": True,
-    "size": {"shortest_edge": 18},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 16, "width": 16},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.2, 0.3, 0.4],
-}
 #: Runs without torchvision. Its name before transformers had two backends is the fall-back.
 PilProcessor = getattr(vit, "ViTImageProcessorPil", vit.ViTImageProcessor)
 PROCESSORS = [

@@ -14,6 +14,20 @@ from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
 
 IMAGE_SIZE = 16
 NUM_CLASSES = 4
+#: Settings of an image processor that resizes, then crops.
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 18},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 16, "width": 16},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.4],
+}
 FAMILIES = [
     "vit",
     "deit",

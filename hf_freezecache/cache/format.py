@@ -68,7 +68,7 @@ FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 CODEC_NAME = "codec.safetensors"
 COPIES_NAME = "copies.safetensors"
-#: Extra (samples, 5) that says where a view lies in its image, see ``codecs.copies.GEOMETRY``. Stored where copies are predicted.
+#: Extra (samples, 5) that says where a view lies in its image, see ``codecs.copies.WHOLE``. Stored where copies are predicted.
 GEOMETRY_NAME = "view_geometry"
 #: A larger index or head is refused unread. 1 GiB of images in 500 KB shards needs far less.
 MAX_INDEX_BYTES = 256 * 2**20

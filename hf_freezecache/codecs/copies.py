@@ -14,11 +14,10 @@ from .base import Buffer, Codec
 from .cast import check_finite
 from .transform import digest
 
-__all__ = ["COPY", "GEOMETRY", "WHOLE", "CopyCodec", "Predictor", "ViewCodec", "move_tokens"]
+__all__ = ["COPY", "WHOLE", "CopyCodec", "Predictor", "ViewCodec", "move_tokens"]
 
-#: Numbers that say where a view lies in its image: left, top, right, bottom as fractions of its sides, and 1.0 if mirrored.
-GEOMETRY = 5
-#: Geometry of a view that shows the whole image, and of views whose geometry is unknown.
+#: Geometry of a view that shows the whole image, and of views whose geometry is unknown. Five numbers say where a view lies in
+#: its image: left, top, right, bottom as fractions of its sides, and 1.0 if mirrored.
 WHOLE = (0.0, 0.0, 1.0, 1.0, 0.0)
 #: Prefix of the names of a copy's arrays beside those of its base view.
 COPY = "copy."
@@ -58,7 +57,7 @@ def move_tokens(patches: Tensor, geometry: Tensor, grid: tuple[int, int]) -> Ten
 
     Args:
         patches: (batch, patches, hidden), row by row.
-        geometry: (batch, 2, 5): of the base view and of the other, see ``GEOMETRY``.
+        geometry: (batch, 2, 5): of the base view and of the other, see ``WHOLE``.
         grid: (height, width) of the patches; (1, n) is no grid, and then they stay where they are.
 
     Returns:
@@ -392,8 +391,3 @@ class ViewCodec:
         base = self.base.restore(own, dtype, compute_dtype) if own else None
         states = self.copies.restore(copies, base, arrays.get("geometry"), dtype, compute_dtype)
         return states if base is None else torch.where(arrays["is_copy"][:, None, None], states, base)
-
-
-def unknown_geometry(count: int) -> Tensor:
-    """Return geometry for views that show the whole image as far as anyone knows, (count, 5)."""
-    return torch.tensor([WHOLE]).expand(count, GEOMETRY).clone()

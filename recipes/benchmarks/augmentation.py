@@ -9,8 +9,9 @@ arms of a seed share rows, initial head and order; differences are paired. One s
 Arms: ``live`` frozen without a cache, every epoch a new view (the ceiling); ``one`` view, the evaluation's rendering;
 ``K:STORAGE[:fidelity=F|bits=SHARE]`` K views with ``copies=STORAGE``, each at the fidelity of the first, at another, or with
 all but the first together in ``SHARE`` times the bytes of the one-view cache; ``default[-K]``: K views, copies as they are by
-default; any with ``:features=NAME:NUMBER``. ``finetune``: nothing frozen, the epochs of the others. An arm ending in ``+`` is trained for as many epochs as fit, with its
-build, in the wall-clock of ``finetune`` of the same seed; run those alone on the machine.
+default; any with ``:features=NAME:NUMBER``. ``finetune``: nothing frozen, the epochs of the others. An arm ending in ``+`` is
+trained for as many epochs as fit, with its build, in the wall-clock of ``finetune`` of the same seed; run those alone on the
+machine.
 
 The gap is accuracy of ``live`` minus that of ``one``; an arm *recovers* the share of it by which it is above ``one``.
 """
@@ -26,10 +27,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from codec_accuracy import accuracy, resized
+from codec_accuracy import accuracy, logged_stages, resized, training_arguments
 from record import save, spread
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
 from hf_freezecache.transforms import ImageTransform
@@ -112,22 +112,7 @@ def train_once(
     with tempfile.TemporaryDirectory() as folder:
         trainer = FreezeCacheTrainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=f"{folder}/out",
-                num_train_epochs=epochs,
-                per_device_train_batch_size=32,
-                per_device_eval_batch_size=64,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="cosine",
-                bf16=True,
-                use_cpu=not torch.cuda.is_available(),
-                seed=task["seed"],
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                disable_tqdm=True,
-            ),
+            args=training_arguments(folder, epochs, args.learning_rate, task["seed"]),
             train_dataset=train,
             eval_dataset=test.with_transform(evaluation),
             compute_metrics=accuracy,
@@ -140,11 +125,7 @@ def train_once(
         trainer.train()
         seconds = time.perf_counter() - started
         found = trainer.evaluate()
-    stages = [
-        {key.removeprefix("freezecache/"): value for key, value in entry.items() if key.startswith("freezecache/")}
-        for entry in trainer.state.log_history
-        if "freezecache/split_point" in entry
-    ]
+    stages = logged_stages(trainer)
     return {
         "seed": task["seed"],
         "accuracy": 100 * found["eval_accuracy"],

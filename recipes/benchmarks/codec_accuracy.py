@@ -76,6 +76,35 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
+def training_arguments(folder: str, epochs: int, learning_rate: float, seed: int) -> TrainingArguments:
+    """Return what all accuracy benchmarks train with."""
+    return TrainingArguments(
+        output_dir=str(Path(folder) / "out"),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+
+
+def logged_stages(trainer: FreezeCacheTrainer) -> list[dict[str, Any]]:
+    """Return what each stage logged when it began."""
+    return [
+        {key.removeprefix("freezecache/"): value for key, value in entry.items() if key.startswith("freezecache/")}
+        for entry in trainer.state.log_history
+        if "freezecache/split_point" in entry
+    ]
+
+
 def run(args: argparse.Namespace, folder: str, size: int, arm: str, seed: int, cache_dir: str) -> dict[str, Any]:
     """Fine-tune once; return accuracy, and what the stages logged."""
     set_seed(seed)
@@ -84,22 +113,7 @@ def run(args: argparse.Namespace, folder: str, size: int, arm: str, seed: int, c
     model = resized(args.model, len(labels), size)
     trainer = FreezeCacheTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(Path(cache_dir) / "out"),
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=32,
-            per_device_eval_batch_size=64,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        ),
+        args=training_arguments(cache_dir, args.epochs, args.learning_rate, seed),
         train_dataset=train,
         eval_dataset=test.with_transform(Transform(size, augment=False)),
         compute_metrics=accuracy,
@@ -113,11 +127,6 @@ def run(args: argparse.Namespace, folder: str, size: int, arm: str, seed: int, c
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    stages = [
-        {key.removeprefix("freezecache/"): value for key, value in entry.items() if key.startswith("freezecache/")}
-        for entry in trainer.state.log_history
-        if "freezecache/split_point" in entry
-    ]
     found = trainer.evaluate()
     return {
         "accuracy": 100 * found["eval_accuracy"],
@@ -125,7 +134,7 @@ def run(args: argparse.Namespace, folder: str, size: int, arm: str, seed: int, c
         "seconds": round(seconds, 1),
         "test_images": len(test),
         "train_images": len(train),
-        "stages": stages,
+        "stages": logged_stages(trainer),
     }
 
 
