@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,17 +16,27 @@ import torch
 from torch import Tensor
 
 from .cache.fingerprint import Fingerprint, hash_config, hash_tensors
-from .cache.format import CODEC_NAME, COPIES_NAME, FORMAT_VERSION, GEOMETRY_NAME, INDEX_NAME
+from .cache.format import (
+    CODEC_NAME,
+    CONSUMED_NAME,
+    COPIES_NAME,
+    FORMAT_VERSION,
+    GEOMETRY_NAME,
+    INDEX_NAME,
+    part_name,
+    shard_name,
+)
 from .cache.reader import CacheReader
 from .cache.shard import cache_name
 from .cache.state import CodecState, load_copies, load_state, save_state
-from .cache.writer import BuildReport, CachePlan, build_cache, explain_miss, writing
+from .cache.writer import ALONE, BuildReport, CachePlan, build_cache, explain_miss, explained, writing
 from .choosing import CodecChooser, Data, Runner, check_rows, promoted, requested_codec
 from .codecs import Codec
 from .config import CacheConfig
 from .copying import choose_copies, keeps_copies
 from .dataset import PACKED, CachedDataset, collate_cached, split_packed
 from .errors import CacheCorruptError, CacheMismatchError, FreezeCacheError
+from .processes import Processes
 from .splitting import Split
 from .views import GeometryCollator, GeometryViews, preserved_random_state
 
@@ -47,6 +58,7 @@ class StageCache:
         num_workers: Processes that render.
         show_progress: Whether to show progress bars.
         split_points: Of all stages of the run.
+        processes: Those that share the folder of caches. ``check`` and ``open`` are collective.
         previous: The cache that was opened last, if any.
         measured: What its states cost: fidelity, agreement, relative error; empty if lossless.
     """
@@ -59,6 +71,7 @@ class StageCache:
     num_workers: int
     show_progress: bool
     split_points: tuple[int, ...]
+    processes: Processes = ALONE
     previous: CacheReader | None = None
     measured: dict[str, float | None] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
@@ -69,10 +82,10 @@ class StageCache:
         Raises:
             UnsupportedSetupError: Data or code cannot be hashed, or there are too few rows for a lossy codec.
         """
-        self.hash_data()
+        self.processes.on_leader(self.hash_data)
         lossless = requested_codec(self.config, max(self.split_points), max(self.split_points))[0].lossless
         if not lossless or self.config.copies_apart:
-            check_rows(len(self.data.views))
+            check_rows(self.data.layout.num_samples)
 
     def hash_data(self) -> None:
         """Hash data and code, once: reading a large data set takes a while.
@@ -105,6 +118,7 @@ class StageCache:
                 "codec": self._codec_request(split),
                 **self._copies_request(),
                 "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
+                **({} if layout.part is None else {"rows": f"part {layout.part[0] + 1} of {layout.part[1]}"}),
             }
         )
 
@@ -140,15 +154,17 @@ class StageCache:
     # ---- Finding and building ----
 
     def open(self, split: Split) -> tuple[CacheReader, BuildReport]:
-        """Find the cache of a split point, or build it.
+        """Find the cache of a split point, or build it. Collective.
+
+        The leader decides for all: its fingerprint, whether the cache is there, and which codec and source it is to have.
 
         Raises:
             CacheMismatchError: The cache that is there does not hold what its rows give now.
             FreezeCacheError: See ``build_cache``, ``calibrate`` and ``CacheReader``.
         """
         started = time.perf_counter()
-        cache_dir, config = Path(self.config.cache_dir), self.config
-        fingerprint = self.fingerprint(split)
+        cache_dir, config, processes = Path(self.config.cache_dir), self.config, self.processes
+        fingerprint = Fingerprint(processes.on_leader(lambda: self.fingerprint(split).parts))
         codec, _, _ = requested_codec(config, split.split_point, split.num_blocks)
         plan = CachePlan(
             fingerprint,
@@ -160,32 +176,34 @@ class StageCache:
             codec,
         )
         directory = cache_dir / plan.name
-        if (directory / INDEX_NAME).is_file():
-            reader = CacheReader(directory, fingerprint)
-            self._spot_check(split, reader)
+        if processes.broadcast((directory / INDEX_NAME).is_file()):
+            reader = self._reader(directory, fingerprint)
+
+            def check() -> dict[str, float | None]:
+                self._spot_check(split, reader)
+                return self._measure(split, reader)
+
+            self.measured = processes.on_leader(check)
             logger.info("Using the cache %s.", directory)
-            self.measured = self._measure(split, reader)
             self.previous = reader
             kept = reader.index.num_shards * config.num_views
             return reader, BuildReport(directory, reader.index.total_bytes, kept_shards=kept)
-        if not directory.exists():
-            miss = explain_miss(cache_dir, fingerprint) if cache_dir.is_dir() else None
-            logger.warning("No cache fits, building %s%s", directory, f": {miss}." if miss else ".")
-        else:
-            logger.warning("Going on with the unfinished cache %s.", directory)
+        if processes.is_leader:
+            self._announce(directory, fingerprint)
         source = self._promotable(split)
         self.measured = {}
         if not codec.lossless or config.copies_apart:
-            plan, source = self._fitted(split, plan, source)
+            plan, used = self._fitted(split, plan, source)
+            source = source if used else None
             for prefix, found in (("", plan.calibration or {}), ("copy_", plan.copies_calibration or {})):
                 names = ("fidelity", "agreement", "relative_error")
                 self.measured |= {prefix + name: found[name] for name in names if name in found}
         report = self._build(split, plan, source)
         report.seconds = time.perf_counter() - started
-        reader = CacheReader(directory, fingerprint)
+        reader = self._reader(directory, fingerprint)
         logger.info(
             "Cached %d views in %.1f s (%.1f s %s, %.1f s in the prefix): %.1f MiB, %.2f bits per element, in %s.",
-            len(self.data.views) * config.num_views,
+            self.data.layout.num_samples * config.num_views,
             report.seconds,
             report.render_seconds,
             "rendering" if source is None else f"reading the cache of split point {source.index.split_point}",
@@ -196,6 +214,18 @@ class StageCache:
         )
         self.previous = reader
         return reader, report
+
+    def _reader(self, directory: Path, fingerprint: Fingerprint, **settings: Any) -> CacheReader:
+        with self.processes.together():
+            return CacheReader(directory, fingerprint, **settings)
+
+    @staticmethod
+    def _announce(directory: Path, fingerprint: Fingerprint) -> None:
+        if directory.exists():
+            logger.warning("Going on with the unfinished cache %s.", directory)
+            return
+        miss = explain_miss(directory.parent, fingerprint) if directory.parent.is_dir() else None
+        logger.warning("No cache fits, building %s%s", directory, f": {miss}." if miss else ".")
 
     def _build(self, split: Split, plan: CachePlan, source: CacheReader | None) -> BuildReport:
         def is_input(name: str) -> bool:
@@ -213,7 +243,8 @@ class StageCache:
         elif self.config.copies_apart:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
             views, collate = GeometryViews(views), GeometryCollator(collate, GEOMETRY_NAME)
-        return build_cache(
+        consume = None if source is None or not self.config.low_disk else self._consumer(source)
+        report = build_cache(
             Path(self.config.cache_dir),
             plan,
             views,
@@ -224,10 +255,42 @@ class StageCache:
             prefix_inputs=self.data.prefix_inputs,
             is_input=is_input,
             show_progress=self.show_progress,
+            processes=self.processes,
+            lock_timeout=self.config.lock_timeout,
+            consume=consume,
         )
+        gone = consume is not None and source is not None and self.processes.is_leader
+        # Only what has given way: another run may have built it anew.
+        if gone and source is not None and (source.directory / CONSUMED_NAME).is_file():
+            shutil.rmtree(source.directory, ignore_errors=True)
+        return report
+
+    def _consumer(self, source: CacheReader) -> Callable[[int], None]:
+        """Return what removes a shard of an earlier cache, in all views, once the later one has it.
+
+        The earlier cache is unfinished from here on: what needs it again builds its missing shards anew.
+        """
+        directory = source.directory
+
+        def retire() -> None:
+            with explained(directory):
+                if (directory / INDEX_NAME).is_file():
+                    logger.warning(
+                        "low_disk=True: the cache %s gives way to the one that is computed from it.", directory
+                    )
+                    (directory / INDEX_NAME).replace(directory / CONSUMED_NAME)
+
+        self.processes.on_leader(retire)
+
+        def consume(shard: int) -> None:
+            for view in range(source.index.num_views):
+                for name in (part_name(view, shard), shard_name(view, shard)):
+                    (directory / name).unlink(missing_ok=True)
+
+        return consume
 
     def _promotable(self, split: Split) -> CacheReader | None:
-        """Return the cache of the stage before, if later states can be computed from it."""
+        """Return the cache of the stage before, if later states can be computed from it. Collective."""
         if self.config.promote == "never":
             return None
         previous = self.previous or self._earlier(split)
@@ -239,59 +302,75 @@ class StageCache:
         return previous if enough else None
 
     def _earlier(self, split: Split) -> CacheReader | None:
-        """Find the cache of the stage before, which a run that was resumed has not opened."""
+        """Find the cache of the stage before, which a run that was resumed has not opened. Collective."""
         points = [point for point in self.split_points if 0 < point < split.split_point]
         if not points:
             return None
         earlier = Split(split.model, max(points))
-        fingerprint = self.fingerprint(earlier)
-        directory = Path(self.config.cache_dir) / cache_name(earlier.split_point, fingerprint)
-        if not (directory / INDEX_NAME).is_file():
-            return None
-        try:
-            reader = CacheReader(directory, fingerprint)
-            self._spot_check(earlier, reader)
-            return reader
-        except FreezeCacheError as error:
-            logger.warning("Passing over the cache of an earlier stage: %s", error)
-            return None
+
+        def find() -> tuple[dict[str, str], Path, dict[str, Any]] | None:
+            fingerprint = self.fingerprint(earlier)
+            directory = Path(self.config.cache_dir) / cache_name(earlier.split_point, fingerprint)
+            settings: dict[str, Any] = {}
+            if not (directory / INDEX_NAME).is_file():
+                if not self.config.low_disk or not (directory / CONSUMED_NAME).is_file():
+                    return None
+                settings = {"index_name": CONSUMED_NAME, "partial": True}
+            try:
+                self._spot_check(earlier, CacheReader(directory, fingerprint, **settings))
+            except FreezeCacheError as error:
+                logger.warning("Passing over the cache of an earlier stage: %s", error)
+                return None
+            return fingerprint.parts, directory, settings
+
+        found = self.processes.on_leader(find)
+        return None if found is None else self._reader(found[1], Fingerprint(found[0]), **found[2])
 
     def _chooser(self) -> CodecChooser:
         return CodecChooser(self.config, self.data, self.run, self.batch_size)
 
-    def _fitted(
-        self, split: Split, plan: CachePlan, source: CacheReader | None
-    ) -> tuple[CachePlan, CacheReader | None]:
-        """Return plan, with codecs, and source of an unfinished cache, or choose them and write them down before any shard."""
+    def _fitted(self, split: Split, plan: CachePlan, source: CacheReader | None) -> tuple[CachePlan, bool]:
+        """Return plan, with codecs, and whether to take the source, of an unfinished cache; or choose, and write it down.
+
+        Collective. Before any shard: shards are of no use without the codec they were encoded with.
+        """
         cache_dir = Path(self.config.cache_dir)
         directory = cache_dir / plan.name
-        with writing(cache_dir, plan):
-            found = self._unfinished(plan, directory, source)
-            if found is not None:
-                return found
-            with preserved_random_state():
-                chooser = self._chooser()
-                apart = self.config.copies_apart
-                if apart and source is not None and self.config.promote == "auto":
-                    source = source if keeps_copies(chooser, split, source) else None
-                if plan.codec.lossless:
-                    state: CodecState[Codec] = CodecState(plan.codec, {})
-                else:
-                    state, source = chooser.choose(split, source)
-                    plan = dataclasses.replace(plan, codec=state.codec, calibration=state.calibration)
-                if apart:
-                    copies = choose_copies(chooser, split, state, source)
-                    plan = dataclasses.replace(plan, copies=copies.codec, copies_calibration=copies.calibration)
-                    save_state(directory / COPIES_NAME, plan.fingerprint.digest, copies)
-            if not plan.codec.lossless or plan.calibration is not None:
-                # Last: what it finds of itself, the next start takes for complete.
-                save_state(directory / CODEC_NAME, plan.fingerprint.digest, state)
-        return plan, source
+
+        def fit() -> tuple[CachePlan, bool]:
+            with explained(directory):
+                found = self._unfinished(plan, directory, source)
+                return self._choose(split, plan, directory, source) if found is None else found
+
+        with writing(cache_dir, plan, self.processes, self.config.lock_timeout):
+            return self.processes.on_leader(fit)
+
+    def _choose(
+        self, split: Split, plan: CachePlan, directory: Path, source: CacheReader | None
+    ) -> tuple[CachePlan, bool]:
+        with preserved_random_state():
+            chooser = self._chooser()
+            apart = self.config.copies_apart
+            if apart and source is not None and self.config.promote == "auto":
+                source = source if keeps_copies(chooser, split, source) else None
+            if plan.codec.lossless:
+                state: CodecState[Codec] = CodecState(plan.codec, {})
+            else:
+                state, source = chooser.choose(split, source)
+                plan = dataclasses.replace(plan, codec=state.codec, calibration=state.calibration)
+            if apart:
+                copies = choose_copies(chooser, split, state, source)
+                plan = dataclasses.replace(plan, copies=copies.codec, copies_calibration=copies.calibration)
+                save_state(directory / COPIES_NAME, plan.fingerprint.digest, copies)
+        if not plan.codec.lossless or plan.calibration is not None:
+            # Last: what it finds of itself, the next start takes for complete.
+            save_state(directory / CODEC_NAME, plan.fingerprint.digest, state)
+        return plan, source is not None
 
     def _unfinished(
         self, plan: CachePlan, directory: Path, source: CacheReader | None
-    ) -> tuple[CachePlan, CacheReader | None] | None:
-        """Return plan and source with the codecs that a killed build has written down, if all of them are there."""
+    ) -> tuple[CachePlan, bool] | None:
+        """Return what ``_fitted`` does, from the codecs that a killed build has written down, if all of them are there."""
         digest, origins = plan.fingerprint.digest, set()
         wanted = [COPIES_NAME] if self.config.copies_apart else []
         wanted += [] if plan.codec.lossless else [CODEC_NAME]
@@ -310,9 +389,9 @@ class StageCache:
             logger.warning("Calibrating again: %s", error)
             return None
         if origins == {"images"}:
-            return plan, None
+            return plan, False
         if source is not None and origins == {f"cache of split point {source.index.split_point}"}:
-            return plan, source
+            return plan, True
         logger.warning("Beginning anew: the source of this cache (%s) is gone.", ", ".join(sorted(map(str, origins))))
         return None
 
@@ -352,7 +431,10 @@ class StageCache:
         """Compute a few samples of a cache again: the fingerprint cannot see all code that data pass through."""
         dataset = CachedDataset(reader)
         # Spread over the rows, the same ones for every process.
-        rows = sorted({row * (len(dataset) - 1) // max(num_samples - 1, 1) for row in range(num_samples)})
+        there = reader.available_rows()
+        if not len(there):
+            return
+        rows = sorted({int(there[place * (len(there) - 1) // max(num_samples - 1, 1)]) for place in range(num_samples)})
         keys = [(row, position % reader.index.num_views) for position, row in enumerate(rows)]
         with preserved_random_state():
             batch = self.data.collate([self.data.views[key] for key in keys])

@@ -4,27 +4,98 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from .cache.format import atomic_write
 from .errors import UnsupportedSetupError
 
-__all__ = ["STATE_NAME", "load_stage", "restore_weights", "save_stage"]
+__all__ = ["STATE_NAME", "check_complete", "last_complete", "load_stage", "restore_weights", "save_stage"]
 
 logger = logging.getLogger(__name__)
 
 #: Written into every checkpoint; ``trainer_state.json`` takes no foreign keys.
 STATE_NAME = "freezecache_state.json"
+_TRAINER_STATE = "trainer_state.json"
 
 
-def save_stage(checkpoint: Path, split_point: int) -> None:
-    """Write the number of frozen blocks into a checkpoint folder, which is made if need be."""
+def save_stage(checkpoint: Path, split_point: int, world_size: int = 1) -> None:
+    """Write the number of frozen blocks, and of processes, into a checkpoint folder, which is made if need be."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / STATE_NAME).write_text(json.dumps({"format_version": 1, "split_point": split_point}) + "\n")
+    state = {"format_version": 1, "split_point": split_point, "world_size": world_size}
+    with atomic_write(checkpoint / STATE_NAME) as file:
+        file.write((json.dumps(state) + "\n").encode())
+
+
+def _flaw(checkpoint: Path) -> str | None:
+    """Say what of a checkpoint is missing or cut off, or ``None``.
+
+    ``Trainer`` writes ``trainer_state.json`` last of the main process's files; each process its own random state.
+    """
+    if (checkpoint / _TRAINER_STATE).is_file():
+        try:
+            json.loads((checkpoint / _TRAINER_STATE).read_bytes())
+        except ValueError:
+            return f"{_TRAINER_STATE} is cut off"
+    else:
+        return f"{_TRAINER_STATE} is missing"
+    world_size = 1
+    if (checkpoint / STATE_NAME).is_file():
+        try:
+            world_size = int(json.loads((checkpoint / STATE_NAME).read_bytes()).get("world_size", 1))
+        except (ValueError, AttributeError, TypeError):
+            return f"{STATE_NAME} is cut off"
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return f"{path.name} is cut off"
+    for path in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("*.pth")):
+        if not zipfile.is_zipfile(path):  # the directory of a zip file is its end
+            return f"{path.name} is cut off"
+    if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("*.bin")):
+        return "its weights are missing"
+    saved = len(list(checkpoint.glob("rng_state*.pth")))
+    if 0 < saved < world_size or (saved == 0 and (checkpoint / "optimizer.pt").is_file()):
+        return f"it has random states of {saved} of {world_size} processes"
+    return None
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose saving was cut off.
+
+    Raises:
+        UnsupportedSetupError: What is missing, and what to do.
+    """
+    flaw = _flaw(checkpoint)
+    if flaw is not None:
+        raise UnsupportedSetupError(
+            f"The checkpoint {checkpoint} cannot be resumed from: {flaw}; its saving was probably cut off. Resume from an "
+            "earlier one, or with resume_from_checkpoint=True from the last that is complete."
+        )
+
+
+def last_complete(output_dir: Path) -> Path | None:
+    """Return the last checkpoint in a folder whose saving was not cut off, or ``None``."""
+    found = [
+        (int(match.group(1)), path)
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    for _, path in sorted(found, reverse=True):
+        flaw = _flaw(path)
+        if flaw is None:
+            return path
+        logger.warning("Passing over %s: %s; its saving was cut off.", path, flaw)
+    return None
 
 
 def load_stage(checkpoint: Path) -> int:

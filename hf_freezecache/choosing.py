@@ -209,7 +209,7 @@ class CodecChooser:
         """
         started = time.perf_counter()
         config = self.config
-        check_rows(len(self.data.views))
+        check_rows(self.data.layout.num_samples)
         sample = self.calibration_sample(split)
         middle = sample.middle
         meter = self.meter(split, sample, middle)
@@ -239,8 +239,10 @@ class CodecChooser:
         Args:
             copies: Whether the views are those beyond the first, if these have a codec of their own.
         """
-        count = min(self.config.calibration_samples, len(self.data.views))
-        rows = np.random.default_rng([self.data.view_seed & (2**64 - 1), 0xCA]).permutation(len(self.data.views))
+        layout = self.data.layout
+        count = min(self.config.calibration_samples, layout.num_samples)
+        rows = np.random.default_rng([self.data.view_seed & (2**64 - 1), 0xCA]).permutation(layout.total_samples)
+        rows = rows[layout.position[rows] >= 0]
         views = range(max(self.config.num_views, 1))
         if self.config.copies_apart:
             views = views[1:] if copies else views[:1]

@@ -83,8 +83,34 @@ class CacheConfig:
     mode: str = field(
         default="always",
         metadata={
-            "help": "'always': train frozen stages from a cache. 'never': run the frozen prefix live in every step.",
-            "choices": ["always", "never"],
+            "help": "'always': train frozen stages from a cache, or stop. 'auto': from a cache, and without one, saying so, "
+            "where it cannot be written (the disk is full, say). 'never': run the frozen prefix live in every step.",
+            "choices": ["always", "auto", "never"],
+        },
+    )
+    cache_placement: str = field(
+        default="shared",
+        metadata={
+            "help": "'shared': all processes build and read one folder, which all machines see. 'node': each machine has its own "
+            "folder at this path, builds and reads only the rows that its processes train on; these rows do not change from "
+            "epoch to epoch, so samples are shuffled within a machine only, and a run on another number of machines builds "
+            "anew. Costs each machine its share of the bytes, and nothing goes over the network.",
+            "choices": ["shared", "node"],
+        },
+    )
+    lock_timeout: float = field(
+        default=30.0,
+        metadata={
+            "help": "Seconds to wait for another run that writes the same cache, before giving up. Work of a run that was "
+            "killed ends by itself within seconds."
+        },
+    )
+    low_disk: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the cache of a stage give way to the next one, shard by shard, where that is computed from it. Peak disk "
+            "is then the larger of the two and one shard (in all views) for each process, in place of both. Going back to an "
+            "earlier stage (an earlier checkpoint, another run) builds its cache anew."
         },
     )
     num_views: int = field(
@@ -210,8 +236,12 @@ class CacheConfig:
         Raises:
             UnsupportedSetupError: A value is out of its range.
         """
-        if self.mode not in ("always", "never"):
-            raise UnsupportedSetupError(f"mode must be 'always' or 'never', got {self.mode!r}.")
+        if self.mode not in ("always", "auto", "never"):
+            raise UnsupportedSetupError(f"mode must be 'always', 'auto' or 'never', got {self.mode!r}.")
+        if self.cache_placement not in ("shared", "node"):
+            raise UnsupportedSetupError(f"cache_placement must be 'shared' or 'node', got {self.cache_placement!r}.")
+        if not (isinstance(self.lock_timeout, (int, float)) and 0 <= self.lock_timeout < float("inf")):
+            raise UnsupportedSetupError(f"lock_timeout must be a number of seconds >= 0, got {self.lock_timeout!r}.")
         if self.promote not in ("auto", "never", "always"):
             raise UnsupportedSetupError(f"promote must be 'auto', 'never' or 'always', got {self.promote!r}.")
         if not (isinstance(self.fidelity, (int, float)) and 0 < self.fidelity < float("inf")):

@@ -1,24 +1,23 @@
-"""A cache as a map-style data set, the sampler that reads it chunk by chunk, and the collator of its batches."""
+"""A cache as a map-style data set, and the collator of its batches."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from .cache.fingerprint import Fingerprint
 from .cache.format import GEOMETRY_NAME
-from .cache.layout import ChunkLayout, epoch_view
 from .cache.reader import CacheReader
 from .views import ViewKey
 
-__all__ = ["PACKED", "CachedDataset", "ChunkSampler", "collate_cached", "split_packed"]
+__all__ = ["PACKED", "CachedDataset", "collate_cached", "split_packed"]
 
 #: Prefix of the names of what ``Codec.unpack`` gave, in items and batches.
 PACKED = "packed."
@@ -40,13 +39,23 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             quarter to half the size; ``ViewCodec.restore`` turns a batch of them into hidden states on the training
             device.
         geometry: Items hold ``view_geometry`` (5,), where the view lies in its image, if the cache does.
+        keep_read: Chunks of which every sample was read stay until others need their room. ``ChunkSampler`` wants it
+            for several processes, some of whose samples come twice.
     """
 
-    def __init__(self, reader: CacheReader, max_chunks: int = 16, packed: bool = False, geometry: bool = False) -> None:
+    def __init__(
+        self,
+        reader: CacheReader,
+        max_chunks: int = 16,
+        packed: bool = False,
+        geometry: bool = False,
+        keep_read: bool = False,
+    ) -> None:
         self.reader = reader
         self.max_chunks = max_chunks
         self.packed = packed
         self.geometry = geometry
+        self.keep_read = keep_read
         #: Chunks decoded so far by this process.
         self.decoded_chunks = 0
         self._chunks: OrderedDict[tuple[int, int], _Chunk] = OrderedDict()
@@ -67,7 +76,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         return cls(CacheReader(Path(path), expected))
 
     def __len__(self) -> int:
-        """Return the number of samples."""
+        """Return the number of samples; of its part of the data set, if the cache is of a part."""
         return self.reader.index.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,63 +119,22 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         items = []
         for key in keys:
             sample_index, view = (key, 0) if isinstance(key, (int, np.integer)) else key
-            if not 0 <= sample_index < len(self) or not 0 <= view < num_views:
+            there = 0 <= sample_index < layout.total_samples and 0 <= view < num_views
+            position = int(layout.position[sample_index]) if there else -1
+            if position < 0:
                 raise IndexError(
                     f"Sample {sample_index}, view {view} is not in the cache {self.reader.directory}, which holds "
                     f"{len(self)} samples in {num_views} views."
                 )
-            chunk, row = divmod(int(layout.position[sample_index]), layout.chunk_size)
+            chunk, row = divmod(position, layout.chunk_size)
             items.append({name: value[row] for name, value in self._chunk(view, chunk).items()})
-            # In an epoch each sample is read once: a chunk read to its end makes room at once.
+            # In an epoch each sample is read once: a chunk read to its end makes room, at once or before any other.
             self._unread[view, chunk] -= 1
-            if self._unread[view, chunk] == 0:
+            if self._unread[view, chunk] <= 0 and self.keep_read:
+                self._chunks.move_to_end((view, chunk), last=False)
+            elif self._unread[view, chunk] == 0:
                 del self._chunks[view, chunk], self._unread[view, chunk]
         return items
-
-
-class ChunkSampler(Sampler[ViewKey]):
-    """Shuffles in two levels by ``(seed, epoch)``: permutes the chunks, then the samples within a window of chunks.
-
-    Yields ``(sample index, view)``. Cached and live training of a stage use the same sampler, so that they see the
-    same samples in the same order in the same views.
-
-    Args:
-        layout: Which sample lies in which chunk.
-        seed: Seed of the order.
-        view_seed: Seed of the choice of views.
-        num_views: Stored views, or 0 for a new view in every epoch.
-        window: Chunks whose samples are mixed.
-    """
-
-    def __init__(self, layout: ChunkLayout, seed: int, view_seed: int, num_views: int, window: int) -> None:
-        self.layout = layout
-        self.seed = seed
-        self.view_seed = view_seed
-        self.num_views = num_views
-        self.window = window
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order ``iter`` gives."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return self.layout.num_samples
-
-    def __iter__(self) -> Iterator[ViewKey]:
-        """Yield the keys of one epoch."""
-        generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch])
-        chunks = generator.permutation(self.layout.num_chunks)
-        for start in range(0, len(chunks), self.window):
-            window = chunks[start : start + self.window].tolist()
-            members = [self.layout.members(chunk) for chunk in window]
-            views = [
-                np.full(len(rows), epoch_view(self.view_seed, self.epoch, chunk, self.num_views))
-                for chunk, rows in zip(window, members, strict=True)
-            ]
-            keys = np.stack([np.concatenate(members), np.concatenate(views)], axis=1)
-            yield from map(tuple, generator.permutation(keys).tolist())
 
 
 def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

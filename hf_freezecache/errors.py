@@ -9,6 +9,7 @@ __all__ = [
     "CacheWriteError",
     "DataError",
     "FreezeCacheError",
+    "PeerError",
     "ScheduleError",
     "UnrepeatableTransformError",
     "UnsupportedModelError",
@@ -54,3 +55,7 @@ class CacheLockedError(FreezeCacheError, BlockingIOError):
 
 class CacheWriteError(FreezeCacheError, OSError):
     """A cache could not be written: the disk is full, or the folder is read-only."""
+
+
+class PeerError(FreezeCacheError, ChildProcessError):
+    """Another process of the run failed, so that this one cannot go on."""

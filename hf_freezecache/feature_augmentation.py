@@ -314,16 +314,17 @@ def parse_feature_augmentation(text: str) -> tuple[FeatureAugmentation, ...]:
     return tuple(found.values())
 
 
-def step_generator(seed: int, step: int, micro_step: int = 0) -> torch.Generator:
+def step_generator(seed: int, step: int, micro_step: int = 0, rank: int = 0) -> torch.Generator:
     """Return a CPU generator that depends on nothing but its arguments.
 
     Args:
         seed: Seed of the run.
         step: Optimizer step.
         micro_step: Position of the batch in the accumulation of gradients for this step.
+        rank: Number of the process, each of which draws its own.
     """
     # 0xFA sets these numbers apart from those that other parts draw with the same seed.
-    sequence = np.random.SeedSequence([seed & (2**64 - 1), 0xFA, step, micro_step])
+    sequence = np.random.SeedSequence([seed & (2**64 - 1), 0xFA, step, micro_step, *([rank] if rank else [])])
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
@@ -403,6 +404,7 @@ class FeatureAugmenter:
         num_classes: int | None,
         seed: int = 0,
         label_smoothing: float = 0.0,
+        rank: int = 0,
     ) -> None:
         self.augmentations = augmentations
         self.mixes = any(augmentation.mixes for augmentation in augmentations)
@@ -410,6 +412,7 @@ class FeatureAugmenter:
         self._num_classes = num_classes
         self._seed = seed
         self._label_smoothing = label_smoothing
+        self._rank = rank
         self._last = (-1, -1)
         if self.mixes and num_classes is None:
             raise UnsupportedSetupError(
@@ -431,7 +434,7 @@ class FeatureAugmenter:
         """
         last_step, last_micro_step = self._last
         self._last = (global_step, last_micro_step + 1 if global_step == last_step else 0)
-        batch = self.augment(hidden_states, labels, token_grid, step_generator(self._seed, *self._last))
+        batch = self.augment(hidden_states, labels, token_grid, step_generator(self._seed, *self._last, self._rank))
         self.targets = batch.targets
         return batch.hidden_states
 

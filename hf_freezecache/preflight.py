@@ -34,10 +34,17 @@ def check_arguments(args: Any) -> None:
     Raises:
         UnsupportedSetupError: With the argument, the reason and what to do.
     """
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise UnsupportedSetupError(
-            f"Cached training runs on one process and one device so far, found world_size={args.world_size} and "
-            f"n_gpu={args.n_gpu}. Start one process, with CUDA_VISIBLE_DEVICES naming one device."
+            f"One process sees {args.n_gpu} GPUs, on which Trainer would use torch.nn.DataParallel: it copies the model, "
+            "prefix and all, to each of them in every step, and cached training does not support it. Start one process for "
+            f"each GPU (accelerate launch --num_processes {args.n_gpu} ..., or torchrun --nproc_per_node {args.n_gpu} ...), "
+            "or let CUDA_VISIBLE_DEVICES name one."
+        )
+    if args.world_size > 1 and not torch.distributed.is_initialized():
+        raise UnsupportedSetupError(
+            f"world_size is {args.world_size}, but these processes do not talk through torch.distributed. Use torchrun or "
+            "accelerate launch with DistributedDataParallel."
         )
     if args.torch_compile:
         raise UnsupportedSetupError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from .cache.layout import ChunkLayout
+from .cache.reader import CacheReader
+from .cache.writer import BuildReport
 from .caching import StageCache
-from .checkpoints import load_stage, restore_weights, save_stage
+from .checkpoints import check_complete, last_complete, load_stage, restore_weights, save_stage
 from .choosing import Data, requested_codec
 from .codecs import ViewCodec
 from .config import CacheConfig, FreezeConfig
-from .dataset import CachedDataset, ChunkSampler, collate_cached, split_packed
-from .errors import UnsupportedSetupError
+from .dataset import CachedDataset, collate_cached, split_packed
+from .errors import CacheWriteError, UnsupportedSetupError
 from .feature_augmentation import FeatureAugmenter, parse_feature_augmentation, step_generator
 from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer
 from .policies import Stage, plan_stages, split_point_at
@@ -38,6 +42,8 @@ from .preflight import (
     check_labels,
     check_writable,
 )
+from .processes import Processes, find_processes
+from .sampling import ChunkSampler
 from .splitting import Split, find_blocks, first_tensor, split_model, token_grid
 from .views import ViewDataset, check_repeatable, with_rgb_images
 
@@ -116,6 +122,8 @@ class FreezeCacheTrainer(Trainer):
         self._stage_loader: Any = None
         self._paused_seconds = 0.0
         self._augmenter: FeatureAugmenter | None = None
+        #: All processes of the run, and those that share this one's folder of caches.
+        self._everyone = self._processes = Processes()
         if freeze_config is None and (train_transform is not None or eval_transform is not None):
             raise UnsupportedSetupError(
                 "train_transform and eval_transform are used with freeze_config only; without it set a transform on the "
@@ -145,6 +153,16 @@ class FreezeCacheTrainer(Trainer):
                 "them. The frozen part needs no gradients or optimizer state: try without."
             )
         check_arguments(args)
+        if args.world_size > 1 and not self.accelerator.multi_device:
+            raise UnsupportedSetupError(
+                f"Cached training runs on several processes by DistributedDataParallel, found "
+                f"{self.accelerator.distributed_type}. Start it with torchrun or accelerate launch, without tensor, pipeline "
+                "or sequence parallelism."
+            )
+        local_rank = self.accelerator.local_process_index
+        self._everyone = self._processes = find_processes(args.world_size, local_rank, per_node=False)
+        if self.cache_config.cache_placement == "node":
+            self._processes = find_processes(args.world_size, local_rank, per_node=True)
         for name, base in (("_get_train_sampler", Trainer), ("get_train_dataloader", FreezeCacheTrainer)):
             if getattr(type(self), name) is not getattr(base, name):
                 raise UnsupportedSetupError(
@@ -173,13 +191,31 @@ class FreezeCacheTrainer(Trainer):
 
     def _plan(self, freeze_config: FreezeConfig) -> list[Stage]:
         epochs = math.ceil(self.args.num_train_epochs)
-        if self.args.max_steps > 0 and self.train_dataset is not None:
-            batches = len(self.train_dataset) / self.args.train_batch_size
+        if self.train_dataset is not None and (self.args.max_steps > 0 or self.args.world_size > 1):
+            sampler = self._make_sampler(len(self.train_dataset))  # too few chunks for so many processes fail here
+            batches = len(sampler) / self.args.train_batch_size / self.args.world_size
             batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
+        if self.args.max_steps > 0 and self.train_dataset is not None:
             per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
             epochs = math.ceil(self.args.max_steps / max(per_epoch, 1))
         _, blocks = find_blocks(self.model)
         return plan_stages(freeze_config, max(epochs, 1), len(blocks))
+
+    def _make_sampler(self, num_samples: int) -> ChunkSampler:
+        args, config, processes = self.args, self.cache_config, self._processes
+        return ChunkSampler(
+            [
+                ChunkLayout.of_part(num_samples, config.chunk_size, self._view_seed, part, processes.parts)
+                for part in range(processes.parts)
+            ],
+            args.seed if args.data_seed is None else args.data_seed,
+            self._view_seed,
+            config.num_views,
+            config.shuffle_window,
+            processes.placement,
+            self._train_batch_size,
+            args.dataloader_drop_last,
+        )
 
     def _with_rgb(self, dataset: Any) -> Any:
         if isinstance(dataset, dict):
@@ -204,6 +240,10 @@ class FreezeCacheTrainer(Trainer):
             CacheMismatchError: A cache with the right fingerprint does not hold what its rows give now.
         """
         if self.freeze_config is not None:
+            if args:
+                args = (self._checkpoint(args[0]), *args[1:])
+            elif "resume_from_checkpoint" in kwargs:
+                kwargs["resume_from_checkpoint"] = self._checkpoint(kwargs["resume_from_checkpoint"])
             if kwargs.get("trial") is not None or (len(args) > 1 and args[1] is not None):
                 raise UnsupportedSetupError(
                     "Hyperparameter search changes seeds and epochs after stages and views are planned: search without "
@@ -224,18 +264,14 @@ class FreezeCacheTrainer(Trainer):
                 self._train_transform,
                 self._eval_transform,
             )
-            layout = ChunkLayout(len(views), self.cache_config.chunk_size, self._view_seed)
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._sampler = ChunkSampler(
-                layout, seed, self._view_seed, self.cache_config.num_views, self.cache_config.shuffle_window
-            )
+            self._sampler = self._make_sampler(len(views))
             self._data = Data(
                 self.train_dataset,
                 (self._train_transform, self._eval_transform),
                 views,
                 self._collator,
                 self.data_collator,
-                layout,
+                self._sampler.layouts[self._processes.part],
                 self._view_seed,
                 classes=self._num_labels is not None,
             )
@@ -244,6 +280,18 @@ class FreezeCacheTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._thaw()
+
+    def _checkpoint(self, asked: Any) -> Any:
+        """Return the checkpoint to resume from: not one whose saving was cut off, which ``Trainer`` would take for the last."""
+        if asked is None or asked is False:
+            return asked
+        if asked is not True:
+            self._everyone.on_leader(lambda: check_complete(Path(asked)))
+            return asked
+        last = self._everyone.on_leader(lambda: last_complete(Path(self.args.output_dir)))
+        if last is None:
+            raise ValueError(f"No complete checkpoint found in the output directory ({self.args.output_dir}).")
+        return str(last)
 
     def _thaw(self) -> None:
         """Give the model back as it came: frozen parameters require gradients again, hooks are gone."""
@@ -297,11 +345,17 @@ class FreezeCacheTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers if workers is None else workers,
             show_progress=not self.args.disable_tqdm,
             split_points=tuple(stage.split_point for stage in self._stages),
+            processes=self._processes,
         )
-        if config.mode == "always" and any(stage.split_point for stage in self._stages):
+        if config.mode != "never" and any(stage.split_point for stage in self._stages):
             # What would stop a later stage stops the run now.
             self._stage_cache.check()
-            check_writable(Path(config.cache_dir))
+            try:
+                self._processes.on_leader(lambda: check_writable(Path(config.cache_dir)))
+            except CacheWriteError as error:
+                if config.mode == "always":
+                    raise
+                logger.warning("mode='auto': %s", error)
             if self._train_transform is not None and config.num_views == 1:
                 logger.warning(
                     "num_views=1 stores the eval rendering only: train_transform is not used in cached stages."
@@ -362,7 +416,62 @@ class FreezeCacheTrainer(Trainer):
             self._made_optimizer = self.optimizer is None
             if self.optimizer is not None:  # the user's own holds all parameters
                 prune_optimizer(self.optimizer)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            if self.args.world_size > 1:
+                # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
+                self.model_wrapped = self._unwrapped()
+                self._choose_ddp()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.freeze_config is None:
+            return prepared
+        # The caller keeps what it gets for the whole run: not the wrapper, which the next stage replaces.
+        return self.model, prepared[1]
+
+    def _unwrapped(self) -> nn.Module:
+        """Return the model without its wrapper for several processes and without its autocast, ready for new ones."""
+        model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+        model.__dict__.pop("_is_accelerate_prepared", None)
+        return model
+
+    def _choose_ddp(self) -> None:
+        """Let DDP look for unused parameters in every step, ``Trainer``'s default, only where a model has some."""
+        handler = getattr(self.accelerator, "ddp_handler", None)
+        if handler is None or self.args.ddp_find_unused_parameters is not None:
+            return
+        unused = self._unused_parameters()
+        handler.find_unused_parameters = bool(unused)
+        if unused:
+            logger.warning(
+                "The loss does not depend on %d parameters that are to be trained (%s, ...): DDP looks for them in every step. "
+                "Set requires_grad=False for what your model does not use.",
+                len(unused),
+                unused[0],
+            )
+
+    def _unused_parameters(self) -> list[str]:
+        """Return the names of trainable parameters that the loss of a batch does not reach."""
+        assert self._data is not None
+        data = self._data
+        batch = self._prepare_inputs(check_batch(data.views, data.collate, self.label_names, self._num_labels))
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                loss = self.compute_loss(self.model, batch)
+            gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+        finally:
+            self.model.train(training)
+        return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
+
+    def _wrap_again(self) -> None:
+        """Wrap what still trains for several processes: a wrapper reduces the gradients that it found when it was made."""
+        if self.args.world_size == 1:
+            return
+        # Out of accelerate's books, and of autograd's hooks, before there is a second one.
+        self.model_wrapped = self._unwrapped()
+        self.accelerator._models.clear()
+        gc.collect()
+        self.model_wrapped = self.accelerator.prepare_model(self.model_wrapped)
 
     def _freeze(self, split_point: int) -> None:
         self._split = split_model(self.model, split_point)
@@ -408,8 +517,11 @@ class FreezeCacheTrainer(Trainer):
         if self._stage_loader is not None:
             self.accelerator._dataloaders = [d for d in self.accelerator._dataloaders if d is not self._stage_loader]
             self._stage_loader = None
+        changed = split_point != self._split.split_point
         self._freeze(split_point)
         released = prune_optimizer(self.optimizer)
+        if changed:
+            self._wrap_again()
         logs: dict[str, float] = {
             "freezecache/split_point": split_point,
             "freezecache/trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -420,11 +532,15 @@ class FreezeCacheTrainer(Trainer):
         assert self._stage_cache is not None
         self._codec = None
         self._sampler.num_views = self.cache_config.num_views if split_point > 0 else 0
-        if split_point > 0 and self.cache_config.mode == "always":
-            reader, report = self._stage_cache.open(self._split)
+        opened = self._open_cache() if split_point > 0 and self.cache_config.mode != "never" else None
+        if opened is not None:
+            reader, report = opened
             self._codec, self._dtype = reader.views, reader.dtype
             dataset = CachedDataset(
-                reader, max_chunks=self.cache_config.shuffle_window + self._chunks_per_batch, packed=True
+                reader,
+                max_chunks=self.cache_config.shuffle_window + self._chunks_per_batch,
+                packed=True,
+                keep_read=self.args.world_size > 1,
             )
             self._stage_loader = self._loader(dataset, collate_cached)
             logs |= {
@@ -437,11 +553,37 @@ class FreezeCacheTrainer(Trainer):
             measured = self._stage_cache.measured.items()
             logs |= {f"freezecache/{name}": value for name, value in measured if value is not None}
         else:
-            why = "no block is frozen" if split_point == 0 else "mode='never'"
+            mode = self.cache_config.mode
+            why = "no block is frozen" if split_point == 0 else "mode='never'" if mode == "never" else "see above"
             logger.info("Training without a cache from here on: %s.", why)
             self._stage_loader = self._loader(self._data.views, self._data.collate)
         self.callback_handler.train_dataloader = self._stage_loader
         self.log(logs)
+
+    def _open_cache(self) -> tuple[CacheReader, BuildReport] | None:
+        """Find or build this stage's cache; ``None`` if it cannot be written and the user takes that."""
+        assert self._split is not None
+        assert self._stage_cache is not None
+        try:
+            with self._everyone.together() if self._processes.parts > 1 else nullcontext():
+                return self._stage_cache.open(self._split)
+        except CacheWriteError as error:
+            if self.cache_config.mode == "auto":
+                logger.warning(
+                    "mode='auto': training on without a cache from epoch %d on. %s",
+                    int(self.state.epoch or 0),
+                    error,
+                )
+                return None
+            last = last_complete(Path(self.args.output_dir))
+            raise CacheWriteError(
+                f"{error} "
+                + (
+                    f"To go on from {last.name}, call trainer.train(resume_from_checkpoint=True)."
+                    if last is not None
+                    else "No checkpoint was saved yet: trainer.train() begins anew, with the finished shards."
+                )
+            ) from error
 
     @property
     def _chunks_per_batch(self) -> int:
@@ -510,7 +652,7 @@ class FreezeCacheTrainer(Trainer):
             return None
         seed = args.seed if args.data_seed is None else args.data_seed
         augmenter = FeatureAugmenter(
-            parse_feature_augmentation(text), self._num_labels, seed, args.label_smoothing_factor
+            parse_feature_augmentation(text), self._num_labels, seed, args.label_smoothing_factor, args.process_index
         )
         own_loss = "compute_loss_func" if self.compute_loss_func is not None else None
         if type(self).compute_loss is not FreezeCacheTrainer.compute_loss:
@@ -574,7 +716,7 @@ class FreezeCacheTrainer(Trainer):
         if self.freeze_config is not None and self.args.should_save:
             assert self._split is not None
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_stage(folder, self._split.split_point)
+            save_stage(folder, self._split.split_point, self.args.world_size)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

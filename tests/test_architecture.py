@@ -56,15 +56,17 @@ MAY_IMPORT = {
     "cache.format": {"errors", *CODECS},
     "cache.shard": {*CACHE, *CODECS},
     "cache.state": {*CACHE, *CODECS},
-    "cache.writer": {*CACHE, *CODECS, "cache.shard", "cache.state", "views"},
+    "processes": {"errors"},
+    "cache.writer": {*CACHE, *CODECS, "cache.shard", "cache.state", "processes", "views"},
     "cache.reader": {*CACHE, *CODECS, "cache.state"},
     "dataset": {*CACHE, "cache.reader", "codecs", "views"},
+    "sampling": {"errors", "cache.layout", "views"},
     "choosing": {
         *(*CACHE, "cache.reader", "cache.state", "calibration", "codecs", "config", "dataset", "splitting", "views"),
     },
     "caching": {
         *(*CACHE, "cache.reader", "cache.shard", "cache.state", "cache.writer"),
-        *("choosing", "codecs", "config", "copying", "dataset", "splitting", "views"),
+        *("choosing", "codecs", "config", "copying", "dataset", "processes", "splitting", "views"),
     },
     "feature_augmentation": {"errors"},
     "sensitivity": {"codecs", "codecs.copies"},
@@ -72,7 +74,7 @@ MAY_IMPORT = {
         *("cache.reader", "cache.state", "calibration", "choosing", "codecs", "config", "sensitivity", "splitting"),
         *("transforms", "views"),
     },
-    "checkpoints": {"errors"},
+    "checkpoints": {"errors", "cache.format"},
     "report": {"errors", "sensitivity"},
 }
 LIBRARY = set(MAY_IMPORT)

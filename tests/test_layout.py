@@ -21,8 +21,9 @@ from torch.utils.data import BatchSampler, DataLoader
 import hf_freezecache.cache.layout as layout_module
 from hf_freezecache.cache.layout import ChunkLayout, epoch_view
 from hf_freezecache.cache.reader import CacheReader
-from hf_freezecache.dataset import CachedDataset, ChunkSampler, collate_cached
+from hf_freezecache.dataset import CachedDataset, collate_cached
 from hf_freezecache.errors import CacheCorruptError
+from hf_freezecache.sampling import ChunkSampler
 
 SEEDS = st.integers(-(2**63), 2**64 - 1)
 #: Views that six epochs show of chunks 0, 1 and 10**6 by seeds 0 and -1. A change of them changes every training from a cache.
@@ -116,12 +117,12 @@ def test_without_stored_views_every_epoch_has_a_new_one(seed, chunk) -> None:
 
 
 def sampler_of(layout: ChunkLayout, seed: int = 0, view_seed: int = 0, num_views: int = 2, window: int = 3):
-    return ChunkSampler(layout, seed, view_seed, num_views, window)
+    return ChunkSampler([layout], seed, view_seed, num_views, window)
 
 
 @given(LAYOUTS, SEEDS, st.integers(0, 4), st.integers(1, 12), st.integers(0, 50))
 def test_each_epoch_has_every_sample_once_in_the_view_of_its_chunk(layout, seed, num_views, window, epoch) -> None:
-    sampler = ChunkSampler(layout, seed, seed, num_views, window)
+    sampler = ChunkSampler([layout], seed, seed, num_views, window)
     sampler.set_epoch(epoch)
     keys = list(sampler)
     assert len(sampler) == len(keys) == layout.num_samples
@@ -135,7 +136,7 @@ def test_each_epoch_has_every_sample_once_in_the_view_of_its_chunk(layout, seed,
 @given(LAYOUTS, SEEDS, st.integers(1, 12), st.integers(0, 50), st.integers(1, 64))
 def test_at_any_time_at_most_a_window_of_chunks_is_open(layout, seed, window, epoch, batch_size) -> None:
     """A chunk is open from its first sample to its last. A batch may reach over into the next window."""
-    sampler = ChunkSampler(layout, seed, seed, 2, window)
+    sampler = ChunkSampler([layout], seed, seed, 2, window)
     sampler.set_epoch(epoch)
     chunks = [int(layout.position[row]) // layout.chunk_size for row, _ in sampler]
     first = {chunk: chunks.index(chunk) for chunk in set(chunks)}
@@ -188,7 +189,7 @@ def test_samples_of_a_window_are_mixed() -> None:
 @given(LAYOUTS, SEEDS, st.integers(2, 6), st.integers(0, 20))
 def test_every_sample_shows_every_view_once_per_cycle_of_epochs(layout, seed, num_views, cycle) -> None:
     """So views are balanced per sample, and no sample is ever stuck with one of them."""
-    sampler = ChunkSampler(layout, seed, seed, num_views, 3)
+    sampler = ChunkSampler([layout], seed, seed, num_views, 3)
     shown: dict[int, list[int]] = {row: [] for row in range(layout.num_samples)}
     for epoch in range(cycle * num_views, (cycle + 1) * num_views):
         sampler.set_epoch(epoch)
@@ -200,7 +201,7 @@ def test_every_sample_shows_every_view_once_per_cycle_of_epochs(layout, seed, nu
 @given(LAYOUTS, SEEDS, st.integers(2, 6), st.integers(0, 50), st.integers(1, 9), st.integers(1, 40))
 def test_views_depend_on_no_window_no_order_and_no_batch(layout, seed, num_views, epoch, window, batch_size) -> None:
     def views(order_seed: int, window: int, batches: int | None) -> dict[int, int]:
-        sampler = ChunkSampler(layout, order_seed, seed, num_views, window)
+        sampler = ChunkSampler([layout], order_seed, seed, num_views, window)
         sampler.set_epoch(epoch)
         if batches is None:
             return dict(iter(sampler))

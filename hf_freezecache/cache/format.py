@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import secrets
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from ..errors import CacheCorruptError, UnsupportedSetupError
 
 __all__ = [
     "CODEC_NAME",
+    "CONSUMED_NAME",
     "COPIES_NAME",
     "FORMAT_VERSION",
     "GEOMETRY_NAME",
@@ -68,6 +70,8 @@ FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 CODEC_NAME = "codec.safetensors"
 COPIES_NAME = "copies.safetensors"
+#: The index of a cache that gives way, shard by shard, to the one that is computed from it.
+CONSUMED_NAME = "index.consumed.json"
 #: Extra (samples, 5) that says where a view lies in its image, see ``codecs.copies.WHOLE``. Stored where copies are predicted.
 GEOMETRY_NAME = "view_geometry"
 #: A larger index or head is refused unread. 1 GiB of images in 500 KB shards needs far less.
@@ -144,7 +148,7 @@ class CacheIndex:
         hidden_shape: (tokens, hidden) per sample.
         dtype: Safetensors name of the dtype of the hidden states.
         codec: ``{"name", "configuration"}``.
-        num_samples: Rows of the data set.
+        num_samples: Rows of the data set, or of its part.
         chunk_size: Samples per chunk.
         shard_chunks: Chunks per shard.
         layout_seed: Seed of the chunk layout.
@@ -155,6 +159,8 @@ class CacheIndex:
         copies: ``{"name", "configuration"}`` of the codec of views 1 and up; ``None``, and then absent from the file, if it
             is that of view 0.
         copies_calibration: How that codec was chosen; absent with it.
+        part: Which part of the data set this is a cache of, see ``ChunkLayout.part``; ``None``, and then absent from the
+            file, for all of it.
     """
 
     fingerprint: dict[str, str]
@@ -173,6 +179,7 @@ class CacheIndex:
     calibration: dict[str, Any] | None = None
     copies: dict[str, Any] | None = None
     copies_calibration: dict[str, Any] | None = None
+    part: tuple[int, int, int] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -198,7 +205,7 @@ class CacheIndex:
 
 def _canonical(index: CacheIndex) -> bytes:
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
-    for name in ("calibration", "copies", "copies_calibration"):
+    for name in ("calibration", "copies", "copies_calibration", "part"):
         if document[name] is None:
             del document[name]
     body = json.dumps(document, sort_keys=True)
@@ -212,8 +219,8 @@ def save_index(directory: Path, index: CacheIndex) -> None:
         file.write(_canonical(index))
 
 
-def load_index(directory: Path) -> CacheIndex:
-    """Read and check ``index.json``.
+def load_index(directory: Path, name: str = INDEX_NAME) -> CacheIndex:
+    """Read and check ``index.json``, or what it has been renamed to.
 
     Its bytes must be exactly those that ``save_index`` writes for its content, so that any altered bit shows.
 
@@ -221,7 +228,7 @@ def load_index(directory: Path) -> CacheIndex:
         CacheCorruptError: Missing, too large, altered, or naming files that no cache has.
         UnsupportedSetupError: Written in another version of the format.
     """
-    path = directory / INDEX_NAME
+    path = directory / name
     try:
         size = path.stat().st_size
         if size > MAX_INDEX_BYTES:
@@ -254,6 +261,7 @@ def load_index(directory: Path) -> CacheIndex:
                 "hidden_shape": tuple(document["hidden_shape"]),
                 "extras": tuple(ExtraSpec(**{**extra, "shape": tuple(extra["shape"])}) for extra in document["extras"]),
                 "files": {name: FileRecord(**record) for name, record in document["files"].items()},
+                "part": None if document.get("part") is None else tuple(document["part"]),
             }
         )
         intact = _canonical(index) == raw
@@ -269,6 +277,13 @@ def _check_index(index: CacheIndex, path: Path) -> None:
     counts = (index.num_samples, index.chunk_size, index.shard_chunks, index.num_views, *index.hidden_shape)
     if not all(isinstance(count, int) and count > 0 for count in counts) or index.dtype not in DTYPES:
         raise CacheCorruptError(f"{path} is damaged: counts {counts} and dtype {index.dtype!r} make no cache.")
+    if index.part is not None:
+        whole = len(index.part) == 3 and all(type(number) is int for number in index.part)
+        part, parts, total = index.part if whole else (0, 0, 0)
+        if not (0 <= part < parts <= total <= 2**40) or (
+            index.num_samples != total * (part + 1) // parts - total * part // parts
+        ):
+            raise CacheCorruptError(f"{path} is damaged: part {index.part} does not have {index.num_samples} samples.")
     codec_from_dict(index.codec)
     # Before anything is listed or permuted: every shard has a file, and every row takes 8 bytes of its shard's head.
     num_files, stored = 2 * index.num_views * index.num_shards, sum(record.bytes for record in index.files.values())
@@ -303,7 +318,8 @@ def _check_index(index: CacheIndex, path: Path) -> None:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` for writing; on success fsync it and rename it to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own: a process of a run that was killed in part may still be writing this very file.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("wb+") as file:
             yield file

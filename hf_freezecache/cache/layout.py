@@ -16,14 +16,28 @@ class ChunkLayout:
     """Rows are permuted before they are cut into chunks, so a chunk is a random sample and never a run of one class.
 
     Attributes:
-        num_samples: Rows of the data set.
+        num_samples: Rows of the data set, or of the part of it that this layout is of.
         chunk_size: Samples per chunk; the last chunk may be smaller.
         seed: Seed of the permutation.
+        part: Which part of how many rows: (number of the part, parts, rows of the whole data set). A part is a run of the
+            permuted rows, as long as the others or one longer. ``None`` for the whole.
     """
 
     num_samples: int
     chunk_size: int
     seed: int
+    part: tuple[int, int, int] | None = None
+
+    @classmethod
+    def of_part(cls, total: int, chunk_size: int, seed: int, part: int, parts: int) -> ChunkLayout:
+        """Return the layout of one of ``parts`` parts of ``total`` rows; of the whole if there is but one."""
+        start, stop = total * part // parts, total * (part + 1) // parts
+        return cls(stop - start, chunk_size, seed, (part, parts, total) if parts > 1 else None)
+
+    @property
+    def total_samples(self) -> int:
+        """Rows of the whole data set."""
+        return self.num_samples if self.part is None else self.part[2]
 
     @property
     def num_chunks(self) -> int:
@@ -33,12 +47,16 @@ class ChunkLayout:
     @functools.cached_property
     def order(self) -> npt.NDArray[np.int64]:
         """Sample indices in the order in which they are stored, (num_samples,)."""
-        return np.random.default_rng([self.seed & (2**64 - 1), 0xC4]).permutation(self.num_samples)
+        order = np.random.default_rng([self.seed & (2**64 - 1), 0xC4]).permutation(self.total_samples)
+        if self.part is None:
+            return order
+        part, parts, total = self.part
+        return order[total * part // parts : total * (part + 1) // parts].copy()
 
     @functools.cached_property
     def position(self) -> npt.NDArray[np.int64]:
-        """Position in ``order`` of each sample index, (num_samples,)."""
-        position = np.empty(self.num_samples, dtype=np.int64)
+        """Position in ``order`` of each sample index of the whole data set, (total_samples,); -1 for rows of other parts."""
+        position = np.full(self.total_samples, -1, dtype=np.int64)
         position[self.order] = np.arange(self.num_samples)
         return position
 

@@ -73,6 +73,8 @@ class CacheReader:
     Args:
         directory: The cache.
         expected: Fingerprint it must have; ``None`` takes it as it is.
+        index_name: Name of its index.
+        partial: Whether shards may be missing. Reading what is missing fails.
 
     Raises:
         CacheCorruptError: Not a finished cache, or damaged.
@@ -81,6 +83,8 @@ class CacheReader:
 
     directory: Path
     expected: Fingerprint | None = None
+    index_name: str = INDEX_NAME
+    partial: bool = False
     index: CacheIndex = field(init=False)
     codec: Codec = field(init=False)
     views: ViewCodec = field(init=False)
@@ -90,7 +94,7 @@ class CacheReader:
     def __post_init__(self) -> None:
         """Open and check."""
         self.directory = Path(self.directory)
-        self.index = load_index(self.directory)
+        self.index = load_index(self.directory, self.index_name)
         if self.expected is not None:
             different = self.expected.difference(Fingerprint(self.index.fingerprint))
             if different:
@@ -98,11 +102,13 @@ class CacheReader:
                     f"Cache {self.directory} was written for other inputs; these parts differ: {', '.join(different)}. "
                     "Use another cache_dir, or delete the folder to rebuild."
                 )
-        self.layout = ChunkLayout(self.index.num_samples, self.index.chunk_size, self.index.layout_seed)
+        self.layout = ChunkLayout(
+            self.index.num_samples, self.index.chunk_size, self.index.layout_seed, self.index.part
+        )
         for name, record in self.index.files.items():
             path = self.directory / name
             size = path.stat().st_size if path.is_file() else None
-            if size != record.bytes:
+            if size != record.bytes and not (self.partial and size is None):
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise CacheCorruptError(
                     f"{path} {found}, expected {record.bytes} bytes. Delete {self.directory / INDEX_NAME} and run the "
@@ -178,6 +184,18 @@ class CacheReader:
                 raise CacheCorruptError(f"{path} is damaged: it does not hold the samples that {INDEX_NAME} promises.")
             self._heads[view, shard] = head
         return self._heads[view, shard]
+
+    def available_rows(self) -> npt.NDArray[np.int64]:
+        """Return the sample indices that can be read, sorted: all of them, but for a partial cache."""
+        if not self.partial:
+            return np.sort(self.layout.order)
+        views, per_shard = range(self.index.num_views), self.index.shard_chunks * self.index.chunk_size
+        there = [
+            self.layout.order[shard * per_shard : (shard + 1) * per_shard]
+            for shard in range(self.index.num_shards)
+            if all((self.directory / shard_name(view, shard)).is_file() for view in views)
+        ]
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *there]))
 
     def members(self, chunk: int) -> npt.NDArray[np.int64]:
         """Return the sample indices of a chunk in stored order."""

@@ -27,10 +27,12 @@ from tqdm.auto import tqdm
 from ..codecs import DTYPES
 from ..codecs.entropy import check_frame
 from ..errors import CacheCorruptError, CacheLockedError, CacheWriteError, DataError, FreezeCacheError
+from ..processes import Processes
 from ..views import ViewKey, preserved_random_state
 from .fingerprint import Fingerprint
 from .format import (
     CODEC_NAME,
+    CONSUMED_NAME,
     COPIES_NAME,
     GEOMETRY_NAME,
     INDEX_NAME,
@@ -52,9 +54,13 @@ from .format import (
 from .shard import CachePlan, ShardWriter
 from .state import CodecState, load_copies, load_state, save_state
 
-__all__ = ["BuildReport", "CachePlan", "RenderCollator", "build_cache", "explain_miss", "writing"]
+__all__ = ["BuildReport", "CachePlan", "RenderCollator", "build_cache", "explain_miss", "explained", "writing"]
 
 logger = logging.getLogger(__name__)
+
+#: Where ``datasets.map`` writes; gone with the build.
+_SCRATCH = ".build"
+ALONE = Processes()
 
 
 @dataclass
@@ -155,26 +161,44 @@ def _record(directory: Path, name: str, head: ShardHead | None = None) -> FileRe
     )
 
 
-def _index(directory: Path, plan: CachePlan) -> CacheIndex:
-    files: dict[str, FileRecord] = {}
-    for view in range(plan.num_views):
-        for shard in range(plan.num_shards):
-            head = read_shard_head(directory / shard_name(view, shard))
-            files[shard_name(view, shard)] = _record(directory, shard_name(view, shard), head)
-            files[part_name(view, shard)] = _record(directory, part_name(view, shard))
+def _records(directory: Path, plan: CachePlan, view: int, shard: int) -> tuple[dict[str, FileRecord], dict[str, str]]:
+    """Return the records of a shard and its index part, and the shard's metadata."""
+    names = shard_name(view, shard), part_name(view, shard)
+    head = read_shard_head(directory / names[0])
+    if json.loads(head.metadata["codec"]) != plan.views.stored_dict(view):
+        # A process of a run that was killed in part went on writing, with the codec of that run.
+        raise CacheCorruptError(
+            f"{directory / names[0]} was written with another codec, by another run. See that no other run writes "
+            f"{directory}, and start again: this shard will be rebuilt."
+        )
+    return {names[0]: _record(directory, names[0], head), names[1]: _record(directory, names[1])}, head.metadata
+
+
+def _index(
+    directory: Path, plan: CachePlan, found: Sequence[tuple[dict[str, FileRecord], dict[str, str]]]
+) -> CacheIndex:
+    files = {name: record for records, _ in found for name, record in records.items()}
     if _has_state(plan):
         files[CODEC_NAME] = _record(directory, CODEC_NAME)
     if plan.copies is not None:
         files[COPIES_NAME] = _record(directory, COPIES_NAME)
-    extras = [ExtraSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in json.loads(head.metadata["extras"])]
-    tokens, width = json.loads(head.metadata["hidden_shape"])
+    # All shards must agree on what they hold, which processes learnt apart from each other.
+    described = {tuple(metadata[name] for name in ("extras", "hidden_shape", "dtype")) for _, metadata in found}
+    if len(described) > 1:
+        raise DataError(
+            f"The shards of {directory} hold different things: {sorted(described)}. Let the transform give all images one "
+            "size, and the collator one set of names, dtypes and shapes; then delete the folder and start again."
+        )
+    extras_json, shape_json, dtype = described.pop()
+    extras = [ExtraSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in json.loads(extras_json)]
+    tokens, width = json.loads(shape_json)
     return CacheIndex(
         fingerprint=plan.fingerprint.parts,
         split_point=plan.split_point,
         num_views=plan.num_views,
         image_shape=plan.image_shape,
         hidden_shape=(tokens, width),
-        dtype=head.metadata["dtype"],
+        dtype=dtype,
         codec=plan.codec.to_dict(),
         num_samples=plan.layout.num_samples,
         chunk_size=plan.layout.chunk_size,
@@ -185,6 +209,7 @@ def _index(directory: Path, plan: CachePlan) -> CacheIndex:
         calibration=plan.calibration or {} if _has_state(plan) else None,
         copies=None if plan.copies is None else plan.copies.to_dict(),
         copies_calibration=None if plan.copies is None else plan.copies_calibration or {},
+        part=plan.layout.part,
     )
 
 
@@ -270,6 +295,17 @@ class _BaseShard:
             raise CacheCorruptError(f"{path} is damaged in chunk {position}: {error}. Delete it to rebuild.") from error
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where hidden states come from; see ``build_cache``."""
+
+    views: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    prefix: Callable[..., Tensor]
+    prefix_inputs: frozenset[str]
+    is_input: Callable[[str], bool]
+
+
 def build_cache(
     cache_dir: Path,
     plan: CachePlan,
@@ -282,11 +318,18 @@ def build_cache(
     prefix_inputs: frozenset[str] = frozenset(),
     is_input: Callable[[str], bool] = is_image,
     show_progress: bool = False,
+    processes: Processes = ALONE,
+    lock_timeout: float = 0.0,
+    consume: Callable[[int], None] | None = None,
 ) -> BuildReport:
-    """Build a cache, or the rest of one whose build was interrupted, and commit it.
+    """Build a cache, or the rest of one whose build was interrupted, and commit it. Collective.
 
     Finished shards are kept, whatever ends a build; the next call goes on behind them. Memory does not grow with the
     number of samples.
+
+    Each process builds a run of the shards, in all views. Batches never reach over the end of a shard, so what is
+    written does not depend on how many processes there are: byte for byte where each computes with as many threads, to
+    the rounding of the prefix otherwise.
 
     Args:
         cache_dir: Folder of caches; this one is ``cache_dir / plan.name``.
@@ -301,6 +344,10 @@ def build_cache(
         prefix_inputs: Names of the extras that the prefix takes as arguments, and that are stored as well.
         is_input: Says by name what is only for the prefix, and not stored. Default: ``pixel_values``.
         show_progress: Show a progress bar over all views and samples.
+        processes: Those that build together.
+        lock_timeout: Seconds to wait for another run that builds this cache.
+        consume: Called with the number of each shard once all its views are durable; for making room. Shards are then
+            built in all views before the next begins.
 
     Raises:
         CacheLockedError: Another live process is building this cache.
@@ -309,114 +356,206 @@ def build_cache(
     """
     started = time.perf_counter()
     report = BuildReport(cache_dir / plan.name)
-    with writing(cache_dir, plan), preserved_random_state():
-        _build(plan, views, collate, prefix, batch_size, num_workers, prefix_inputs, is_input, show_progress, report)
+    source = _Source(views, collate, prefix, prefix_inputs, is_input)
+    with writing(cache_dir, plan, processes, lock_timeout), preserved_random_state():
+        _build(plan, source, batch_size, num_workers, processes, consume, show_progress, report)
     report.seconds = time.perf_counter() - started
     return report
 
 
 @contextmanager
-def writing(cache_dir: Path, plan: CachePlan) -> Iterator[None]:
-    """Hold the lock of a cache, in its directory, which is made; say what to do about errors of the file system.
+def writing(
+    cache_dir: Path, plan: CachePlan, processes: Processes = ALONE, lock_timeout: float = 0.0
+) -> Iterator[None]:
+    """Hold the lock of a cache, in its directory, which is made. Collective: the leader holds it for all processes.
+
+    The lock is the kernel's: it ends with the process that holds it, however that ends.
+
+    Args:
+        cache_dir: Folder of caches.
+        plan: What the cache is to hold.
+        processes: Those that write together.
+        lock_timeout: Seconds to wait for another run that holds it.
 
     Raises:
         CacheLockedError: Another live process holds it.
-        CacheWriteError: The folder cannot be written, or the disk is full.
+        CacheWriteError: The folder cannot be written.
     """
     directory = cache_dir / plan.name
+    lock = filelock.FileLock(cache_dir / f".{plan.name}.lock")
+
+    def take() -> None:
+        with explained(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+                return
+            except filelock.Timeout:
+                if lock_timeout > 0:
+                    logger.warning(
+                        "%s is being written by another process: waiting up to %g s.", directory, lock_timeout
+                    )
+            try:
+                lock.acquire(timeout=lock_timeout)
+            except filelock.Timeout:
+                raise CacheLockedError(
+                    f"{directory} is being written by another live process, for which this one waited {lock_timeout:g} s. "
+                    "Wait for it to finish and start again, let this run wait with CacheConfig(lock_timeout=...), or give it "
+                    "another cache_dir."
+                ) from None
+
+    processes.on_leader(take)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache_dir / f".{plan.name}.lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise CacheLockedError(
-            f"{directory} is being written by another live process. Wait for it to finish and start again, or give "
-            "this run another cache_dir."
-        ) from None
+        yield
+    finally:
+        if processes.is_leader:
+            lock.release()
+
+
+@contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """Say of errors of the file system what was kept and what to do.
+
+    Raises:
+        CacheWriteError: The folder cannot be written, or the disk is full.
+    """
+    try:
+        yield
     except FreezeCacheError:
         raise
     except OSError as error:
-        free = shutil.disk_usage(next(p for p in [directory, *directory.parents] if p.is_dir())).free
+        there = next(p for p in [directory, *directory.absolute().parents] if p.is_dir())
+        free = shutil.disk_usage(there).free
         raise CacheWriteError(
             f"The cache {directory} could not be written: {error} ({free / 2**20:.0f} MiB are free there). Its finished "
             "shards are kept: make room or permit writing, or choose another cache_dir, and start again."
         ) from error
 
 
+def _sweep(directory: Path) -> None:
+    """Remove what killed builds left half written; the caller holds the lock."""
+    shutil.rmtree(directory / _SCRATCH, ignore_errors=True)
+    for path in directory.rglob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _build(
     plan: CachePlan,
-    views: Any,
-    collate: Callable[[list[Any]], dict[str, Any]],
-    prefix: Callable[..., Tensor],
+    source: _Source,
     batch_size: int,
     num_workers: int,
-    prefix_inputs: frozenset[str],
-    is_input: Callable[[str], bool],
+    processes: Processes,
+    consume: Callable[[int], None] | None,
     show_progress: bool,
     report: BuildReport,
 ) -> None:
     directory = report.directory
-    units = [(view, shard) for view in range(plan.num_views) for shard in range(plan.num_shards)]
-    if (directory / INDEX_NAME).is_file():  # finished by another process since this one looked
-        report.kept_shards, report.total_bytes = len(units), load_index(directory).total_bytes
+
+    def begin() -> bool:
+        with explained(directory):
+            if (directory / INDEX_NAME).is_file():  # finished by another run since this one looked
+                return False
+            _sweep(directory)
+            _ensure_state(directory, plan)
+            (directory / _SCRATCH).mkdir()
+            return True
+
+    everything = [(view, shard) for view in range(plan.num_views) for shard in range(plan.num_shards)]
+    if not processes.on_leader(begin):
+        report.kept_shards = len(everything)
+        report.total_bytes = processes.on_leader(lambda: load_index(directory).total_bytes)
         return
-    scratch = directory / ".build"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    _ensure_state(directory, plan)
-    pending = [unit for unit in units if not _finished(directory, plan, *unit)]
-    report.kept_shards = len(units) - len(pending)
-    if report.kept_shards:
-        logger.info("Going on with %s: %d of %d shards are finished.", directory, report.kept_shards, len(units))
+    with processes.together(), explained(directory):
+        missing = [unit for unit in processes.share(everything) if not _finished(directory, plan, *unit)]
+    pending = {unit for part in processes.gather(missing) for unit in part}
+    report.kept_shards = len(everything) - len(pending)
+    if report.kept_shards and processes.is_leader:
+        logger.info("Going on with %s: %d of %d shards are finished.", directory, report.kept_shards, len(everything))
+    # By runs of sample indices, in all their views: views that are predicted need the base view's shard.
+    mine = set(processes.share(sorted({shard for _, shard in pending})))
+    units = [unit for unit in everything if unit in pending and unit[1] in mine]
+    if consume is not None:
+        units.sort(key=lambda unit: unit[::-1])
+        with processes.together(), explained(directory):
+            for shard in processes.share(sorted(set(range(plan.num_shards)) - {shard for _, shard in pending})):
+                consume(shard)
+    with processes.together(), explained(directory):
+        _build_units(plan, units, source, batch_size, num_workers, consume, show_progress, processes, report)
+    report.built_shards = sum(processes.gather(report.built_shards))
+    with processes.together(), explained(directory):
+        records = [_records(directory, plan, view, shard) for view, shard in processes.share(everything)]
+    found = [record for part in processes.gather(records) for record in part]
+
+    def commit() -> int:
+        with explained(directory):
+            index = _index(directory, plan, found)
+            _sweep(directory)
+            save_index(directory, index)
+            (directory / CONSUMED_NAME).unlink(missing_ok=True)
+            fsync_directory(directory.parent)
+            return index.total_bytes
+
+    report.total_bytes = processes.on_leader(commit)
+
+
+def _build_units(
+    plan: CachePlan,
+    units: Sequence[tuple[int, int]],
+    source: _Source,
+    batch_size: int,
+    num_workers: int,
+    consume: Callable[[int], None] | None,
+    show_progress: bool,
+    processes: Processes,
+    report: BuildReport,
+) -> None:
+    """Write this process's shards, one after the other."""
+    directory = report.directory
     loader = DataLoader(
-        _Keyed(views),
-        batch_sampler=list(_batches(plan, pending, batch_size)),
-        collate_fn=RenderCollator(collate),
+        _Keyed(source.views),
+        batch_sampler=list(_batches(plan, units, batch_size)),
+        collate_fn=RenderCollator(source.collate),
         num_workers=num_workers,
         # A generator of its own: starting workers must not move the global one.
         generator=torch.Generator(),
     )
     rendered = iter(loader)
+    last_views = {shard: view for view, shard in sorted(units)}
     bars_enabled = datasets.are_progress_bars_disabled() is False
-    rows_done = sum(len(plan.rows(shard)) for unit in units if unit not in pending for shard in unit[1:])
+    left = sum(len(plan.rows(shard)) for _, shard in units)
+    total = left if processes.size > 1 else plan.layout.num_samples * plan.num_views
     bar = tqdm(
-        total=plan.layout.num_samples * plan.num_views,
-        initial=rows_done,
-        desc=f"Caching {plan.split_point} frozen blocks",
+        total=total,
+        initial=total - left,
+        desc=f"Caching {plan.split_point} frozen blocks"
+        + (f" (process 1 of {processes.size})" if processes.size > 1 else ""),
         unit="view",
-        disable=not show_progress,
+        disable=not show_progress or not processes.is_leader,
     )
     datasets.disable_progress_bars()
     try:
         with bar, ThreadPoolExecutor(1) as executor:
-            for view, shard in pending:
+            for view, shard in units:
                 with atomic_write(directory / shard_name(view, shard)) as file:
                     base = _BaseShard(directory, plan, shard) if plan.views.needs_base(view) else None
                     writer = ShardWriter(file, plan, view, shard, executor, base)
-                    index = _map_shard(
-                        writer, rendered, prefix, batch_size, prefix_inputs, is_input, scratch, bar, report
-                    )
+                    index = _map_shard(writer, rendered, source, batch_size, directory / _SCRATCH, bar, report)
                     writer.finish()
                 with atomic_write(directory / part_name(view, shard)) as file:
                     index.to_parquet(file)
                 report.built_shards += 1
+                if consume is not None and view == last_views[shard]:
+                    consume(shard)
     finally:
         if bars_enabled:
             datasets.enable_progress_bars()
-    shutil.rmtree(scratch, ignore_errors=True)
-    index_json = _index(directory, plan)
-    save_index(directory, index_json)
-    fsync_directory(directory.parent)
-    report.total_bytes = index_json.total_bytes
 
 
 def _map_shard(
     writer: ShardWriter,
     rendered: Iterator[tuple[list[ViewKey], dict[str, Any]]],
-    prefix: Callable[..., Tensor],
+    source: _Source,
     batch_size: int,
-    prefix_inputs: frozenset[str],
-    is_input: Callable[[str], bool],
     scratch: Path,
     bar: Any,
     report: BuildReport,
@@ -430,10 +569,10 @@ def _map_shard(
         keys, batch = next(rendered)
         if keys != [(sample_index, view) for sample_index in rows["sample_index"]]:
             raise AssertionError("rendered samples arrived out of order")
-        extras = {name: value for name, value in batch.items() if not is_input(name)}
-        inputs = {name: value for name, value in batch.items() if is_input(name) or name in prefix_inputs}
+        extras = {name: value for name, value in batch.items() if not source.is_input(name)}
+        inputs = {name: value for name, value in batch.items() if source.is_input(name) or name in source.prefix_inputs}
         rendered_at = time.perf_counter()
-        hidden_states = prefix(**inputs).detach().to("cpu")
+        hidden_states = source.prefix(**inputs).detach().to("cpu")
         report.render_seconds += rendered_at - started
         report.prefix_seconds += time.perf_counter() - rendered_at
         if hidden_states.dtype not in DTYPES.values():

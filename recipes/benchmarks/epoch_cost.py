@@ -43,8 +43,9 @@ from hf_freezecache.cache.writer import CachePlan, build_cache
 from hf_freezecache.calibration import FidelityMeter, calibrate, fit_codec
 from hf_freezecache.codecs import Codec, make_codec
 from hf_freezecache.config import DEFAULT_FIDELITY
-from hf_freezecache.dataset import ChunkSampler, collate_cached, split_packed
+from hf_freezecache.dataset import collate_cached, split_packed
 from hf_freezecache.freezing import freeze
+from hf_freezecache.sampling import ChunkSampler
 from hf_freezecache.splitting import token_grid
 from hf_freezecache.views import ViewDataset
 
@@ -95,7 +96,7 @@ class Bench:
         rows = datasets.load_dataset("parquet", data_files=files)["train"].shuffle(seed=SEED).select(range(args.images))
         self.views = ViewDataset(rows.with_transform(Augment()), SEED)
         self.layout = ChunkLayout(len(rows), 32, SEED)
-        self.sampler = ChunkSampler(self.layout, SEED, SEED, 1, 8)
+        self.sampler = ChunkSampler([self.layout], SEED, SEED, 1, 8)
         self.split = split_model(self.model, split_point)
         if split_point:
             freeze(self.split)
