@@ -153,7 +153,7 @@ class FreezeCacheTrainer(Trainer):
                 "them. The frozen part needs no gradients or optimizer state: try without."
             )
         check_arguments(args)
-        if args.world_size > 1 and not self.accelerator.multi_device:
+        if args.world_size > 1 and not (self._wraps and getattr(args, "parallelism_config", None) is None):
             raise UnsupportedSetupError(
                 f"Cached training runs on several processes by DistributedDataParallel, found "
                 f"{self.accelerator.distributed_type}. Start it with torchrun or accelerate launch, without tensor, pipeline "
@@ -416,7 +416,7 @@ class FreezeCacheTrainer(Trainer):
             self._made_optimizer = self.optimizer is None
             if self.optimizer is not None:  # the user's own holds all parameters
                 prune_optimizer(self.optimizer)
-            if self.args.world_size > 1:
+            if self._wraps:
                 # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
                 self.model_wrapped = self._unwrapped()
                 self._choose_ddp()
@@ -425,6 +425,11 @@ class FreezeCacheTrainer(Trainer):
             return prepared
         # The caller keeps what it gets for the whole run: not the wrapper, which the next stage replaces.
         return self.model, prepared[1]
+
+    @property
+    def _wraps(self) -> bool:
+        """Whether accelerate wraps the model with DDP; under torchrun it does for a single process, too."""
+        return str(self.accelerator.distributed_type.value).startswith("MULTI_")
 
     def _unwrapped(self) -> nn.Module:
         """Return the model without its wrapper for several processes and without its autocast, ready for new ones."""
@@ -465,7 +470,7 @@ class FreezeCacheTrainer(Trainer):
 
     def _wrap_again(self) -> None:
         """Wrap what still trains for several processes: a wrapper reduces the gradients that it found when it was made."""
-        if self.args.world_size == 1:
+        if not self._wraps:
             return
         # Out of accelerate's books, and of autograd's hooks, before there is a second one.
         self.model_wrapped = self._unwrapped()

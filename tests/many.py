@@ -1,0 +1,181 @@
+"""Run by torchrun: trains tiny models on several processes, and writes what every process saw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from conftest import make_images
+from tiny import Recorder, TinyTransform, make_trainer, tiny_vit
+
+from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.dataset import CachedDataset
+from hf_freezecache.errors import FreezeCacheError
+
+ROWS = 50
+SCHEDULE = "0:0,1:1,2:3"
+SETTINGS = {"schedule": SCHEDULE, "num_train_epochs": 4, "per_device_train_batch_size": 5}
+
+
+class Watched(Recorder):
+    """Counts what DDP reduces and what is decoded."""
+
+    def _enter_stage(self, split_point: int) -> None:
+        super()._enter_stage(split_point)
+        loader = self._stage_loader
+        self.stages = [*getattr(self, "stages", []), {"split_point": split_point, "reduced": None, "decoded": []}]
+        self.cached = loader.dataset if isinstance(loader.dataset, CachedDataset) else None
+        self.wrapped = self.model_wrapped
+        if isinstance(self.wrapped, torch.nn.parallel.DistributedDataParallel):
+            self.seen: list[int] = []
+
+            def hook(_, bucket):  # DDP reads annotations, which must not be strings
+                self.seen.append(bucket.buffer().numel())
+                return (
+                    dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+                    .get_future()
+                    .then(lambda future: future.value()[0])
+                )
+
+            self.wrapped.register_comm_hook(None, hook)
+            self.stages[-1]["find_unused"] = self.wrapped.find_unused_parameters
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        steps = self.state.global_step
+        before = 0 if getattr(self, "cached", None) is None else self.cached.decoded_chunks
+        old = getattr(self, "cached", None)
+        super()._run_epoch(*args, **kwargs)
+        stage = self.stages[-1]
+        if getattr(self, "seen", None):
+            stage["reduced"] = sum(self.seen) // (self.state.global_step - steps)
+            self.seen.clear()
+        if self.cached is not None:
+            stage["decoded"].append(self.cached.decoded_chunks - (before if self.cached is old else 0))
+
+
+def digest(model: torch.nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        found.update(name.encode() + parameter.detach().numpy().tobytes())
+    return found.hexdigest()
+
+
+def data(rows: int = ROWS) -> datasets.Dataset:
+    return make_images(rows).with_transform(TinyTransform(augment=True))
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
+    cache = {"num_views": 2, "transform_id": "tiny", **settings.pop("cache", {})}
+    trainer = make_trainer(tiny_vit(), data(), cls=Watched, cache=cache, **{**SETTINGS, **settings})
+    trainer.train(resume_from_checkpoint=resume)
+    logs = trainer.state.log_history
+    return {
+        "digest": digest(trainer.model),
+        "losses": getattr(trainer, "losses", []),
+        "stages": getattr(trainer, "stages", []),
+        "built": [entry["freezecache/built_shards"] for entry in logs if "freezecache/built_shards" in entry],
+        "steps": trainer.state.global_step,
+        "trainable": [e["freezecache/trainable_parameters"] for e in logs if "freezecache/trainable_parameters" in e],
+    }
+
+
+def parity() -> dict[str, Any]:
+    found = {mode: run(cache={"mode": mode}, save_strategy="no") for mode in ("always", "never")}
+    saved = run(save_strategy="steps", save_steps=5, output_dir="saved")
+    if dist.is_initialized():
+        dist.barrier()  # the first process is the last to save
+    checkpoints = sorted(Path("saved").glob("checkpoint-*"))
+    resumed = {path.name: run(str(path), output_dir="resumed") for path in checkpoints}
+    return {**found, "saved": saved, "resumed": resumed}
+
+
+def lossy() -> dict[str, Any]:
+    """A lossy cache with copies, promoted shard by shard; and the same without making room."""
+    cache = {"codec": "auto", "promote": "always", "chunk_size": 4}
+    return {
+        "plain": run(cache={**cache, "cache_dir": "plain"}),
+        "low_disk": run(cache={**cache, "cache_dir": "low", "low_disk": True}),
+    }
+
+
+def build() -> dict[str, Any]:
+    """Build and promote caches from weights that do not change: they depend on nothing that several processes change."""
+    settings = {"schedule": "0:1,1:3", "num_train_epochs": 2, "learning_rate": 0.0}
+    lossy = {"codec": "auto", "promote": "always", "cache_dir": "lossy", "chunk_size": 4}
+    return {"lossless": run(**settings, cache={"chunk_size": 4}), "lossy": run(**settings, cache=lossy)}
+
+
+def one_fails(mode: str) -> dict[str, Any]:
+    """The disk of the second process is full: it may write no file over 4 KiB."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if int(os.environ["RANK"]) == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        return run(schedule="0:1,1:3", num_train_epochs=2, cache={"mode": mode, "cache_dir": f"full-{mode}"})
+    except FreezeCacheError as error:
+        return {"error": [type(error).__name__, str(error)]}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def node() -> dict[str, Any]:
+    """A folder of caches on each machine."""
+    settings = {"schedule": "0:1,1:3", "num_train_epochs": 3}
+    cache = {"cache_placement": "node", "chunk_size": 4}
+    found = {mode: run(**settings, cache={**cache, "mode": mode}) for mode in ("always", "never")}
+    readers = [CacheReader(path.parent) for path in sorted(Path("caches").glob("k*/index.json"))]
+    return {
+        **found,
+        "rows": [sorted(reader.layout.order.tolist()) for reader in readers],
+        "again": run(**settings, cache=cache),
+    }
+
+
+def go_on(checkpoint: str) -> dict[str, Any]:
+    return run(checkpoint)
+
+
+def too_many() -> dict[str, Any]:
+    try:
+        return run(cache={"chunk_size": 50})
+    except FreezeCacheError as error:
+        return {"error": [type(error).__name__, str(error)]}
+
+
+def main(*scenarios: str) -> None:
+    """Each scenario is a function, with its arguments after colons."""
+    quiet()
+    found = {}
+    for scenario in scenarios:
+        name, *arguments = scenario.split(":")
+        found[scenario] = globals()[name](*arguments)
+    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    Path(f"found-{rank}-of-{size}.json").write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,181 @@
+"""Several processes, started as users start them: what they train, read, write and send to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+#: Parameters of the tiny model behind 0, 1 and 3 frozen blocks.
+TRAINABLE = {0: 10068, 1: 6772, 3: 2324}
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def torchrun(processes: int, *arguments: str, port: int | None = None, nodes: str = "1", node: str = "0") -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--nnodes", nodes),
+        *("--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", str(port or free_port())),
+        *(str(ROOT / "tests" / "many.py"), *arguments),
+    ]
+
+
+def launch(folder: Path, processes: int, *scenarios: str) -> list[dict[str, Any]]:
+    """Run scenarios of ``many.py`` in a folder; return what each process found."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        torchrun(processes, *scenarios),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"found-{rank}-of-{processes}.json").read_text()) for rank in range(processes)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    """What two processes found, one start for all scenarios."""
+    return launch(folder, 2, "parity", "build", "one_fails:always", "one_fails:auto", "lossy", "too_many")
+
+
+def test_cached_equals_frozen_uncached_to_the_bit(two) -> None:
+    for found in two:
+        parity = found["parity"]
+        assert parity["always"]["losses"] == parity["never"]["losses"]
+        assert parity["always"]["digest"] == parity["never"]["digest"]
+    assert two[0]["parity"]["always"]["digest"] == two[1]["parity"]["always"]["digest"]
+    assert two[0]["parity"]["always"]["losses"] != two[1]["parity"]["always"]["losses"]  # other samples each
+
+
+def test_resuming_at_every_checkpoint_is_the_same_to_the_bit(two) -> None:
+    for found in two:
+        parity = found["parity"]
+        assert parity["saved"]["built"] == [0, 0]  # the caches of the first run
+        assert len(parity["resumed"]) == 5
+        for name, resumed in parity["resumed"].items():
+            assert resumed["digest"] == parity["always"]["digest"], name
+            assert resumed["steps"] == 24
+
+
+def test_each_chunk_is_decoded_by_one_process_in_an_epoch(two) -> None:
+    counts = [[stage["decoded"] for stage in found["parity"]["always"]["stages"]] for found in two]
+    assert counts == [[[], [4], [4, 4]], [[], [3], [3, 3]]]  # 50 rows in chunks of 8
+
+
+def test_only_gradients_of_what_trains_are_sent(two) -> None:
+    for found in two:
+        for stage in found["parity"]["always"]["stages"]:
+            assert stage["reduced"] == TRAINABLE[stage["split_point"]]
+            assert stage["find_unused"] is False
+
+
+def test_what_is_written_does_not_depend_on_the_number_of_processes(two, folder: Path, tmp_path: Path) -> None:
+    (alone,) = launch(tmp_path / "one", 1, "build")
+    for name in ("caches", "lossy"):
+        one = hashes(tmp_path / "one" / name)
+        # caches of the parity scenario stand beside those of the build
+        both = hashes(folder / name)
+        assert len(one) > 50
+        assert {path: both.get(path) for path in one} == one
+    assert alone["build"]["lossless"]["built"] == two[0]["build"]["lossless"]["built"] == [14, 14]
+
+
+@pytest.mark.slow
+def test_nor_with_three(folder: Path, two, tmp_path: Path) -> None:
+    launch(tmp_path / "three", 3, "build")
+    for name in ("caches", "lossy"):
+        three, both = hashes(tmp_path / "three" / name), hashes(folder / name)
+        assert len(three) > 50
+        assert {path: both.get(path) for path in three} == three
+
+
+def test_a_cache_and_a_checkpoint_of_two_processes_serve_one(two, folder: Path) -> None:
+    (found,) = launch(folder, 1, "go_on:saved/checkpoint-10")
+    # The first 0 is in the history of the checkpoint. One process takes other steps: the last stage has other weights.
+    assert found["go_on:saved/checkpoint-10"]["built"] == [0, 0, 8]
+
+
+def test_where_one_process_cannot_write_all_stop_with_what_to_do(two) -> None:
+    for rank, found in enumerate(two):
+        name, message = found["one_fails:always"]["error"]
+        assert name == "CacheWriteError"
+        assert "File too large" in message
+        assert "trainer.train() begins anew, with the finished shards" in message
+        assert message.startswith("Process 1: ") == (rank == 0)
+
+
+def test_or_all_train_on_without_a_cache(two) -> None:
+    for found in two:
+        stages = found["one_fails:auto"]["stages"]
+        assert [(stage["split_point"], stage["decoded"]) for stage in stages] == [(1, []), (3, [])]
+    assert two[0]["one_fails:auto"]["digest"] == two[1]["one_fails:auto"]["digest"]
+
+
+def test_a_cache_gives_way_to_the_next_without_changing_it(two, folder: Path) -> None:
+    for found in two:
+        assert found["lossy"]["low_disk"]["digest"] == found["lossy"]["plain"]["digest"]
+    plain, low = hashes(folder / "plain"), hashes(folder / "low")
+    assert {name for name in low if name.startswith("k01")} == set()
+    assert {name: digest for name, digest in plain.items() if name.startswith("k03")} == low
+
+
+def test_more_processes_than_chunks_are_refused(two) -> None:
+    for found in two:
+        name, message = found["too_many"]["error"]
+        assert name == "UnsupportedSetupError"
+        assert "2 processes share 50 rows in 1 chunks" in message
+        assert "at most 25" in message
+
+
+def test_each_machine_builds_and_reads_its_own_rows(tmp_path: Path) -> None:
+    port, running = free_port(), []
+    for node in ("0", "1"):
+        (tmp_path / node).mkdir()
+        command = torchrun(1, "node", port=port, nodes="2", node=node)
+        running.append(
+            subprocess.Popen(command, cwd=tmp_path / node, env=environment(), stderr=subprocess.PIPE, text=True)
+        )
+    errors = [process.communicate(timeout=200)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    found = [json.loads((tmp_path / str(n) / f"found-{n}-of-2.json").read_text())["node"] for n in range(2)]
+    for each in found:
+        assert each["always"]["digest"] == each["never"]["digest"]
+        assert each["always"]["losses"] == each["never"]["losses"]
+        assert each["always"]["built"] == [8, 8]  # 25 rows: 7 chunks, in 4 shards of 2 views
+        assert each["again"]["built"] == [0, 0]
+        assert each["rows"][0] == each["rows"][1]
+    assert found[0]["always"]["digest"] == found[1]["always"]["digest"]
+    assert sorted(found[0]["rows"][0] + found[1]["rows"][0]) == list(range(50))
