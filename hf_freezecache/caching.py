@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache.commit import explain_miss
 from .cache.fingerprint import Fingerprint, hash_config, hash_tensors
 from .cache.format import (
     CODEC_NAME,
@@ -26,10 +27,11 @@ from .cache.format import (
     part_name,
     shard_name,
 )
+from .cache.locking import ALONE, explained, writing
 from .cache.reader import CacheReader
-from .cache.shard import cache_name
+from .cache.shard import CachePlan, cache_name
 from .cache.state import CodecState, load_copies, load_state, save_state
-from .cache.writer import ALONE, BuildReport, CachePlan, build_cache, explain_miss, explained, writing
+from .cache.writer import BuildReport, build_cache
 from .choosing import CodecChooser, Data, Runner, check_rows, promoted, requested_codec
 from .codecs import Codec
 from .config import CacheConfig

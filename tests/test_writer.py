@@ -21,7 +21,8 @@ from hf_freezecache.cache import shard as shard_module
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.layout import ChunkLayout
 from hf_freezecache.cache.reader import CacheReader, verify_cache
-from hf_freezecache.cache.writer import CachePlan, build_cache
+from hf_freezecache.cache.shard import CachePlan
+from hf_freezecache.cache.writer import build_cache
 from hf_freezecache.codecs import make_codec
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import CacheLockedError, CacheWriteError

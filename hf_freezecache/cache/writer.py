@@ -9,13 +9,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,22 +25,19 @@ from tqdm.auto import tqdm
 
 from ..codecs import DTYPES
 from ..codecs.entropy import check_frame
-from ..errors import CacheCorruptError, CacheLockedError, CacheWriteError, DataError, FreezeCacheError
+from ..errors import CacheCorruptError, DataError
 from ..processes import Processes
 from ..views import ViewKey, preserved_random_state
-from .fingerprint import Fingerprint
+from .commit import has_state, make_index, shard_records
 from .format import (
     CODEC_NAME,
     CONSUMED_NAME,
     COPIES_NAME,
     GEOMETRY_NAME,
     INDEX_NAME,
-    CacheIndex,
     ExtraSpec,
-    FileRecord,
     ShardHead,
     atomic_write,
-    file_sha256,
     fsync_directory,
     load_index,
     part_name,
@@ -51,16 +47,16 @@ from .format import (
     save_index,
     shard_name,
 )
+from .locking import ALONE, explained, writing
 from .shard import CachePlan, ShardWriter
 from .state import CodecState, load_copies, load_state, save_state
 
-__all__ = ["BuildReport", "CachePlan", "RenderCollator", "build_cache", "explain_miss", "explained", "writing"]
+__all__ = ["BuildReport", "RenderCollator", "build_cache"]
 
 logger = logging.getLogger(__name__)
 
 #: Where ``datasets.map`` writes; gone with the build.
 _SCRATCH = ".build"
-ALONE = Processes()
 
 
 @dataclass
@@ -150,86 +146,6 @@ def _finished(directory: Path, plan: CachePlan, view: int, shard: int) -> bool:
     return True
 
 
-def _record(directory: Path, name: str, head: ShardHead | None = None) -> FileRecord:
-    path = directory / name
-    head_bytes = 0 if head is None else head.head_bytes
-    return FileRecord(
-        path.stat().st_size,
-        file_sha256(path),
-        head_bytes,
-        file_sha256(path, head_bytes) if head_bytes else "",
-    )
-
-
-def _records(directory: Path, plan: CachePlan, view: int, shard: int) -> tuple[dict[str, FileRecord], dict[str, str]]:
-    """Return the records of a shard and its index part, and the shard's metadata."""
-    names = shard_name(view, shard), part_name(view, shard)
-    head = read_shard_head(directory / names[0])
-    if json.loads(head.metadata["codec"]) != plan.views.stored_dict(view):
-        # A process of a run that was killed in part went on writing, with the codec of that run.
-        raise CacheCorruptError(
-            f"{directory / names[0]} was written with another codec, by another run. See that no other run writes "
-            f"{directory}, and start again: this shard will be rebuilt."
-        )
-    return {names[0]: _record(directory, names[0], head), names[1]: _record(directory, names[1])}, head.metadata
-
-
-def _index(
-    directory: Path, plan: CachePlan, found: Sequence[tuple[dict[str, FileRecord], dict[str, str]]]
-) -> CacheIndex:
-    files = {name: record for records, _ in found for name, record in records.items()}
-    if _has_state(plan):
-        files[CODEC_NAME] = _record(directory, CODEC_NAME)
-    if plan.copies is not None:
-        files[COPIES_NAME] = _record(directory, COPIES_NAME)
-    # All shards must agree on what they hold, which processes learnt apart from each other.
-    described = {tuple(metadata[name] for name in ("extras", "hidden_shape", "dtype")) for _, metadata in found}
-    if len(described) > 1:
-        raise DataError(
-            f"The shards of {directory} hold different things: {sorted(described)}. Let the transform give all images one "
-            "size, and the collator one set of names, dtypes and shapes; then delete the folder and start again."
-        )
-    extras_json, shape_json, dtype = described.pop()
-    extras = [ExtraSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in json.loads(extras_json)]
-    tokens, width = json.loads(shape_json)
-    return CacheIndex(
-        fingerprint=plan.fingerprint.parts,
-        split_point=plan.split_point,
-        num_views=plan.num_views,
-        image_shape=plan.image_shape,
-        hidden_shape=(tokens, width),
-        dtype=dtype,
-        codec=plan.codec.to_dict(),
-        num_samples=plan.layout.num_samples,
-        chunk_size=plan.layout.chunk_size,
-        shard_chunks=plan.shard_chunks,
-        layout_seed=plan.layout.seed,
-        extras=tuple(extras),
-        files=files,
-        calibration=plan.calibration or {} if _has_state(plan) else None,
-        copies=None if plan.copies is None else plan.copies.to_dict(),
-        copies_calibration=None if plan.copies is None else plan.copies_calibration or {},
-        part=plan.layout.part,
-    )
-
-
-def explain_miss(cache_dir: Path, fingerprint: Fingerprint) -> str | None:
-    """Say in which parts the most similar finished cache differs, or ``None`` if there is no other cache."""
-    nearest: tuple[int, Path, list[str]] | None = None
-    for path in sorted(cache_dir.glob(f"k*/{INDEX_NAME}")):
-        try:
-            parts = load_index(path.parent).fingerprint
-        except (FreezeCacheError, OSError) as error:
-            logger.warning("Passing over a cache that cannot be read: %s", error)
-            continue
-        different = fingerprint.difference(Fingerprint(parts))
-        if nearest is None or len(different) < nearest[0]:
-            nearest = (len(different), path.parent, different)
-    if nearest is None:
-        return None
-    return f"the nearest cache, {nearest[1]}, differs in: {', '.join(nearest[2])}"
-
-
 def _batches(plan: CachePlan, units: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[ViewKey]]:
     for view, shard in units:
         rows = plan.rows(shard).tolist()
@@ -242,15 +158,10 @@ def is_image(name: str) -> bool:
     return name == "pixel_values"
 
 
-def _has_state(plan: CachePlan) -> bool:
-    """Say whether the cache holds a codec's state: all lossy ones, and those that calibration found no lossy codec for."""
-    return plan.calibration is not None or not plan.codec.lossless
-
-
 def _ensure_state(directory: Path, plan: CachePlan) -> None:
     """Write the states of codecs unless they are there. Before any shard, so that no shard is ever without them."""
     states: list[tuple[str, Callable[[Path, str], CodecState[Any]], CodecState[Any]]] = []
-    if _has_state(plan):
+    if has_state(plan):
         states.append((CODEC_NAME, load_state, CodecState(plan.codec, plan.calibration or {})))
     if plan.copies is not None:
         states.append((COPIES_NAME, load_copies, CodecState(plan.copies, plan.copies_calibration or {})))
@@ -363,75 +274,6 @@ def build_cache(
     return report
 
 
-@contextmanager
-def writing(
-    cache_dir: Path, plan: CachePlan, processes: Processes = ALONE, lock_timeout: float = 0.0
-) -> Iterator[None]:
-    """Hold the lock of a cache, in its directory, which is made. Collective: the leader holds it for all processes.
-
-    The lock is the kernel's: it ends with the process that holds it, however that ends.
-
-    Args:
-        cache_dir: Folder of caches.
-        plan: What the cache is to hold.
-        processes: Those that write together.
-        lock_timeout: Seconds to wait for another run that holds it.
-
-    Raises:
-        CacheLockedError: Another live process holds it.
-        CacheWriteError: The folder cannot be written.
-    """
-    directory = cache_dir / plan.name
-    lock = filelock.FileLock(cache_dir / f".{plan.name}.lock")
-
-    def take() -> None:
-        with explained(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-                return
-            except filelock.Timeout:
-                if lock_timeout > 0:
-                    logger.warning(
-                        "%s is being written by another process: waiting up to %g s.", directory, lock_timeout
-                    )
-            try:
-                lock.acquire(timeout=lock_timeout)
-            except filelock.Timeout:
-                raise CacheLockedError(
-                    f"{directory} is being written by another live process, for which this one waited {lock_timeout:g} s. "
-                    "Wait for it to finish and start again, let this run wait with CacheConfig(lock_timeout=...), or give it "
-                    "another cache_dir."
-                ) from None
-
-    processes.on_leader(take)
-    try:
-        yield
-    finally:
-        if processes.is_leader:
-            lock.release()
-
-
-@contextmanager
-def explained(directory: Path) -> Iterator[None]:
-    """Say of errors of the file system what was kept and what to do.
-
-    Raises:
-        CacheWriteError: The folder cannot be written, or the disk is full.
-    """
-    try:
-        yield
-    except FreezeCacheError:
-        raise
-    except OSError as error:
-        there = next(p for p in [directory, *directory.absolute().parents] if p.is_dir())
-        free = shutil.disk_usage(there).free
-        raise CacheWriteError(
-            f"The cache {directory} could not be written: {error} ({free / 2**20:.0f} MiB are free there). Its finished "
-            "shards are kept: make room or permit writing, or choose another cache_dir, and start again."
-        ) from error
-
-
 def _sweep(directory: Path) -> None:
     """Remove what killed builds left half written; the caller holds the lock."""
     shutil.rmtree(directory / _SCRATCH, ignore_errors=True)
@@ -483,12 +325,12 @@ def _build(
         _build_units(plan, units, source, batch_size, num_workers, consume, show_progress, processes, report)
     report.built_shards = sum(processes.gather(report.built_shards))
     with processes.together(), explained(directory):
-        records = [_records(directory, plan, view, shard) for view, shard in processes.share(everything)]
+        records = [shard_records(directory, plan, view, shard) for view, shard in processes.share(everything)]
     found = [record for part in processes.gather(records) for record in part]
 
     def commit() -> int:
         with explained(directory):
-            index = _index(directory, plan, found)
+            index = make_index(directory, plan, found)
             _sweep(directory)
             save_index(directory, index)
             (directory / CONSUMED_NAME).unlink(missing_ok=True)

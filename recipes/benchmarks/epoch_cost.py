@@ -39,7 +39,8 @@ from hf_freezecache import CachedDataset, split_model
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.layout import ChunkLayout
 from hf_freezecache.cache.reader import CacheReader
-from hf_freezecache.cache.writer import CachePlan, build_cache
+from hf_freezecache.cache.shard import CachePlan
+from hf_freezecache.cache.writer import build_cache
 from hf_freezecache.calibration import FidelityMeter, calibrate, fit_codec
 from hf_freezecache.codecs import Codec, make_codec
 from hf_freezecache.config import DEFAULT_FIDELITY
