@@ -203,7 +203,8 @@ class StageCache:
         report = self._build(split, plan, source)
         report.seconds = time.perf_counter() - started
         reader = self._reader(directory, fingerprint)
-        logger.info(
+        say = logger.info if processes.is_leader else logger.debug
+        say(
             "Cached %d views in %.1f s (%.1f s %s, %.1f s in the prefix): %.1f MiB, %.2f bits per element, in %s.",
             self.data.layout.num_samples * config.num_views,
             report.seconds,

@@ -313,16 +313,13 @@ def _build(
     report.kept_shards = len(everything) - len(pending)
     if report.kept_shards and processes.is_leader:
         logger.info("Going on with %s: %d of %d shards are finished.", directory, report.kept_shards, len(everything))
-    # By runs of sample indices, in all their views: views that are predicted need the base view's shard.
-    mine = set(processes.share(sorted({shard for _, shard in pending})))
-    units = [unit for unit in everything if unit in pending and unit[1] in mine]
     if consume is not None:
-        units.sort(key=lambda unit: unit[::-1])
         with processes.together(), explained(directory):
             for shard in processes.share(sorted(set(range(plan.num_shards)) - {shard for _, shard in pending})):
                 consume(shard)
-    with processes.together(), explained(directory):
-        _build_units(plan, units, source, batch_size, num_workers, consume, show_progress, processes, report)
+    for units in _shares(plan, pending, processes, by_shard=consume is not None):
+        with processes.together(), explained(directory):
+            _build_units(plan, units, source, batch_size, num_workers, consume, show_progress, processes, report)
     report.built_shards = sum(processes.gather(report.built_shards))
     with processes.together(), explained(directory):
         records = [shard_records(directory, plan, view, shard) for view, shard in processes.share(everything)]
@@ -338,6 +335,26 @@ def _build(
             return index.total_bytes
 
     report.total_bytes = processes.on_leader(commit)
+
+
+def _shares(
+    plan: CachePlan, pending: set[tuple[int, int]], processes: Processes, by_shard: bool
+) -> list[list[tuple[int, int]]]:
+    """Return what this process builds, (view, shard), one list after the other: runs of sample indices.
+
+    Views that are predicted need the base view's shard: all processes finish those first. Where shards of an earlier
+    cache give way, each is built in all views by one process, one shard after the other.
+    """
+    if by_shard:
+        mine = set(processes.share(sorted({shard for _, shard in pending})))
+        return [sorted((unit for unit in pending if unit[1] in mine), key=lambda unit: unit[::-1])]
+    predicted = plan.num_views > 1 and plan.views.needs_base(1)
+    phases = (
+        [[unit for unit in sorted(pending) if (unit[0] == 0) == first] for first in (True, False)]
+        if predicted
+        else [sorted(pending)]
+    )
+    return [processes.share(phase) for phase in phases]
 
 
 def _build_units(
