@@ -1,0 +1,165 @@
+"""What do a million rows cost before the first batch? Memory and time of opening, sampling and resuming.
+
+    python recipes/benchmarks/scale.py --rows 1000000 --json recipes/benchmarks/results/scale.json
+
+Builds two caches of so many rows, with tiny hidden states of noise, the second with sixteen times the bytes of the first;
+then, each in a fresh process, ``--repeats`` times: opens the cache, makes the sampler, draws the keys of an epoch, and reads the
+first batch of a run that is resumed in the middle of an epoch, through accelerate's loader. Reports seconds, and the memory
+that each step adds to the process after imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from record import save, spread
+from torch.utils.data import DataLoader, Dataset
+
+from hf_freezecache.cache.fingerprint import Fingerprint
+from hf_freezecache.cache.format import load_index
+from hf_freezecache.cache.layout import ChunkLayout
+from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.cache.shard import CachePlan
+from hf_freezecache.cache.writer import build_cache
+from hf_freezecache.codecs import make_codec
+from hf_freezecache.dataset import CachedDataset, collate_cached
+from hf_freezecache.sampling import ChunkSampler
+
+SEED, BATCH, WINDOW, TOKENS = 0, 256, 8, 2
+WIDTHS = (4, 64)
+
+
+class Rows(Dataset):  # type: ignore[type-arg]
+    """Row numbers for images."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, key: tuple[int, int]) -> int:
+        return key[0]
+
+
+def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    numbers = torch.tensor(rows)
+    return {"pixel_values": numbers, "labels": numbers % 1000}
+
+
+def build(folder: Path, rows: int, width: int) -> Path:
+    noise = torch.randn(1 << 16, TOKENS, width, generator=torch.Generator().manual_seed(SEED))
+
+    def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
+        return noise[pixel_values % len(noise)]
+
+    plan = CachePlan(
+        Fingerprint({"rows": str(rows), "width": str(width)}),
+        split_point=1,
+        image_shape=(3, 32, 32),
+        num_views=1,
+        layout=ChunkLayout(rows, 32, SEED),
+        shard_chunks=32,
+        codec=make_codec("lossless"),
+    )
+    return build_cache(folder, plan, Rows(rows), collate, prefix, batch_size=1024).directory
+
+
+def measure(directory: Path) -> dict[str, float]:
+    """Open, sample and resume in this process."""
+    from accelerate import Accelerator, skip_first_batches
+
+    accelerator = Accelerator(cpu=True)
+    process = psutil.Process()
+    found: dict[str, float] = {}
+    base = process.memory_info().rss
+
+    def step(name: str, began: float) -> None:
+        found[f"{name}_seconds"] = time.perf_counter() - began
+        found[f"{name}_mib"] = (process.memory_info().rss - base) / 2**20
+
+    began = time.perf_counter()
+    dataset = CachedDataset(CacheReader(directory), max_chunks=2 * WINDOW)
+    step("open", began)
+    began = time.perf_counter()
+    sampler = ChunkSampler([dataset.reader.layout], SEED, SEED, 1, WINDOW)
+    assert len(sampler) == len(dataset)
+    step("sampler", began)
+    began = time.perf_counter()
+    drawn = sum(1 for _ in sampler)
+    assert drawn == len(dataset)
+    step("epoch_of_keys", began)
+    began = time.perf_counter()
+    loader = accelerator.prepare(DataLoader(dataset, batch_size=BATCH, sampler=sampler, collate_fn=collate_cached))
+    half = len(loader) // 2
+    batch = next(iter(skip_first_batches(loader, half)))
+    assert len(batch["labels"]) == BATCH
+    step("resume", began)
+    found["peak_mib"] = found["resume_mib"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=None, help="where to write the record")
+    parser.add_argument("--measure", type=Path, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.measure is not None:
+        print(json.dumps(measure(arguments.measure)))
+        return
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folders = {}
+        for width in WIDTHS:
+            began = time.perf_counter()
+            folders[width] = build(Path(name), arguments.rows, width)
+            seconds = time.perf_counter() - began
+            total = load_index(folders[width]).total_bytes
+            results[str(width)] = {"cache_bytes": total, "build_seconds": round(seconds, 1)}
+        samples: dict[int, list[dict[str, float]]] = {width: [] for width in WIDTHS}
+        for _ in range(arguments.repeats):
+            for width in WIDTHS:
+                command = [sys.executable, __file__, "--measure", str(folders[width])]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                samples[width].append(json.loads(done.stdout.splitlines()[-1]))
+    for width, found in samples.items():
+        own = results[str(width)]
+        own |= {key: spread([one[key] for one in found]) for key in found[0]}
+        print(
+            f"{arguments.rows:,} rows, {own['cache_bytes'] / 2**20:,.0f} MiB: open {own['open_seconds']['median']:.2f} s, sampler "
+            f"{own['sampler_seconds']['median'] * 1e3:.2f} ms, keys of an epoch {own['epoch_of_keys_seconds']['median']:.2f} s, "
+            f"resume in the middle {own['resume_seconds']['median']:.2f} s, {own['peak_mib']['median']:.0f} MiB of memory"
+        )
+    small, large = (results[str(width)] for width in WIDTHS)
+    results["growth"] = {
+        "bytes": round(large["cache_bytes"] / small["cache_bytes"], 2),
+        "memory": round(large["peak_mib"]["median"] / small["peak_mib"]["median"], 2),
+        "resume": round(large["resume_seconds"]["median"] / small["resume_seconds"]["median"], 2),
+    }
+    print(f"with {results['growth']['bytes']} times the bytes: {results['growth']}")
+    if arguments.json is not None:
+        config = {
+            "rows": arguments.rows,
+            "repeats": arguments.repeats,
+            "batch": BATCH,
+            "window": WINDOW,
+            "widths": WIDTHS,
+        }
+        save(arguments.json, "scale", config, results)
+
+
+if __name__ == "__main__":
+    main()
