@@ -59,11 +59,11 @@ MAY_IMPORT = {
     "cache.schema": {"codecs.base"},
     "cache.heads": {"errors", *CODECS, "cache.schema", "cache.storage"},
     "cache.format": {"errors", *CODECS, *FILES_OF_A_CACHE},
-    "cache.parts": {"cache.storage"},
+    "cache.parts": {"cache.schema", "cache.storage"},
     "cache.shard": {*CACHE, *CODECS, "cache.schema"},
     "cache.state": {*CACHE, *CODECS, "cache.schema", "cache.storage"},
     "cache.writer": {*CACHE, *CODECS, "cache.shard", "cache.state", "views"},
-    "cache.reader": {*CACHE, *CODECS, "cache.parts", "cache.state", "cache.storage", "codecs.copies"},
+    "cache.reader": {*CACHE, *CODECS, "cache.parts", "cache.schema", "cache.state", "cache.storage", "codecs.copies"},
     "dataset": {*CACHE, "cache.reader", "codecs", "views"},
     "choosing": {
         *(*CACHE, "cache.reader", "cache.state", "calibration", "codecs", "config", "dataset", "splitting", "views"),

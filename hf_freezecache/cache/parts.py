@@ -9,14 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .schema import max_part_bytes
 from .storage import StoredFile
 
 __all__ = ["check_part"]
-
-#: Bytes of a part beside its rows: the footer with its schema.
-_FOOTER_BYTES = 2**20
-#: Most that a value takes: parquet stores numbers in 8 bytes, and pages and statistics beside them.
-_VALUE_BYTES = 64
 
 
 def _same(found: Any, expected: Any) -> bool:
@@ -37,7 +33,7 @@ def check_part(file: StoredFile, expected: Mapping[str, Sequence[Any]]) -> None:
         CacheCorruptError: It cannot be read.
     """
     rows, size = len(next(iter(expected.values()))), file.size() or 0
-    most = _FOOTER_BYTES + _VALUE_BYTES * rows * len(expected)
+    most = max_part_bytes(rows, len(expected))
     if size > most:
         raise ValueError(f"{size} bytes for {rows} rows, expected at most {most}")
     try:

@@ -39,6 +39,7 @@ from .format import (
 )
 from .layout import ChunkLayout
 from .parts import check_part
+from .schema import max_tensor_bytes
 from .state import CodecState, load_copies, load_state, read_state
 from .storage import LocalStorage, RemoteStorage, Storage, open_storage
 
@@ -167,9 +168,7 @@ class CacheReader:
             raise CacheCorruptError(f"{index} is damaged: it names no {GEOMETRY_NAME} of 5 numbers.")
 
     def _state(self, name: str, load: Callable[..., CodecState[Any]], expected: Any) -> CodecState[Any]:
-        file, (tokens, hidden) = self.storage.file(name), self.index.hidden_shape
-        # A basis and a mean of four bytes each, and as much again.
-        most = 8 * (hidden + 1) * (hidden + tokens + 1)
+        file, most = self.storage.file(name), max_tensor_bytes(*self.index.hidden_shape)
         data = read_state(file, most)
         if hashlib.sha256(data).hexdigest() != self.index.files[name].sha256:
             raise CacheCorruptError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,13 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "MAX_HEAD_BYTES",
     "MAX_INDEX_BYTES",
+    "MAX_STATE_HEADER_BYTES",
     "RESERVED_EXTRAS",
     "check_document",
     "check_extra",
+    "max_part_bytes",
+    "max_state_bytes",
+    "max_tensor_bytes",
     "parse_json",
     "part_name",
     "shard_name",
@@ -40,8 +45,15 @@ MAX_INDEX_BYTES = 16 * 2**20
 MAX_HEAD_BYTES = 64 * 2**20
 #: Largest chunk, decoded. 32 samples of 1374 tokens of 1536 fp32 channels (DINOv2-giant at 518 pixels) take 258 MiB.
 MAX_CHUNK_BYTES = 2**31
+#: A longer header of a state is refused unread: it holds the codec's configuration and the report of its calibration.
+MAX_STATE_HEADER_BYTES = 4 * 2**20
+#: Frames of a sample: at most this many times its size, and the smallest size of all frames of a chunk. Packed integers of
+#: the worst distribution take 5 times the size of fp16.
+_MOST_TIMES, _FRAMES_BYTES = 16, 2**14
 #: Lists, objects and commas of a document: what bounds the memory that parsing takes, 30 times the text at worst.
 _MAX_OPENED, _MAX_COMMAS, _MAX_DEPTH, _MAX_DIGITS = 100_000, 500_000, 64, 40
+#: Of an index, where each number has a line, and of the headers of other files, which are one line each.
+_MAX_LINE = 4 * 2**20
 _FILE_NAME = re.compile(
     r"((codec|copies)\.safetensors|view-\d{2,}/shard-\d{5,}\.safetensors|index/view-\d{2,}/part-\d{5,}\.parquet)"
 )
@@ -57,6 +69,10 @@ EXTRA_DTYPES: dict[str, torch.dtype] = {
 }
 #: Names in a cached batch that are not the collator's to use, beside those that begin with ``packed.``.
 RESERVED_EXTRAS = frozenset({"hidden_states", "pixel_values"})
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
 def shard_name(view: int, shard: int) -> str:
@@ -92,6 +108,10 @@ def parse_json(raw: bytes) -> Any:
     """
     if not raw.isascii():
         raise ValueError("not valid JSON (bytes beyond ASCII)")
+    # A text with one character beyond Latin takes four times its bytes, more than once while it is put together.
+    for start in range(0, len(raw) - _MAX_LINE, _MAX_LINE):
+        if raw.find(b"\n", start, start + _MAX_LINE) < 0:
+            raise ValueError(f"a line longer than {_MAX_LINE} bytes")
     opened, commas = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
     if opened > _MAX_OPENED or commas > _MAX_COMMAS:
         raise ValueError(
@@ -124,8 +144,7 @@ def _count(value: Any, what: str, least: int, most: int) -> int:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return _REPR.repr(value)
 
 
 def _counts(value: Any, what: str, length: int | None, least: int, most: int) -> list[int]:
@@ -194,6 +213,33 @@ def check_document(document: Mapping[str, Any]) -> None:
         if not isinstance(document.get(name), dict) and (name == "codec" or document.get(name) is not None):
             raise ValueError(f"{name} is {_short(document.get(name))}; calibration and codecs must be objects")
     _check_files(document, num_samples, num_views, chunk_size * shard_chunks)
+    # Nor is a file hashed or read that is far larger than its content can be: sparse ones take no room on disk.
+    row_bytes = tokens * hidden * DTYPES[dtype].itemsize + sum(sizes)
+    rows = min(chunk_size * shard_chunks, num_samples)
+    for name, record in document["files"].items():
+        if name.startswith("view"):
+            most = MAX_HEAD_BYTES + rows * (_MOST_TIMES * row_bytes + _FRAMES_BYTES)
+        elif name.startswith("index"):
+            most = max_part_bytes(rows, 5 + len(extras))
+        else:
+            most = max_state_bytes(tokens, hidden)
+        if record["bytes"] > most:
+            raise ValueError(f"{name} has {record['bytes']} bytes, expected at most {most}")
+
+
+def max_part_bytes(rows: int, columns: int) -> int:
+    """Return the largest size of an index part: its schema, and values of 8 bytes with pages and statistics."""
+    return 2**20 + 64 * rows * columns
+
+
+def max_tensor_bytes(tokens: int, hidden: int) -> int:
+    """Return the largest size of what is fitted of a codec: a basis and a mean of four bytes each, and as much again."""
+    return 8 * (hidden + 1) * (hidden + tokens + 1)
+
+
+def max_state_bytes(tokens: int, hidden: int) -> int:
+    """Return the largest size of the file of a codec's state."""
+    return 2 * max_tensor_bytes(tokens, hidden) + MAX_STATE_HEADER_BYTES
 
 
 def _check_files(document: Mapping[str, Any], num_samples: int, num_views: int, shard_rows: int) -> None:

@@ -19,7 +19,7 @@ from ..codecs.base import ArraySpec
 from ..codecs.entropy import compress_frame, decompress_frame
 from ..errors import CacheCorruptError, UnsupportedSetupError
 from .format import FORMAT, FORMAT_VERSION, atomic_write
-from .schema import EXTRA_DTYPES, parse_json
+from .schema import EXTRA_DTYPES, MAX_STATE_HEADER_BYTES, parse_json
 from .storage import StoredFile, as_file
 
 __all__ = ["CodecState", "load_copies", "load_state", "read_state", "save_state"]
@@ -30,8 +30,6 @@ _PLANES = Planes()
 _NOTHING = "nothing"
 #: A larger state is refused unread: a basis of 1536 channels in 8 bits takes 2.3 MB, a mean of 1024 tokens 6 MB.
 _MAX_BYTES = 2**30
-#: A longer header is refused unread: it holds the codec's configuration and the report of its calibration.
-_MAX_HEADER_BYTES = 4 * 2**20
 
 
 _C = TypeVar("_C", Codec, CopyCodec)
@@ -138,7 +136,7 @@ def read_state(file: StoredFile, max_bytes: int = _MAX_BYTES) -> bytes:
     Raises:
         CacheCorruptError: Missing, or larger than such a state can be.
     """
-    size, most = file.size(), min(_MAX_BYTES, 2 * max_bytes + _MAX_HEADER_BYTES)
+    size, most = file.size(), min(_MAX_BYTES, 2 * max_bytes + MAX_STATE_HEADER_BYTES)
     if size is None:
         raise CacheCorruptError(f"{file} is missing. Delete the cache folder to rebuild it.")
     if size > most:
@@ -149,8 +147,10 @@ def read_state(file: StoredFile, max_bytes: int = _MAX_BYTES) -> bytes:
 def _split(data: bytes) -> tuple[dict[str, str], dict[str, bytes]]:
     """Return metadata and tensors of a safetensors file of U8 tensors, which must lie one behind the other."""
     (length,) = struct.unpack_from("<Q", data)
-    if not 2 <= length <= min(_MAX_HEADER_BYTES, len(data) - 8):
-        raise ValueError(f"a header of {length} bytes in a file of {len(data)}, expected at most {_MAX_HEADER_BYTES}")
+    if not 2 <= length <= min(MAX_STATE_HEADER_BYTES, len(data) - 8):
+        raise ValueError(
+            f"a header of {length} bytes in a file of {len(data)}, expected at most {MAX_STATE_HEADER_BYTES}"
+        )
     header = parse_json(data[8 : 8 + length])
     metadata = header.pop("__metadata__", None) or {}
     frames, end = {}, 8 + length

@@ -428,8 +428,9 @@ class ViewCodec:
             return base
         assert self.copies is not None
         residual = self.copies.codec.peak(copies, dtype)
-        # Of both: a packed batch may hold samples of either.
-        return max(base, residual + (self.copies.predictor.peak(base) if self.copies.predictor is not None else 0.0))
+        copy = residual + (self.copies.predictor.peak(base) if self.copies.predictor is not None else 0.0)
+        # Of both: a packed batch may hold samples of either. ``max`` would pass over NaN.
+        return copy if math.isnan(copy) else max(base, copy)
 
     def restore(
         self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
