@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 from damage import DamageTrials, Trial
 
-FAST = {"flip": 200, "truncate": 100}
+FAST = {"flip": 120, "truncate": 60}
 FULL = {"flip": 2000, "truncate": 500}
 
 

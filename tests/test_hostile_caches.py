@@ -226,3 +226,12 @@ def test_large_values_of_honest_caches_are_read(tmp_path, dtype, codec) -> None:
     hostile.read_all(cache)
     assert verify_cache(cache) == []
     assert part_name(0, 0) in CacheReader(cache).index.files
+
+
+@pytest.mark.parametrize("name", ["shard_that_is_a_pipe", "index_that_is_a_pipe", "shard_that_is_a_folder"])
+def test_what_is_no_file_is_called_that(sound, name, tmp_path) -> None:
+    """Its size would give it away too, but nobody should have to open it for that."""
+    cache = hostile.make_hostile(name, sound, tmp_path)
+    with pytest.raises(CacheCorruptError, match="is no regular file"):
+        CacheReader(cache)
+    assert "is no regular file" in verify_cache(cache)[0]
