@@ -264,7 +264,7 @@ class StageCache:
         )
         gone = consume is not None and source is not None and self.processes.is_leader
         # Only what has given way: another run may have built it anew.
-        if gone and source is not None and (source.directory / CONSUMED_NAME).is_file():
+        if gone and source is not None and (Path(source.directory) / CONSUMED_NAME).is_file():
             shutil.rmtree(source.directory, ignore_errors=True)
         return report
 
@@ -273,7 +273,7 @@ class StageCache:
 
         The earlier cache is unfinished from here on: what needs it again builds its missing shards anew.
         """
-        directory = source.directory
+        directory = Path(source.directory)
 
         def retire() -> None:
             with explained(directory):
@@ -318,7 +318,7 @@ class StageCache:
             if not (directory / INDEX_NAME).is_file():
                 if not self.config.low_disk or not (directory / CONSUMED_NAME).is_file():
                     return None
-                settings = {"index_name": CONSUMED_NAME, "partial": True}
+                settings = {"index_name": CONSUMED_NAME, "check_files": False}
             try:
                 self._spot_check(earlier, CacheReader(directory, fingerprint, **settings))
             except FreezeCacheError as error:

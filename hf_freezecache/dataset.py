@@ -63,17 +63,20 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, expected: Fingerprint | None = None) -> CachedDataset:
-        """Open the cache in a local directory.
+        """Open a cache for reading. Nothing in it is trusted: it may come from anyone.
 
         Args:
-            path: The cache, the folder with ``index.json``.
+            path: The folder with ``index.json``: a local one, or an address that fsspec knows, for example
+                ``hf://datasets/user/name`` or ``s3://bucket/cache``. Of a store only those bytes are fetched that are
+                needed: the index now, a shard's head once, a chunk's own range whenever it is read.
             expected: Fingerprint it must have.
 
         Raises:
-            CacheCorruptError: Not a finished cache, or damaged.
+            CacheCorruptError: Not a finished cache, damaged, or out of reach.
             CacheMismatchError: The fingerprint differs; the message names the parts.
+            UnsupportedSetupError: Another version of the format, an unknown codec, or an address of an unknown protocol.
         """
-        return cls(CacheReader(Path(path), expected))
+        return cls(CacheReader(path, expected))
 
     def __len__(self) -> int:
         """Return the number of samples; of its part of the data set, if the cache is of a part."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..codecs import DTYPES, Codec, ViewCodec, codec_from_dict
-from ..errors import CacheCorruptError, CacheMismatchError
+from ..codecs import DTYPES, Codec, ViewCodec, Zstd, codec_from_dict
+from ..codecs.copies import check_geometry
+from ..errors import CacheCorruptError, CacheMismatchError, FreezeCacheError
 from .fingerprint import Fingerprint
 from .format import (
     CODEC_NAME,
@@ -22,9 +26,11 @@ from .format import (
     GEOMETRY_NAME,
     INDEX_NAME,
     CacheIndex,
+    ExtraSpec,
     ShardHead,
     file_sha256,
     load_index,
+    part_name,
     read_chunk_frames,
     read_extra,
     read_shard_head,
@@ -32,7 +38,10 @@ from .format import (
     shard_name,
 )
 from .layout import ChunkLayout
-from .state import CodecState, load_copies, load_state
+from .parts import check_part
+from .schema import max_tensor_bytes
+from .state import CodecState, load_copies, load_state, read_state
+from .storage import LocalStorage, RemoteStorage, Storage, open_storage
 
 __all__ = ["CacheReader", "DecodedChunk", "PackedChunk", "verify_cache"]
 
@@ -63,38 +72,50 @@ class PackedChunk:
     extras: dict[str, Tensor]
 
 
+#: What numpy, torch and codecs raise for content that makes no sense.
+_NONSENSE = (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
+#: Samples decoded at once where only decoding tells whether they are finite.
+_SLICE = 16
+
+
 @dataclass
 class CacheReader:
     """A finished cache, opened for reading. Cheap to copy into worker processes; keeps no file open.
 
-    Opening checks ``index.json``, and that every file is there with its size. A shard's head is checked against its
-    hash when it is first used, each frame against its checksum whenever it is decoded.
+    Opening reads ``index.json`` and the states of codecs, and checks that every file is there with its size. A shard's
+    head is read and checked against its hash when it is first used, a chunk's own range of bytes whenever it is; each frame
+    is checked against its checksum when it is decoded. Nothing that is read is trusted, hashes or not: what reaches a
+    batch has the shapes and dtypes that the index promises, belongs to the samples it is asked for, and is finite.
 
     Args:
-        directory: The cache.
+        directory: The cache: a local folder, or an address that fsspec knows, e.g. ``hf://datasets/user/name``.
         expected: Fingerprint it must have; ``None`` takes it as it is.
+        check_files: Whether to check now that all files are there. Reading one that is not fails.
         index_name: Name of its index.
-        partial: Whether shards may be missing. Reading what is missing fails.
 
     Raises:
-        CacheCorruptError: Not a finished cache, or damaged.
+        CacheCorruptError: Not a finished cache, damaged, or out of reach.
         CacheMismatchError: The fingerprint differs; the message names the parts.
+        UnsupportedSetupError: Another version of the format, an unknown codec, or an address of an unknown protocol.
     """
 
-    directory: Path
+    directory: Path | str
     expected: Fingerprint | None = None
+    check_files: bool = True
     index_name: str = INDEX_NAME
-    partial: bool = False
+    storage: Storage = field(init=False)
     index: CacheIndex = field(init=False)
     codec: Codec = field(init=False)
     views: ViewCodec = field(init=False)
     layout: ChunkLayout = field(init=False)
     _heads: dict[tuple[int, int], ShardHead] = field(init=False, default_factory=dict)
+    _largest: dict[tuple[int, int], list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Open and check."""
-        self.directory = Path(self.directory)
-        self.index = load_index(self.directory, self.index_name)
+        self.storage = open_storage(self.directory)
+        self.directory = self.storage.directory if isinstance(self.storage, LocalStorage) else str(self.storage)
+        self.index = load_index(self.storage, self.index_name)
         if self.expected is not None:
             different = self.expected.difference(Fingerprint(self.index.fingerprint))
             if different:
@@ -105,46 +126,61 @@ class CacheReader:
         self.layout = ChunkLayout(
             self.index.num_samples, self.index.chunk_size, self.index.layout_seed, self.index.part
         )
-        for name, record in self.index.files.items():
-            path = self.directory / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != record.bytes and not (self.partial and size is None):
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise CacheCorruptError(
-                    f"{path} {found}, expected {record.bytes} bytes. Delete {self.directory / INDEX_NAME} and run the "
-                    "same training again to rebuild what is damaged."
-                )
+        if self.check_files:
+            if isinstance(self.storage, RemoteStorage):
+                self.storage.names()  # one listing gives all sizes
+            for name in self.index.files:
+                problem = self._file_problem(name)
+                if problem is not None:
+                    raise CacheCorruptError(
+                        f"{problem} Delete {self.storage.file(INDEX_NAME)} and run the same training again to rebuild "
+                        "what is damaged."
+                    )
+        self._open_codecs()
+
+    def _file_problem(self, name: str) -> str | None:
+        """Say what is wrong with presence or size of a file."""
+        file, expected = self.storage.file(name), self.index.files[name].bytes
+        size = file.size()
+        if size == expected:
+            return None
+        found = "is missing" if size is None else f"has {size} bytes"
+        return f"{file} {found}, expected {expected} bytes."
+
+    def _open_codecs(self) -> None:
+        index = self.storage.file(INDEX_NAME)
         if CODEC_NAME not in self.index.files:
             self.codec = codec_from_dict(self.index.codec)
             if not self.codec.lossless:
-                raise CacheCorruptError(
-                    f"{self.directory / INDEX_NAME} is damaged: it names a lossy codec but no {CODEC_NAME}."
-                )
+                raise CacheCorruptError(f"{index} is damaged: it names a lossy codec but no {CODEC_NAME}.")
         else:
             self.codec = self._state(CODEC_NAME, load_state, self.index.codec).codec
         self.views = ViewCodec(self.codec)
         if self.index.copies is not None:
             self.views = ViewCodec(self.codec, self._state(COPIES_NAME, load_copies, self.index.copies).codec)
-            predictor = self.views.copies.predictor if self.views.copies is not None else None
-            try:
-                if predictor is not None:
-                    predictor.check(*self.index.hidden_shape)
-            except ValueError as error:
-                raise CacheCorruptError(
-                    f"{self.directory / COPIES_NAME} is damaged: {error}. Delete {self.directory}."
-                ) from error
-            if self.views.needs_base(1) and GEOMETRY_NAME not in {extra.name for extra in self.index.extras}:
-                raise CacheCorruptError(f"{self.directory / INDEX_NAME} is damaged: it names no {GEOMETRY_NAME}.")
-
-    def _state(self, name: str, load: Callable[[Path, str], CodecState[Any]], expected: Any) -> CodecState[Any]:
-        path = self.directory / name
-        if file_sha256(path) != self.index.files[name].sha256:
+        name = CODEC_NAME
+        try:
+            self.codec.check(*self.index.hidden_shape)
+            name = COPIES_NAME
+            self.views.check(*self.index.hidden_shape)
+        except _NONSENSE as error:
             raise CacheCorruptError(
-                f"{path} is damaged: its hash does not match {INDEX_NAME}. Delete {self.directory}."
+                f"{self.storage.file(name)} is damaged: {error}. Delete {self.directory} to rebuild."
+            ) from error
+        geometry = [spec for spec in self.index.extras if spec.name == GEOMETRY_NAME]
+        if self.views.needs_base(1) and geometry != [ExtraSpec(GEOMETRY_NAME, "float32", (5,))]:
+            raise CacheCorruptError(f"{index} is damaged: it names no {GEOMETRY_NAME} of 5 numbers.")
+
+    def _state(self, name: str, load: Callable[..., CodecState[Any]], expected: Any) -> CodecState[Any]:
+        file, most = self.storage.file(name), max_tensor_bytes(*self.index.hidden_shape)
+        data = read_state(file, most)
+        if hashlib.sha256(data).hexdigest() != self.index.files[name].sha256:
+            raise CacheCorruptError(
+                f"{file} is damaged: its hash does not match {INDEX_NAME}. Delete {self.directory}."
             )
-        state = load(path, Fingerprint(self.index.fingerprint).digest)
+        state = load(file, Fingerprint(self.index.fingerprint).digest, most, data)
         if state.codec.to_dict() != expected:
-            raise CacheCorruptError(f"{path} holds another codec than {INDEX_NAME} names. Delete {self.directory}.")
+            raise CacheCorruptError(f"{file} holds another codec than {INDEX_NAME} names. Delete {self.directory}.")
         return state
 
     @property
@@ -158,42 +194,55 @@ class CacheReader:
 
     def _head(self, view: int, shard: int) -> ShardHead:
         if (view, shard) not in self._heads:
-            path = self.directory / shard_name(view, shard)
-            record = self.index.files[shard_name(view, shard)]
-            if file_sha256(path, record.head_bytes) != record.head_sha256:
-                raise CacheCorruptError(f"{path} is damaged: the hash of its head does not match {INDEX_NAME}.")
-            head = read_shard_head(path)
-            index = self.index
-            fits = head.metadata == shard_metadata(
+            index, name = self.index, shard_name(view, shard)
+            file, record = self.storage.file(name), self.index.files[name]
+            start = file.read(0, record.head_bytes)
+            if hashlib.sha256(start).hexdigest() != record.head_sha256:
+                raise CacheCorruptError(f"{file} is damaged: the hash of its head does not match {INDEX_NAME}.")
+            head = read_shard_head(file, start)
+            codec = index.codec if view == 0 or index.copies is None else index.copies
+            expected = shard_metadata(
                 Fingerprint(index.fingerprint).digest,
                 view,
                 shard,
-                index.codec if view == 0 or index.copies is None else index.copies,
+                codec,
                 index.hidden_shape,
                 index.dtype,
                 index.extras,
             )
-            chunks = range(shard * self.index.shard_chunks, (shard + 1) * self.index.shard_chunks)
-            rows = self.layout.order[chunks.start * self.index.chunk_size : chunks.stop * self.index.chunk_size]
-            frames = self._codec_frames(view) + len(self.index.extras)
-            if (
-                not fits
-                or not np.array_equal(head.sample_indices, rows)
-                or head.frame_offsets.shape != (-(-len(rows) // self.index.chunk_size), frames + 1)
-            ):
-                raise CacheCorruptError(f"{path} is damaged: it does not hold the samples that {INDEX_NAME} promises.")
-            self._heads[view, shard] = head
+            first = shard * index.shard_chunks * index.chunk_size
+            rows = self.layout.order[first : first + index.shard_chunks * index.chunk_size]
+            frames = self._codec_frames(view) + len(index.extras)
+            different = sorted(
+                key for key in expected.keys() | head.metadata.keys() if head.metadata.get(key) != expected.get(key)
+            )
+            if "codec" in different:
+                problem = f"it was encoded with {str(head.metadata.get('codec'))[:500]}, not {expected['codec'][:500]}"
+            elif different:
+                problem = f"its {', '.join(map(str, different))[:500]} differ"
+            elif head.head_bytes != record.head_bytes:
+                problem = f"its head takes {head.head_bytes} bytes, not {record.head_bytes}"
+            elif head.frame_offsets.shape != (-(-len(rows) // index.chunk_size), frames + 1):
+                problem = f"frame offsets of shape {head.frame_offsets.shape}"
+            elif not np.array_equal(head.sample_indices, rows):
+                problem = "other sample indices"
+            else:
+                self._heads[view, shard] = head
+                return head
+            raise CacheCorruptError(
+                f"{file} is damaged: it does not hold the samples that {INDEX_NAME} promises: {problem}."
+            )
         return self._heads[view, shard]
 
     def available_rows(self) -> npt.NDArray[np.int64]:
-        """Return the sample indices that can be read, sorted: all of them, but for a partial cache."""
-        if not self.partial:
+        """Return the sample indices that can be read, sorted: of shards that are there, if that was not checked."""
+        if self.check_files:
             return np.sort(self.layout.order)
         views, per_shard = range(self.index.num_views), self.index.shard_chunks * self.index.chunk_size
         there = [
             self.layout.order[shard * per_shard : (shard + 1) * per_shard]
             for shard in range(self.index.num_shards)
-            if all((self.directory / shard_name(view, shard)).is_file() for view in views)
+            if all(self._file_problem(shard_name(view, shard)) is None for view in views)
         ]
         return np.sort(np.concatenate([np.zeros(0, np.int64), *there]))
 
@@ -205,82 +254,183 @@ class CacheReader:
         """Read and decode one chunk of one view.
 
         Raises:
-            CacheCorruptError: Its bytes are damaged.
+            CacheCorruptError: Its bytes are missing, damaged, or no finite hidden states.
         """
         packed = self.unpack_chunk(view, chunk)
-        return DecodedChunk(self.views.restore(packed.arrays, self.dtype), packed.extras)
+        with self._blaming(view, chunk):
+            return DecodedChunk(self.views.restore(packed.arrays, self.dtype), packed.extras)
 
     def unpack_chunk(self, view: int, chunk: int) -> PackedChunk:
         """Read one chunk of one view and undo its entropy coding; and, if that view is predicted, of the base view too.
 
         Raises:
-            CacheCorruptError: Its bytes are damaged.
+            CacheCorruptError: As ``read_chunk``.
         """
         packed = self._unpack(view, chunk)
-        if not self.views.needs_base(view):
-            return packed
-        base = self._unpack(0, chunk)
-        geometries = torch.stack([base.extras[GEOMETRY_NAME], packed.extras[GEOMETRY_NAME]], 1)
-        return PackedChunk({**base.arrays, **packed.arrays, "geometry": geometries}, packed.extras)
+        if self.views.needs_base(view):
+            base = self._unpack(0, chunk)
+            for position, part in ((0, base), (view, packed)):
+                with self._blaming(position, chunk):
+                    check_geometry(part.extras[GEOMETRY_NAME])
+            geometries = torch.stack([base.extras[GEOMETRY_NAME], packed.extras[GEOMETRY_NAME]], 1)
+            packed = PackedChunk({**base.arrays, **packed.arrays, "geometry": geometries}, packed.extras)
+        with self._blaming(view, chunk):
+            self._check_finite(packed.arrays)
+        return packed
+
+    def _check_finite(self, arrays: dict[str, Tensor]) -> None:
+        """Refuse what would restore to NaN or infinite hidden states. Cheap: nearly always a bound is enough."""
+        largest = torch.finfo(self.dtype).max
+        if self.views.peak(arrays, self.dtype) < largest:
+            return
+        samples = len(next(iter(arrays.values())))
+        for start in range(0, samples, _SLICE):
+            part = {name: array[start : start + _SLICE] for name, array in arrays.items()}
+            if not bool(torch.isfinite(self.views.restore(part, self.dtype)).all()):
+                raise ValueError(f"NaN or infinite hidden states among its samples {start} to {start + _SLICE - 1}")
+
+    @contextmanager
+    def _blaming(self, view: int, chunk: int) -> Iterator[None]:
+        """Turn errors of decoding into one that names the shard."""
+        try:
+            yield
+        except CacheCorruptError:
+            raise
+        except _NONSENSE as error:
+            file = self.storage.file(shard_name(view, chunk // self.index.shard_chunks))
+            raise CacheCorruptError(
+                f"{file} is damaged in chunk {chunk}: {error}. Delete {file} and {self.storage.file(INDEX_NAME)}, and run "
+                "the same training again to rebuild this shard."
+            ) from error
+
+    def _largest_frames(self, view: int, samples: int) -> list[int]:
+        """Return the largest size of each frame of a chunk."""
+        if (view, samples) not in self._largest:
+            shape = (samples, *self.index.hidden_shape)
+            sizes = self.views.codec(view).max_frame_bytes(shape, self.dtype)
+            for spec in self.index.extras:
+                sizes.append(Zstd().max_bytes(samples * math.prod(spec.shape) * spec.torch_dtype.itemsize))
+            self._largest[view, samples] = sizes
+        return self._largest[view, samples]
 
     def _unpack(self, view: int, chunk: int) -> PackedChunk:
         shard, position = divmod(chunk, self.index.shard_chunks)
         head = self._head(view, shard)
-        path = self.directory / shard_name(view, shard)
         samples = len(self.members(chunk))
-        try:
-            frames = read_chunk_frames(path, head, position)
+        with self._blaming(view, chunk):
+            file = self.storage.file(shard_name(view, shard))
+            frames = read_chunk_frames(file, head, position, self._largest_frames(view, samples))
             split = self._codec_frames(view)
             arrays = self.views.unpack(view, frames[:split], (samples, *self.index.hidden_shape), self.dtype)
             extras = {
                 spec.name: read_extra(spec, frame, samples)
                 for spec, frame in zip(self.index.extras, frames[split:], strict=True)
             }
-        except ValueError as error:
-            raise CacheCorruptError(
-                f"{path} is damaged in chunk {chunk}: {error}. Delete {path} and {self.directory / INDEX_NAME}, and run "
-                "the same training again to rebuild this shard."
-            ) from error
         return PackedChunk(arrays, extras)
 
 
-def verify_cache(directory: Path) -> list[str]:
-    """Check every bit of every file of a cache.
+def verify_cache(directory: Path | str) -> list[str]:
+    """Check every bit of every file of a cache, and that they make sense together.
+
+    Hashes first. Then, since hashes only say that files are those of the index: every frame is decoded, hidden states must
+    be finite, heads must list each sample once, and index parts must say of it what the shards do. Memory is that of a
+    few chunks, and of a shard's labels.
+
+    Args:
+        directory: The cache, as for ``CacheReader``.
 
     Returns:
         One line per damaged, missing or foreign file; empty for a sound cache.
     """
-    directory = Path(directory)
     try:
-        index = load_index(directory)
-    except (CacheCorruptError, ValueError) as error:
-        return [str(error)]
-    problems = []
-    for name, record in sorted(index.files.items()):
-        path = directory / name
-        if not path.is_file():
-            problems.append(f"{path} is missing.")
-        elif (size := path.stat().st_size) != record.bytes:
-            problems.append(f"{path} has {size} bytes, expected {record.bytes}.")
-        elif file_sha256(path) != record.sha256:
-            problems.append(f"{path} is altered: its SHA-256 does not match {INDEX_NAME}.")
-        elif name in (CODEC_NAME, COPIES_NAME):
-            try:
-                load = load_state if name == CODEC_NAME else load_copies
-                load(path, Fingerprint(index.fingerprint).digest)
-            except CacheCorruptError as error:
-                problems.append(str(error))
-        elif name.endswith(".safetensors"):
-            try:
-                metadata = read_shard_head(path).metadata
-                expected = index.codec if int(metadata["view"]) == 0 else index.copies or index.codec
-                if json.loads(metadata["codec"]) != expected:
-                    problems.append(f"{path} was encoded with {metadata['codec']}, {INDEX_NAME} says {expected}.")
-            except (CacheCorruptError, KeyError, ValueError) as error:
-                problems.append(str(error))
-    known = {INDEX_NAME, *index.files}
-    foreign = [
-        path for path in directory.rglob("*") if path.is_file() and str(path.relative_to(directory)) not in known
+        reader = CacheReader(directory, check_files=False)
+    except FreezeCacheError as error:
+        opened: FreezeCacheError | None = error
+        try:
+            storage = open_storage(directory)
+            index = load_index(storage)
+        except FreezeCacheError as other:
+            return [str(other)]
+    else:
+        opened, storage, index = None, reader.storage, reader.index
+    problems = _file_problems(storage, index)
+    if opened is not None:
+        # What is wrong with a file itself says more than what came of it.
+        if not problems.keys() & {CODEC_NAME, COPIES_NAME}:
+            problems[CODEC_NAME] = str(opened)
+    elif not any(_is_shard(name) for name in problems):
+        # Only now, since the number of samples is believed: files of 8 bytes for each are there.
+        problems |= _content_problems(reader, problems.keys())
+    try:
+        foreign = [name for name in storage.names() if name not in {INDEX_NAME, *index.files}]
+    except CacheCorruptError as error:
+        return [*problems.values(), str(error)]
+    return [
+        *(problems[name] for name in sorted(problems)),
+        *(f"{storage.file(n)} does not belong to the cache." for n in foreign),
     ]
-    problems += [f"{path} does not belong to the cache." for path in sorted(foreign)]
+
+
+def _is_shard(name: str) -> bool:
+    return name.startswith("view-")
+
+
+def _file_problems(storage: Storage, index: CacheIndex) -> dict[str, str]:
+    """Return by name what is wrong with files, without a look at what they mean."""
+    problems = {}
+    for name, record in index.files.items():
+        file = storage.file(name)
+        try:
+            size = file.size()
+            if size is None:
+                problems[name] = f"{file} is missing."
+            elif size != record.bytes:
+                problems[name] = f"{file} has {size} bytes, expected {record.bytes}."
+            elif file_sha256(file) != record.sha256:
+                problems[name] = f"{file} is altered: its SHA-256 does not match {INDEX_NAME}."
+        except CacheCorruptError as error:
+            problems[name] = str(error)
     return problems
+
+
+def _content_problems(reader: CacheReader, damaged: Collection[str]) -> dict[str, str]:
+    """Return by name what is wrong with the content of shards, and of those index parts that are not damaged."""
+    index, problems = reader.index, dict[str, str]()
+    for shard, view in itertools.product(range(index.num_shards), range(index.num_views)):
+        if view == 0:
+            reader._heads.clear()
+        name, part = shard_name(view, shard), part_name(view, shard)
+        base_is_sound = shard_name(0, shard) not in problems
+        columns: dict[str, list[Any]] = {}
+        try:
+            first = shard * index.shard_chunks
+            for chunk in range(first, min(first + index.shard_chunks, reader.layout.num_chunks)):
+                packed = reader.unpack_chunk(view, chunk) if base_is_sound else reader._unpack(view, chunk)
+                _append_columns(columns, packed.extras, reader.members(chunk).tolist(), view, shard, chunk)
+        except CacheCorruptError as error:
+            problems[name] = str(error)
+            continue
+        if part not in damaged:
+            try:
+                check_part(reader.storage.file(part), columns)
+            except CacheCorruptError as error:
+                problems[part] = str(error)
+            except ValueError as error:
+                problems[part] = f"{reader.storage.file(part)} does not fit its shard: {error}."
+    return problems
+
+
+def _append_columns(
+    columns: dict[str, list[Any]], extras: dict[str, Tensor], rows: list[int], view: int, shard: int, chunk: int
+) -> None:
+    """Add what an index part must say of the samples of a chunk."""
+    size = len(rows)
+    told = {
+        "sample_index": rows,
+        "view": [view] * size,
+        "shard": [shard] * size,
+        "chunk": [chunk] * size,
+        "row": list(range(size)),
+    } | {name: value.tolist() for name, value in extras.items() if value.dim() == 1}
+    for name, values in told.items():
+        columns.setdefault(name, []).extend(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from ..errors import DataError
 from .fingerprint import Fingerprint
 from .format import GEOMETRY_NAME, ExtraSpec, head_size, shard_metadata, write_shard_head
 from .layout import ChunkLayout
+from .schema import MAX_CHUNK_BYTES, check_extra
 
 __all__ = ["CachePlan", "ShardWriter", "cache_name"]
 
@@ -130,6 +132,7 @@ class ShardWriter:
 
     def _start(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
         specs = _specs(extras)
+        self._check_readable(hidden_states, specs)
         self.metadata = shard_metadata(
             self.plan.fingerprint.digest,
             self.view,
@@ -143,6 +146,22 @@ class ShardWriter:
         chunks = -(-rows // self.plan.layout.chunk_size)
         frames = self.plan.views.num_frames(self.view, hidden_states.shape, hidden_states.dtype) + len(specs)
         self.file.seek(head_size(chunks, frames, rows, self.metadata))
+
+    def _check_readable(self, hidden_states: Tensor, specs: list[ExtraSpec]) -> None:
+        """Refuse at the start of a build what no reader would take at its end."""
+        try:
+            sizes = [check_extra(asdict(spec)) for spec in specs]
+        except ValueError as error:
+            raise DataError(
+                f"What the collator gave beside the images cannot be stored: {error}. Rename or convert it."
+            ) from error
+        sizes.append(math.prod(hidden_states.shape[1:]) * hidden_states.dtype.itemsize)
+        most = MAX_CHUNK_BYTES // max(sizes) if max(sizes) else self.plan.layout.chunk_size
+        if min(self.plan.layout.chunk_size, self.plan.layout.num_samples) > most:
+            raise DataError(
+                f"A chunk of {self.plan.layout.chunk_size} samples of {max(sizes)} bytes is larger than {MAX_CHUNK_BYTES} "
+                f"bytes. Set CacheConfig(chunk_size=...) to at most {most}."
+            )
 
     def _check(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
         expected = (json.loads(self.metadata["hidden_shape"]), self.metadata["dtype"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from ..codecs.base import ArraySpec
 from ..codecs.entropy import compress_frame, decompress_frame
 from ..errors import CacheCorruptError, UnsupportedSetupError
 from .format import FORMAT, FORMAT_VERSION, atomic_write
+from .schema import EXTRA_DTYPES, MAX_STATE_HEADER_BYTES, parse_json
+from .storage import StoredFile, as_file
 
-__all__ = ["CodecState", "load_copies", "load_state", "save_state"]
+__all__ = ["CodecState", "load_copies", "load_state", "read_state", "save_state"]
 
 _LEVEL = 19
 _PLANES = Planes()
@@ -82,66 +84,114 @@ def _checksum(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def _tensor(frame: Tensor, dtype: str, shape: list[int]) -> Tensor:
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"a tensor of shape {shape}")
-    spec = ArraySpec(tuple(shape), getattr(torch, dtype))
-    if spec.num_bytes > _MAX_BYTES:
-        raise ValueError(f"a tensor of {spec.num_bytes} bytes")
-    content = decompress_frame(frame.numpy().tobytes(), spec.num_bytes)
-    size = len(content) // spec.dtype.itemsize
-    return _PLANES.decode([content[p * size : (p + 1) * size] for p in range(spec.dtype.itemsize)], spec)
+def _tensors(frames: Mapping[str, bytes], specs: Any, max_bytes: int) -> dict[str, Tensor]:
+    """Decode the tensors whose dtypes and shapes ``specs`` names."""
+    if not isinstance(specs, dict) or specs.keys() != frames.keys() - {_NOTHING}:
+        raise ValueError(f"tensors {sorted(frames)}, expected {specs if isinstance(specs, list) else sorted(specs)}")
+    known = {}
+    for name, (dtype, shape) in specs.items():
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"a tensor of shape {shape}")
+        known[name] = ArraySpec(tuple(shape), EXTRA_DTYPES[dtype])
+    total = sum(spec.num_bytes for spec in known.values())
+    if total > max_bytes or any(size > max_bytes for spec in known.values() for size in spec.shape):
+        raise ValueError(f"tensors of {total} bytes, expected at most {max_bytes}")
+    tensors = {}
+    for name, spec in known.items():
+        content = decompress_frame(frames[name], spec.num_bytes)
+        size = len(content) // spec.dtype.itemsize
+        tensors[name] = _PLANES.decode([content[p * size : (p + 1) * size] for p in range(spec.dtype.itemsize)], spec)
+    return tensors
 
 
-def load_state(path: Path, fingerprint: str | None = None) -> CodecState[Codec]:
+def load_state(
+    path: Path | StoredFile, fingerprint: str | None = None, max_bytes: int = _MAX_BYTES, data: bytes | None = None
+) -> CodecState[Codec]:
     """Read and check the state of a codec.
 
     Args:
         path: The file.
         fingerprint: Digest that it must name; ``None`` takes any.
+        max_bytes: Largest size of its tensors together.
+        data: Its content, if it has been read.
 
     Raises:
         CacheCorruptError: Missing, damaged, or of another cache.
     """
-    return _load(path, fingerprint, codec_from_dict)
+    return _load(path, fingerprint, max_bytes, data, codec_from_dict)
 
 
-def load_copies(path: Path, fingerprint: str | None = None) -> CodecState[CopyCodec]:
+def load_copies(
+    path: Path | StoredFile, fingerprint: str | None = None, max_bytes: int = _MAX_BYTES, data: bytes | None = None
+) -> CodecState[CopyCodec]:
     """Read and check the state of the codec of copies; otherwise as ``load_state``."""
-    return _load(path, fingerprint, lambda data, tensors: CopyCodec.from_dict(data, tensors, codec_from_dict))
+    return _load(
+        path, fingerprint, max_bytes, data, lambda data, tensors: CopyCodec.from_dict(data, tensors, codec_from_dict)
+    )
 
 
-def _load(path: Path, fingerprint: str | None, read: Callable[[Any, dict[str, Tensor]], _C]) -> CodecState[_C]:
+def read_state(file: StoredFile, max_bytes: int = _MAX_BYTES) -> bytes:
+    """Return the content of a state whose tensors take at most ``max_bytes``.
+
+    Raises:
+        CacheCorruptError: Missing, or larger than such a state can be.
+    """
+    size, most = file.size(), min(_MAX_BYTES, 2 * max_bytes + MAX_STATE_HEADER_BYTES)
+    if size is None:
+        raise CacheCorruptError(f"{file} is missing. Delete the cache folder to rebuild it.")
+    if size > most:
+        raise CacheCorruptError(f"{file} is damaged: {size} bytes, expected at most {most}.")
+    return file.read(0, size)
+
+
+def _split(data: bytes) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Return metadata and tensors of a safetensors file of U8 tensors, which must lie one behind the other."""
+    (length,) = struct.unpack_from("<Q", data)
+    if not 2 <= length <= min(MAX_STATE_HEADER_BYTES, len(data) - 8):
+        raise ValueError(
+            f"a header of {length} bytes in a file of {len(data)}, expected at most {MAX_STATE_HEADER_BYTES}"
+        )
+    header = parse_json(data[8 : 8 + length])
+    metadata = header.pop("__metadata__", None) or {}
+    frames, end = {}, 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        size = entry["shape"][0]
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        if entry["dtype"] != "U8" or entry["shape"] != [size] or start != end or stop - start != size or size < 0:
+            raise ValueError(f"tensor {name!r} is {entry}, expected bytes that follow those before")
+        frames[name], end = data[start:stop], stop
+    if end != len(data):
+        raise ValueError(f"{len(data)} bytes, expected {end}")
+    return metadata, frames
+
+
+def _load(
+    path: Path | StoredFile,
+    fingerprint: str | None,
+    max_bytes: int,
+    data: bytes | None,
+    read: Callable[[Any, dict[str, Tensor]], _C],
+) -> CodecState[_C]:
     """Read and check a state, whose codec ``read`` makes."""
+    file = as_file(path)
+    if data is None:
+        data = read_state(file, max_bytes)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
-        with safetensors.safe_open(path, "pt") as file:
-            document = json.loads((file.metadata() or {})[FORMAT])
-            if document["checksum"] != _checksum(document):
-                raise ValueError("its checksum does not match")
-            if document["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format version {document['format_version']}, expected {FORMAT_VERSION}")
-            specs = document["tensors"]
-            if specs.keys() != set(file.keys()) - {_NOTHING}:
-                raise ValueError(f"tensors {sorted(file.keys())}, expected {sorted(specs)}")
-            tensors = {name: _tensor(file.get_tensor(name), *spec) for name, spec in specs.items()}
-        codec = read(document["codec"], tensors)
+        metadata, frames = _split(data)
+        document = parse_json(metadata[FORMAT].encode())
+        if document["checksum"] != _checksum(document):
+            raise ValueError("its checksum does not match")
+        if document["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {document['format_version']}, expected {FORMAT_VERSION}")
+        codec = read(document["codec"], _tensors(frames, document["tensors"], max_bytes))
         calibration, owner = document["calibration"], document["fingerprint"]
         if not isinstance(calibration, dict):
             raise ValueError(f"its calibration is {calibration!r}")
-    except FileNotFoundError:
-        raise CacheCorruptError(f"{path} is missing. Delete the cache folder to rebuild it.") from None
     except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        safetensors.SafetensorError,
+        *(ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError, IndexError, struct.error),
         UnsupportedSetupError,
     ) as error:
-        raise CacheCorruptError(f"{path} is damaged: {error}. Delete the cache folder to rebuild.") from error
+        raise CacheCorruptError(f"{file} is damaged: {error}. Delete the cache folder to rebuild.") from error
     if fingerprint is not None and owner != fingerprint:
-        raise CacheCorruptError(f"{path} belongs to another cache. Delete the cache folder to rebuild.")
+        raise CacheCorruptError(f"{file} belongs to another cache. Delete the cache folder to rebuild.")
     return CodecState(codec, calibration)

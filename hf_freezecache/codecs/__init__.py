@@ -93,15 +93,24 @@ def make_codec(codec: str | Codec | Sequence[Step | Mapping[str, Any]]) -> Codec
     return codec_from_dict(made.to_dict(), tensors) if tensors else made
 
 
+#: Longest pipeline that is read; all that are written are shorter.
+_MAX_STEPS = 16
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 500 else f"{text[:497]}..."
+
+
 def _step(data: Any, tensors: Mapping[str, Tensor]) -> Step:
     name, configuration = (data.get("name"), data.get("configuration", {})) if isinstance(data, Mapping) else (data, {})
     if not isinstance(name, str) or name not in CODECS:
-        raise UnsupportedSetupError(f"Unknown codec {name!r} in a pipeline; known are {sorted(CODECS)}.")
+        raise UnsupportedSetupError(f"Unknown codec {_short(name)} in a pipeline; known are {sorted(CODECS)}.")
     try:
         return CODECS[name](**configuration, **tensors)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UnsupportedSetupError(
-            f"Codec {name!r} does not take the configuration {configuration}: {error}"
+            f"Codec {name!r} does not take the configuration {_short(configuration)}: {error}"
         ) from error
 
 
@@ -115,14 +124,18 @@ def codec_from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor] | Non
     Raises:
         UnsupportedSetupError: Unknown name, a configuration that does not fit, or other tensors than it was fitted with.
     """
+    if not isinstance(data, Mapping):
+        raise UnsupportedSetupError(f"A codec is stored as name and configuration, got {_short(data)}.")
     name, configuration = data.get("name"), data.get("configuration", {})
     if name not in (LosslessCodec.name, Pipeline.name):
-        raise UnsupportedSetupError(f"Unknown codec {name!r}; known are {[LosslessCodec.name, Pipeline.name]}.")
+        raise UnsupportedSetupError(f"Unknown codec {_short(name)}; known are {[LosslessCodec.name, Pipeline.name]}.")
     try:
         if name == LosslessCodec.name:
             return LosslessCodec(**configuration)
         if configuration.keys() != {"steps"}:
             raise ValueError("expected the one entry 'steps'")
+        if len(configuration["steps"]) > _MAX_STEPS:
+            raise ValueError(f"{len(configuration['steps'])} steps, expected at most {_MAX_STEPS}")
         owned: dict[int, dict[str, Tensor]] = {}
         for key, tensor in (tensors or {}).items():
             position, own = key.split(".", 1)
@@ -130,7 +143,7 @@ def codec_from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor] | Non
         return Pipeline(
             tuple(_step(step, owned.get(position, {})) for position, step in enumerate(configuration["steps"]))
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UnsupportedSetupError(
-            f"Codec {name!r} does not take the configuration {configuration}: {error}"
+            f"Codec {name!r} does not take the configuration {_short(configuration)}: {error}"
         ) from error

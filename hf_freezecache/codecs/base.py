@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "ArraySpec", "Buffer", "Codec", "Step", "dtype_name"]
+__all__ = ["DTYPES", "ArraySpec", "Buffer", "Codec", "Step", "dtype_name", "largest_value"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -34,6 +34,14 @@ def dtype_name(dtype: torch.dtype) -> str:
         KeyError: Hidden states of this dtype cannot be stored.
     """
     return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def largest_value(array: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is one, 0 of nothing."""
+    if array.numel() == 0:
+        return 0.0
+    low, high = (abs(float(value)) for value in torch.aminmax(array))
+    return math.nan if math.isnan(low) or math.isnan(high) else max(low, high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +133,23 @@ class ArrayStep(Step):
     @abstractmethod
     def error_bound(self, array: Tensor) -> Tensor:
         """Return the largest root-mean-square error of each sample, (samples,), float64."""
+
+    def check(self, tokens: int, hidden: int) -> None:
+        """Check what was fitted against hidden states of (tokens, hidden); what a file holds may be anything.
+
+        Raises:
+            ValueError: It does not fit, or is not finite.
+        """
+        return
+
+    def peak(self, arrays: Mapping[str, Tensor], largest: float) -> float:
+        """Return a bound of the absolute values that ``decode`` gives, cheaper than to decode; inf or NaN if it knows none.
+
+        Args:
+            arrays: What ``collatable`` gave, without ``"values"`` where another step decodes those.
+            largest: Largest absolute value of ``"values"``.
+        """
+        return math.inf
 
 
 class BytesStep(Step):
@@ -254,6 +279,18 @@ class Codec(ABC):
     @abstractmethod
     def error_bound(self, hidden_states: Tensor) -> Tensor:
         """Return the largest root-mean-square error of each sample, (samples,), float64. Zeros if lossless."""
+
+    def check(self, tokens: int, hidden: int) -> None:
+        """Check what was fitted against hidden states of (tokens, hidden); what a file holds may be anything.
+
+        Raises:
+            ValueError: It does not fit, or is not finite.
+        """
+        return
+
+    def peak(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+        """Return a bound of the absolute values that ``restore`` gives, cheaper than to restore; inf or NaN if it knows none."""
+        return math.inf
 
     def decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Decode a chunk: ``unpack``, then ``restore`` on the CPU.

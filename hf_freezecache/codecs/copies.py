@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Buffer, Codec
+from .base import Buffer, Codec, largest_value
 from .cast import check_finite
 from .transform import digest
 
-__all__ = ["COPY", "WHOLE", "CopyCodec", "Predictor", "ViewCodec", "move_tokens"]
+__all__ = ["COPY", "WHOLE", "CopyCodec", "Predictor", "ViewCodec", "check_geometry", "move_tokens"]
 
 #: Geometry of a view that shows the whole image, and of views whose geometry is unknown. Five numbers say where a view lies in
 #: its image: left, top, right, bottom as fractions of its sides, and 1.0 if mirrored.
@@ -23,6 +24,8 @@ WHOLE = (0.0, 0.0, 1.0, 1.0, 0.0)
 COPY = "copy."
 #: Ridge of the least squares, relative to the mean variance of the predictors: channels of ViTs are nearly collinear.
 _RIDGE = 1e-2
+#: Beyond the geometry of any view.
+_FAR = 1e6
 
 
 def _interpolation(start: Tensor, end: Tensor, size: int) -> Tensor:
@@ -76,6 +79,17 @@ def move_tokens(patches: Tensor, geometry: Tensor, grid: tuple[int, int]) -> Ten
     moved = torch.bmm(rows, patches.reshape(batch, height, width * hidden)).reshape(batch * height, width, hidden)
     moved = torch.bmm(columns.repeat_interleave(height, 0), moved)
     return moved.reshape(batch, height * width, hidden)
+
+
+def check_geometry(geometry: Tensor) -> None:
+    """Check the geometries of views, (..., 5), which a file may hold anything in place of; see ``WHOLE``.
+
+    Raises:
+        ValueError: Not finite, far from any image, or a view without extent: tokens could not be moved.
+    """
+    spans = geometry[..., 2:4] - geometry[..., :2]
+    if not bool((geometry.abs() < _FAR).all()) or not bool((spans > 1 / _FAR).all()):
+        raise ValueError("the geometry of a view is not finite, or has no extent")
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,9 @@ class Predictor:
             ValueError: They do not, or are not finite.
         """
         patches = self.grid[0] * self.grid[1]
-        if self.prefix_tokens + patches != tokens:
+        # Moving tokens takes the square of a side: no more than the states themselves, some times over.
+        large = self.grid[0] > 1 and max(self.grid) ** 2 > 4 * patches * hidden
+        if self.prefix_tokens + patches != tokens or large:
             raise ValueError(
                 f"{self.prefix_tokens} prefix tokens and a grid of {self.grid[0]} x {self.grid[1]} make no {tokens} tokens"
             )
@@ -166,6 +182,13 @@ class Predictor:
                 raise ValueError(
                     f"the predictor's {name} is {tuple(tensor.shape)} {tensor.dtype} or not finite, expected {shape} {dtype}"
                 )
+
+    def peak(self, largest: float) -> float:
+        """Return a bound of the absolute values that are predicted from base views up to ``largest``."""
+        if self.gains is None or self.scale is None or self.mean is None:
+            return math.inf
+        weights = self.gains.abs().double().sum(0) * self.scale.abs().double()
+        return 1.01 * (largest * largest_value(weights) + largest_value(self.mean))
 
     def fit(self, base: Tensor, geometry: Tensor, views: Tensor) -> Predictor:
         """Fit ``A`` and ``m``.
@@ -318,6 +341,12 @@ class CopyCodec:
         return (states.to(wide) + self.predictor(base.to(wide), geometry)).to(dtype)
 
 
+def _parts(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what a packed batch holds of copies, and of base views."""
+    copies = {name.removeprefix(COPY): array for name, array in arrays.items() if name.startswith(COPY)}
+    return copies, {n: a for n, a in arrays.items() if not n.startswith(COPY) and n not in ("geometry", "is_copy")}
+
+
 @dataclass(frozen=True)
 class ViewCodec:
     """Decodes the views of a cache.
@@ -379,12 +408,35 @@ class ViewCodec:
         copies = {COPY + name: array for name, array in arrays.items()}
         return {**copies, "is_copy": torch.ones(int(shape[0]), dtype=torch.bool)}
 
+    def check(self, tokens: int, hidden: int) -> None:
+        """Check what was fitted against hidden states of (tokens, hidden); what a file holds may be anything.
+
+        Raises:
+            ValueError: It does not fit, or is not finite.
+        """
+        self.base.check(tokens, hidden)
+        if self.copies is not None:
+            self.copies.codec.check(tokens, hidden)
+            if self.copies.predictor is not None:
+                self.copies.predictor.check(tokens, hidden)
+
+    def peak(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+        """Return a bound of the absolute values that ``restore`` gives, cheaper than to restore; inf or NaN if it knows none."""
+        copies, own = _parts(arrays)
+        base = self.base.peak(own, dtype) if own else 0.0
+        if not copies:
+            return base
+        assert self.copies is not None
+        residual = self.copies.codec.peak(copies, dtype)
+        copy = residual + (self.copies.predictor.peak(base) if self.copies.predictor is not None else 0.0)
+        # Of both: a packed batch may hold samples of either. ``max`` would pass over NaN.
+        return copy if math.isnan(copy) else max(base, copy)
+
     def restore(
         self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> Tensor:
         """Turn a packed batch into hidden states, on the device where it lies; see ``Codec.restore``."""
-        copies = {name.removeprefix(COPY): array for name, array in arrays.items() if name.startswith(COPY)}
-        own = {n: a for n, a in arrays.items() if not n.startswith(COPY) and n not in ("geometry", "is_copy")}
+        copies, own = _parts(arrays)
         if not copies:
             return self.base.restore(own, dtype, compute_dtype)
         assert self.copies is not None

@@ -74,11 +74,11 @@ def check_frame(frame: Buffer) -> None:
     """
     try:
         parameters = zstandard.get_frame_parameters(frame)
-        if not parameters.has_checksum:
-            raise ValueError("zstd frame without a checksum")
+        if not parameters.has_checksum or parameters.content_size == zstandard.CONTENTSIZE_UNKNOWN:
+            raise ValueError("zstd frame without a checksum or without the size of its content")
         found = 0
         with zstandard.ZstdDecompressor().stream_reader(frame) as reader:
-            while block := reader.read(2**20):
+            while found <= parameters.content_size and (block := reader.read(2**20)):
                 found += len(block)
     except zstandard.ZstdError as error:
         raise ValueError(f"damaged zstd frame ({error})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import BYTES, FLOATS, ArraySpec, ArrayStep, Buffer, BytesStep, Codec, CompressStep, Step
+from .base import BYTES, FLOATS, ArraySpec, ArrayStep, Buffer, BytesStep, Codec, CompressStep, Step, largest_value
 from .entropy import Zstd
 from .planes import Planes
 
@@ -22,6 +23,12 @@ _SIDE_BYTES = Planes()
 
 def _words(kinds: frozenset[str]) -> str:
     return " or ".join(sorted(kinds))
+
+
+def _own(arrays: Mapping[str, Tensor], position: int) -> dict[str, Tensor]:
+    """Return what a step put beside the main array."""
+    mark = f"{position}."
+    return {name.removeprefix(mark): value for name, value in arrays.items() if name.startswith(mark)}
 
 
 @dataclass(frozen=True)
@@ -166,19 +173,37 @@ class Pipeline(Codec):
             data = step.decode(data, most)
         return data
 
+    def _inputs(self, dtype: torch.dtype) -> list[torch.dtype]:
+        """Return the dtype that each array step takes."""
+        inputs = [dtype]
+        for step in self._arrays[:-1]:
+            inputs.append(step.encoded_specs(ArraySpec((1, 1, 1), inputs[-1]))["values"].dtype)
+        return inputs
+
     def restore(
         self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> Tensor:
         """See base class."""
-        array = arrays["values"]
-        inputs = [dtype]
-        for step in self._arrays[:-1]:
-            inputs.append(step.encoded_specs(ArraySpec((1, 1, 1), inputs[-1]))["values"].dtype)
+        array, inputs = arrays["values"], self._inputs(dtype)
         for position in reversed(range(len(self._arrays))):
-            mark = f"{position}."
-            own = {name.removeprefix(mark): value for name, value in arrays.items() if name.startswith(mark)}
-            array = self._arrays[position].decode({"values": array, **own}, inputs[position], compute_dtype)
+            array = self._arrays[position].decode(
+                {"values": array, **_own(arrays, position)}, inputs[position], compute_dtype
+            )
         return array
+
+    def check(self, tokens: int, hidden: int) -> None:
+        """See base class."""
+        for step in self._arrays:
+            step.check(tokens, hidden)
+
+    def peak(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+        """See base class."""
+        largest, inputs = largest_value(arrays["values"]), self._inputs(dtype)
+        for position in reversed(range(len(self._arrays))):
+            largest = self._arrays[position].peak(_own(arrays, position), largest)
+            if not largest < torch.finfo(inputs[position]).max:
+                return math.inf
+        return largest
 
     def error_bound(self, hidden_states: Tensor) -> Tensor:
         """See base class. Bounds of several array steps add up, and what each gives back is rounded to what it took."""
@@ -248,3 +273,7 @@ class LosslessCodec(Codec):
     def error_bound(self, hidden_states: Tensor) -> Tensor:
         """See base class."""
         return self._pipeline.error_bound(hidden_states)
+
+    def peak(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+        """See base class."""
+        return self._pipeline.peak(arrays, dtype)

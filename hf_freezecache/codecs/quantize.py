@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep
+from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep, largest_value
 from .cast import check_finite
 
 __all__ = ["Quantize"]
@@ -80,6 +80,10 @@ class Quantize(ArrayStep):
         compute_dtype = compute_dtype or scale.dtype
         values = arrays["values"].transpose(1, 2).to(compute_dtype) * scale[:, None].to(compute_dtype)
         return values.to(dtype).contiguous()
+
+    def peak(self, arrays: Mapping[str, Tensor], largest: float) -> float:
+        """See base class."""
+        return largest * largest_value(arrays["scale"])
 
     def error_bound(self, array: Tensor) -> Tensor:
         """See base class: half a step, and the rounding of the result, which is coarser than a step among subnormals."""

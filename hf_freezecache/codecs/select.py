@@ -79,6 +79,10 @@ class Select(ArrayStep):
         """See base class."""
         return arrays["values"].to(dtype)
 
+    def peak(self, arrays: Mapping[str, Tensor], largest: float) -> float:
+        """See base class."""
+        return largest
+
     def error_bound(self, array: Tensor) -> Tensor:
         """See base class: the root-mean-square of what is left out."""
         left = array.double() - self.encode(array)["values"].double()

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep
+from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep, largest_value
 from .cast import check_finite
 
 __all__ = ["Transform", "dct_matrix", "digest", "frequency_order"]
@@ -324,6 +324,51 @@ class Transform(ArrayStep):
             "exact_index": ArraySpec((samples * tokens, 1), torch.int32, ragged=True),
             "exact": ArraySpec((samples * tokens, hidden), spec.dtype, ragged=True),
         }
+
+    def check(self, tokens: int, hidden: int) -> None:
+        """See base class."""
+        self._check_fitted()
+        height, width = self._grids()
+        patches = height * width
+        # Matrices of the DCT take the square of a side: no more than the states themselves, some times over.
+        if self.prefix_tokens + patches != tokens or (height > 1 and max(height, width) ** 2 > 4 * patches * hidden):
+            raise ValueError(
+                f"{self.prefix_tokens} prefix tokens and a grid of {height} x {width} make no {tokens} tokens"
+            )
+        shapes = {
+            "basis": ((hidden, hidden), torch.int8),
+            "scale": ((hidden,), torch.float32),
+            "mean": ((patches, hidden), torch.int32),
+        }
+        tensors = self.tensors()
+        for name, (shape, dtype) in shapes.items():
+            tensor = tensors.get(name)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+                raise ValueError(f"the transform's {name} is {found}, expected {(shape, dtype)}")
+        # Not finite, or so large that fp32 arithmetic would overflow on the largest integers.
+        if not self._peak(_LARGEST + 1, hidden) < torch.finfo(torch.float32).max:
+            raise ValueError("the transform's scale, step or mean is not finite, or far too large")
+
+    @functools.cached_property
+    def _lengths(self) -> tuple[float, float]:
+        """Return the longest row of the basis times the step, and the largest absolute value of the mean."""
+        assert self.step is not None
+        basis = self._basis(torch.float64, torch.device("cpu"))
+        mean = self._mean_tokens(torch.float64, torch.device("cpu"))
+        return float(basis.square().sum(1).sqrt().max()) * self.step, largest_value(mean)
+
+    def _peak(self, largest: float, hidden: int) -> float:
+        # By Cauchy and Schwarz: the DCT keeps the length of a sample's coefficients.
+        longest, mean = self._lengths
+        return 1.01 * (longest * largest * math.sqrt(math.prod(self._grids()) * hidden) + mean)
+
+    def peak(self, arrays: Mapping[str, Tensor], largest: float) -> float:
+        """See base class."""
+        bounds = [self._peak(largest, arrays["prefix"].shape[2]), largest_value(arrays["prefix"])]
+        if "exact" in arrays:
+            bounds.append(largest_value(arrays["exact"]))
+        return math.nan if any(math.isnan(bound) for bound in bounds) else max(bounds)
 
     def encode(self, array: Tensor) -> dict[str, Tensor]:
         """See base class."""
