@@ -61,7 +61,8 @@ def _flaw(checkpoint: Path) -> str | None:
     for path in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("*.pth")):
         if not zipfile.is_zipfile(path):  # the directory of a zip file is its end
             return f"{path.name} is cut off"
-    if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("*.bin")):
+    weights = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+    if not any(any(checkpoint.glob(pattern)) for pattern in weights):
         return "its weights are missing"
     saved = len(list(checkpoint.glob("rng_state*.pth")))
     if 0 < saved < world_size or (saved == 0 and (checkpoint / "optimizer.pt").is_file()):

@@ -90,6 +90,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         key = (view, chunk)
         if key in self._chunks:
             self._chunks.move_to_end(key)
+            if self._unread[key] <= 0:  # kept from an epoch before
+                self._unread[key] = len(next(iter(self._chunks[key].values())))
             return self._chunks[key]
         if self.packed:
             packed = self.reader.unpack_chunk(view, chunk)

@@ -147,11 +147,7 @@ class FreezeCacheTrainer(Trainer):
                 "train_dataset is an IterableDataset: its rows have no number by which to find their hidden states. Use "
                 "a map-style data set (datasets.load_dataset without streaming=True)."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UnsupportedSetupError(
-                "DeepSpeed and FSDP shard the parameters that a stage change freezes; cached training does not support "
-                "them. The frozen part needs no gradients or optimizer state: try without."
-            )
+        self._check_sharding()
         check_arguments(args)
         if args.world_size > 1 and not (self._wraps and getattr(args, "parallelism_config", None) is None):
             raise UnsupportedSetupError(
@@ -179,6 +175,34 @@ class FreezeCacheTrainer(Trainer):
             check_labels(self.train_dataset, self._num_labels, [*(self.label_names or []), "label"])
         if self._make_augmenter() is not None and not any(stage.split_point for stage in stages):
             logger.warning("feature_augmentation acts on cached stages only: no stage of this schedule is one.")
+
+    def _check_sharding(self) -> None:
+        """Refuse what splits parameters over processes.
+
+        Raises:
+            UnsupportedSetupError: With the reason and what to use instead.
+        """
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return
+        if self.is_deepspeed_enabled:
+            name = "DeepSpeed"
+            reason = (
+                "it divides gradients and optimizer state once, at the start, for parameters that a later stage freezes"
+            )
+        elif getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+            name = "FSDP (version 1)"
+            reason = "it joins the parameters of a module into one, of which a stage could not freeze a part"
+        else:
+            name = "FSDP2"
+            reason = (
+                "it gathers the parameters of each block by all processes together, while each of them runs the frozen blocks "
+                "on shards of the cache of its own, as many as there are"
+            )
+        raise UnsupportedSetupError(
+            f"Cached training does not support {name}: {reason}. Use DistributedDataParallel (torchrun or accelerate launch "
+            "without it): frozen blocks need neither gradients nor optimizer state, and in cached stages no activations, so that "
+            "much of what sharding would save is not there. For a model that does not fit otherwise, train without freeze_config."
+        )
 
     @property
     def _num_labels(self) -> int | None:
