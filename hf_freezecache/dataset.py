@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from .cache.fingerprint import Fingerprint
 from .cache.format import GEOMETRY_NAME
 from .cache.layout import ChunkLayout, epoch_view
 from .cache.reader import CacheReader
+from .cache.selection import Selection
+from .cache.transfer import copy_cache
+from .errors import UnsupportedSetupError
 from .views import ViewKey
 
 __all__ = ["PACKED", "CachedDataset", "ChunkSampler", "collate_cached", "split_packed"]
@@ -53,18 +57,142 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         self._unread: dict[tuple[int, int], int] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, expected: Fingerprint | None = None) -> CachedDataset:
-        """Open the cache in a local directory.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        expected: Fingerprint | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        views: Sequence[int] | None = None,
+        shards: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> CachedDataset:
+        """Open a cache: in a local directory, or on the Hub, from where it is fetched once and then checked bit by bit.
 
         Args:
-            path: The cache, the folder with ``index.json``.
+            path: The folder with ``index.json``; or, where there is no such folder, ``user/name`` of a data set on the Hub.
             expected: Fingerprint it must have.
+            revision: Branch, tag or commit on the Hub; default ``main``.
+            token: Token for the Hub; default the one of ``hf auth login``.
+            views: Only these views are fetched, and need be there; default all.
+            shards: The same of shards. ``sample_indices`` says which samples they hold.
+            settings: As for ``CachedDataset``.
 
         Raises:
-            CacheCorruptError: Not a finished cache, or damaged.
+            CacheCorruptError: Not a finished cache, or a file is missing, damaged or altered.
             CacheMismatchError: The fingerprint differs; the message names the parts.
+            HubError: The Hub has no such repository or revision, refused, or could not be reached.
+            IndexError: The cache has no such view or shard.
         """
-        return cls(CacheReader(Path(path), expected))
+        selection = Selection.of(views, shards)
+        location: Any = path
+        if isinstance(path, str) and "://" not in path and not Path(path).exists():
+            from .hub import fetch_cache, is_repo_id
+
+            if is_repo_id(path):
+                location = fetch_cache(path, revision=revision, token=token, selection=selection)
+        elif revision is not None:
+            raise UnsupportedSetupError(
+                f"revision={revision!r} was given, but {path} is local; only the Hub has revisions."
+            )
+        if isinstance(location, str) and "://" not in location:
+            location = Path(location)
+        return cls(CacheReader(location, expected, selection), **settings)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Copy the cache, or what was opened of it, to a new or empty folder; each file is checked against its hash.
+
+        Raises:
+            CacheCorruptError: A file is missing or damaged.
+            CacheWriteError: The folder is not empty, or cannot be written.
+        """
+        copy_cache(Path(self.reader.directory), Path(path), self.reader.selection)
+        return Path(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool = True,
+        *,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        dataset_name: str | None = None,
+        dataset_revision: str | None = None,
+        license: str | None = None,
+        model_id: str | None = None,
+        model_revision: str | None = None,
+        label_names: Sequence[str] | None = None,
+        overwrite: bool = False,
+    ) -> Any:
+        """Push the cache to a data set on the Hub, or the rest of it after an interruption; see ``hub.push_cache``.
+
+        Hidden states can reveal the images they were computed from. The card says only what it is told here.
+
+        Args:
+            repo_id: ``user/name``.
+            private: A repository that is made is private, and a public one is refused; ``False`` makes a public one.
+            token: Token for the Hub; default the one of ``hf auth login``.
+            revision: Branch; default ``main``.
+            dataset_name: Source of the images: a data set on the Hub, or words.
+            dataset_revision: Its commit.
+            license: Licence of the source: an identifier of the Hub, or words.
+            model_id: Model whose blocks were run.
+            model_revision: Its commit.
+            label_names: Names of the classes, by number.
+            overwrite: Replace another cache that is in the repository.
+
+        Returns:
+            ``hub.PushReport``: ``url``, ``revision``, and what was uploaded.
+
+        Raises:
+            CacheCorruptError: The cache is damaged, or was opened in part.
+            CacheMismatchError: The repository holds another cache.
+            HubError: The Hub refused or could not be reached.
+        """
+        from .hub import origin_given, push_cache
+
+        origin = origin_given(
+            dataset_name=dataset_name,
+            dataset_revision=dataset_revision,
+            license=license,
+            model_id=model_id,
+            model_revision=model_revision,
+            label_names=None if label_names is None else tuple(label_names),
+        )
+        return push_cache(
+            self.reader.directory,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            origin=origin,
+            overwrite=overwrite,
+        )
+
+    @property
+    def sample_indices(self) -> np.ndarray[Any, Any]:
+        """Sample indices that can be read, in stored order, int64; all of them unless only some shards were opened."""
+        layout = self.reader.layout
+        return np.concatenate([layout.members(chunk) for chunk in self._chunks_opened()])
+
+    def _chunks_opened(self) -> list[int]:
+        index, num_chunks = self.reader.index, self.reader.layout.num_chunks
+        shards = self.reader.selection.chosen_shards(index)
+        return [
+            chunk
+            for shard in shards
+            for chunk in range(shard * index.shard_chunks, min((shard + 1) * index.shard_chunks, num_chunks))
+        ]
+
+    def sampler(self, seed: int, window: int = 8) -> ChunkSampler:
+        """Return a sampler that shuffles what was opened, chunk by chunk, and shows each chunk each view in turn.
+
+        Args:
+            seed: Of the order, and of the turns of the views.
+            window: Chunks whose samples are mixed; ``max_chunks`` must hold them and those of a batch.
+        """
+        return _OpenedSampler(self, seed, window)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -167,6 +295,37 @@ class ChunkSampler(Sampler[ViewKey]):
             ]
             keys = np.stack([np.concatenate(members), np.concatenate(views)], axis=1)
             yield from map(tuple, generator.permutation(keys).tolist())
+
+
+@dataclass(frozen=True)
+class _OpenedLayout:
+    """The chunks of a layout that were opened, numbered anew."""
+
+    layout: ChunkLayout
+    chunks: tuple[int, ...]
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(self.members(chunk)) for chunk in range(len(self.chunks)))
+
+    def members(self, chunk: int) -> np.ndarray[Any, Any]:
+        return self.layout.members(self.chunks[chunk])
+
+
+class _OpenedSampler(ChunkSampler):
+    def __init__(self, dataset: CachedDataset, seed: int, window: int) -> None:
+        reader = dataset.reader
+        layout: Any = _OpenedLayout(reader.layout, tuple(dataset._chunks_opened()))
+        self.views = reader.selection.chosen_views(reader.index)
+        super().__init__(layout, seed, seed, len(self.views), window)
+
+    def __iter__(self) -> Iterator[ViewKey]:
+        for sample_index, view in super().__iter__():
+            yield sample_index, self.views[view]
 
 
 def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

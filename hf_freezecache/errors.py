@@ -9,6 +9,7 @@ __all__ = [
     "CacheWriteError",
     "DataError",
     "FreezeCacheError",
+    "HubError",
     "ScheduleError",
     "UnrepeatableTransformError",
     "UnsupportedModelError",
@@ -54,3 +55,7 @@ class CacheLockedError(FreezeCacheError, BlockingIOError):
 
 class CacheWriteError(FreezeCacheError, OSError):
     """A cache could not be written: the disk is full, or the folder is read-only."""
+
+
+class HubError(FreezeCacheError, OSError):
+    """The Hub could not be reached, or refused what was asked of it."""

@@ -42,6 +42,7 @@ from ..errors import CacheCorruptError, UnsupportedSetupError
 __all__ = [
     "CODEC_NAME",
     "COPIES_NAME",
+    "FILE_NAME",
     "FORMAT_VERSION",
     "GEOMETRY_NAME",
     "INDEX_NAME",
@@ -73,7 +74,8 @@ GEOMETRY_NAME = "view_geometry"
 #: A larger index or head is refused unread. 1 GiB of images in 500 KB shards needs far less.
 MAX_INDEX_BYTES = 256 * 2**20
 MAX_HEAD_BYTES = 64 * 2**20
-_FILE_NAME = re.compile(
+#: Names that files of a cache have beside ``index.json``.
+FILE_NAME = re.compile(
     r"((codec|copies)\.safetensors|view-\d{2,}/shard-\d{5,}\.safetensors|index/view-\d{2,}/part-\d{5,}\.parquet)"
 )
 
@@ -294,7 +296,7 @@ def _check_index(index: CacheIndex, path: Path) -> None:
         )
     if index.copies is not None:
         expected.add(COPIES_NAME)
-    if set(index.files) != expected or not all(_FILE_NAME.fullmatch(name) for name in index.files):
+    if set(index.files) != expected or not all(FILE_NAME.fullmatch(name) for name in index.files):
         odd = sorted(set(index.files) ^ expected)[:3]
         raise CacheCorruptError(f"{path} is damaged: files missing from it, or foreign to a cache: {odd}.")
 

@@ -32,6 +32,7 @@ from .format import (
     shard_name,
 )
 from .layout import ChunkLayout
+from .selection import Selection
 from .state import CodecState, load_copies, load_state
 
 __all__ = ["CacheReader", "DecodedChunk", "PackedChunk", "verify_cache"]
@@ -73,14 +74,17 @@ class CacheReader:
     Args:
         directory: The cache.
         expected: Fingerprint it must have; ``None`` takes it as it is.
+        selection: Views and shards that must be there, and can be read; default all.
 
     Raises:
         CacheCorruptError: Not a finished cache, or damaged.
         CacheMismatchError: The fingerprint differs; the message names the parts.
+        IndexError: The cache has no such view or shard.
     """
 
     directory: Path
     expected: Fingerprint | None = None
+    selection: Selection = field(default_factory=Selection)
     index: CacheIndex = field(init=False)
     codec: Codec = field(init=False)
     views: ViewCodec = field(init=False)
@@ -99,14 +103,15 @@ class CacheReader:
                     "Use another cache_dir, or delete the folder to rebuild."
                 )
         self.layout = ChunkLayout(self.index.num_samples, self.index.chunk_size, self.index.layout_seed)
-        for name, record in self.index.files.items():
-            path = self.directory / name
+        for name in self.selection.files(self.index):
+            path, record = self.directory / name, self.index.files[name]
             size = path.stat().st_size if path.is_file() else None
             if size != record.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise CacheCorruptError(
                     f"{path} {found}, expected {record.bytes} bytes. Delete {self.directory / INDEX_NAME} and run the "
-                    "same training again to rebuild what is damaged."
+                    "same training again to rebuild what is damaged. Of a cache that was fetched in part, open that part: "
+                    "from_pretrained(..., views=[...], shards=[...])."
                 )
         if CODEC_NAME not in self.index.files:
             self.codec = codec_from_dict(self.index.codec)
@@ -152,6 +157,11 @@ class CacheReader:
 
     def _head(self, view: int, shard: int) -> ShardHead:
         if (view, shard) not in self._heads:
+            if shard_name(view, shard) not in self.selection.files(self.index):
+                raise IndexError(
+                    f"View {view}, shard {shard} of {self.directory} was left out when it was opened; there are views "
+                    f"{list(self.selection.chosen_views(self.index))}, shards {list(self.selection.chosen_shards(self.index))}."
+                )
             path = self.directory / shard_name(view, shard)
             record = self.index.files[shard_name(view, shard)]
             if file_sha256(path, record.head_bytes) != record.head_sha256:
