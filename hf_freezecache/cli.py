@@ -383,7 +383,13 @@ def push(
             dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision
         )
         report = push_cache(
-            caches[0], repo_id, private=not public, revision=revision, origin=origin, overwrite=overwrite
+            caches[0],
+            repo_id,
+            private=not public,
+            revision=revision,
+            origin=origin,
+            overwrite=overwrite,
+            show_progress=sys.stderr.isatty(),
         )
         if as_json:
             typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
@@ -415,7 +421,9 @@ def pull(
     with _one_line_errors(debug):
         from .hub import pull_cache
 
-        report = pull_cache(repo_id, path, revision=revision, views=chosen[0], shards=chosen[1])
+        report = pull_cache(
+            repo_id, path, revision=revision, views=chosen[0], shards=chosen[1], show_progress=sys.stderr.isatty()
+        )
         if as_json:
             typer.echo(json.dumps({**dataclasses.asdict(report), "directory": str(report.directory)}, indent=1))
         else:

@@ -166,10 +166,14 @@ def _explained(doing: str, repo_id: str, revision: str | None = None) -> Iterato
         raise explained from error
 
 
+def _shown(show_progress: bool | None) -> bool:
+    return not are_progress_bars_disabled() if show_progress is None else show_progress
+
+
 @contextmanager
-def _bars(show: bool | None) -> Iterator[None]:
-    """Switch the Hub's own progress bars off; ``None`` leaves them as they are."""
-    if show is not False or are_progress_bars_disabled():
+def _bars(show: bool) -> Iterator[None]:
+    """Keep the Hub's own progress bars, or switch them off for a while."""
+    if show or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()
@@ -272,7 +276,7 @@ def push_cache(
         revision: Branch, made from ``main`` if it is not there; default ``main``.
         origin: What the cache was made of, for the card.
         overwrite: Replace another cache that is in the repository.
-        show_progress: Show a progress bar; default where stderr is a terminal.
+        show_progress: Show a progress bar; default as ``huggingface_hub``'s own.
 
     Raises:
         CacheCorruptError: The cache is unfinished or damaged.
@@ -288,9 +292,11 @@ def push_cache(
     index = load_index(directory)
     _check_limits(index, directory)
     api = _api(token)
+    show = _shown(show_progress)
     with _explained(f"Pushing {directory}", repo_id, revision), _bars(False):
         repo_id, is_private = _make_repo(api, repo_id, private, revision)
         report = PushReport(repo_id, f"{api.endpoint}/datasets/{repo_id}", private=is_private)
+        report.revision = str(api.repo_info(repo_id, repo_type=KIND, revision=revision).sha)
         remote = {
             entry.path: entry
             for entry in api.list_repo_tree(repo_id, repo_type=KIND, recursive=True, revision=revision)
@@ -306,14 +312,13 @@ def push_cache(
         report.kept_files = len(index.files) - len(missing)
         if missing and report.kept_files:
             logger.info("Going on with %s: %d of %d files are there.", repo_id, report.kept_files, len(index.files))
-        _push_files(api, repo_id, revision, directory, index, missing, report, remote, show_progress)
+        _push_files(api, repo_id, revision, directory, index, missing, report, remote, show)
         if missing or stale or not there or origin is not None:
             last: list[Any] = [CommitOperationDelete(name) for name in stale]
             card = cache_card(directory, index, repo_id, origin).encode()
             last += [CommitOperationAdd("README.md", card), CommitOperationAdd(INDEX_NAME, directory / INDEX_NAME)]
-            report.revision = _commit(api, repo_id, revision, last, f"Index of {index.num_samples:,} samples", report)
-        else:  # a card that somebody has edited since stays
-            report.revision = str(api.repo_info(repo_id, repo_type=KIND, revision=revision).sha)
+            _commit(api, repo_id, revision, last, f"Index of {index.num_samples:,} samples", report)
+        # Else a card that somebody has edited since stays.
     return report
 
 
@@ -354,9 +359,8 @@ def _push_files(
     missing: list[str],
     report: PushReport,
     remote: dict[str, Any],
-    show_progress: bool | None,
+    show: bool,
 ) -> None:
-    disable = None if show_progress is None else not show_progress
     total = sum(index.files[name].bytes for name in missing)
     attributes: list[Any] = []
     if ".gitattributes" not in remote:
@@ -364,7 +368,7 @@ def _push_files(
         attributes = [CommitOperationAdd(".gitattributes", "".join(lines).encode())]
     if attributes:  # before any shard: it decides how these are stored
         _commit(api, repo_id, revision, attributes, "Store shards as large files", report)
-    with tqdm(total=total, desc=f"Pushing {repo_id}", unit="B", unit_scale=True, disable=disable) as bar:
+    with tqdm(total=total, desc=f"Pushing {repo_id}", unit="B", unit_scale=True, disable=not show) as bar:
         for number, batch in enumerate(_uploads(missing, index, COMMIT_FILES, COMMIT_BYTES), start=1):
             additions = [CommitOperationAdd(name, directory / name) for name in batch]
             by_name = {addition.path_in_repo: addition for addition in additions}
@@ -377,18 +381,17 @@ def _push_files(
                     free_memory=False,
                 )
                 bar.update(sum(index.files[name].bytes for name in group))
-            report.revision = _commit(api, repo_id, revision, additions, f"Shards, part {number}", report)
+            _commit(api, repo_id, revision, additions, f"Shards, part {number}", report)
             report.uploaded += batch
             report.uploaded_bytes += sum(index.files[name].bytes for name in batch)
 
 
 def _commit(
     api: HfApi, repo_id: str, revision: str | None, operations: list[Any], message: str, report: PushReport
-) -> str:
-    before = api.repo_info(repo_id, repo_type=KIND, revision=revision).sha
+) -> None:
     info = api.create_commit(repo_id, operations, commit_message=message, repo_type=KIND, revision=revision)
-    report.commits += info.oid != before
-    return str(info.oid)
+    report.commits += info.oid != report.revision
+    report.revision = str(info.oid)
 
 
 # ---- Pull ----
@@ -400,8 +403,12 @@ def _fetch_index(
     """Return commit, index and names of the files of a cache on the Hub, whose listing agrees with the index."""
     api = _api(token)
     sha = str(api.repo_info(repo_id, repo_type=KIND, revision=revision).sha)
+    settings: dict[str, Any] = {"repo_type": KIND, "token": token}
     try:
-        path = Path(hf_hub_download(repo_id, INDEX_NAME, repo_type=KIND, revision=sha, token=token))
+        # By name, so that the local cache knows what that name meant when it is asked offline.
+        path = Path(hf_hub_download(repo_id, INDEX_NAME, revision=revision, **settings))
+        if path.parent.name != sha:  # a commit came between
+            path = Path(hf_hub_download(repo_id, INDEX_NAME, revision=sha, **settings))
     except EntryNotFoundError:
         raise CacheCorruptError(
             f"{repo_id} holds no finished cache: it has no {INDEX_NAME} at revision {sha}. If a push was interrupted, the same "
@@ -436,9 +443,8 @@ def _discard(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _check_fetched(folder: Path, index: CacheIndex, names: list[str], repo_id: str, show_progress: bool | None) -> None:
-    disable = None if show_progress is None else not show_progress
-    for name in tqdm(names, desc="Checking", unit="file", disable=disable):
+def _check_fetched(folder: Path, index: CacheIndex, names: list[str], repo_id: str, show: bool) -> None:
+    for name in tqdm(names, desc="Checking", unit="file", disable=not show):
         problem = file_problem(folder / name, index.files[name])
         if problem is not None:
             _discard(folder / name)
@@ -465,7 +471,7 @@ def fetch_cache(
         revision: Branch, tag or commit; default ``main``.
         token: Token for the Hub; default the one of ``hf auth login``.
         selection: Views and shards to fetch; default all.
-        show_progress: Show progress bars; default where stderr is a terminal.
+        show_progress: Show progress bars; default as ``huggingface_hub``'s own.
 
     Returns:
         The folder with ``index.json``.
@@ -475,8 +481,8 @@ def fetch_cache(
         HubError: The Hub could not be reached, has no such repository or revision, or refused.
         IndexError: The cache has no such view or shard.
     """
-    selection = selection or Selection()
-    with _explained(f"Fetching {repo_id}", repo_id, revision), _bars(show_progress):
+    selection, show = selection or Selection(), _shown(show_progress)
+    with _explained(f"Fetching {repo_id}", repo_id, revision), _bars(show):
         try:
             sha, index, names = _fetch_index(repo_id, revision, token, selection)
         except OfflineModeIsEnabled:
@@ -490,7 +496,7 @@ def fetch_cache(
                     repo_id, repo_type=KIND, revision=sha, token=token, allow_patterns=[*names, INDEX_NAME]
                 )
             )
-        _check_fetched(folder, index, names, repo_id, show_progress)
+        _check_fetched(folder, index, names, repo_id, show)
     return folder
 
 
@@ -515,7 +521,7 @@ def pull_cache(
         token: Token for the Hub; default the one of ``hf auth login``.
         views: Views to fetch; default all.
         shards: Shards to fetch, the same of each view; default all.
-        show_progress: Show progress bars; default where stderr is a terminal.
+        show_progress: Show progress bars; default as ``huggingface_hub``'s own.
 
     Raises:
         CacheCorruptError: The repository holds no finished cache, or a file is altered; the message names it.
@@ -524,11 +530,12 @@ def pull_cache(
         IndexError: The cache has no such view or shard.
     """
     directory, selection = Path(directory), Selection.of(views, shards)
-    with _explained(f"Pulling {repo_id}", repo_id, revision), _bars(show_progress):
+    show = _shown(show_progress)
+    with _explained(f"Pulling {repo_id}", repo_id, revision), _bars(show):
         sha, index, names = _fetch_index(repo_id, revision, token, selection)
         report = PullReport(repo_id, sha, directory, len(names) + 1)
         if _holds(directory, index):
-            _check_fetched(directory, index, names, str(directory), show_progress)
+            _check_fetched(directory, index, names, str(directory), show)
         else:
             check_vacant(directory)
             scratch = directory.with_name(f".{directory.name}.pull")
@@ -543,7 +550,7 @@ def pull_cache(
                 allow_patterns=[*names, INDEX_NAME],
                 local_dir=scratch,
             )
-            _check_fetched(scratch, index, names, repo_id, show_progress)
+            _check_fetched(scratch, index, names, repo_id, show)
             wanted = {*names, INDEX_NAME}
             for path in [path for path in scratch.rglob("*") if path.is_file()]:
                 if str(path.relative_to(scratch)) not in wanted:

@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN, USER = "hf_good", "user"
-PAGE = 50
+PAGE = 20
 #: As the Hub writes it into a new repository of a data set, shortened.
 GITATTRIBUTES = "".join(
     f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.bin", "*.safetensors", "*.parquet")
@@ -57,7 +57,9 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
 
     def add_commit(self, branch: str, files: dict[str, Blob], title: str) -> str:
-        text = json.dumps([self.kind, self.name, title, len(self.commits), sorted((p, b.key) for p, b in files.items())])
+        text = json.dumps(
+            [self.kind, self.name, title, len(self.commits), sorted((p, b.key) for p, b in files.items())]
+        )
         sha = hashlib.sha1(text.encode()).hexdigest()
         self.commits[sha], self.titles[sha], self.refs[branch] = files, title, sha
         return sha
@@ -83,7 +85,7 @@ class HubServer:
         uploads: Path of an LFS object's first commit, or its SHA-256 until there is one -> completed uploads of its bytes.
         requests: (method, path) of all requests.
         fail_after: After so many completed uploads every further one is refused, status 403. ``None`` never fails.
-        hang_after: The same, but further uploads are never answered.
+        hang_after: The same, but further uploads are not answered before ``release`` is set.
         multipart: LFS objects larger than this are uploaded in parts of this size, bytes.
     """
 
@@ -99,7 +101,7 @@ class HubServer:
         self.multipart = 1 << 40
         self.token = TOKEN
         self.lock = threading.RLock()
-        self.stopped = threading.Event()
+        self.release = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.server.daemon_threads = True
@@ -111,7 +113,7 @@ class HubServer:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self.stopped.set()
+        self.release.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -245,7 +247,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{name}"
         with self.hub.lock:
             if (kind, name) in self.hub.repos:
-                raise Refused(409, "You already created this repo", body={"url": url, "error": "You already created this"})
+                raise Refused(
+                    409, "You already created this repo", body={"url": url, "error": "You already created this"}
+                )
             private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
             repo = self.hub.repos[kind, name] = Repo(kind, name, private)
             content = GITATTRIBUTES.encode()
@@ -369,7 +373,9 @@ class _Handler(BaseHTTPRequestHandler):
         answers = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
-            lfs = file["size"] > 10 * 2**20 or any(fnmatch.fnmatch(path.split("/")[-1], pattern) for pattern in patterns)
+            lfs = file["size"] > 10 * 2**20 or any(
+                fnmatch.fnmatch(path.split("/")[-1], pattern) for pattern in patterns
+            )
             answer = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
             if path in files:
                 answer["oid"] = files[path].key
@@ -396,7 +402,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _fault(self) -> None:
         hub = self.hub
         if hub.hang_after is not None and hub.num_uploads >= hub.hang_after:
-            hub.stopped.wait()
+            hub.release.wait()
         if hub.fail_after is not None and hub.num_uploads >= hub.fail_after:
             raise Refused(403, "Private repository storage limit reached")
 
