@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, set_seed
 
 from .config import CacheConfig, FreezeConfig
@@ -86,6 +89,24 @@ def load_images(path: str, split: str, image_column: str, label_column: str) -> 
     return found
 
 
+@contextmanager
+def _quiet(show_progress: bool) -> Iterator[None]:
+    """Keep the libraries' reports on loading, of which a head of other classes makes a long one, to themselves."""
+    verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    if not show_progress:
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if not show_progress:
+            transformers.logging.enable_progress_bar()
+            if not bars:
+                datasets.enable_progress_bars()
+
+
 def build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
     """Build a cache, or find it; return it, and the trainer, which can push it.
 
@@ -93,13 +114,20 @@ def build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
         FreezeCacheError: Data, model or disk are not as they must be; the message says why.
         OSError: Model or data set cannot be loaded.
     """
+    with _quiet(settings.show_progress):
+        return _build(settings)
+
+
+def _build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
     images = load_images(settings.dataset, settings.split, settings.image_column, settings.label_column)
     classes = images.features[settings.label_column].names
     set_seed(settings.seed)
     config = AutoConfig.from_pretrained(settings.model, revision=settings.revision or "main")
     head: dict[str, Any] = {}
     if config.num_labels != len(classes):
-        head = {"num_labels": len(classes), "ignore_mismatched_sizes": True}
+        names = dict(enumerate(classes))
+        head = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        head["ignore_mismatched_sizes"] = True
     revision = settings.revision or "main"
     model = AutoModelForImageClassification.from_pretrained(settings.model, revision=revision, **head)
     processor = AutoImageProcessor.from_pretrained(settings.model, revision=revision)

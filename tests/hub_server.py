@@ -156,6 +156,9 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body in one packet: else each answer waits for the client's delayed acknowledgement.
+    wbufsize = -1
+    disable_nagle_algorithm = True
     hub: HubServer
 
     def log_message(self, *unused: Any) -> None:
