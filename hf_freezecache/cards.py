@@ -201,12 +201,11 @@ def cache_card(directory: Path, index: CacheIndex, repo_id: str, origin: Origin 
 # Hidden states after {index.split_point} blocks, {index.num_samples:,} images
 
 The output of the first {index.split_point} frozen blocks of a vision transformer for each image of a data set, cached by
-`hf-freezecache`. Whoever trains the blocks behind them needs neither the images
-nor the time that the frozen blocks take.
+`hf-freezecache`. Whoever trains the blocks behind them needs neither the images nor the time that the frozen blocks take.
 
 > [!WARNING]
 > **Hidden states can reveal the images they were computed from**: much of an image can be reconstructed from the output of
-> early blocks, and its content recognised from later ones. Treat this repository as you would treat the images. {terms}
+> early blocks, and its content recognised from later ones. Treat this repository as you would treat the images.{terms}
 
 {_table(_facts(index, origin))}
 
@@ -219,7 +218,7 @@ from hf_freezecache import CachedDataset, FreezeCacheTrainer, SuffixModel
 cached = CachedDataset.from_pretrained("{repo_id}")  # every file is checked against its hash
 {load}
 trainer = FreezeCacheTrainer(
-    model=SuffixModel(model, {index.split_point}),
+    model=SuffixModel.for_cache(model, cached),  # refuses a model with other frozen weights
     args=TrainingArguments("out", num_train_epochs=5),
     train_dataset=cached,
 )
@@ -227,7 +226,6 @@ trainer.train()
 model.save_pretrained("out")  # a whole, ordinary model
 ```
 
-The frozen blocks of that model must have the weights that the cache was computed with: see *prefix weights* below.
 `views=[0]` or `shards=[0, 1]` fetches only a part. Without hf-freezecache, `datasets.load_dataset("{repo_id}")` shows one
 row per stored sample: its row in the source, where it lies, and its labels.
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .cache.fingerprint import hash_tensors
+from .dataset import CachedDataset
+from .errors import CacheMismatchError
 from .freezing import freeze
 from .splitting import split_model
 
@@ -16,7 +19,7 @@ __all__ = ["SuffixModel"]
 class SuffixModel(nn.Module):
     """The part of a model behind ``split_point``, for ``Trainer`` and a ``CachedDataset``.
 
-    The prefix is frozen. ``model`` stays the whole, ordinary model, whose suffix is trained in place: save it with
+    ``for_cache`` makes one that fits a cache. The prefix is frozen. ``model`` stays the whole, ordinary model, whose suffix is trained in place: save it with
     ``suffix.model.save_pretrained(...)``.
 
     Args:
@@ -40,6 +43,30 @@ class SuffixModel(nn.Module):
         takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         #: For ``Trainer``: as of the model itself.
         self.accepts_loss_kwargs = getattr(model, "accepts_loss_kwargs", takes_any)
+
+    @classmethod
+    def for_cache(cls, model: nn.Module, cached: CachedDataset) -> SuffixModel:
+        """Return the suffix behind the split point of a cache, having checked that the model's prefix is the cached one.
+
+        Args:
+            model: The model whose prefix was cached; its head may be another.
+            cached: The cache.
+
+        Raises:
+            CacheMismatchError: The cache was computed with other prefix weights.
+            UnsupportedModelError: The model cannot be split there.
+        """
+        index = cached.reader.index
+        suffix = cls(model, index.split_point, index.image_shape)
+        found = hash_tensors({**suffix.split.prefix_parameters(), **suffix.split.prefix_buffers()})
+        expected = index.fingerprint.get("prefix weights")
+        if found != expected:
+            raise CacheMismatchError(
+                f"Cache {cached.reader.directory} was computed with other weights than those of this {type(model).__name__} "
+                f"before block {index.split_point} (SHA-256 {found[:16]}, expected {str(expected)[:16]}). Load the model and "
+                "revision that it was computed with, in the same dtype."
+            )
+        return suffix
 
     @property
     def config(self) -> Any:

@@ -76,7 +76,6 @@ def train(options: argparse.Namespace) -> None:
     cached = CachedDataset.from_pretrained(f"{options.repo_id}-train")
     test = CachedDataset.from_pretrained(f"{options.repo_id}-test", max_chunks=10**6)
     print(f"pulled and checked in {time.perf_counter() - started:.0f} s", flush=True)
-    index = cached.reader.index
     count = 1 + max(int(item["labels"]) for item in test)
     for number, (name, relabel) in enumerate(HEADS.items()):
         started = time.perf_counter()
@@ -92,7 +91,7 @@ def train(options: argparse.Namespace) -> None:
             return {**batch, "labels": torch.tensor([relabel(int(label), count) for label in batch["labels"]])}
 
         trainer = FreezeCacheTrainer(
-            model=SuffixModel(model, index.split_point, index.image_shape),
+            model=SuffixModel.for_cache(model, cached),
             args=TrainingArguments(
                 f"{options.output_dir}/head-{number}",
                 num_train_epochs=options.epochs,

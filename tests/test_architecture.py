@@ -75,7 +75,7 @@ MAY_IMPORT = {
         *("transforms", "views"),
     },
     "checkpoints": {"errors"},
-    "suffix": {"freezing", "splitting"},
+    "suffix": {"cache.fingerprint", "dataset", "errors", "freezing", "splitting"},
     "wording": set(),
     "cards": {*CACHE, "codecs", "wording"},
     "report": {"errors", "sensitivity"},

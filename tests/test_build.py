@@ -14,7 +14,7 @@ from tiny import PROCESSOR, TinyTransform, make_trainer, tiny_vit
 from hf_freezecache import CachedDataset, SuffixModel, split_model
 from hf_freezecache.cache.reader import verify_cache
 from hf_freezecache.dataset import collate_cached
-from hf_freezecache.errors import UnsupportedSetupError
+from hf_freezecache.errors import CacheMismatchError, UnsupportedSetupError
 from hf_freezecache.transforms import ImageTransform
 
 
@@ -123,3 +123,18 @@ def test_a_suffix_computes_what_the_model_computes(images, split_point) -> None:
     frozen = set(suffix.split.prefix_parameters())
     assert {name for name, p in model.named_parameters() if p.grad is None} == frozen
     assert (len(frozen) > 0) == (split_point >= 0)
+
+
+def test_a_suffix_for_a_cache_needs_the_weights_of_the_cache(train_dataset) -> None:
+    cached = make_trainer(tiny_vit(), train_dataset, schedule="0:2").build_cache()
+    another_head, other_blocks = tiny_vit(num_labels=7), tiny_vit()
+    SuffixModel.for_cache(another_head, cached)
+    with torch.no_grad():
+        list(split_model(other_blocks, 2).prefix_parameters().values())[-1][0] += 1e-3
+    with pytest.raises(CacheMismatchError, match=r"other weights than those of this ViT.* before block 2"):
+        SuffixModel.for_cache(other_blocks, cached)
+    with torch.no_grad():  # behind the split they may be others
+        for name, parameter in another_head.named_parameters():
+            if name not in split_model(another_head, 2).prefix_parameters():
+                parameter.zero_()
+    assert SuffixModel.for_cache(another_head, cached).split.split_point == 2

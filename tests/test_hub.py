@@ -432,7 +432,7 @@ def test_a_suffix_trained_from_a_pulled_cache_is_the_one_trained_beside_it(serve
     for cached in (local, CachedDataset.from_pretrained(REPO)):
         model = tiny_vit()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        suffix = SuffixModel(model, 2)
+        suffix = SuffixModel.for_cache(model, cached)
         run = FreezeCacheTrainer(model=suffix, args=training_arguments(num_train_epochs=3), train_dataset=cached)
         run.train()
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
@@ -470,7 +470,7 @@ from hf_freezecache import CachedDataset, SuffixModel
 cached = CachedDataset.from_pretrained("user/cache")
 model = AutoModelForImageClassification.from_pretrained("user/model")
 args = TrainingArguments("out", use_cpu=True, num_train_epochs=1, report_to="none", disable_tqdm=True)
-Trainer(model=SuffixModel(model, 2), args=args, train_dataset=cached).train()
+Trainer(model=SuffixModel.for_cache(model, cached), args=args, train_dataset=cached).train()
 model.save_pretrained("trained")
 AutoModelForImageClassification.from_pretrained("trained")
 """
