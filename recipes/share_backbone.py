@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--codec", default="auto")
     parser.add_argument("--cache_dir", default="caches")
     parser.add_argument("--output_dir", default="heads")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
