@@ -106,7 +106,12 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         Raises:
             CacheCorruptError: A file is missing or damaged.
             CacheWriteError: The folder is not empty, or cannot be written.
+            UnsupportedSetupError: The cache is read from a URL.
         """
+        if "://" in str(self.reader.directory):
+            raise UnsupportedSetupError(
+                f"{self.reader.directory} is no folder; fetch it with hf-freezecache pull instead."
+            )
         copy_cache(Path(self.reader.directory), Path(path), self.reader.selection)
         return Path(path)
 
