@@ -9,7 +9,12 @@ Any other machine pulls and trains; it has no images, and needs none:
 
     python recipes/share_backbone.py train --model facebook/deit-tiny-patch16-224 --repo_id user/flowers-k09
 
-FIGURES
+Measured on 700 training and 200 test images of TensorFlow's flower_photos (five classes; a split of our own), DeiT-Tiny with
+LayerNorm rounded to 8 bits, one seed, two x86 cores that others loaded as well, the Hub a server on the same machine. ``share``:
+10 minutes (4.4 of CPU time); 17.2 MiB for four views of the training images, 1.37 bits per element, and 2.5 MiB for the test
+images. ``train``, in another process and with another download cache: pulled and checked within a second; three heads of three
+epochs in 5.4 minutes (3.3 of CPU time, one thread): accuracy 0.910 over all classes, 0.980 for the first class or another, 0.930
+for the first or the second half of them. Accuracy is on hidden states from a lossy cache (``codec="auto"``), as trained on.
 
 ``--data`` is whatever ``datasets.load_dataset`` takes and has the splits ``train`` and ``test``, with columns ``image`` and
 ``label``. Hidden states can reveal the images they were computed from, hence private data sets.
