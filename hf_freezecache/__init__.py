@@ -4,6 +4,7 @@ from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset
 from .errors import FreezeCacheError
 from .splitting import Split, split_model
+from .suffix import SuffixModel
 from .trainer import FreezeCacheTrainer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FreezeCacheTrainer",
     "FreezeConfig",
     "Split",
+    "SuffixModel",
     "__version__",
     "split_model",
 ]

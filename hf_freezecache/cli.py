@@ -1,9 +1,11 @@
-"""Command line ``hf-freezecache``: look into a cache, check it, and a demo. Thin: the work is done elsewhere."""
+"""Command line ``hf-freezecache``: build, look into, check, push and pull caches, and a demo. Thin: the work is done elsewhere."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from .codecs import DTYPES
 from .errors import CacheCorruptError, FreezeCacheError, UnsupportedSetupError
 from .report import draw_sensitivity
 from .sensitivity import Sensitivity
+from .wording import codec_words, fidelity_words, size_words
 
 __all__ = ["app"]
 
@@ -83,14 +86,6 @@ def _find_caches(path: Path) -> tuple[list[Path], list[Path]]:
     raise CacheCorruptError(f"{path} is no cache: it has no {INDEX_NAME}, and no folder in it has one.{found}")
 
 
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
-
-
 def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
     tokens, hidden = index.hidden_shape
     per_view = index.total_bytes / (index.num_samples * index.num_views)
@@ -121,30 +116,6 @@ def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
     }
 
 
-def _agreement(calibration: dict[str, Any]) -> str:
-    return "" if calibration["agreement"] is None else f"agreement {calibration['agreement']:.1%}, "
-
-
-def _codec_words(codec: dict[str, Any]) -> str:
-    words = []
-    for step in codec["configuration"]["steps"] if codec["name"] == "pipeline" else [codec]:
-        settings = ", ".join(
-            f"{name} {f'({len(value)} of them)' if isinstance(value, list) and len(value) > 4 else value}"
-            for name, value in step["configuration"].items()
-            if name != "state"
-        )
-        words.append(f"{step['name']} ({settings})" if settings else step["name"])
-    return " > ".join(words)
-
-
-def _fidelity_words(calibration: dict[str, Any]) -> str:
-    return (
-        f"{calibration['fidelity']:.3g} ({calibration['measure']}), {_agreement(calibration)}relative error "
-        f"{calibration['relative_error']:.3f}, on {calibration['num_test']} held-out images, states from the "
-        f"{calibration['source']}"
-    )
-
-
 def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
     """Return what ``inspect`` prints of views beyond the first, if these have a codec of their own."""
     copies, calibration = cache["copies"], cache["copies_calibration"]
@@ -159,8 +130,8 @@ def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
         how += f", predicted from the first by {kind}, pull {predictor.get('pull')}"
     lines = {
         "further views": f"{how}; {sum(others) / len(others) / first:.0%} of the bytes of the first each",
-        "  codec": _codec_words(configuration["codec"]),
-        "  fidelity": _fidelity_words(calibration) if "fidelity" in calibration else "not measured",
+        "  codec": codec_words(configuration["codec"]),
+        "  fidelity": fidelity_words(calibration) if "fidelity" in calibration else "not measured",
     }
     if "sensitivity" in calibration:
         found = _sensitivity(calibration, cache["path"])
@@ -180,19 +151,19 @@ def _lines(cache: dict[str, Any]) -> list[str]:
     """Return what ``inspect`` prints of one cache."""
     measured = "exact" if cache["codec"]["name"] == "lossless" else "not measured"
     if cache["calibration"]:
-        measured = _fidelity_words(cache["calibration"])
+        measured = fidelity_words(cache["calibration"])
     extras = [f"{e['name']} ({e['dtype']}, {e['shape'] or 'one number'})" for e in cache["extras"]]
     rows = {
         "split point": f"{cache['split_point']} frozen blocks",
         "samples": f"{cache['num_samples']:,} in {cache['num_views']} views",
         "images": " x ".join(map(str, cache["image_shape"])) + " (channels x height x width)",
         "hidden states": f"{cache['tokens']} tokens x {cache['hidden']}, {cache['dtype']}",
-        "codec": _codec_words(cache["codec"]),
+        "codec": codec_words(cache["codec"]),
         "fidelity": measured,
         **_copies_lines(cache),
         "shards": f"{cache['shards']}, up to {cache['shard_chunks']} chunks of {cache['chunk_size']} samples each",
-        "size": f"{_size(cache['bytes'])} ({cache['bytes']:,} bytes)",
-        "per image": f"{_size(cache['bytes_per_image'])}; {_size(cache['bytes_per_image_and_view'])} per view",
+        "size": f"{size_words(cache['bytes'])} ({cache['bytes']:,} bytes)",
+        "per image": f"{size_words(cache['bytes_per_image'])}; {size_words(cache['bytes_per_image_and_view'])} per view",
         "per element": f"{cache['bits_per_element']:.2f} bits, everything counted",
         "extras": ", ".join(extras) or "none",
         "fingerprint": cache["fingerprint"],
@@ -318,3 +289,153 @@ def demo(
         from .demo import run
 
         run(output_dir, seed=seed, json_path=json_file, echo=typer.echo)
+
+
+@app.command(
+    epilog="Example: hf-freezecache build facebook/deit-tiny-patch16-224 ./flower_photos --split-point 6 --views 4"
+)
+def build(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model on the Hub, or its folder.", show_default=False)],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="Folder of images (one folder per class) or of parquet files, a parquet file, what save_to_disk wrote, or a "
+            "data set on the Hub.",
+            show_default=False,
+        ),
+    ],
+    split_point: Annotated[int, typer.Option(min=1, help="Number of blocks to run.", show_default=False)],
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    views: Annotated[int, typer.Option(min=1, help="Renderings of each image; all but the first are augmented.")] = 1,
+    codec: Annotated[str, typer.Option(help="'lossless', 'auto', 'transform', or a pipeline in JSON.")] = "lossless",
+    cache_dir: Annotated[Path, typer.Option(help="Folder of caches.")] = Path("caches"),
+    image_column: Annotated[str, typer.Option(help="Column of the images.")] = "image",
+    label_column: Annotated[str, typer.Option(help="Column of the classes.")] = "label",
+    min_crop_scale: Annotated[float, typer.Option(min=0.01, max=1, help="Least area of a random crop.")] = 0.35,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the views and the layout.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run under bf16 autocast.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Build the cache of one split point without training, or go on with it; images get the size the model's processor says.
+
+    A cache that is there already is found, and nothing is computed.
+    """
+    with _one_line_errors(debug):
+        from .build import BuildSettings
+        from .build import build as build_cache
+
+        cached, _ = build_cache(
+            BuildSettings(
+                model=model,
+                dataset=dataset,
+                split_point=split_point,
+                split=split,
+                num_views=views,
+                codec=codec,
+                cache_dir=str(cache_dir),
+                image_column=image_column,
+                label_column=label_column,
+                min_crop_scale=min_crop_scale,
+                batch_size=batch_size,
+                seed=seed,
+                bf16=bf16,
+                revision=revision,
+                show_progress=sys.stderr.isatty(),
+            )
+        )
+        described = _describe(Path(cached.reader.directory), cached.reader.index)
+        typer.echo(json.dumps(described, indent=1) if as_json else "\n".join(_lines(described)))
+
+
+RepoId = Annotated[str, typer.Argument(metavar="REPO_ID", help="Data set on the Hub, user/name.", show_default=False)]
+
+
+@app.command(epilog=f"Example: hf-freezecache push caches/k06-0123456789abcdef user/flowers-k06\n\n{EXIT_CODES}")
+def push(
+    path: Annotated[Path, typer.Argument(metavar="CACHE", help="The cache.", show_default=False)],
+    repo_id: RepoId,
+    public: Annotated[bool, typer.Option("--public", help="Anybody may see it. Default: only you.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it is not there.", show_default="main")] = None,
+    dataset_name: Annotated[str | None, typer.Option("--dataset", help="For the card: source of the images.")] = None,
+    license_id: Annotated[str | None, typer.Option("--license", help="For the card: licence of the source.")] = None,
+    model: Annotated[str | None, typer.Option(help="For the card: model whose blocks were run.")] = None,
+    model_revision: Annotated[str | None, typer.Option(help="For the card: its commit.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another cache that is there.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Push a cache to a private data set on the Hub; after an interruption, the rest of it.
+
+    Hidden states can reveal the images they were computed from: think before you add --public. The cache is checked first.
+    Needs a token with write access: hf auth login, or HF_TOKEN.
+    """
+    with _one_line_errors(debug):
+        from .hub import origin_given, push_cache
+
+        caches, _ = _find_caches(path)
+        if len(caches) > 1:
+            raise UnsupportedSetupError(f"{path} holds {len(caches)} caches; give one of them, e.g. {caches[0]}.")
+        origin = origin_given(
+            dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision
+        )
+        report = push_cache(
+            caches[0],
+            repo_id,
+            private=not public,
+            revision=revision,
+            origin=origin,
+            overwrite=overwrite,
+            show_progress=sys.stderr.isatty(),
+        )
+        if as_json:
+            typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+        else:
+            kind = "private" if report.private else "public"
+            typer.echo(
+                f"pushed: {report.url} ({kind}), {len(report.uploaded)} files sent ({size_words(report.uploaded_bytes)}), "
+                f"{report.kept_files} were there, {report.commits} commits, revision {report.revision}"
+            )
+
+
+@app.command(epilog=f"Example: hf-freezecache pull user/flowers-k06 caches/flowers-k06 --views 0,1\n\n{EXIT_CODES}")
+def pull(
+    repo_id: RepoId,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.", show_default=False)],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit.", show_default="main, as it is now")
+    ] = None,
+    views: Annotated[str | None, typer.Option(help="Only these, e.g. 0,1.", show_default="all")] = None,
+    shards: Annotated[str | None, typer.Option(help="Only these of each view.", show_default="all")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Pull a cache from the Hub and check every bit; the folder appears once all of it is sound.
+
+    A part that is pulled is opened with CachedDataset.from_pretrained(DIR, views=[...], shards=[...]).
+    """
+    chosen = [_numbers(text, option) for text, option in ((views, "--views"), (shards, "--shards"))]
+    with _one_line_errors(debug):
+        from .hub import pull_cache
+
+        report = pull_cache(
+            repo_id, path, revision=revision, views=chosen[0], shards=chosen[1], show_progress=sys.stderr.isatty()
+        )
+        if as_json:
+            typer.echo(json.dumps({**dataclasses.asdict(report), "directory": str(report.directory)}, indent=1))
+        else:
+            typer.echo(
+                f"pulled: {report.directory}, {report.files} files checked, {report.total_bytes:,} bytes, of {repo_id} at "
+                f"revision {report.revision}"
+            )
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
+        raise typer.BadParameter(f"{option} takes numbers, e.g. 0,1; got {text!r}.")
+    return [int(number) for number in text.split(",")]

@@ -15,6 +15,10 @@ from torch.utils.data import Dataset
 from .cache.fingerprint import Fingerprint
 from .cache.format import GEOMETRY_NAME
 from .cache.reader import CacheReader
+from .cache.selection import Selection
+from .cache.transfer import copy_cache
+from .errors import UnsupportedSetupError
+from .sampling import ChunkSampler, OpenedSampler
 from .views import ViewKey
 
 __all__ = ["PACKED", "CachedDataset", "collate_cached", "split_packed"]
@@ -39,8 +43,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             quarter to half the size; ``ViewCodec.restore`` turns a batch of them into hidden states on the training
             device.
         geometry: Items hold ``view_geometry`` (5,), where the view lies in its image, if the cache does.
-        keep_read: Chunks of which every sample was read stay until others need their room. ``ChunkSampler`` wants it
-            for several processes, some of whose samples come twice.
+        keep_read: Chunks of which every sample was read stay until others need their room, those first that were not read
+            for longest. ``ChunkSampler`` wants it for several processes, some of whose samples come twice.
     """
 
     def __init__(
@@ -62,21 +66,158 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         self._unread: dict[tuple[int, int], int] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, expected: Fingerprint | None = None) -> CachedDataset:
-        """Open a cache for reading. Nothing in it is trusted: it may come from anyone.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        expected: Fingerprint | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        views: Sequence[int] | None = None,
+        shards: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> CachedDataset:
+        """Open a cache: a local one, one on the Hub, which is fetched once and checked bit by bit, or one in a store.
+
+        Nothing in it is trusted: it may come from anyone.
 
         Args:
-            path: The folder with ``index.json``: a local one, or an address that fsspec knows, for example
-                ``hf://datasets/user/name`` or ``s3://bucket/cache``. Of a store only those bytes are fetched that are
-                needed: the index now, a shard's head once, a chunk's own range whenever it is read.
+            path: The folder with ``index.json``; or, where there is no such folder, ``user/name`` of a data set on the Hub. Or an
+                address that fsspec knows, e.g. ``hf://datasets/user/name`` or ``s3://bucket/cache``: of a store only those
+                bytes are fetched that are needed: the index now, a shard's head once, a chunk's own range when it is read.
             expected: Fingerprint it must have.
+            revision: Branch, tag or commit on the Hub; default ``main``.
+            token: Token for the Hub; default the one of ``hf auth login``.
+            views: Only these views are fetched, and need be there; default all.
+            shards: The same of shards. ``sample_indices`` says which samples they hold.
+            settings: As for ``CachedDataset``.
 
         Raises:
-            CacheCorruptError: Not a finished cache, damaged, or out of reach.
+            CacheCorruptError: Not a finished cache, a file is missing, damaged or altered, or the store is out of reach.
             CacheMismatchError: The fingerprint differs; the message names the parts.
+            HubError: The Hub has no such repository or revision, refused, or could not be reached.
+            IndexError: The cache has no such view or shard.
             UnsupportedSetupError: Another version of the format, an unknown codec, or an address of an unknown protocol.
         """
-        return cls(CacheReader(path, expected))
+        selection = Selection.of(views, shards)
+        location: Any = path
+        if isinstance(path, str) and "://" not in path and not Path(path).exists():
+            from .hub import fetch_cache, is_repo_id
+
+            if is_repo_id(path):
+                location = fetch_cache(path, revision=revision, token=token, selection=selection)
+        elif revision is not None:
+            raise UnsupportedSetupError(
+                f"revision={revision!r} was given, but {path} is local; only the Hub has revisions."
+            )
+        if isinstance(location, str) and "://" not in location:
+            location = Path(location)
+        return cls(CacheReader(location, expected, selection), **settings)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Copy the cache, or what was opened of it, to a new or empty folder; each file is checked against its hash.
+
+        Raises:
+            CacheCorruptError: A file is missing or damaged.
+            CacheWriteError: The folder is not empty, or cannot be written.
+            UnsupportedSetupError: The cache is read from a URL.
+        """
+        if "://" in str(self.reader.directory):
+            raise UnsupportedSetupError(
+                f"{self.reader.directory} is no folder; fetch it with hf-freezecache pull instead."
+            )
+        copy_cache(Path(self.reader.directory), Path(path), self.reader.selection)
+        return Path(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool = True,
+        *,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        dataset_name: str | None = None,
+        dataset_revision: str | None = None,
+        license: str | None = None,
+        model_id: str | None = None,
+        model_revision: str | None = None,
+        label_names: Sequence[str] | None = None,
+        overwrite: bool = False,
+    ) -> Any:
+        """Push the cache to a data set on the Hub, or the rest of it after an interruption; see ``hub.push_cache``.
+
+        Hidden states can reveal the images they were computed from. The card says only what it is told here.
+
+        Args:
+            repo_id: ``user/name``.
+            private: A repository that is made is private, and a public one is refused; ``False`` makes a public one.
+            token: Token for the Hub; default the one of ``hf auth login``.
+            revision: Branch; default ``main``.
+            dataset_name: Source of the images: a data set on the Hub, or words.
+            dataset_revision: Its commit.
+            license: Licence of the source: an identifier of the Hub, or words.
+            model_id: Model whose blocks were run.
+            model_revision: Its commit.
+            label_names: Names of the classes, by number.
+            overwrite: Replace another cache that is in the repository.
+
+        Returns:
+            ``hub.PushReport``: ``url``, ``revision``, and what was uploaded.
+
+        Raises:
+            CacheCorruptError: The cache is damaged, or was opened in part.
+            CacheMismatchError: The repository holds another cache.
+            HubError: The Hub refused or could not be reached.
+        """
+        from .hub import origin_given, push_cache
+
+        origin = origin_given(
+            dataset_name=dataset_name,
+            dataset_revision=dataset_revision,
+            license=license,
+            model_id=model_id,
+            model_revision=model_revision,
+            label_names=None if label_names is None else tuple(label_names),
+        )
+        return push_cache(
+            self.reader.directory,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            origin=origin,
+            overwrite=overwrite,
+        )
+
+    @property
+    def sample_indices(self) -> np.ndarray[Any, Any]:
+        """Sample indices that can be read, in stored order, int64; all of them unless only some shards were opened."""
+        layout = self.reader.layout
+        return np.concatenate([layout.members(chunk) for chunk in self._chunks_opened()])
+
+    def _chunks_opened(self) -> list[int]:
+        index, num_chunks = self.reader.index, self.reader.layout.num_chunks
+        shards = self.reader.selection.chosen_shards(index)
+        return [
+            chunk
+            for shard in shards
+            for chunk in range(shard * index.shard_chunks, min((shard + 1) * index.shard_chunks, num_chunks))
+        ]
+
+    def sampler(self, seed: int, window: int = 8) -> ChunkSampler:
+        """Return a sampler that shuffles what was opened, chunk by chunk, and shows each chunk each view in turn.
+
+        Args:
+            seed: Of the order, and of the turns of the views.
+            window: Chunks whose samples are mixed; ``max_chunks`` must hold them and those of a batch.
+        """
+        return OpenedSampler(
+            self.reader.layout,
+            tuple(self._chunks_opened()),
+            self.reader.selection.chosen_views(self.reader.index),
+            seed,
+            window,
+        )
 
     def __len__(self) -> int:
         """Return the number of samples; of its part of the data set, if the cache is of a part."""
@@ -90,8 +231,6 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         key = (view, chunk)
         if key in self._chunks:
             self._chunks.move_to_end(key)
-            if self._unread[key] <= 0:  # kept from an epoch before
-                self._unread[key] = len(next(iter(self._chunks[key].values())))
             return self._chunks[key]
         if self.packed:
             packed = self.reader.unpack_chunk(view, chunk)
@@ -133,11 +272,9 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
                 )
             chunk, row = divmod(position, layout.chunk_size)
             items.append({name: value[row] for name, value in self._chunk(view, chunk).items()})
-            # In an epoch each sample is read once: a chunk read to its end makes room, at once or before any other.
+            # In an epoch each sample is read once: a chunk read to its end makes room at once.
             self._unread[view, chunk] -= 1
-            if self._unread[view, chunk] <= 0 and self.keep_read:
-                self._chunks.move_to_end((view, chunk), last=False)
-            elif self._unread[view, chunk] == 0:
+            if self._unread[view, chunk] == 0 and not self.keep_read:
                 del self._chunks[view, chunk], self._unread[view, chunk]
         return items
 

@@ -9,6 +9,7 @@ __all__ = [
     "CacheWriteError",
     "DataError",
     "FreezeCacheError",
+    "HubError",
     "PeerError",
     "ScheduleError",
     "UnrepeatableTransformError",
@@ -59,3 +60,7 @@ class CacheWriteError(FreezeCacheError, OSError):
 
 class PeerError(FreezeCacheError, ChildProcessError):
     """Another process of the run failed, so that this one cannot go on."""
+
+
+class HubError(FreezeCacheError, OSError):
+    """The Hub could not be reached, or refused what was asked of it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ from .cache.layout import ChunkLayout, epoch_view
 from .errors import UnsupportedSetupError
 from .views import ViewKey
 
-__all__ = ["ChunkSampler"]
+__all__ = ["ChunkSampler", "OpenedSampler"]
 
 
 class ChunkSampler(Sampler[ViewKey]):
@@ -144,3 +146,46 @@ class ChunkSampler(Sampler[ViewKey]):
         for keys in self._mix(self.layouts[part], windows, generator):
             yield from keys
         yield from itertools.cycle(keys)
+
+
+@dataclass(frozen=True)
+class _OpenedLayout:
+    """The chunks of a layout that were opened, numbered anew."""
+
+    layout: ChunkLayout
+    chunks: tuple[int, ...]
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(self.members(chunk)) for chunk in range(len(self.chunks)))
+
+    def members(self, chunk: int) -> npt.NDArray[np.int64]:
+        return self.layout.members(self.chunks[chunk])
+
+
+class OpenedSampler(ChunkSampler):
+    """Shuffles what was opened of a cache, and shows each chunk each view in turn.
+
+    Args:
+        layout: Of the whole cache.
+        chunks: Numbers of the chunks that were opened.
+        views: Numbers of the views that were opened.
+        seed: Of the order, and of the turns of the views.
+        window: Chunks whose samples are mixed.
+    """
+
+    def __init__(
+        self, layout: ChunkLayout, chunks: tuple[int, ...], views: tuple[int, ...], seed: int, window: int
+    ) -> None:
+        opened: Any = _OpenedLayout(layout, chunks)
+        self.views = views
+        super().__init__([opened], seed, seed, len(views), window)
+
+    def __iter__(self) -> Iterator[ViewKey]:
+        """Yield the keys of one epoch."""
+        for sample_index, view in super().__iter__():
+            yield sample_index, self.views[view]

@@ -24,6 +24,7 @@ from .cache.layout import ChunkLayout
 from .cache.reader import CacheReader
 from .cache.writer import BuildReport
 from .caching import StageCache
+from .cards import origin_of_dataset, origin_of_model
 from .checkpoints import check_complete, last_complete, load_stage, restore_weights, save_stage
 from .choosing import Data, requested_codec
 from .codecs import ViewCodec
@@ -159,7 +160,7 @@ class FreezeCacheTrainer(Trainer):
         self._everyone = self._processes = find_processes(args.world_size, local_rank, per_node=False)
         if self.cache_config.cache_placement == "node":
             self._processes = find_processes(args.world_size, local_rank, per_node=True)
-        for name, base in (("_get_train_sampler", Trainer), ("get_train_dataloader", FreezeCacheTrainer)):
+        for name, base in (("_get_train_sampler", FreezeCacheTrainer), ("get_train_dataloader", FreezeCacheTrainer)):
             if getattr(type(self), name) is not getattr(base, name):
                 raise UnsupportedSetupError(
                     f"{type(self).__name__} overrides {name}, which cached training would not use: it shuffles by chunks of "
@@ -282,24 +283,7 @@ class FreezeCacheTrainer(Trainer):
             if self._made_optimizer:
                 self.optimizer, self.lr_scheduler = None, None
             self._stages = self._plan(self.freeze_config)
-            views = ViewDataset(
-                self._with_rgb(self.train_dataset),
-                self._view_seed,
-                self._train_transform,
-                self._eval_transform,
-            )
-            self._sampler = self._make_sampler(len(views))
-            self._data = Data(
-                self.train_dataset,
-                (self._train_transform, self._eval_transform),
-                views,
-                self._collator,
-                self.data_collator,
-                self._sampler.layouts[self._processes.part],
-                self._view_seed,
-                classes=self._num_labels is not None,
-            )
-            self._preflight()
+            self._prepare_data()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -316,6 +300,86 @@ class FreezeCacheTrainer(Trainer):
         if last is None:
             raise ValueError(f"No complete checkpoint found in the output directory ({self.args.output_dir}).")
         return str(last)
+
+    def _prepare_data(self) -> None:
+        """Set up views, order and caches of ``_stages``, and check them."""
+        views = ViewDataset(
+            self._with_rgb(self.train_dataset),
+            self._view_seed,
+            self._train_transform,
+            self._eval_transform,
+        )
+        self._sampler = self._make_sampler(len(views))
+        self._data = Data(
+            self.train_dataset,
+            (self._train_transform, self._eval_transform),
+            views,
+            self._collator,
+            self.data_collator,
+            self._sampler.layouts[self._processes.part],
+            self._view_seed,
+            classes=self._num_labels is not None,
+        )
+        self._preflight()
+
+    # ---- Caches by themselves ----
+
+    def build_cache(self, split_point: int | None = None) -> CachedDataset:
+        """Build the cache of a split point without training, or find it.
+
+        Args:
+            split_point: Number of frozen blocks; default that of the schedule's first stage that freezes any.
+
+        Raises:
+            FreezeCacheError: As ``train``.
+        """
+        if self.freeze_config is None or self.train_dataset is None:
+            raise UnsupportedSetupError("build_cache needs a freeze_config and a train_dataset.")
+        stages = [stage for stage in self._plan(self.freeze_config) if stage.split_point > 0]
+        if split_point is not None:
+            stages = [Stage(0, split_point)]
+        if not stages:
+            raise UnsupportedSetupError("No stage of the schedule freezes a block; give build_cache a split_point.")
+        self._stages, self._augmenter = stages[:1], None
+        self._prepare_data()
+        assert self._stage_cache is not None
+        split = split_model(self.model, stages[0].split_point)
+        assert self._data is not None
+        split.image_shape = self._data.image_shape
+        return CachedDataset(self._stage_cache.open(split)[0])
+
+    def push_cache_to_hub(self, repo_id: str, private: bool = True, **settings: Any) -> Any:
+        """Push the cache of the stage that was trained or built last to a data set on the Hub.
+
+        Source data set, its licence, classes and the model are written on its card where they are known: where they came from
+        the Hub, or are given.
+
+        Args:
+            repo_id: ``user/name``.
+            private: A repository that is made is private, and a public one is refused; ``False`` makes a public one.
+            settings: As for ``CachedDataset.push_to_hub``.
+
+        Raises:
+            UnsupportedSetupError: There is no cache yet.
+            FreezeCacheError: As ``CachedDataset.push_to_hub``.
+        """
+        reader = None if self._stage_cache is None else self._stage_cache.previous
+        if reader is None:
+            raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
+        known = {**origin_of_dataset(self.train_dataset), **origin_of_model(self.model)}
+        for name, others in (("dataset_name", ("dataset_revision", "license")), ("model_id", ("model_revision",))):
+            if settings.get(name) not in (None, known.get(name)):  # of something else
+                known = {part: value for part, value in known.items() if part not in others}
+        return CachedDataset(reader).push_to_hub(repo_id, private, **{**known, **settings})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As ``Trainer``; a ``CachedDataset`` is shuffled chunk by chunk, and shows its views in turn."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, CachedDataset):
+            return super()._get_train_sampler(*(() if train_dataset is None else (train_dataset,)))
+        window = self.cache_config.shuffle_window
+        dataset.max_chunks = max(dataset.max_chunks, window + min(self._train_batch_size, window))
+        return dataset.sampler(self.args.seed if self.args.data_seed is None else self.args.data_seed, window)
 
     def _thaw(self) -> None:
         """Give the model back as it came: frozen parameters require gradients again, hooks are gone."""

@@ -23,6 +23,7 @@ from hf_freezecache import cli, demo
 from hf_freezecache.cache.format import load_index
 from hf_freezecache.errors import CacheCorruptError
 from hf_freezecache.report import draw_runs, format_runs
+from hf_freezecache.wording import size_words
 
 NAME = "k02-0123456789abcdef"
 
@@ -188,7 +189,7 @@ def test_inspect_takes_a_folder_and_passes_over_a_damaged_cache(cache) -> None:
 
 
 def test_sizes_are_readable() -> None:
-    assert [cli._size(n) for n in (0, 1023, 1024, 5 * 2**20, 3 * 2**40)] == [
+    assert [size_words(n) for n in (0, 1023, 1024, 5 * 2**20, 3 * 2**40)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",

@@ -42,13 +42,23 @@ from .heads import (
     shard_metadata,
     write_shard_head,
 )
-from .schema import CODEC_NAME, COPIES_NAME, MAX_INDEX_BYTES, check_document, parse_json, part_name, shard_name
+from .schema import (
+    CODEC_NAME,
+    COPIES_NAME,
+    FILE_NAME,
+    MAX_INDEX_BYTES,
+    check_document,
+    parse_json,
+    part_name,
+    shard_name,
+)
 from .storage import Storage, open_storage
 
 __all__ = [
     "CODEC_NAME",
     "CONSUMED_NAME",
     "COPIES_NAME",
+    "FILE_NAME",
     "FORMAT",
     "FORMAT_VERSION",
     "GEOMETRY_NAME",

@@ -40,6 +40,7 @@ from .format import (
 from .layout import ChunkLayout
 from .parts import check_part
 from .schema import max_tensor_bytes
+from .selection import Selection
 from .state import CodecState, load_copies, load_state, read_state
 from .storage import LocalStorage, RemoteStorage, Storage, open_storage
 
@@ -90,17 +91,20 @@ class CacheReader:
     Args:
         directory: The cache: a local folder, or an address that fsspec knows, e.g. ``hf://datasets/user/name``.
         expected: Fingerprint it must have; ``None`` takes it as it is.
+        selection: Views and shards that must be there, and can be read; default all.
         check_files: Whether to check now that all files are there. Reading one that is not fails.
         index_name: Name of its index.
 
     Raises:
         CacheCorruptError: Not a finished cache, damaged, or out of reach.
         CacheMismatchError: The fingerprint differs; the message names the parts.
+        IndexError: The cache has no such view or shard.
         UnsupportedSetupError: Another version of the format, an unknown codec, or an address of an unknown protocol.
     """
 
     directory: Path | str
     expected: Fingerprint | None = None
+    selection: Selection = field(default_factory=Selection)
     check_files: bool = True
     index_name: str = INDEX_NAME
     storage: Storage = field(init=False)
@@ -126,15 +130,17 @@ class CacheReader:
         self.layout = ChunkLayout(
             self.index.num_samples, self.index.chunk_size, self.index.layout_seed, self.index.part
         )
+        wanted = self.selection.files(self.index)
         if self.check_files:
             if isinstance(self.storage, RemoteStorage):
                 self.storage.names()  # one listing gives all sizes
-            for name in self.index.files:
+            for name in wanted:
                 problem = self._file_problem(name)
                 if problem is not None:
                     raise CacheCorruptError(
                         f"{problem} Delete {self.storage.file(INDEX_NAME)} and run the same training again to rebuild "
-                        "what is damaged."
+                        "what is damaged. Of a cache that was fetched in part, open that part: from_pretrained(..., "
+                        "views=[...], shards=[...])."
                     )
         self._open_codecs()
 
@@ -195,6 +201,11 @@ class CacheReader:
     def _head(self, view: int, shard: int) -> ShardHead:
         if (view, shard) not in self._heads:
             index, name = self.index, shard_name(view, shard)
+            if not self.selection.whole and name not in self.selection.files(index):
+                raise IndexError(
+                    f"View {view}, shard {shard} of {self.directory} was left out when it was opened; there are views "
+                    f"{list(self.selection.chosen_views(index))}, shards {list(self.selection.chosen_shards(index))}."
+                )
             file, record = self.storage.file(name), self.index.files[name]
             start = file.read(0, record.head_bytes)
             if hashlib.sha256(start).hexdigest() != record.head_sha256:

@@ -21,6 +21,7 @@ __all__ = [
     "CODEC_NAME",
     "COPIES_NAME",
     "EXTRA_DTYPES",
+    "FILE_NAME",
     "MAX_CHUNK_BYTES",
     "MAX_HEAD_BYTES",
     "MAX_INDEX_BYTES",
@@ -54,7 +55,8 @@ _MOST_TIMES, _FRAMES_BYTES = 16, 2**14
 _MAX_OPENED, _MAX_COMMAS, _MAX_DEPTH, _MAX_DIGITS = 100_000, 500_000, 64, 40
 #: Of an index, where each number has a line, and of the headers of other files, which are one line each.
 _MAX_LINE = 4 * 2**20
-_FILE_NAME = re.compile(
+#: Names that files of a cache have beside ``index.json``.
+FILE_NAME = re.compile(
     r"((codec|copies)\.safetensors|view-\d{2,}/shard-\d{5,}\.safetensors|index/view-\d{2,}/part-\d{5,}\.parquet)"
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -283,7 +285,7 @@ def _check_files(document: Mapping[str, Any], num_samples: int, num_views: int, 
         raise ValueError("it names a codec of copies without its calibration, or the reverse")
     if document.get("copies") is not None:
         expected.add(COPIES_NAME)
-    if files.keys() != expected or not all(_FILE_NAME.fullmatch(name) for name in files):
+    if files.keys() != expected or not all(FILE_NAME.fullmatch(name) for name in files):
         odd = sorted(files.keys() ^ expected)[:3]
         raise ValueError(f"files missing from it, or foreign to a cache: {_short(odd)}")
     for shard in range(num_shards):

@@ -1,0 +1,117 @@
+"""Checks files of a cache against its index, and copies a cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import CacheCorruptError, CacheWriteError
+from .format import INDEX_NAME, CacheIndex, FileRecord, file_sha256, fsync_directory, load_index
+from .selection import Selection
+
+__all__ = ["check_free_space", "check_vacant", "copy_cache", "file_problem", "put_in_place"]
+
+
+def file_problem(path: Path, record: FileRecord) -> str | None:
+    """Say what is wrong with a file of a cache: missing, of another size or altered; ``None`` if it is sound."""
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != record.bytes:
+        return f"{path} has {size} bytes, expected {record.bytes}"
+    return None if file_sha256(path) == record.sha256 else f"{path} is altered: its SHA-256 is not that of {INDEX_NAME}"
+
+
+def check_vacant(directory: Path) -> None:
+    """Refuse a place where something lies: nothing is overwritten.
+
+    Raises:
+        CacheWriteError: It is a file, or a folder that is not empty.
+    """
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists():
+        what = "is not empty" if directory.is_dir() else "is a file"
+        raise CacheWriteError(f"{directory} {what}; nothing is overwritten. Give another path, or remove it first.")
+
+
+def check_free_space(directory: Path, num_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        CacheWriteError: Fewer bytes are free there.
+    """
+    free = shutil.disk_usage(next(path for path in [directory, *directory.absolute().parents] if path.is_dir())).free
+    if free < num_bytes:
+        raise CacheWriteError(
+            f"{directory} has room for {free / 2**20:,.0f} MiB, {num_bytes / 2**20:,.0f} MiB are needed. Make room, choose "
+            "another place, or take fewer views or shards."
+        )
+
+
+def copy_cache(source: Path, target: Path, selection: Selection | None = None) -> CacheIndex:
+    """Copy a cache, or a part of it; each file is checked in its copy, and the copy appears as a whole or not at all.
+
+    Args:
+        source: A finished cache.
+        target: A new or empty folder; it is made with its parents.
+        selection: What to copy; default all.
+
+    Returns:
+        The index.
+
+    Raises:
+        CacheCorruptError: A file of the source is missing or damaged; the message names it.
+        CacheWriteError: The target is not empty, or cannot be written.
+        IndexError: The cache has no such view or shard.
+    """
+    index = load_index(source)
+    names = (selection or Selection()).files(index)
+    check_vacant(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    check_free_space(target.parent, sum(index.files[name].bytes for name in names))
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        for name in [*names, INDEX_NAME]:
+            copy = scratch / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(source / name, copy)
+            except FileNotFoundError:
+                raise CacheCorruptError(f"{source / name} is missing; nothing was copied.") from None
+            problem = None if name == INDEX_NAME else file_problem(copy, index.files[name])
+            if problem is not None:
+                raise CacheCorruptError(
+                    f"{source / name} cannot be copied: {problem.replace(str(copy), 'it')}. Check {source} with "
+                    "hf-freezecache verify."
+                )
+        if load_index(scratch) != index:
+            raise CacheCorruptError(f"{source / INDEX_NAME} changed while it was copied.")
+        put_in_place(scratch, target)
+    except OSError as error:
+        if isinstance(error, (CacheCorruptError, CacheWriteError)):
+            raise
+        raise CacheWriteError(f"{target} could not be written: {error}. Nothing was left behind.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return index
+
+
+def put_in_place(scratch: Path, target: Path) -> None:
+    """Flush a complete folder and rename it to its final, vacant name."""
+    for path in _files(scratch):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if target.is_dir():
+        target.rmdir()  # empty; a folder with content is not removed
+    scratch.rename(target)
+    fsync_directory(target.parent)
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())

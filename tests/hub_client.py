@@ -1,0 +1,40 @@
+"""Points this process, or another one, at a server on the loopback in place of the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
+
+
+def connect(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let huggingface_hub, which read its environment when it was imported, talk to the server."""
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", server.token)
+
+
+def environment(server: HubServer, home: Path, **more: str) -> dict[str, str]:
+    """Environment of a process that talks to the server."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(home),
+        "HF_TOKEN": server.token,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        **more,
+    }

@@ -1,0 +1,168 @@
+"""Cards of cached data sets: they state what they were told, warn, pass the Hub's checks, and hold no placeholder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny_cache
+import torch
+from hub_client import connect
+from hub_server import HubServer
+from huggingface_hub import DatasetCard
+from tiny import TinyTransform, make_trainer, tiny_vit
+
+from hf_freezecache import CachedDataset
+from hf_freezecache.cache.format import load_index
+from hf_freezecache.cards import Origin, cache_card, origin_of_dataset, origin_of_model
+
+FULL = Origin("somebody/pictures", "a" * 40, "cc-by-4.0", "somebody/vit", "b" * 40, label_names=("zero", "one", "two"))
+PLACEHOLDER = re.compile(
+    r"unknown|(?-i:\bNone\b)|more information needed|\[more|todo|tbd|placeholder|lorem|\.\.\.|\{\w*\}", re.I
+)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cache.build(tmp_path_factory.mktemp("plain"), tiny_cache.make_plan(24)).directory
+
+
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory: pytest.TempPathFactory, images: datasets.Dataset) -> Path:
+    """A cache with a calibrated codec and predicted views."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("lossy")
+    trainer = make_trainer(
+        tiny_vit(),
+        images.with_transform(TinyTransform(augment=True)),
+        schedule="0:2",
+        cache={"cache_dir": str(folder), "num_views": 2, "codec": "auto", "copies": "residual", "fidelity": 0.1},
+        output_dir=str(folder / "out"),
+    )
+    return Path(trainer.build_cache().reader.directory)
+
+
+def render(cache: Path, origin: Origin | None) -> str:
+    return cache_card(cache, load_index(cache), "user/cache", origin)
+
+
+@pytest.mark.parametrize("origin", [None, FULL, Origin(dataset_name="photos of mine", license="ask the photographer")])
+@pytest.mark.parametrize("which", ["plain", "lossy"])
+def test_cards_pass_the_hubs_validation_and_hold_no_placeholder(which, origin, request, tmp_path, monkeypatch) -> None:
+    cache = request.getfixturevalue(which)
+    card = DatasetCard(render(cache, origin))
+    with HubServer(tmp_path / "server") as server:
+        connect(server, tmp_path / "home", monkeypatch)
+        card.validate()
+        with pytest.raises(ValueError, match="license"):
+            DatasetCard("---\nlicense: my own\n---\n# x").validate()  # so that the validation itself is seen to work
+    assert not PLACEHOLDER.search(card.text), PLACEHOLDER.search(card.text)
+    assert card.text.count("```") % 2 == 0
+    assert "**Hidden states can reveal the images" in card.text
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    compile(code, "card", "exec")
+
+
+def test_a_card_says_what_it_was_told(plain) -> None:
+    text = render(plain, FULL)
+    index = load_index(plain)
+    for words in (
+        f"| source data set | somebody/pictures at revision `{'a' * 40}` |",
+        "| licence of the source | cc-by-4.0 |",
+        f"| model | somebody/vit at revision `{'b' * 40}` |",
+        "| split point | 2 blocks have run |",
+        "| samples | 24 |",
+        "| views | 2 renderings of each image",
+        "| codec | lossless (level 1) |",
+        "| fidelity | exact |",
+        f"({index.total_bytes:,} bytes) in 8 shards",
+        f"| `prefix weights` | `{index.fingerprint['prefix weights']}` |",
+        'CachedDataset.from_pretrained("user/cache")',
+        f'from_pretrained("somebody/vit", revision="{"b" * 40}")',
+        "The terms of the source data set go on to apply",
+    ):
+        assert words in text
+    data = DatasetCard(text).data.to_dict()
+    assert data["license"] == "cc-by-4.0"
+    assert data["source_datasets"] == ["somebody/pictures"]
+    assert data["size_categories"] == ["n<1K"]
+    assert data["configs"] == [
+        {
+            "config_name": "view-00",
+            "data_files": [{"split": "train", "path": "index/view-00/*.parquet"}],
+            "default": True,
+        },
+        {"config_name": "view-01", "data_files": [{"split": "train", "path": "index/view-01/*.parquet"}]},
+    ]
+
+
+def test_a_card_says_nothing_that_it_was_not_told(plain) -> None:
+    text = render(plain, None)
+    data = DatasetCard(text).data.to_dict()
+    assert not data.keys() & {"license", "source_datasets", "language", "pretty_name"}
+    for words in ("icence", "source data set", "somebody", "| model |", "revision"):
+        assert words not in text
+    # Words are no identifiers: they stay words.
+    data = DatasetCard(render(plain, Origin(dataset_name="photos of mine", license="ask me"))).data.to_dict()
+    assert "source_datasets" not in data
+    assert data["license"] == "other"
+
+
+def test_a_lossy_cache_states_its_fidelity(lossy) -> None:
+    index, text = load_index(lossy), render(lossy, None)
+    assert index.calibration is not None
+    assert index.copies_calibration is not None
+    assert f"| fidelity | {index.calibration['fidelity']:.3g} (" in text
+    assert f"| fidelity of further views | {index.copies_calibration['fidelity']:.3g} (" in text
+    assert "held-out images" in text
+
+
+def test_names_of_classes_only_where_they_fit(plain) -> None:
+    def names(origin: Origin) -> object:
+        info = DatasetCard(render(plain, origin)).data.to_dict()["dataset_info"][0]
+        return next(column for column in info["features"] if column["name"] == "labels")["dtype"]
+
+    assert names(FULL) == {"class_label": {"names": {"0": "zero", "1": "one", "2": "two"}}}
+    assert names(replace(FULL, label_names=("zero", "one"))) == "int64"
+    assert names(replace(FULL, label_names=None)) == "int64"
+
+
+def test_text_cannot_break_out_of_its_cell(plain) -> None:
+    text = render(plain, Origin(dataset_name="a|b\n# c", license="x\n---\ny"))
+    assert "| source data set | a\\|b # c |" in text
+    assert "| licence of the source | x --- y |" in text
+
+
+def test_what_data_and_model_say_of_themselves(images, model, tmp_path) -> None:
+    assert origin_of_dataset(images) == {"label_names": ("a", "b", "c", "d")}
+    assert origin_of_dataset([1, 2]) == {}
+    known = images.select(range(4))
+    known.info.license = " mit "
+    known.info.download_checksums = {
+        "hf://datasets/somebody/pictures@" + "c" * 40 + "/train.parquet": {"num_bytes": 1, "checksum": None}
+    }
+    assert origin_of_dataset(known) == {
+        "dataset_name": "somebody/pictures",
+        "dataset_revision": "c" * 40,
+        "license": "mit",
+        "label_names": ("a", "b", "c", "d"),
+    }
+    images.info.download_checksums = None
+    model.save_pretrained(tmp_path / "somebody" / "vit")
+    assert origin_of_model(model) == {}
+    assert origin_of_model(type(model).from_pretrained("somebody/vit")) == {}
+    model.config._name_or_path, model.config._commit_hash = "elsewhere/vit", "d" * 40
+    assert origin_of_model(model) == {"model_id": "elsewhere/vit", "model_revision": "d" * 40}
+
+
+def test_the_card_of_a_trained_cache(images) -> None:
+    cached = make_trainer(tiny_vit(), images.with_transform(TinyTransform(augment=True)), schedule="0:2").build_cache()
+    directory = Path(cached.reader.directory)
+    text = cache_card(directory, cached.reader.index, "user/cache")
+    assert str(directory) not in text
+    assert str(Path.cwd()) not in text
+    assert "| hidden states | 17 tokens x 16, float32 |" in text
+    assert isinstance(cached, CachedDataset)

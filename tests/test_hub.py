@@ -1,0 +1,546 @@
+"""Caches pushed to and pulled from a server that speaks the Hub's protocol, and everything that can go wrong between."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny_cache
+import torch
+from hub_client import connect, environment
+from hub_server import HubServer
+from huggingface_hub import HfApi
+from test_cli import assert_one_line, call
+from tiny import TinyTransform, make_trainer, tiny_vit, training_arguments
+
+from hf_freezecache import CachedDataset, FreezeCacheTrainer, SuffixModel, hub
+from hf_freezecache.cache.format import load_index
+from hf_freezecache.cache.reader import verify_cache
+from hf_freezecache.errors import (
+    CacheCorruptError,
+    CacheMismatchError,
+    CacheWriteError,
+    HubError,
+    UnsupportedSetupError,
+)
+
+REPO = "user/cache"
+
+#: Of the HTTP client, about how huggingface_hub uploads large files.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with HubServer(tmp_path / "server") as server:
+        connect(server, tmp_path / "home", monkeypatch)
+        yield server
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    """24 samples in 2 views: 4 shards each, and as many parts of the index."""
+    return tiny_cache.build(tmp_path / "caches", tiny_cache.make_plan(24)).directory
+
+
+def states(dataset: CachedDataset, keys: list) -> torch.Tensor:
+    return torch.stack([item["hidden_states"] for item in dataset.__getitems__(keys)])
+
+
+def shards_of(server: HubServer) -> dict[str, int]:
+    return {path: count for path, count in server.uploads.items() if path.endswith((".safetensors", ".parquet"))}
+
+
+# ---- There and back ----
+
+
+def test_a_pulled_cache_is_the_pushed_one(server, cache, tmp_path) -> None:
+    pushed = CachedDataset.from_pretrained(cache)
+    report = pushed.push_to_hub(REPO)
+    assert server.repo(REPO).private
+    assert report.url == f"{server.url}/datasets/{REPO}"
+    assert report.revision == server.repo(REPO).refs["main"]
+    assert (len(report.uploaded), report.kept_files) == (16, 0)
+    assert set(server.files(REPO)) == {*load_index(cache).files, "index.json", "README.md", ".gitattributes"}
+    assert all(blob.lfs for path, blob in server.files(REPO).items() if path in load_index(cache).files)
+    fetched = CachedDataset.from_pretrained(REPO)
+    keys = [(i, v) for i in range(24) for v in range(2)]
+    assert torch.equal(states(fetched, keys), states(pushed, keys))
+    hub.pull_cache(REPO, tmp_path / "pulled")
+    assert verify_cache(tmp_path / "pulled") == []
+    assert (tmp_path / "pulled/index.json").read_bytes() == (cache / "index.json").read_bytes()
+    assert not list(tmp_path.glob(".pulled*"))
+
+
+def test_the_index_is_committed_last_and_in_batches(server, cache, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "COMMIT_FILES", 5)
+    monkeypatch.setattr(hub, "GROUP_FILES", 2)
+    report = hub.push_cache(cache, REPO)
+    history = list(server.repo(REPO).commits.values())
+    assert ["index.json" in files for files in history] == [False] * (len(history) - 1) + [True]
+    assert [len(files) - 1 for files in history] == [0, 5, 10, 15, 16, 18]
+    assert report.commits == 5
+
+
+def test_pushing_again_sends_nothing_and_leaves_an_edited_card(server, cache) -> None:
+    hub.push_cache(cache, REPO)
+    server.replace(REPO, "README.md", b"---\nlicense: mit\n---\nedited by hand")
+    before = len(server.repo(REPO).commits)
+    report = hub.push_cache(cache, REPO)
+    assert (report.uploaded, report.kept_files, report.commits) == ([], 16, 0)
+    assert set(shards_of(server).values()) == {1}
+    assert len(server.repo(REPO).commits) == before
+    assert server.read(REPO, "README.md").endswith(b"edited by hand")
+
+
+def test_large_files_go_in_parts(server, cache) -> None:
+    server.multipart = 1000
+    hub.push_cache(cache, REPO)
+    assert torch.equal(
+        CachedDataset.from_pretrained(REPO)[3]["hidden_states"],
+        CachedDataset.from_pretrained(cache)[3]["hidden_states"],
+    )
+
+
+def test_many_files_are_listed_over_pages(server, tmp_path) -> None:
+    cache = tiny_cache.build(tmp_path / "caches", tiny_cache.make_plan(25, 1, 1, 1)).directory
+    hub.push_cache(cache, REPO)
+    assert hub.push_cache(cache, REPO).uploaded == []
+    assert len([path for _, path in server.requests if "cursor=" in path]) >= 2
+    assert len(CachedDataset.from_pretrained(REPO)) == 25
+
+
+# ---- Interruptions ----
+
+
+def test_an_interrupted_push_is_no_cache_and_goes_on(server, cache, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "COMMIT_FILES", 4)
+    monkeypatch.setattr(hub, "GROUP_FILES", 1)
+    server.fail_after = 7
+    with pytest.raises(HubError, match=r"storage limit.*goes on from there"):
+        hub.push_cache(cache, REPO)
+    assert server.num_uploads == 7
+    with pytest.raises(CacheCorruptError, match="holds no finished cache"):
+        CachedDataset.from_pretrained(REPO)
+    server.fail_after = None
+    report = hub.push_cache(cache, REPO)
+    assert report.kept_files == 4  # three more were sent, not committed
+    assert shards_of(server) == dict.fromkeys(load_index(cache).files, 1)
+    assert len(CachedDataset.from_pretrained(REPO)) == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_push_goes_on(server, cache, monkeypatch) -> None:
+    """A process is killed while the server holds its sixth upload."""
+    monkeypatch.setattr(hub, "COMMIT_FILES", 2)
+    monkeypatch.setattr(hub, "GROUP_FILES", 2)
+    server.hang_after = 5
+    process = multiprocessing.get_context("fork").Process(target=hub.push_cache, args=(cache, REPO))
+    process.start()
+    deadline = time.monotonic() + 60
+    while server.num_uploads < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert server.num_uploads == 5
+    assert "index.json" not in server.files(REPO)
+    server.hang_after = None
+    server.release.set()
+    report = hub.push_cache(cache, REPO)
+    assert report.kept_files == 4
+    again = [path for path, count in shards_of(server).items() if count > 1]
+    assert len(again) <= 1, again  # the one that hung may have arrived after all
+    assert set(shards_of(server)) == set(load_index(cache).files)
+
+
+def test_an_interrupted_pull_fetches_the_rest(server, cache, tmp_path, monkeypatch) -> None:
+    hub.push_cache(cache, REPO)
+    real = hub.snapshot_download
+
+    def interrupted(*args, allow_patterns, **kwargs):
+        real(*args, allow_patterns=allow_patterns[:9], **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "snapshot_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hub.pull_cache(REPO, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    monkeypatch.setattr(hub, "snapshot_download", real)
+    hub.pull_cache(REPO, tmp_path / "pulled")
+    assert {server.downloads[name] for name in load_index(cache).files} == {1}
+    assert verify_cache(tmp_path / "pulled") == []
+
+
+# ---- Refusals ----
+
+
+@pytest.mark.parametrize("bit", [0, 1000, -1])
+def test_a_shard_altered_by_one_bit_is_refused_by_name(server, cache, tmp_path, bit) -> None:
+    hub.push_cache(cache, REPO)
+    name = "view-01/shard-00002.safetensors"
+    size = 8 * load_index(cache).files[name].bytes
+    server.alter(REPO, name, bit % size)
+    for _ in range(2):  # what was refused once is not taken from the local cache the next time
+        with pytest.raises(CacheCorruptError, match=rf"{REPO} is refused: {name} is altered"):
+            CachedDataset.from_pretrained(REPO)
+    with pytest.raises(CacheCorruptError, match=name):
+        hub.pull_cache(REPO, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    server.alter(REPO, name, bit % size)
+    assert len(CachedDataset.from_pretrained(REPO)) == 24
+    hub.pull_cache(REPO, tmp_path / "pulled")
+
+
+def test_a_file_altered_in_the_local_download_cache_is_refused(server, cache) -> None:
+    hub.push_cache(cache, REPO)
+    folder = Path(CachedDataset.from_pretrained(REPO).reader.directory)
+    path = (folder / "view-00/shard-00001.safetensors").resolve()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CacheCorruptError, match="view-00/shard-00001"):
+        CachedDataset.from_pretrained(REPO)
+    assert len(CachedDataset.from_pretrained(REPO)) == 24  # it was discarded, and fetched anew
+
+
+@pytest.mark.parametrize("name", ["view-00/shard-00000.safetensors", "index/view-01/part-00003.parquet"])
+def test_a_commit_of_other_content_is_refused_before_anything_is_fetched(server, cache, name) -> None:
+    hub.push_cache(cache, REPO)
+    old = server.repo(REPO).refs["main"]
+    for content in (server.read(REPO, name)[:-1] + b"x", b"short", None):
+        server.replace(REPO, name, content)
+        with pytest.raises(CacheCorruptError, match=f"{name} is (altered|missing)"):
+            CachedDataset.from_pretrained(REPO)
+        if content is not None:
+            assert not [path for path in server.downloads if path.startswith("view")]
+        server.repo(REPO).refs["main"] = old
+    server.replace(REPO, "index.json", server.read(REPO, "index.json").replace(b"2", b"3", 1))
+    with pytest.raises(CacheCorruptError, match=r"index\.json is damaged"):
+        CachedDataset.from_pretrained(REPO)
+    assert len(CachedDataset.from_pretrained(REPO, revision=old)) == 24
+
+
+def test_missing_repository_wrong_revision_wrong_token_no_server(server, cache, tmp_path, monkeypatch) -> None:
+    for name in ("user/nothing", "nobody/cache"):
+        with pytest.raises(HubError, match=f"there is no data set {name} at {server.url}"):
+            CachedDataset.from_pretrained(name)
+    hub.push_cache(cache, REPO)
+    with pytest.raises(HubError, match="has no revision 'v9'"):
+        CachedDataset.from_pretrained(REPO, revision="v9")
+    for action in (
+        lambda: CachedDataset.from_pretrained(REPO, token="hf_bad"),
+        lambda: hub.push_cache(cache, "user/other", token="hf_bad"),
+        lambda: hub.pull_cache(REPO, tmp_path / "pulled", token="hf_bad"),
+    ):
+        with pytest.raises(HubError, match="did not accept the token"):
+            action()
+    with pytest.raises(HubError, match="may see"):  # it is private
+        CachedDataset.from_pretrained(REPO, token=False)
+    with pytest.raises(HubError, match="refused it: You don't have the rights"):
+        hub.push_cache(cache, "somebody/cache")
+    with pytest.raises(UnsupportedSetupError, match="user/name"):
+        hub.push_cache(cache, "user/../cache")
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match=r"Fetching user/cache failed.*127\.0\.0\.1:9"):
+        CachedDataset.from_pretrained(REPO)
+
+
+def test_a_repository_without_a_cache_is_refused(server) -> None:
+    HfApi().create_repo("user/images", repo_type="dataset")
+    with pytest.raises(CacheCorruptError, match=r"holds no finished cache: it has no index\.json"):
+        CachedDataset.from_pretrained("user/images")
+
+
+def test_a_damaged_or_partial_cache_is_not_pushed(server, cache) -> None:
+    path = cache / "view-00/shard-00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CacheCorruptError, match=r"not pushed.*shard-00001.* altered"):
+        hub.push_cache(cache, REPO)
+    path.unlink()
+    with pytest.raises(CacheCorruptError, match="shard-00001"):
+        CachedDataset.from_pretrained(cache, shards=[0]).push_to_hub(REPO)
+    assert server.repos == {}
+
+
+def test_privacy(server, cache) -> None:
+    hub.push_cache(cache, "user/open", private=False)
+    assert not server.repo("user/open").private
+    with pytest.raises(HubError, match=r"public, and hidden states can reveal.*private=False"):
+        hub.push_cache(cache, "user/open")
+    HfApi().create_repo("user/images", repo_type="dataset", private=False)
+    with pytest.raises(HubError, match="public"):
+        hub.push_cache(cache, "user/images")
+    assert set(server.files("user/images")) == {".gitattributes"}
+
+
+def test_another_cache_is_replaced_only_if_asked(server, cache, tmp_path) -> None:
+    hub.push_cache(cache, REPO)
+    plan = tiny_cache.make_plan(10, num_views=1, data="other rows")
+    other = tiny_cache.build(tmp_path / "caches", plan).directory
+    old = server.repo(REPO).refs["main"]
+    with pytest.raises(CacheMismatchError, match=r"holds another cache, which differs in: data\. .*--overwrite"):
+        hub.push_cache(other, REPO)
+    assert server.repo(REPO).refs["main"] == old
+    server.fail_after = server.num_uploads + 1
+    with pytest.raises(HubError):
+        hub.push_cache(other, REPO, overwrite=True)
+    with pytest.raises(CacheCorruptError, match="no finished cache"):  # never an index beside another's shards
+        CachedDataset.from_pretrained(REPO)
+    server.fail_after = None
+    hub.push_cache(other, REPO)
+    assert set(server.files(REPO)) == {*load_index(other).files, "index.json", "README.md", ".gitattributes"}
+    assert len(CachedDataset.from_pretrained(REPO)) == 10
+    assert len(CachedDataset.from_pretrained(REPO, revision=old)) == 24
+
+
+def test_limits_of_the_hub(server, cache, monkeypatch) -> None:
+    for name, value in (("MAX_FILE_BYTES", 100), ("MAX_FOLDER_FILES", 4), ("MAX_FILES", 16)):
+        with monkeypatch.context() as patch:
+            patch.setattr(hub, name, value)
+            with pytest.raises(UnsupportedSetupError, match="shard_chunks"):
+                hub.push_cache(cache, REPO)
+    assert server.repos == {}
+
+
+def test_branches(server, cache) -> None:
+    hub.push_cache(cache, REPO, revision="draft")
+    with pytest.raises(CacheCorruptError, match="no finished cache"):
+        CachedDataset.from_pretrained(REPO)
+    assert len(CachedDataset.from_pretrained(REPO, revision="draft")) == 24
+
+
+# ---- Parts, copies, places ----
+
+
+def test_parts_of_a_cache(server, cache, tmp_path) -> None:
+    hub.push_cache(cache, REPO)
+    whole = CachedDataset.from_pretrained(cache)
+    part = CachedDataset.from_pretrained(REPO, views=[1], shards=[0, 2])
+    assert sorted(name for name in server.downloads if name.startswith("view")) == [
+        "view-01/shard-00000.safetensors",
+        "view-01/shard-00002.safetensors",
+    ]
+    rows = part.sample_indices
+    assert len(set(rows.tolist())) == 12
+    keys = [(int(row), 1) for row in rows]
+    assert torch.equal(states(part, keys), states(whole, keys))
+    other = next(row for row in range(24) if row not in rows)
+    with pytest.raises(IndexError, match=r"View 1, shard \d of .* was left out.*views \[1\], shards \[0, 2\]"):
+        part[other, 1]
+    with pytest.raises(IndexError, match="View 0"):
+        part[int(rows[0])]
+    seen = list(part.sampler(seed=0, window=2))
+    assert sorted(seen) == sorted(keys)
+    assert sorted(row for row, _ in whole.sampler(seed=0)) == list(range(24))
+    with pytest.raises(IndexError, match=r"views \[2\] were asked for; the cache has views 0 to 1"):
+        CachedDataset.from_pretrained(REPO, views=[2])
+
+    hub.pull_cache(REPO, tmp_path / "part", views=[0])
+    with pytest.raises(CacheCorruptError, match=r"view-01.* is missing.*fetched in part"):
+        CachedDataset.from_pretrained(tmp_path / "part")
+    assert torch.equal(
+        CachedDataset.from_pretrained(tmp_path / "part", views=[0])[7]["hidden_states"], whole[7]["hidden_states"]
+    )
+
+
+def test_offline_what_was_fetched_is_used(server, cache, monkeypatch) -> None:
+    hub.push_cache(cache, REPO)
+    CachedDataset.from_pretrained(REPO, views=[0])
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert len(CachedDataset.from_pretrained(REPO, views=[0])) == 24
+    with pytest.raises(CacheCorruptError, match="view-01"):
+        CachedDataset.from_pretrained(REPO)
+    with pytest.raises(HubError, match="not in the local cache"):
+        CachedDataset.from_pretrained("user/other")
+
+
+def test_a_folder_wins_over_a_repository(server, cache, monkeypatch) -> None:
+    hub.push_cache(cache, REPO)
+    asked = len(server.requests)
+    (Path("user")).mkdir()
+    shutil.copytree(cache, REPO)
+    assert CachedDataset.from_pretrained(REPO).reader.directory == Path(REPO)
+    assert len(server.requests) == asked
+    with pytest.raises(UnsupportedSetupError, match="local"):
+        CachedDataset.from_pretrained(REPO, revision="main")
+    with pytest.raises(CacheCorruptError, match="no finished cache"):
+        CachedDataset.from_pretrained("nowhere/at/all")
+    assert len(server.requests) == asked
+
+
+def test_a_pull_overwrites_nothing(server, cache, tmp_path) -> None:
+    hub.push_cache(cache, REPO)
+    target = tmp_path / "pulled"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(CacheWriteError, match="not empty"):
+        hub.pull_cache(REPO, target)
+    assert [path.name for path in target.iterdir()] == ["notes.txt"]
+    (target / "notes.txt").unlink()
+    hub.pull_cache(REPO, target)
+    fetched = dict(server.downloads)
+    assert hub.pull_cache(REPO, target).files == 17  # checks what is there
+    assert {name: count for name, count in server.downloads.items() if name != "index.json"} == {
+        name: count for name, count in fetched.items() if name != "index.json"
+    }
+
+
+def test_save_pretrained_copies_checked_files_or_nothing(cache, tmp_path) -> None:
+    CachedDataset.from_pretrained(cache).save_pretrained(tmp_path / "new" / "copy")
+    assert verify_cache(tmp_path / "new/copy") == []
+    with pytest.raises(CacheWriteError, match="not empty"):
+        CachedDataset.from_pretrained(cache).save_pretrained(tmp_path / "new" / "copy")
+    dataset = CachedDataset.from_pretrained(cache)
+    path = cache / "view-01/shard-00003.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CacheCorruptError, match=r"shard-00003.* cannot be copied"):
+        dataset.save_pretrained(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir() if "other" in path.name) == []
+    part = CachedDataset.from_pretrained(cache, views=[0])
+    part.save_pretrained(tmp_path / "part")
+    assert len(CachedDataset.from_pretrained(tmp_path / "part", views=[0])) == 24
+
+
+# ---- Training from what was pulled ----
+
+
+def test_a_suffix_trained_from_a_pulled_cache_is_the_one_trained_beside_it(server, images, tmp_path) -> None:
+    rows = images.select(range(40))
+    trainer = make_trainer(
+        tiny_vit(), rows.with_transform(TinyTransform(augment=True)), schedule="0:2", cache={"num_views": 2}
+    )
+    local = trainer.build_cache()
+    report = trainer.push_cache_to_hub(REPO, dataset_name="user/pictures", license="cc-by-4.0")
+    assert report.private
+    card = server.read(REPO, "README.md").decode()
+    assert "license: cc-by-4.0" in card
+    assert "- user/pictures" in card
+    again = make_trainer(
+        tiny_vit(), rows.with_transform(TinyTransform(augment=True)), schedule="0:2", cache={"num_views": 2}
+    )
+    assert again.build_cache().reader.directory == local.reader.directory
+    weights = []
+    for cached in (local, CachedDataset.from_pretrained(REPO)):
+        model = tiny_vit()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        suffix = SuffixModel.for_cache(model, cached)
+        run = FreezeCacheTrainer(model=suffix, args=training_arguments(num_train_epochs=3), train_dataset=cached)
+        run.train()
+        losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        assert sum(losses[-4:]) < sum(losses[:4])
+        after = model.state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved
+        assert not any(name in moved for name in suffix.split.prefix_parameters())
+        model.save_pretrained("saved")
+        assert torch.equal(
+            type(model).from_pretrained("saved").state_dict()["classifier.weight"], after["classifier.weight"]
+        )
+        weights.append(after)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+PLAIN = """
+import sys
+import datasets, transformers
+assert "hf_freezecache" not in sys.modules
+rows = datasets.load_dataset("user/cache", split="train")
+assert len(rows) == 20 and rows.features["labels"].names == ["a", "b", "c", "d"], rows
+assert {"sample_index", "view", "shard", "chunk", "row", "labels"} == set(rows.column_names)
+assert sorted(rows["sample_index"]) == list(range(20))
+assert all(row["labels"] == row["sample_index"] % 4 and row["view"] == 0 for row in rows)
+assert set(datasets.load_dataset("user/cache", "view-01", split="train")["view"]) == {1}
+model = transformers.AutoModelForImageClassification.from_pretrained("user/model")
+assert "hf_freezecache" not in sys.modules
+"""
+
+TRAIN = """
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from hf_freezecache import CachedDataset, SuffixModel
+
+cached = CachedDataset.from_pretrained("user/cache")
+model = AutoModelForImageClassification.from_pretrained("user/model")
+args = TrainingArguments("out", use_cpu=True, num_train_epochs=1, report_to="none", disable_tqdm=True)
+Trainer(model=SuffixModel.for_cache(model, cached), args=args, train_dataset=cached).train()
+model.save_pretrained("trained")
+AutoModelForImageClassification.from_pretrained("trained")
+"""
+
+
+def test_another_process_loads_index_and_model_without_us_and_trains_with_us(server, images, tmp_path) -> None:
+    rows = images.select(range(20)).with_transform(TinyTransform(augment=True))
+    trainer = make_trainer(tiny_vit(), rows, schedule="0:2", cache={"num_views": 2}, num_train_epochs=1)
+    trainer.train()
+    trainer.push_cache_to_hub(REPO)
+    trainer.model.push_to_hub("user/model")
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN + TRAIN],
+        env=environment(server, tmp_path / "elsewhere"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---- Command line ----
+
+
+def test_push_and_pull_from_the_command_line(server, cache, tmp_path) -> None:
+    status, out, err = call("push", cache, REPO)
+    assert status == 0, err
+    assert out.startswith(f"pushed: {server.url}/datasets/{REPO} (private), 16 files sent")
+    assert server.repo(REPO).private
+    status, out, _ = call("push", cache, REPO, "--json")
+    assert (status, json.loads(out)["uploaded"], json.loads(out)["kept_files"]) == (0, [], 16)
+    status, out, err = call("pull", REPO, tmp_path / "pulled")
+    assert status == 0, err
+    assert out.startswith(f"pulled: {tmp_path}/pulled, 17 files checked, ")
+    assert call("verify", tmp_path / "pulled")[0] == 0
+    status, out, _ = call("pull", REPO, tmp_path / "part", "--views", "0", "--shards", "1,2", "--json")
+    assert status == 0
+    assert json.loads(out)["files"] == 5
+    assert json.loads(out)["revision"] == server.repo(REPO).refs["main"]
+    status, out, _ = call("push", cache, "user/open", "--public")
+    assert (status, server.repo("user/open").private) == (0, False)
+    assert "(public)" in out
+
+
+def test_errors_on_the_command_line_are_one_line(server, cache, tmp_path) -> None:
+    call("push", cache, REPO)
+    server.alter(REPO, "view-00/shard-00000.safetensors", 7)
+    for words, arguments in {
+        "there is no data set": ("pull", "user/nothing", tmp_path / "x"),
+        "has no revision 'v2'": ("pull", REPO, tmp_path / "x", "--revision", "v2"),
+        "shard-00000.safetensors is altered": ("pull", REPO, tmp_path / "x"),
+        "were asked for": ("pull", REPO, tmp_path / "x", "--views", "7"),
+        "does not exist": ("push", tmp_path / "nowhere", REPO),
+        "refused it": ("push", cache, "somebody/else"),
+    }.items():
+        status, out, err = call(*arguments)
+        assert (status, out) == (1, ""), words
+        assert_one_line(err)
+        assert words in err
+    assert call("pull", REPO, tmp_path / "x", "--views", "one")[0] == 2
+    with pytest.raises(HubError):
+        call("pull", "user/nothing", tmp_path / "x", "--debug")
+
+
+def test_index_of_what_was_pushed_lists_labels(server, images) -> None:
+    """In this process the labels of the parquet files are those of the images."""
+    rows = images.select(range(20)).with_transform(TinyTransform(augment=False))
+    cached = make_trainer(tiny_vit(), rows, schedule="0:1").build_cache()
+    table = datasets.Dataset.from_parquet(str(Path(cached.reader.directory) / "index/view-00/part-00000.parquet"))
+    assert [label == row % 4 for row, label in zip(table["sample_index"], table["labels"], strict=True)].count(
+        False
+    ) == 0
