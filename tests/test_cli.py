@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from hf_freezecache import cli, demo
 from hf_freezecache.cache.format import load_index
 from hf_freezecache.errors import CacheCorruptError
-from hf_freezecache.report import draw_runs, format_runs
+from hf_freezecache.plots import draw_runs, format_runs
 
 NAME = "k02-0123456789abcdef"
 
