@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Epoch", "Rate", "epoch_logs", "read_epochs", "unfrozen_rate", "unfrozen_seconds"]
+__all__ = ["Epoch", "Rate", "Stopwatch", "epoch_logs", "read_epochs", "unfrozen_rate", "unfrozen_seconds"]
 
 Log = Mapping[str, Any]
 
@@ -17,7 +18,7 @@ _STEP_PASSES = 3
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch, or the rest of one after a resume.
+    """One epoch, or the part of one up to a checkpoint or from there on.
 
     Attributes:
         epoch: Epochs done at its end.
@@ -59,6 +60,45 @@ class Rate:
     def measured(self) -> bool:
         """Whether a whole run without freezing was timed."""
         return self.basis == "baseline"
+
+
+class Stopwatch:
+    """Times the training of one epoch, without the pauses in which it is evaluated and saved.
+
+    What it has timed is taken at each checkpoint, before it is saved, so that a run that goes on from there knows of it.
+
+    Args:
+        step: Steps done when the epoch begins.
+        images_per_step: Images of a full step.
+        images: Images of the epoch; its last step may have fewer.
+        entering_seconds: What entering a stage took just before.
+    """
+
+    def __init__(self, step: int, images_per_step: int, images: int, entering_seconds: float) -> None:
+        self._step, self._images_per_step, self._images = step, images_per_step, images
+        self._entering_seconds = entering_seconds
+        self._since = time.perf_counter()
+        self._pause: float | None = None
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        self._pause = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Start it again."""
+        assert self._pause is not None
+        self._since += time.perf_counter() - self._pause
+        self._pause = None
+
+    def take(self, step: int) -> dict[str, float] | None:
+        """Return ``images``, ``seconds`` and ``entering_seconds`` since the last time; ``None`` if no step was done."""
+        if step <= self._step:
+            return None
+        now = time.perf_counter() if self._pause is None else self._pause
+        images = min((step - self._step) * self._images_per_step, self._images)
+        taken = {"images": images, "seconds": now - self._since, "entering_seconds": self._entering_seconds}
+        self._step, self._images, self._since, self._entering_seconds = step, self._images - images, now, 0.0
+        return taken
 
 
 def read_epochs(log_history: Sequence[Log]) -> list[Epoch]:
@@ -123,26 +163,18 @@ def unfrozen_seconds(epochs: Sequence[Epoch], rate: Rate) -> list[float]:
 
 
 def epoch_logs(
-    log_history: Sequence[Log],
-    images: int,
-    seconds: float,
-    entering_seconds: float,
-    split_point: int,
-    num_blocks: int,
-    cached: bool,
+    log_history: Sequence[Log], taken: Mapping[str, float], split_point: int, num_blocks: int, cached: bool
 ) -> dict[str, float]:
-    """Return what to log at the end of an epoch.
+    """Return what to log at the end of an epoch, or of a part of one.
 
     Args:
         log_history: What was logged before.
-        images: Images of the epoch.
-        seconds: What training on them took.
-        entering_seconds: What entering the stage took, if one began.
+        taken: As ``Stopwatch.take`` returns it.
         split_point: Frozen blocks.
         num_blocks: Blocks of the model.
         cached: Whether frozen blocks are read from a cache.
     """
-    seconds = max(seconds, 1e-9)
+    images, seconds, entering_seconds = taken["images"], max(taken["seconds"], 1e-9), taken["entering_seconds"]
     epochs = read_epochs(log_history)
     until = (epochs[-1].cumulative_seconds if epochs else 0.0) + entering_seconds + seconds
     epochs.append(Epoch(0.0, split_point, images / seconds, seconds, entering_seconds, until))

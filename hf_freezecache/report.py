@@ -225,6 +225,8 @@ def _stages(record: RunRecord, epochs: Sequence[Epoch]) -> list[Figures]:
     for stage in stages:
         own = [epoch for epoch in epochs if epoch.split_point == stage["split_point"]]
         stage["end_epoch"] = max([epoch.epoch for epoch in own], default=stage["start_epoch"])
+        if stage is stages[-1]:  # as far as it came
+            stage["end_epoch"] = max(stage["end_epoch"], *(entry.get("epoch", 0.0) for entry in record.log_history))
         stage["train_seconds"] = round(sum(epoch.seconds for epoch in own), 3)
         stage["entering_seconds"] = round(sum(epoch.entering_seconds for epoch in own), 3)
         rates = [epoch.images_per_second for epoch in own]

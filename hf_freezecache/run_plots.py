@@ -129,7 +129,8 @@ def _draw_stages(figures: Figures, axes: Any, label: bool) -> None:
     """Shade stages, the deeper the darker; name them above the axes."""
     stages = [stage for stage in figures["stages"] if stage["end_epoch"] > stage["start_epoch"]]
     num_blocks = figures["model"].get("num_blocks") or max([stage["split_point"] for stage in stages], default=1)
-    length = max([stage["end_epoch"] for stage in stages], default=1.0)
+    baseline = (figures["baseline"] or {}).get("evaluations", []) if axes.get_label() == "scores" else []
+    length = max([figures["epochs_done"] or 0.0, *(point["epoch"] for point in baseline)]) or 1.0
     for number, stage in enumerate(stages):
         start, end, frozen = stage["start_epoch"], stage["end_epoch"], stage["split_point"]
         axes.axvspan(start, end, color=_BLUE, alpha=0.04 + 0.22 * frozen / max(num_blocks, 1), linewidth=0)
@@ -158,6 +159,7 @@ def _timeline(figures: Figures, figure: Any) -> None:
     losses = [(point["epoch"], point["loss"]) for point in evaluations if point["loss"] is not None]
     panels = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)[:, 0]
     for number, axes in enumerate(panels):
+        axes.set_label("scores")
         _draw_stages(figures, axes, label=number == 0)
         axes.grid(axis="y", linewidth=0.6)
         axes.set_axisbelow(True)

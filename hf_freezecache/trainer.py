@@ -25,7 +25,7 @@ from .checkpoints import load_stage, restore_weights, save_stage
 from .choosing import Data, requested_codec
 from .codecs import ViewCodec
 from .config import CacheConfig, FreezeConfig
-from .cost import epoch_logs
+from .cost import Stopwatch, epoch_logs
 from .dataset import CachedDataset, ChunkSampler, collate_cached, split_packed
 from .errors import UnsupportedSetupError
 from .feature_augmentation import FeatureAugmenter, parse_feature_augmentation, step_generator
@@ -120,7 +120,7 @@ class FreezeCacheTrainer(Trainer):
         self._dtype = torch.float32
         self._sampler: ChunkSampler | None = None
         self._stage_loader: Any = None
-        self._paused_seconds = 0.0
+        self._stopwatch: Stopwatch | None = None
         self._augmenter: FeatureAugmenter | None = None
         self._record = RunRecord()
         if freeze_config is None and (train_transform is not None or eval_transform is not None):
@@ -224,7 +224,7 @@ class FreezeCacheTrainer(Trainer):
             if self.train_dataset is None:
                 raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
             started = time.perf_counter()
-            self._split, self._codec, self._stage_loader = None, None, None
+            self._split, self._codec, self._stage_loader, self._stopwatch = None, None, None, None
             self._augmenter = self._make_augmenter()
             # A second train() starts at the first stage again, with an optimizer that holds all parameters.
             self._thaw()
@@ -406,20 +406,28 @@ class FreezeCacheTrainer(Trainer):
             self._enter_stage(split_point)
         self._sampler.set_epoch(epoch)
         entering = time.perf_counter() - entering
-        # Seconds spent on evaluating and saving are not training.
-        self._paused_seconds = 0.0
-        steps_before, started = self.state.global_step, time.perf_counter()
+        batch_size = self.get_total_train_batch_size(self.args)
+        self._stopwatch = Stopwatch(self.state.global_step, batch_size, len(self._sampler), entering)
         super()._run_epoch(*args, **{**kwargs, "model": self.model_wrapped, "train_dataloader": self._stage_loader})
-        seconds = time.perf_counter() - started - self._paused_seconds
-        steps = self.state.global_step - steps_before
-        images = min(steps * self.get_total_train_batch_size(self.args), len(self._sampler))
-        cached, num_blocks = self._codec is not None, self._split.num_blocks
-        self.log(epoch_logs(self.state.log_history, images, seconds, entering, split_point, num_blocks, cached))
+        self._log_cost()
+        self._stopwatch = None
+
+    def _log_cost(self) -> None:
+        """Log what training has cost since this was done last: at the end of an epoch, and before a checkpoint is saved."""
+        taken = self._stopwatch.take(self.state.global_step) if self._stopwatch is not None else None
+        if taken is not None and self._split is not None:
+            split, cached = self._split, self._codec is not None
+            self.log(epoch_logs(self.state.log_history, taken, split.split_point, split.num_blocks, cached))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        started = time.perf_counter()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._paused_seconds += time.perf_counter() - started
+        if self._stopwatch is None:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            return
+        self._stopwatch.pause()
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._stopwatch.go_on()
 
     def _enter_stage(self, split_point: int) -> None:
         """Freeze, prune the optimizer, and swap the loader for one on this stage's cache."""
@@ -598,6 +606,7 @@ class FreezeCacheTrainer(Trainer):
     # ---- Checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._log_cost()
         # Before `super()`, which may push the folder to the Hub at once.
         if self.freeze_config is not None and self.args.should_save:
             assert self._split is not None

@@ -72,7 +72,7 @@ def assert_one_line(text: str) -> None:
 # ---- Help and errors ----
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "demo", "report"])
 def test_help_shows_an_example(command) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0
