@@ -77,7 +77,8 @@ def describe_run(
     record.versions = _versions()
     on_gpu = args.device.type == "cuda"
     record.device = torch.cuda.get_device_name(args.device) if on_gpu else f"{args.device.type} {platform.machine()}"
-    record.device += "" if on_gpu else f", {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    record.device += "" if on_gpu else f", {threads} thread{'s' if threads > 1 else ''}"
 
 
 def describe_stage(split_point: int, index: CacheIndex) -> dict[str, Any]:
