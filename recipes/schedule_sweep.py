@@ -6,7 +6,10 @@
 All schedules start from the same weights, so stages that begin at epoch 0 with the same split point share one cache: the
 second schedule above opens what the first has built. Prints a table and writes ``sweep.json``, and a report of each run.
 
-FIGURES
+Measured with this command and ``--bf16 --use-cpu --train-samples 200``, DeiT-Tiny (LayerNorm rounded to 8 bits) on TensorFlow's
+flower_photos (200 test images), seed 0, one thread of two cores shared with other work: 11 minutes, 4.1 of CPU time.
+Accuracy and seconds of training with building: ``0:6`` 86.0%, 137 (22 building); ``0:6,3:9`` 85.0%, 111 (6 building, as
+its first stage was there); ``0:9`` 82.5%, 80 (25 building). One seed and 200 images: differences below 5 points say little.
 
 - ``--data`` is a folder of ``train.parquet`` and ``test.parquet`` with columns ``image`` and ``label`` (a ``ClassLabel``).
 - Repeat it and nothing is built. Stages behind others (``3:9``) start from weights that were trained in between, so only the same

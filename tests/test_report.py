@@ -17,7 +17,7 @@ from tiny import make_trainer, tiny_vit
 from tiny_runs import CACHE, SENSITIVITY, epoch_log, log_history, record, stage_log, write_plain_run
 
 from hf_freezecache.callbacks import ReportCallback
-from hf_freezecache.cost import Stopwatch, epoch_logs, read_epochs, unfrozen_rate, unfrozen_seconds
+from hf_freezecache.cost import Rate, Stopwatch, epoch_logs, read_epochs, unfrozen_rate, unfrozen_seconds
 from hf_freezecache.errors import RunError
 from hf_freezecache.page import PAGE_NAME, REPORT_FOLDER, render_page, write_report
 from hf_freezecache.report import figures_of, read_baseline
@@ -42,6 +42,18 @@ def test_no_freezing_is_estimated_from_unfrozen_epochs() -> None:
     rate = unfrozen_rate(epochs, 12, cached=True)
     assert (rate.images_per_second, rate.basis, rate.measured) == (10.0, "unfrozen epochs", False)
     assert unfrozen_seconds(epochs, rate) == [10, 20, 30, 40]
+
+
+def test_unfrozen_epochs_took_what_they_took() -> None:
+    history = [
+        stage_log(0, 0),
+        epoch_log(1, 5.0, 20.0, 20.0),
+        epoch_log(2, 10.0, 10.0, 30.0),
+        epoch_log(3, 20.0, 5.0, 35.0),
+    ]
+    epochs = read_epochs(history)
+    assert unfrozen_seconds(epochs, unfrozen_rate(epochs, 12, cached=True)) == [20, 30, 35]
+    assert unfrozen_seconds(epochs, Rate(4.0, "baseline", "")) == [25, 50, 75]
 
 
 @pytest.mark.parametrize(("cached", "share"), [(True, 27 / 36), (False, 30 / 36)])
