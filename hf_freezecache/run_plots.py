@@ -74,7 +74,7 @@ def _figure(picture: Picture) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
+    engine = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
     figure = Figure(figsize=(_WIDTH, picture.height), layout=engine, facecolor="none")
     FigureCanvasAgg(figure)
     picture.draw(figure)
