@@ -154,7 +154,7 @@ def _last_state(folder: Path) -> Path | None:
 def read_run(folder: Path) -> RunRecord:
     """Read a run: its record, and whatever its ``trainer_state.json`` or last checkpoint know beyond that.
 
-    Runs of plain ``Trainer`` have no record, only states. A checkpoint folder is a run as far as it came.
+    Runs of plain ``Trainer`` have no record, only states. A checkpoint is a run as far as it came, by its run's record.
 
     Raises:
         RunError: There is no such folder, or it holds no run, or one that cannot be read.
@@ -169,6 +169,9 @@ def read_run(folder: Path) -> RunRecord:
             "the output_dir of a run that saved."
         )
     record = _record_of(path) if path.is_file() else RunRecord()
+    above = folder.resolve().parent / RUN_NAME
+    if not path.is_file() and folder.resolve().name.startswith("checkpoint-") and above.is_file():
+        record = dataclasses.replace(_record_of(above), complete=False, log_history=[], global_step=0, best_step=None)
     record.name = record.name or folder.resolve().name
     state = _read_json(state_path) if state_path is not None else {}
     log_history, steps = state.get("log_history"), state.get("global_step")

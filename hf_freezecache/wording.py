@@ -89,6 +89,8 @@ def time_cost(figures: Figures) -> str:
         return text + _caveats(compared)
     if cost["no_freezing_seconds"] is None:
         return f"{taken}. What a run without freezing takes was not measured, and there is nothing to estimate it from."
+    if cost["no_freezing_measured"]:
+        return f"{taken}. At the images per second {cost['no_freezing_text']}: {duration(cost['no_freezing_seconds'])}."
     return (
         f"{taken}. Without freezing about {duration(cost['no_freezing_seconds'])}: {cost['no_freezing_text']}. This is an "
         "estimate, not a measurement."

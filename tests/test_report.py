@@ -157,6 +157,13 @@ def test_a_baseline_is_compared_by_measured_figures(tmp_path) -> None:
     assert "estimate" not in time_cost(figures)
 
 
+def test_a_run_in_pieces_is_compared_by_the_rate_of_the_baseline(tmp_path) -> None:
+    known = record(log_history=log_history()[:-1], complete=False)
+    text = time_cost(figures_of(known, read_baseline(write_plain_run(tmp_path / "plain"))))
+    assert "At the images per second measured in the baseline run 'plain', evaluation left out: 40 s." in text
+    assert "estimate" not in text
+
+
 def test_an_unequal_baseline_is_told(tmp_path) -> None:
     folder = write_plain_run(tmp_path / "plain")
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -226,6 +233,11 @@ def test_an_interrupted_run_goes_as_far_as_its_last_checkpoint(tmp_path) -> None
     page = render_page(figures_of(found))
     assert "Not finished." in page
     assert "step 30 of 40" in page
+    # One checkpoint is the run as far as it came.
+    write_run(tmp_path, record())
+    early = read_run(tmp_path / "checkpoint-20")
+    assert (early.global_step, early.complete, early.model["num_blocks"]) == (20, False, 12)
+    assert "step 20 of 40" in render_page(figures_of(early))
     # Checkpoints of another run into the same folder are not this run.
     write_run(tmp_path, record(complete=False, log_history=[stage_log(0, 5)], global_step=0))
     assert read_run(tmp_path).global_step == 0
