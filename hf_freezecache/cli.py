@@ -18,7 +18,11 @@ from .cache.format import INDEX_NAME, CacheIndex, load_index
 from .cache.reader import verify_cache
 from .codecs import DTYPES
 from .errors import CacheCorruptError, FreezeCacheError, UnsupportedSetupError
-from .report import draw_sensitivity
+from .page import write_report
+from .plots import draw_sensitivity
+from .report import figures_of, read_baseline
+from .run_record import read_run
+from .run_words import accuracy_cost, describe_schedule, time_cost
 from .sensitivity import Sensitivity
 from .wording import codec_words, fidelity_words, size_words
 
@@ -439,3 +443,43 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
     if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
         raise typer.BadParameter(f"{option} takes numbers, e.g. 0,1; got {text!r}.")
     return [int(number) for number in text.split(",")]
+
+
+@app.command(epilog="Example: hf-freezecache report outputs/flowers --baseline outputs/flowers-plain")
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="output_dir of a run.", show_default=False)],
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="output_dir of a run without freezing, to compare with; plain Trainer's will do."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the folder freezecache_report goes.", show_default="the folder of the run"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and draw nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Draw what a run did, as one HTML page and pictures: stages, loss, accuracy, cost, caches, sensitivity.
+
+    Reads freezecache_run.json, trainer_state.json or the last checkpoint in RUN_DIR, also of a run that was interrupted.
+    What a run without freezing would have cost is measured with --baseline, and an estimate without.
+    """
+    with _one_line_errors(debug):
+        figures = figures_of(read_run(run_dir), None if baseline is None else read_baseline(baseline))
+        if as_json:
+            typer.echo(json.dumps(figures, indent=1))
+            return
+        try:
+            page = write_report(figures, output_dir or run_dir)
+        except ImportError as error:
+            raise UnsupportedSetupError(
+                f"The report needs matplotlib, which cannot be imported ({error}). Install it with pip install "
+                "'hf-freezecache[demo]', or print the figures with --json."
+            ) from error
+        for name, words in (
+            ("schedule", describe_schedule(figures)),
+            ("accuracy", accuracy_cost(figures)),
+            ("time", time_cost(figures)),
+            ("page", str(page)),
+        ):
+            typer.echo(f"{name + ':':<10}{words}")

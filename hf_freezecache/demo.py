@@ -38,7 +38,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .config import CacheConfig, FreezeConfig
 from .errors import UnsupportedSetupError
-from .report import draw_runs, format_runs
+from .plots import draw_runs, format_runs
 from .trainer import FreezeCacheTrainer
 
 __all__ = ["DemoSettings", "DigitTransform", "load_digit_images", "run"]

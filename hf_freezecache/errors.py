@@ -11,6 +11,7 @@ __all__ = [
     "FreezeCacheError",
     "HubError",
     "PeerError",
+    "RunError",
     "ScheduleError",
     "UnrepeatableTransformError",
     "UnsupportedModelError",
@@ -36,6 +37,10 @@ class ScheduleError(FreezeCacheError, ValueError):
 
 class DataError(FreezeCacheError, ValueError):
     """A row of the user's dataset, or what the transform or collator made of it, cannot be used."""
+
+
+class RunError(FreezeCacheError, ValueError):
+    """A folder holds no training run, or one whose files cannot be read."""
 
 
 class UnrepeatableTransformError(FreezeCacheError, ValueError):

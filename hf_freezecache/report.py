@@ -1,164 +1,303 @@
-"""Figures of training runs as a table and as a picture.
-
-A run is a dict as ``hf_freezecache.demo`` makes it: ``run`` (name), ``accuracy`` (0 to 1), ``seconds`` and, part of
-them, ``build_seconds``, ``cache_bytes_per_image``, and ``accuracy_after_seconds``, a list of (seconds, accuracy).
-"""
+"""Figures of a run: what its page, its pictures, its model card and ``hf-freezecache report --json`` all show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .cost import Epoch, Rate, read_epochs, unfrozen_rate, unfrozen_seconds
+from .run_record import RunRecord, read_run
 
-from .sensitivity import Sensitivity
+__all__ = ["comparison", "figures_of", "is_share", "read_baseline", "standard_error"]
 
-__all__ = ["draw_runs", "draw_sensitivity", "format_runs"]
+Figures = dict[str, Any]
 
-Run = dict[str, Any]
-
-# The palette of Okabe and Ito, which stays distinct for the colour-blind.
-_COLORS = ["#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
-_BUILD_COLOR = "#F0C05A"
-
-
-def format_runs(runs: Sequence[Run]) -> str:
-    """Return a plain-text table, one line per run: name, accuracy, seconds, of which build, bytes per image."""
-    rows = [("run", "accuracy", "seconds", "of it build", "bytes per image")]
-    for run in runs:
-        cached = run["cache_bytes_per_image"] > 0
-        rows.append(
-            (
-                run["run"],
-                f"{run['accuracy']:.1%}",
-                f"{run['seconds']:.1f}",
-                f"{run['build_seconds']:.1f}" if cached else "-",
-                f"{run['cache_bytes_per_image']:,.0f}" if cached else "-",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+_STAGE_LOGS = (
+    *("trainable_parameters", "cache_bytes", "cache_bytes_per_image", "bits_per_element", "build_seconds"),
+    *("built_shards", "fidelity", "agreement", "relative_error", "copy_fidelity", "copy_agreement"),
+    *("copy_relative_error", "similarity"),
+)
+#: Evaluation figures that are no metric of the model.
+_NO_METRICS = (
+    "loss",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "model_preparation_time",
+    "jit_compilation_time",
+)
+#: Metrics that are shares of 1, and are shown in per cent.
+_SHARES = ("accuracy", "f1", "precision", "recall", "top5", "top_5")
 
 
-def draw_runs(runs: Sequence[Run], path: Path, title: str = "") -> None:
-    """Write a PNG: seconds of each run, split into build and training; beside it accuracy against seconds.
+# ---- Evaluation ----
+
+
+def _metric_names(entry: Mapping[str, Any]) -> list[str]:
+    """Return the metrics in a log entry, e.g. ``eval_accuracy``, best known first."""
+    names = [name for name in entry if name.startswith("eval_") and not name.endswith(_NO_METRICS)]
+    names = [name for name in names if isinstance(entry[name], (int, float))]
+    return sorted(names, key=lambda name: ("accuracy" not in name, not name.endswith(_SHARES), names.index(name)))
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of 1."""
+    return metric.endswith(_SHARES)
+
+
+def _evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [entry for entry in log_history if "eval_loss" in entry or _metric_names(entry)]
+
+
+def _final_evaluation(record: RunRecord) -> Mapping[str, Any]:
+    """Return the evaluation of the model that came out; empty if there was none."""
+    entries = record.log_history
+    ended = max((number for number, entry in enumerate(entries) if "train_runtime" in entry), default=len(entries))
+    after, during = _evaluations(entries[ended:]), _evaluations(entries[:ended])
+    if record.metrics:
+        return record.metrics
+    if after:
+        return after[-1]
+    if record.best_step is not None:  # the best checkpoint was loaded at the end
+        during = [entry for entry in during if entry.get("step") == record.best_step]
+    return during[-1] if during else {}
+
+
+def _num_evaluated(entry: Mapping[str, Any]) -> int | None:
+    seconds, rate = entry.get("eval_runtime"), entry.get("eval_samples_per_second")
+    return round(seconds * rate) if seconds and rate else None
+
+
+def _result(record: RunRecord) -> Figures | None:
+    entry = _final_evaluation(record)
+    names = _metric_names(entry)
+    if not names and entry.get("eval_loss") is None:
+        return None
+    wanted = str(record.training.get("metric_for_best_model") or "")
+    wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+    name = names[0] if names else None
+    if wanted in names and (name is None or "accuracy" not in name):
+        name = wanted
+    return {
+        "metric": name.removeprefix("eval_") if name else None,
+        "value": entry[name] if name else None,
+        "loss": entry.get("eval_loss"),
+        "metrics": {metric.removeprefix("eval_"): entry[metric] for metric in names},
+        "epoch": entry.get("epoch"),
+        "images": _num_evaluated(entry),
+    }
+
+
+def standard_error(result: Mapping[str, Any] | None) -> float | None:
+    """Return the standard error of an accuracy by the number of images it was measured on, if that is known."""
+    if not result or not result["images"] or not result["metric"] or "accuracy" not in result["metric"]:
+        return None
+    return float(math.sqrt(max(result["value"] * (1 - result["value"]), 0.0) / result["images"]))
+
+
+# ---- Baseline ----
+
+
+def _whole_seconds(record: RunRecord) -> float | None:
+    """Return seconds of ``train()`` without evaluations, or ``None`` if it did not run in one piece to its end."""
+    ended = [number for number, entry in enumerate(record.log_history) if "train_runtime" in entry]
+    if len(ended) != 1:
+        return None
+    entry, before = record.log_history[ended[0]], record.log_history[: ended[0]]
+    seconds = entry["train_runtime"] - sum(log.get("eval_runtime", 0.0) for log in _evaluations(before))
+    own = read_epochs(record.log_history)
+    resumed = own and own[-1].cumulative_seconds > entry["train_runtime"] + 1
+    return None if resumed or seconds <= 0 else float(seconds) + record.preflight_seconds
+
+
+def read_baseline(folder: Path) -> Figures:
+    """Return the figures of a run without freezing, by plain ``Trainer`` or by ours.
 
     Args:
-        runs: At most six.
-        path: The file.
-        title: Line above both.
+        folder: Its ``output_dir``. ``trainer_state.json`` there, or in its last checkpoint, is enough.
 
     Raises:
-        ImportError: matplotlib is missing.
-        OSError: The file cannot be written.
+        RunError: The folder holds no run, or one that cannot be read.
     """
-    # Without pyplot: no global state, and no window system is asked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    return _baseline_of(read_run(folder))
 
-    figure = Figure(figsize=(12, 4.6), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    FigureCanvasAgg(figure)
-    bars, curves = figure.subplots(1, 2, width_ratios=[1.1, 1])
-    if title:
-        figure.suptitle(title, fontsize=13)
-    longest = max(run["seconds"] for run in runs)
-    for row, (run, color) in enumerate(zip(runs, _COLORS, strict=False)):
-        build = run["build_seconds"]
-        bars.barh(row, build, color=_BUILD_COLOR, height=0.55)
-        bars.barh(row, run["seconds"] - build, left=build, color=color, height=0.55)
-        label = f"{run['seconds']:.1f} s, accuracy {run['accuracy']:.1%}"
-        bars.text(run["seconds"] + 0.015 * longest, row, label, va="center", fontsize=10.5)
-        points = run["accuracy_after_seconds"]
-        curves.plot(
-            [seconds for seconds, _ in points],
-            [100 * accuracy for _, accuracy in points],
-            color=color,
-            marker="o",
-            markersize=3.5,
-            label=run["run"],
+
+def _baseline_of(record: RunRecord) -> Figures:
+    seconds = _whole_seconds(record)
+    end: Mapping[str, Any] = next((entry for entry in record.log_history if "train_runtime" in entry), {})
+    trained = end.get("train_samples_per_second", 0.0) * end.get("train_runtime", 0.0)
+    epochs = end.get("epoch") or (record.log_history[-1].get("epoch") if record.log_history else None)
+    frozen = max((int(entry.get("freezecache/split_point", 0)) for entry in record.log_history), default=0)
+    return {
+        "run": record.name,
+        "result": _result(record),
+        "epochs": epochs,
+        "frozen_blocks": frozen,
+        "seconds": None if seconds is None else round(seconds, 3),
+        "images_per_second": round(trained / seconds, 3) if seconds and trained else None,
+        "train_images": round(trained / epochs) if trained and epochs else None,
+        "batch_size": record.training.get("per_device_train_batch_size"),
+        "evaluations": _curve(record),
+        "device": record.device or None,
+    }
+
+
+def comparison(figures: Mapping[str, Any]) -> Figures | None:
+    """Compare a run with its baseline: differences in the metric, and times over; and what makes them unequal."""
+    baseline = figures["baseline"]
+    if baseline is None:
+        return None
+    mine, theirs = figures["result"], baseline["result"]
+    same = bool(mine and theirs and mine["metric"] and mine["metric"] == theirs["metric"])
+    seconds = figures["cost"]["whole_seconds"]
+    caveats = []
+    if baseline["frozen_blocks"]:
+        caveats.append(f"the baseline froze up to {baseline['frozen_blocks']} blocks itself")
+    if figures["epochs_done"] and baseline["epochs"] and abs(figures["epochs_done"] - baseline["epochs"]) > 0.01:
+        caveats.append(f"the baseline trained {baseline['epochs']:g} epochs, this run {figures['epochs_done']:g}")
+    images = figures["data"].get("train_images")
+    if images and baseline["train_images"] and abs(images - baseline["train_images"]) > 0.01 * images:
+        caveats.append(f"the baseline trained on {baseline['train_images']:,} images, this run on {images:,}")
+    if same and mine["images"] and theirs["images"] and mine["images"] != theirs["images"]:
+        caveats.append("the two were evaluated on different numbers of images")
+    batch = figures["training"].get("per_device_train_batch_size")
+    if batch and baseline["batch_size"] and batch != baseline["batch_size"]:
+        caveats.append(f"the baseline had a batch size of {baseline['batch_size']}, this run {batch}")
+    errors = [standard_error(mine), standard_error(theirs)] if same else [None]
+    return {
+        "metric": mine["metric"] if same else None,
+        "difference": mine["value"] - theirs["value"] if same else None,
+        "standard_error": math.hypot(*errors) if all(error is not None for error in errors) else None,
+        "loss_difference": mine["loss"] - theirs["loss"]
+        if same and None not in (mine["loss"], theirs["loss"])
+        else None,
+        "speedup": round(baseline["seconds"] / seconds, 4) if seconds and baseline["seconds"] else None,
+        "caveats": caveats,
+    }
+
+
+# ---- The run ----
+
+
+def _curve(record: RunRecord) -> list[Figures]:
+    points = []
+    for entry in _evaluations(record.log_history):
+        names = _metric_names(entry)
+        points.append(
+            {
+                "epoch": entry.get("epoch", 0.0),
+                "loss": entry.get("eval_loss"),
+                "metric": names[0].removeprefix("eval_") if names else None,
+                "value": entry[names[0]] if names else None,
+            }
         )
-    bars.set_yticks(range(len(runs)), [run["run"] for run in runs], fontsize=11)
-    bars.invert_yaxis()
-    bars.set_xlim(0, 1.65 * longest)  # room for the labels behind the bars
-    bars.set_xlabel("seconds, cache build included, evaluation left out")
-    if any(run["build_seconds"] > 0 for run in runs):
-        bars.barh(0, 0, color=_BUILD_COLOR, label="building the caches")
-        bars.legend(loc="lower right", frameon=False)
-    curves.set_xlabel("seconds, cache build included, evaluation left out")
-    curves.set_ylabel("accuracy on held-out images, %")
-    curves.set_xlim(left=0)
-    curves.legend(loc="lower right", frameon=False)
-    curves.grid(alpha=0.3)
-    for axes in (bars, curves):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    return points
 
 
-def draw_sensitivity(stages: Sequence[tuple[int, Sensitivity]], path: Path, title: str = "") -> None:
-    """Write a PNG: which channels, tokens and augmentations a base view says little about, one row per split point.
+def _stages(record: RunRecord, epochs: Sequence[Epoch]) -> list[Figures]:
+    """Return the stages that were entered; one that a resume entered again counts once, its builds together."""
+    stages: list[Figures] = []
+    kept = {int(stage["split_point"]): stage for stage in record.stages if "split_point" in stage}
+    for entry in record.log_history:
+        if "freezecache/split_point" not in entry:
+            continue
+        split_point = int(entry["freezecache/split_point"])
+        logged = {name: entry[f"freezecache/{name}"] for name in _STAGE_LOGS if f"freezecache/{name}" in entry}
+        if stages and stages[-1]["split_point"] == split_point:
+            built = stages[-1].get("build_seconds", 0.0) + logged.get("build_seconds", 0.0)
+            stages[-1] |= {**logged, **({"build_seconds": built} if "build_seconds" in logged else {})}
+            continue
+        detail = kept.get(split_point, {}) if "cache_bytes" in logged else {}
+        sensitivity = (detail.get("copies_calibration") or {}).get("sensitivity")
+        stages.append(
+            {
+                "split_point": split_point,
+                "start_epoch": entry.get("epoch", 0.0),
+                **logged,
+                "num_views": detail.get("num_views"),
+                "codec": detail.get("codec"),
+                "sensitivity": sensitivity,
+            }
+        )
+    for stage in stages:
+        own = [epoch for epoch in epochs if epoch.split_point == stage["split_point"]]
+        stage["end_epoch"] = max([epoch.epoch for epoch in own], default=stage["start_epoch"])
+        if stage is stages[-1]:  # as far as it came
+            stage["end_epoch"] = max(stage["end_epoch"], *(entry.get("epoch", 0.0) for entry in record.log_history))
+        stage["train_seconds"] = round(sum(epoch.seconds for epoch in own), 3)
+        stage["entering_seconds"] = round(sum(epoch.entering_seconds for epoch in own), 3)
+        rates = [epoch.images_per_second for epoch in own]
+        stage["images_per_second"] = round(statistics.median(rates), 3) if rates else None
+    return stages
+
+
+def figures_of(record: RunRecord, baseline: Mapping[str, Any] | None = None) -> Figures:
+    """Return the figures of a run, all of them what JSON can hold.
 
     Args:
-        stages: Split points and what was measured there; at least one.
-        path: The file.
-        title: Line above all.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        OSError: The file cannot be written.
+        record: The run, as ``read_run`` returns it.
+        baseline: A run without freezing, as ``read_baseline`` returns it; default: the one in the record, if any.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(
-        figsize=(13, 0.7 + 3.1 * len(stages)), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    )
-    FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(title, fontsize=13)
-    grid = figure.subplots(len(stages), 3, width_ratios=[1.5, 0.8, 1.1], squeeze=False)
-    values = np.concatenate([np.ravel(stage.tokens) for _, stage in stages])
-    # One scale for all maps, so that stages can be compared.
-    low, high = float(values.min()), max(float(values.max()), float(values.min()) + 0.01)
-    for row, (split_point, found) in enumerate(stages):
-        channels, tokens, bars = grid[row]
-        order = np.sort(found.channels)
-        channels.bar(range(len(order)), order, width=1.0, color=_COLORS[1])
-        tenth, ninth = np.quantile(order, [0.1, 0.9])
-        channels.axhline(found.overall, color=_COLORS[2], linewidth=1.2)
-        channels.set_title(
-            f"{split_point} frozen blocks: channels {tenth:.2f} to {ninth:.2f} (middle 80%)", fontsize=10.5, loc="left"
-        )
-        channels.set_ylabel("similarity to the prediction")
-        channels.set_ylim(min(0.0, float(order[0])), 1.0)
-        channels.set_xlim(-0.5, len(order) - 0.5)
-        least = np.argsort(found.channels)[:3]
-        channels.set_xlabel(f"channels, least similar first ({', '.join(map(str, least))}, ...); line: all together")
-        image = tokens.imshow(np.array(found.tokens), cmap="viridis", vmin=low, vmax=high)
-        tokens.set_title("patch tokens, at their place", fontsize=10.5, loc="left")
-        tokens.set_xticks([])
-        tokens.set_yticks([])
-        figure.colorbar(image, ax=tokens, shrink=0.85)
-        names = ["all together", *(f"{name} alone" for name in found.augmentations)]
-        heights = [found.overall, *found.augmentations.values()]
-        if found.prefix is not None:
-            names.append("prefix tokens")
-            heights.append(found.prefix)
-        bars.barh(names, heights, color=_COLORS[3], height=0.55)
-        for place, height in enumerate(heights):
-            bars.text(max(height, 0) + 0.02, place, f"{height:.2f}", va="center", fontsize=10)
-        bars.invert_yaxis()
-        bars.set_xlim(min(0.0, *heights), 1.15)
-        bars.set_title(f"by augmentation, {found.num_images} images", fontsize=10.5, loc="left")
-        for axes in (channels, bars):
-            axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    epochs = read_epochs(record.log_history)
+    num_blocks = int(record.model.get("num_blocks") or 0)
+    given = dict(baseline) if baseline is not None else record.baseline
+    rate: Rate | None = None
+    if given is not None and given["images_per_second"] and not given["frozen_blocks"]:
+        text = f"measured in the baseline run '{given['run']}', evaluation left out"
+        rate = Rate(given["images_per_second"], "baseline", text)
+    elif num_blocks:
+        rate = unfrozen_rate(epochs, num_blocks, record.cache.get("mode") == "always")
+    unfrozen = unfrozen_seconds(epochs, rate) if rate else [None] * len(epochs)
+    whole = _whole_seconds(record)
+    last = next((entry["epoch"] for entry in reversed(record.log_history) if "epoch" in entry), None)
+    figures: Figures = {
+        "run": record.name,
+        "complete": record.complete,
+        "steps": record.global_step,
+        "max_steps": record.max_steps,
+        "epochs_done": last,
+        "model": record.model,
+        "data": record.data,
+        "freezing": record.freezing,
+        "cache": record.cache,
+        "planned_stages": record.planned_stages,
+        "stages": _stages(record, epochs),
+        "epochs": [
+            {
+                "epoch": epoch.epoch,
+                "split_point": epoch.split_point,
+                "images_per_second": epoch.images_per_second,
+                "seconds": epoch.seconds,
+                "entering_seconds": round(epoch.entering_seconds, 4),
+                "cumulative_seconds": epoch.cumulative_seconds,
+                "no_freezing_seconds": None if seconds is None else round(seconds, 4),
+            }
+            for epoch, seconds in zip(epochs, unfrozen, strict=True)
+        ],
+        "loss": [
+            [entry["epoch"], entry["loss"]] for entry in record.log_history if "loss" in entry and "epoch" in entry
+        ],
+        "evaluations": _curve(record),
+        "result": _result(record),
+        "cost": {
+            "seconds": epochs[-1].cumulative_seconds if epochs else None,
+            "train_seconds": round(sum(epoch.seconds for epoch in epochs), 3),
+            "entering_seconds": round(sum(epoch.entering_seconds for epoch in epochs), 3),
+            "preflight_seconds": record.preflight_seconds,
+            "whole_seconds": None if whole is None else round(whole, 3),
+            "no_freezing_seconds": unfrozen[-1] if epochs and unfrozen[-1] is not None else None,
+            "no_freezing_images_per_second": round(rate.images_per_second, 3) if rate else None,
+            "no_freezing_basis": rate.basis if rate else None,
+            "no_freezing_text": rate.text if rate else None,
+            "no_freezing_measured": bool(rate and rate.measured),
+        },
+        "training": record.training,
+        "versions": record.versions,
+        "device": record.device,
+        "baseline": given,
+    }
+    figures["comparison"] = comparison(figures)
+    return figures

@@ -24,11 +24,13 @@ from .cache.layout import ChunkLayout
 from .cache.reader import CacheReader
 from .cache.writer import BuildReport
 from .caching import StageCache
+from .callbacks import ReportCallback, describe_run, describe_stage, write_card
 from .cards import origin_of_dataset, origin_of_model
 from .checkpoints import check_complete, last_complete, load_stage, restore_weights, save_stage
 from .choosing import Data, requested_codec
 from .codecs import ViewCodec
 from .config import CacheConfig, FreezeConfig
+from .cost import Stopwatch, epoch_logs
 from .dataset import CachedDataset, collate_cached, split_packed
 from .errors import CacheWriteError, UnsupportedSetupError
 from .feature_augmentation import FeatureAugmenter, parse_feature_augmentation, step_generator
@@ -44,6 +46,7 @@ from .preflight import (
     check_writable,
 )
 from .processes import Processes, find_processes
+from .run_record import RunRecord
 from .sampling import ChunkSampler
 from .splitting import Split, find_blocks, first_tensor, split_model, token_grid
 from .views import ViewDataset, check_repeatable, with_rgb_images
@@ -77,7 +80,10 @@ class FreezeCacheTrainer(Trainer):
     Each stage logs, as ``freezecache/<name>``: ``split_point``, ``trainable_parameters``, ``released_optimizer_bytes``; and of
     its cache ``cache_bytes``, ``cache_bytes_per_image``, ``bits_per_element`` (all files counted), ``build_seconds`` (with
     calibration), ``built_shards``, and, of a lossy one, ``fidelity``, ``agreement`` and ``relative_error`` on held-out images;
-    the same of views beyond the first as ``copy_fidelity`` and so on, if these are stored apart.
+    the same of views beyond the first as ``copy_fidelity`` and so on, if these are stored apart, and ``similarity``, what the
+    first view tells of them. Each epoch logs ``train_images_per_second``, ``epoch_seconds``, ``cumulative_seconds`` (with
+    building, without evaluating and saving) and ``no_freezing_seconds_estimated`` (see ``cost.unfrozen_rate``). Where
+    a run saves, ``ReportCallback`` writes its record and a report.
 
     Args:
         args: As for ``Trainer``, positional or keyword.
@@ -121,10 +127,11 @@ class FreezeCacheTrainer(Trainer):
         self._dtype = torch.float32
         self._sampler: ChunkSampler | None = None
         self._stage_loader: Any = None
-        self._paused_seconds = 0.0
+        self._stopwatch: Stopwatch | None = None
         self._augmenter: FeatureAugmenter | None = None
         #: All processes of the run, and those that share this one's folder of caches.
         self._everyone = self._processes = Processes()
+        self._record = RunRecord()
         if freeze_config is None and (train_transform is not None or eval_transform is not None):
             raise UnsupportedSetupError(
                 "train_transform and eval_transform are used with freeze_config only; without it set a transform on the "
@@ -136,6 +143,11 @@ class FreezeCacheTrainer(Trainer):
         if freeze_config is not None:
             self._check_setup(freeze_config)
             self.eval_dataset = self._with_rgb(self.eval_dataset)
+            if not any(isinstance(callback, ReportCallback) for callback in self.callback_handler.callbacks):
+                self.add_callback(ReportCallback())
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ReportCallback):
+                    callback.record = self._record
         elif self.cache_config.feature_augmentation is not None:
             logger.warning("feature_augmentation acts on cached stages only: without freeze_config it does nothing.")
 
@@ -276,7 +288,8 @@ class FreezeCacheTrainer(Trainer):
                 )
             if self.train_dataset is None:
                 raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
-            self._split, self._codec, self._stage_loader = None, None, None
+            started = time.perf_counter()
+            self._split, self._codec, self._stage_loader, self._stopwatch = None, None, None, None
             self._augmenter = self._make_augmenter()
             # A second train() starts at the first stage again, with an optimizer that holds all parameters.
             self._thaw()
@@ -284,6 +297,8 @@ class FreezeCacheTrainer(Trainer):
                 self.optimizer, self.lr_scheduler = None, None
             self._stages = self._plan(self.freeze_config)
             self._prepare_data()
+            self._describe_run(self.freeze_config)
+            self._record.preflight_seconds = round(time.perf_counter() - started, 3)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -380,6 +395,13 @@ class FreezeCacheTrainer(Trainer):
         window = self.cache_config.shuffle_window
         dataset.max_chunks = max(dataset.max_chunks, window + min(self._train_batch_size, window))
         return dataset.sampler(self.args.seed if self.args.data_seed is None else self.args.data_seed, window)
+
+    def _describe_run(self, freeze_config: FreezeConfig) -> None:
+        num_blocks = len(find_blocks(self.model)[1])
+        describe_run(self._record, self.args, self.model, num_blocks, freeze_config, self.cache_config)
+        self._record.planned_stages = [vars(stage) for stage in self._plan(freeze_config)]
+        if self._data is not None:
+            self._record.data = {"train_images": len(self._data.views), "image_shape": list(self._data.image_shape)}
 
     def _thaw(self) -> None:
         """Give the model back as it came: frozen parameters require gradients again, hooks are gone."""
@@ -580,24 +602,34 @@ class FreezeCacheTrainer(Trainer):
             return
         assert self._sampler is not None
         assert self._split is not None
-        epoch = kwargs["epoch"]
+        epoch, entering = kwargs["epoch"], time.perf_counter()
         split_point = split_point_at(self._stages, epoch)
         if self._stage_loader is None or split_point != self._split.split_point:
             self._enter_stage(split_point)
         self._sampler.set_epoch(epoch)
-        # Seconds spent on evaluating and saving are not training.
-        self._paused_seconds = 0.0
-        steps_before, started = self.state.global_step, time.perf_counter()
+        entering = time.perf_counter() - entering
+        batch_size = self.get_total_train_batch_size(self.args)
+        self._stopwatch = Stopwatch(self.state.global_step, batch_size, len(self._sampler), entering)
         super()._run_epoch(*args, **{**kwargs, "model": self.model_wrapped, "train_dataloader": self._stage_loader})
-        seconds = time.perf_counter() - started - self._paused_seconds
-        steps = self.state.global_step - steps_before
-        images = min(steps * self.get_total_train_batch_size(self.args), len(self._sampler))
-        self.log({"freezecache/train_images_per_second": round(images / seconds, 3)})
+        self._log_cost()
+        self._stopwatch = None
+
+    def _log_cost(self) -> None:
+        """Log what training has cost since this was done last: at the end of an epoch, and before a checkpoint is saved."""
+        taken = self._stopwatch.take(self.state.global_step) if self._stopwatch is not None else None
+        if taken is not None and self._split is not None:
+            split, cached = self._split, self._codec is not None
+            self.log(epoch_logs(self.state.log_history, taken, split.split_point, split.num_blocks, cached))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        started = time.perf_counter()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._paused_seconds += time.perf_counter() - started
+        if self._stopwatch is None:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            return
+        self._stopwatch.pause()
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._stopwatch.go_on()
 
     def _enter_stage(self, split_point: int) -> None:
         """Freeze, prune the optimizer, and swap the loader for one on this stage's cache."""
@@ -643,6 +675,10 @@ class FreezeCacheTrainer(Trainer):
                 "freezecache/build_seconds": round(report.seconds, 3),
                 "freezecache/built_shards": report.built_shards,
             }
+            self._record.keep_stage(describe_stage(split_point, reader.index))
+            sensitivity = (reader.index.copies_calibration or {}).get("sensitivity")
+            if sensitivity is not None:
+                logs["freezecache/similarity"] = sensitivity["overall"]
             measured = self._stage_cache.measured.items()
             logs |= {f"freezecache/{name}": value for name, value in measured if value is not None}
         else:
@@ -805,6 +841,7 @@ class FreezeCacheTrainer(Trainer):
     # ---- Checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._log_cost()
         # Before `super()`, which may push the folder to the Hub at once.
         if self.freeze_config is not None and self.args.should_save:
             assert self._split is not None
@@ -826,3 +863,57 @@ class FreezeCacheTrainer(Trainer):
         if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False
         return restore_weights(Path(checkpoint), model)
+
+    # ---- The model card ----
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        baseline: str | Path | None = None,
+    ) -> None:
+        """Write ``README.md``, the record and the picture it shows into ``output_dir``; ``push_to_hub`` calls this.
+
+        Data sets and licence are named if given, and never guessed. Without ``freeze_config`` the card is ``Trainer``'s.
+
+        Args:
+            language: As for ``Trainer.create_model_card``, like all but the last.
+            license: Of the model.
+            tags: For the metadata.
+            model_name: Title; default: the name of ``output_dir``.
+            finetuned_from: A model on the Hub; default: where the model was loaded from, if that is no folder.
+            tasks: By the Hub's names.
+            dataset_tags: Data sets on the Hub.
+            dataset: Names of the data sets.
+            dataset_args: Configurations of the data sets.
+            baseline: ``output_dir`` of a run without freezing, to compare with.
+
+        Raises:
+            RunError: ``baseline`` holds no run.
+        """
+        given = {
+            "language": language,
+            "license": license,
+            "tags": tags,
+            "model_name": model_name,
+            "finetuned_from": finetuned_from,
+            "tasks": tasks,
+            "dataset_tags": dataset_tags,
+            "dataset": dataset,
+            "dataset_args": dataset_args,
+        }
+        if self.freeze_config is None:
+            super().create_model_card(**given)
+        elif self.is_world_process_zero():
+            if not self._record.model:
+                self._describe_run(self.freeze_config)
+            self._record.log_history, self._record.global_step = list(self.state.log_history), self.state.global_step
+            given["model_id"] = self.args.hub_model_id
+            write_card(Path(self.args.output_dir), self._record, self.model, given, baseline)

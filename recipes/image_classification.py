@@ -95,6 +95,15 @@ class DataTrainingArguments:
     brightness: float = field(default=0.0, metadata={"help": "Draw a factor of 1 - BRIGHTNESS to 1 + BRIGHTNESS."})
     contrast: float = field(default=0.0, metadata={"help": "The same for contrast."})
     saturation: float = field(default=0.0, metadata={"help": "The same for saturation."})
+    card_dataset: str | None = field(
+        default=None, metadata={"help": "Name of the data in the model card; default: --dataset_name, if on the Hub."}
+    )
+    card_base_model: str | None = field(
+        default=None, metadata={"help": "The model on the Hub that a local --model_name_or_path is."}
+    )
+    card_baseline: str | None = field(
+        default=None, metadata={"help": "--output_dir of a run without freezing, which the model card compares with."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_dir is None and self.validation_dir is None:
@@ -252,10 +261,13 @@ def main() -> None:
 
     card: dict[str, Any] = {"tasks": "image-classification", "tags": ["image-classification", "vision"]}
     # Local folders are nobody else's business.
-    if not Path(name).exists():
-        card["finetuned_from"] = name
+    card["finetuned_from"] = data_args.card_base_model or (None if Path(name).exists() else name)
     if data_args.dataset_name is not None and not Path(data_args.dataset_name).exists():
-        card["dataset"] = data_args.dataset_name
+        card["dataset_tags"], card["dataset"] = data_args.dataset_name, data_args.dataset_name
+    if data_args.card_dataset is not None:
+        card["dataset"] = data_args.card_dataset
+    if freezes and data_args.card_baseline is not None:
+        card["baseline"] = data_args.card_baseline
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:

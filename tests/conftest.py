@@ -20,6 +20,8 @@ import transformers
 from PIL import Image
 from tiny import IMAGE_SIZE, NUM_CLASSES, TinyTransform, tiny_vit
 
+from hf_freezecache.callbacks import ReportCallback
+
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("default")
 
@@ -50,6 +52,18 @@ def _isolated(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers.set_seed(0)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that save would draw a report each: a second or two that only tests with the fixture ``drawing`` need."""
+    if "drawing" not in request.fixturenames:
+        monkeypatch.setattr(ReportCallback, "draw", lambda self, output_dir: None)
+
+
+@pytest.fixture
+def drawing() -> None:
+    """Let runs draw their report."""
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from hf_freezecache import cli, demo
 from hf_freezecache.cache.format import load_index
 from hf_freezecache.errors import CacheCorruptError
-from hf_freezecache.report import draw_runs, format_runs
+from hf_freezecache.plots import draw_runs, format_runs
 from hf_freezecache.wording import size_words
 
 NAME = "k02-0123456789abcdef"
@@ -73,7 +73,7 @@ def assert_one_line(text: str) -> None:
 # ---- Help and errors ----
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "demo", "report"])
 def test_help_shows_an_example(command) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -184,6 +185,76 @@ def test_evaluation_split(recipe, images, splits, expected) -> None:
 def test_wrong_columns_are_named(run, parquet_folder, settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         run(*command_line(dataset_name=parquet_folder, **settings))
+
+
+def test_the_card_names_data_model_and_baseline(run, parquet_folder) -> None:
+    named = {"card_dataset": "tiny images", "card_base_model": "someone/tiny", "eval_strategy": "epoch"}
+    run(*command_line(dataset_name=parquet_folder, output_dir="plain"))
+    run(*command_line(dataset_name=parquet_folder, freeze_schedule="0:1", num_views=2, card_baseline="plain", **named))
+    card = Path("out/README.md").read_text()
+    assert "[someone/tiny](https://huggingface.co/someone/tiny) fine-tuned on tiny images" in card
+    assert "of accuracy against the baseline 'plain' without freezing" in card
+    assert "a factor of" in card
+    assert "someone/tiny" in json.loads(Path("out/freezecache_run.json").read_text())["card"]["finetuned_from"]
+
+
+@pytest.fixture
+def sweep(model, images, monkeypatch: pytest.MonkeyPatch):
+    """Run the sweep in this process, return what it wrote."""
+    model.save_pretrained("model")
+    Path("model/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    Path("data").mkdir()
+    images.select(range(30)).to_parquet("data/train.parquet")
+    images.select(range(30, 50)).to_parquet("data/test.parquet")
+
+    def run(*schedules: str) -> list[dict[str, Any]]:
+        command = "--model model --data data --epochs 2 --batch-size 10 --use-cpu --output-dir sweep --schedules"
+        monkeypatch.setattr(sys, "argv", ["schedule_sweep.py", *command.split(), *schedules])
+        runpy.run_path(str(RECIPE.with_name("schedule_sweep.py")), run_name="__main__")
+        return json.loads(Path("sweep/sweep.json").read_text())["runs"]
+
+    return run
+
+
+def test_schedules_of_a_sweep_share_their_caches(sweep, capsys) -> None:
+    first, second, third = sweep("0:1", "0:1,1:3", "0:2")
+    assert first["built_shards"] > 0
+    assert second["built_shards"] == first["built_shards"]  # those of 3 blocks alone
+    assert third["built_shards"] > 0
+    assert len(list(Path("caches").glob("k01-*"))) == 1
+    printed = capsys.readouterr().out
+    for run in (first, second, third):
+        assert f"{run['schedule']:<16}{run['accuracy']:>10.1%}" in printed
+        assert json.loads((Path(run["run"]) / "freezecache_run.json").read_text())["complete"]
+    assert [run["built_shards"] for run in sweep("0:1", "0:1,1:3")] == [0, 0]
+
+
+def test_recipes_are_short_and_say_what_they_take() -> None:
+    text = RECIPE.with_name("schedule_sweep.py").read_text()
+    assert len(text.splitlines()) < 150
+    header = text.split('"""')[1]
+    assert "python recipes/schedule_sweep.py" in header
+    assert re.search(r"[0-9.]+ minutes", header)
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"), [("one_gpu", 1, 1), ("multi_gpu", 1, 4), ("two_nodes", 2, 8)]
+)
+def test_accelerate_reads_its_configs(name, machines, processes) -> None:
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = RECIPE.parent / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig)
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    command = [*("--config_file", str(path)), "recipes/image_classification.py", "--do_train"]
+    parsed, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert (parsed.num_machines, parsed.num_processes, parsed.mixed_precision) == (machines, processes, "bf16")
+    assert bool(parsed.multi_gpu) == (processes > 1)
+    assert not parsed.cpu
+    # The command in its head is one that accelerate takes.
+    assert f"--config_file recipes/accelerate/{name}.yaml" in path.read_text()
 
 
 def make_transform(recipe: dict[str, Any], train: bool, min_crop_scale: float = 0.08, **settings: Any) -> Any:
