@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .report import comparison
 from .run_words import accuracy_cost, describe_schedule, duration, metric, points, time_cost, when_not_to_use
+from .wording import size_words
 
 __all__ = ["card_arguments", "render_card"]
 
