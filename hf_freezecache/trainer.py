@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
+from .agreement import AgreedCheckpoint
 from .cache.layout import ChunkLayout
 from .cache.reader import CacheReader
 from .cache.writer import BuildReport
@@ -143,6 +144,12 @@ class FreezeCacheTrainer(Trainer):
         if freeze_config is not None:
             self._check_setup(freeze_config)
             self.eval_dataset = self._with_rgb(self.eval_dataset)
+            if self._everyone.size > 1:
+                callbacks = self.callback_handler.callbacks
+                for place, callback in enumerate(callbacks):
+                    if getattr(callback, "jit_manager", None) is not None:
+                        callbacks.insert(place, AgreedCheckpoint(callback, self._everyone))
+                        break
             if not any(isinstance(callback, ReportCallback) for callback in self.callback_handler.callbacks):
                 self.add_callback(ReportCallback())
             for callback in self.callback_handler.callbacks:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,31 @@ def node() -> dict[str, Any]:
 
 def go_on(checkpoint: str) -> dict[str, Any]:
     return run(checkpoint)
+
+
+def terminated() -> dict[str, Any]:
+    """SIGTERM reaches one process only, some time before the other could get its own."""
+    settings = {"output_dir": "terminated", "enable_jit_checkpoint": True, "cache": {"cache_dir": "terminated-caches"}}
+    step = Watched.training_step
+
+    def stopping(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        for callback in self.callback_handler.callbacks:
+            if getattr(callback, "jit_manager", None) is not None:
+                callback.jit_manager.kill_wait = 0.0  # the default, 3 s, is longer than this run
+        if self.state.global_step == 9 and int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return step(self, *args, **kwargs)
+
+    Watched.training_step = stopping
+    try:
+        stopped = run(**settings)
+    finally:
+        Watched.training_step = step
+    dist.barrier()
+    saved = [path.name for path in Path("terminated").glob("checkpoint-*")]
+    resumed = run(True, **{**settings, "enable_jit_checkpoint": False})
+    return {"stopped": stopped["steps"], "saved": saved, "resumed": resumed}
 
 
 def too_many() -> dict[str, Any]:

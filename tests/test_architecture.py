@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "cache.shard": {*CACHE, *CODECS, "cache.schema"},
     "cache.state": {*CACHE, *CODECS, "cache.schema", "cache.storage"},
     "processes": {"errors"},
+    "agreement": {"processes"},
     "cache.locking": {"errors", "cache.shard", "processes"},
     "cache.commit": {*CACHE, "cache.shard"},
     "cache.writer": {

@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     """What two processes found, one start for all scenarios."""
-    return launch(folder, 2, "parity", "build", "one_fails:always", "one_fails:auto", "lossy", "too_many")
+    return launch(folder, 2, "parity", "build", "one_fails:always", "one_fails:auto", "lossy", "terminated", "too_many")
 
 
 def test_cached_equals_frozen_uncached_to_the_bit(two) -> None:
@@ -150,6 +150,13 @@ def test_a_cache_gives_way_to_the_next_without_changing_it(two, folder: Path) ->
     plain, low = hashes(folder / "plain"), hashes(folder / "low")
     assert {name for name in low if name.startswith("k01")} == set()
     assert {name: digest for name, digest in plain.items() if name.startswith("k03")} == low
+
+
+def test_a_sigterm_that_reaches_one_process_stops_all_in_one_step(two) -> None:
+    for found in two:
+        assert found["terminated"]["stopped"] == 11
+        assert found["terminated"]["saved"] == ["checkpoint-10"]
+        assert found["terminated"]["resumed"]["digest"] == found["parity"]["always"]["digest"]
 
 
 def test_more_processes_than_chunks_are_refused(two) -> None:
