@@ -341,9 +341,10 @@ def harness(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_killed_runs_end_as_undisturbed_ones(processes: str) -> None:
-    out = harness("--seconds", "1", "--kills", "1", "--only", "kill", "--processes", processes)
+    out = harness("--seconds", "1", "--kills", "1", "--chain", "1", "--only", "kill", "--processes", processes)
     assert "wrong results: 0" in out
 
 

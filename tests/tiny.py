@@ -132,7 +132,8 @@ def make_trainer(
     trainer: dict[str, Any] | None = None,
     **args: Any,
 ) -> FreezeCacheTrainer:
-    cache_settings = {"cache_dir": str(Path("caches").absolute()), "chunk_size": 8, "shard_chunks": 2, **(cache or {})}
+    cache_settings = {"cache_dir": str(Path("caches").absolute()), "chunk_size": 8, "shard_chunks": 2}
+    cache_settings |= {"lock_timeout": 0.0, **(cache or {})}
     return cls(
         model=model,
         args=training_arguments(**args),

@@ -528,6 +528,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="stop after the chain that ends past this")
     parser.add_argument("--kills", type=int, default=0, help="stop only once so many processes were killed, too")
     parser.add_argument("--json", type=Path, default=None, help="where to write the record")
+    parser.add_argument("--chain", type=int, default=5, help="kills of one training run, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only", nargs="*", default=[], choices=["kill", "term", "vanish", "full", "damage"], help="kinds of faults"
@@ -552,7 +553,9 @@ def main() -> None:
         while time.monotonic() - began < arguments.seconds or counts["kills"] < arguments.kills:
             fault = draw.choice(kinds)
             if fault == "kill":
-                harness.kill_chain(draw.choice(list(KINDS)), draw.choice(arguments.processes), draw.randint(1, 5))
+                harness.kill_chain(
+                    draw.choice(list(KINDS)), draw.choice(arguments.processes), draw.randint(1, arguments.chain)
+                )
             elif fault == "term":
                 harness.term_chain()
             elif fault == "vanish":
