@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -262,10 +261,6 @@ class StageCache:
             lock_timeout=self.config.lock_timeout,
             consume=consume,
         )
-        gone = consume is not None and source is not None and self.processes.is_leader
-        # Only what has given way: another run may have built it anew.
-        if gone and source is not None and (Path(source.directory) / CONSUMED_NAME).is_file():
-            shutil.rmtree(source.directory, ignore_errors=True)
         return report
 
     def _consumer(self, source: CacheReader) -> Callable[[int], None]:

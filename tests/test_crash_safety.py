@@ -276,7 +276,7 @@ def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, low_disk: bool) -> Non
     reader = CacheReader(new.parent)
     one = max(record.bytes for name, record in reader.index.files.items() if name.startswith("view"))
     if low_disk:
-        assert not list(Path("caches").glob("k01*"))
+        assert not list(Path("caches").glob("k01*/view*/*.safetensors"))
         assert max(peaks) <= disk_use(new.parent) * 1.05 + 2 * one * reader.index.num_views
     else:
         assert max(peaks) > 1.8 * disk_use(new.parent)
@@ -322,7 +322,7 @@ def test_an_interrupted_giving_way_goes_on(monkeypatch) -> None:
     again = trainer_on(cache={"low_disk": True}, **SAVING)
     again.train(resume_from_checkpoint=True)
     assert_same(parameters(again), parameters(plain))
-    assert not source.exists()
+    assert not list(source.glob("view*/*"))  # what its codec was is kept: going back gives the same states
 
 
 # ---- Whatever happens ----

@@ -148,8 +148,9 @@ def test_a_cache_gives_way_to_the_next_without_changing_it(two, folder: Path) ->
     for found in two:
         assert found["lossy"]["low_disk"]["digest"] == found["lossy"]["plain"]["digest"]
     plain, low = hashes(folder / "plain"), hashes(folder / "low")
-    assert {name for name in low if name.startswith("k01")} == set()
-    assert {name: digest for name, digest in plain.items() if name.startswith("k03")} == low
+    assert {name for name in low if name.startswith("k01") and "/view-" in name} == set()
+    deep = {name: digest for name, digest in plain.items() if name.startswith("k03")}
+    assert deep == {name: digest for name, digest in low.items() if name.startswith("k03")}
 
 
 def test_a_sigterm_that_reaches_one_process_stops_all_in_one_step(two) -> None:
