@@ -20,6 +20,7 @@ from tiny import TinyTransform, make_trainer, tiny_vit
 from typer.testing import CliRunner
 
 from hf_freezecache import cli, demo
+from hf_freezecache.cache import reader
 from hf_freezecache.cache.format import load_index
 from hf_freezecache.errors import CacheCorruptError
 from hf_freezecache.plots import draw_runs, format_runs
@@ -115,7 +116,7 @@ def test_an_error_of_another_kind_is_one_line_too(cache, monkeypatch) -> None:
     def fail(path: Path) -> list[str]:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(cli, "verify_cache", fail)
+    monkeypatch.setattr(reader, "verify_cache", fail)
     status, _, err = call("verify", cache)
     assert status == 1
     assert_one_line(err)
@@ -325,14 +326,14 @@ def test_verify_of_a_folder_checks_all_caches(cache, monkeypatch) -> None:
     assert f"problem: {other}/index.json" in out
     assert f"sound: {cache}" in out
     # A file that cannot be read hides nothing that is found in the next cache.
-    sound = cli.verify_cache
+    sound = reader.verify_cache
 
     def verify_cache(path: Path) -> list[str]:
         if path == other:
             raise PermissionError(13, "Permission denied", f"{other}/view-00")
         return sound(path)
 
-    monkeypatch.setattr(cli, "verify_cache", verify_cache)
+    monkeypatch.setattr(reader, "verify_cache", verify_cache)
     status, out, _ = call("verify", cache.parent)
     assert status == 1
     assert "Permission denied" in out
