@@ -123,6 +123,57 @@ def test_an_error_of_another_kind_is_one_line_too(cache, monkeypatch) -> None:
     assert "RuntimeError: two lines" in err
 
 
+# ---- start and completion ----
+
+
+@pytest.mark.parametrize("module", ["hf_freezecache", "hf_freezecache.cli"])
+def test_nothing_slow_is_imported_before_a_command_needs_it(module) -> None:
+    program = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'datasets', 'pandas'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "\n"
+
+
+def test_reading_a_cache_imports_no_transformers_and_no_datasets(cache) -> None:
+    program = f"""
+import sys
+from typer.testing import CliRunner
+from hf_freezecache.cli import app
+for command in ("inspect", "verify"):
+    assert CliRunner().invoke(app, [command, {str(cache)!r}]).exit_code == 0
+print(*sorted({{"transformers", "datasets", "pandas"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "\n"
+
+
+def complete(instruction: str, **variables: str) -> str:
+    """What a shell gets when it asks the program, by the protocol of click."""
+    variables = {"_HF_FREEZECACHE_COMPLETE": instruction, **variables}
+    return CliRunner().invoke(cli.app, [], prog_name="hf-freezecache", env=variables).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_gives_the_subcommands(shell) -> None:
+    assert "hf-freezecache" in complete(f"source_{shell}")
+    words = {
+        "bash": {"COMP_WORDS": "hf-freezecache ", "COMP_CWORD": "1"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "hf-freezecache "},
+        "fish": {"_TYPER_COMPLETE_ARGS": "hf-freezecache ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    found = complete(f"complete_{shell}", **words)
+    for command in ("build", "demo", "inspect", "pull", "push", "report", "verify"):
+        assert command in found
+    if shell == "bash":
+        assert complete("complete_bash", COMP_WORDS="hf-freezecache ver", COMP_CWORD="1").split() == ["verify"]
+
+
+def test_completion_can_be_installed() -> None:
+    status, out, _ = call("--help")
+    assert status == 0
+    assert "--install-completion" in out
+    assert "--show-completion" in out
+
+
 # ---- inspect ----
 
 
