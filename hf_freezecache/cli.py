@@ -1,4 +1,7 @@
-"""Command line ``hf-freezecache``: build, look into, check, push and pull caches, and a demo. Thin: the work is done elsewhere."""
+"""Command line ``hf-freezecache``: build, look into, check, push and pull caches, and a demo. Thin: the work is done elsewhere.
+
+What takes long to import is imported by the command that needs it, so that help and completion answer at once.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cache.fingerprint import Fingerprint
-from .cache.format import INDEX_NAME, CacheIndex, load_index
-from .cache.reader import verify_cache
-from .codecs import DTYPES
 from .errors import CacheCorruptError, FreezeCacheError, UnsupportedSetupError
-from .page import write_report
-from .plots import draw_sensitivity
-from .report import figures_of, read_baseline
-from .run_record import read_run
-from .run_words import accuracy_cost, describe_schedule, time_cost
-from .sensitivity import Sensitivity
 from .wording import codec_words, fidelity_words, size_words
+
+if TYPE_CHECKING:
+    from .cache.format import CacheIndex
+    from .sensitivity import Sensitivity
 
 __all__ = ["app"]
 
@@ -38,7 +35,6 @@ app = typer.Typer(
     help="Fine-tune vision transformers from a cache of their own frozen prefix.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
@@ -74,6 +70,8 @@ def _find_caches(path: Path) -> tuple[list[Path], list[Path]]:
     Raises:
         CacheCorruptError: There is no finished cache.
     """
+    from .cache.format import INDEX_NAME, load_index
+
     if not path.is_dir():
         what = "is a file; give the folder of the cache" if path.exists() else "does not exist"
         raise CacheCorruptError(f"{path} {what}.")
@@ -91,6 +89,9 @@ def _find_caches(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
+    from .cache.fingerprint import Fingerprint
+    from .codecs import DTYPES
+
     tokens, hidden = index.hidden_shape
     per_view = index.total_bytes / (index.num_samples * index.num_views)
     return {
@@ -145,6 +146,9 @@ def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
 
 
 def _sensitivity(calibration: dict[str, Any], path: str) -> Sensitivity:
+    from .cache.format import INDEX_NAME
+    from .sensitivity import Sensitivity
+
     try:
         return Sensitivity.from_dict(calibration["sensitivity"])
     except (KeyError, TypeError, ValueError) as error:
@@ -189,6 +193,8 @@ def _plot(caches: list[dict[str, Any]], path: Path) -> None:
             "No cache here knows what augmentation changes: it is measured where further views have a codec of their own "
             "(codec='auto' with num_views of at least 2, or copies='residual')."
         )
+    from .plots import draw_sensitivity
+
     draw_sensitivity(stages, path)
     typer.echo(f"drawn: {path}", err=True)
 
@@ -208,6 +214,8 @@ def inspect(
     Reads index.json only; "verify" checks the other files.
     """
     with _one_line_errors(debug):
+        from .cache.format import load_index
+
         caches, unfinished = _find_caches(path)
         described, damaged = [], []
         for cache in caches:
@@ -236,6 +244,8 @@ def verify(path: CachePath, as_json: AsJson = False, debug: Debug = False) -> No
     Names each damaged, missing or foreign file. Exit status 1 if there is one, or if there is no cache.
     """
     with _one_line_errors(debug):
+        from .cache.format import INDEX_NAME
+
         caches, unfinished = _find_caches(path)
         results = [_verify(cache) for cache in caches]
         problems = sum(len(result["problems"]) for result in results) + len(unfinished)
@@ -255,6 +265,9 @@ def verify(path: CachePath, as_json: AsJson = False, debug: Debug = False) -> No
 
 
 def _verify(cache: Path) -> dict[str, Any]:
+    from .cache.format import INDEX_NAME, load_index
+    from .cache.reader import verify_cache
+
     result: dict[str, Any] = {"path": str(cache), "files": None, "bytes": None}
     try:
         result["problems"] = verify_cache(cache)
@@ -465,6 +478,11 @@ def report(
     What a run without freezing would have cost is measured with --baseline, and an estimate without.
     """
     with _one_line_errors(debug):
+        from .page import write_report
+        from .report import figures_of, read_baseline
+        from .run_record import read_run
+        from .run_words import accuracy_cost, describe_schedule, time_cost
+
         figures = figures_of(read_run(run_dir), None if baseline is None else read_baseline(baseline))
         if as_json:
             typer.echo(json.dumps(figures, indent=1))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Optional, Union
+from dataclasses import dataclass, field, fields
+from typing import Optional, TypeVar, Union
 
 from .errors import ScheduleError, UnsupportedSetupError
 
@@ -16,7 +17,17 @@ DEFAULT_FIDELITY = 0.002
 # `HfArgumentParser` reads annotations at run time and takes `Optional[X]`, not `X | None`, on Python 3.10.
 # ruff: noqa: UP007, UP045
 
+_Config = TypeVar("_Config", bound=type)
 
+
+def _documented(config: _Config) -> _Config:
+    """Append the help of each field to the docstring, so that ``help()`` and the command line say the same."""
+    lines = [f"    {setting.name}: {setting.metadata['help']}" for setting in fields(config)]
+    config.__doc__ = "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Attributes:", *lines])
+    return config
+
+
+@_documented
 @dataclass
 class FreezeConfig:
     """When to freeze how many blocks.
@@ -72,6 +83,7 @@ class FreezeConfig:
             raise ScheduleError(f"freeze_level is a fraction of the blocks in [0, 1], got {self.freeze_level}.")
 
 
+@_documented
 @dataclass
 class CacheConfig:
     """Where hidden states are cached, and what is stored of each sample."""

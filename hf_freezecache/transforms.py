@@ -203,7 +203,7 @@ class ImageTransform:
         Args:
             processor: A processor whose ``size`` is a height and a width, or a ``shortest_edge``.
             train: Whether to draw at random.
-            **settings: Further arguments of ``ImageTransform``; they replace what the processor says.
+            settings: Further arguments of ``ImageTransform``; they replace what the processor says.
 
         Raises:
             UnsupportedSetupError: The processor names no size of this kind, or a setting is out of its range.

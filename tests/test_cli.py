@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from tiny import TinyTransform, make_trainer, tiny_vit
 from typer.testing import CliRunner
 
 from hf_freezecache import cli, demo
+from hf_freezecache.cache import reader
 from hf_freezecache.cache.format import load_index
 from hf_freezecache.errors import CacheCorruptError
 from hf_freezecache.plots import draw_runs, format_runs
@@ -115,11 +117,67 @@ def test_an_error_of_another_kind_is_one_line_too(cache, monkeypatch) -> None:
     def fail(path: Path) -> list[str]:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(cli, "verify_cache", fail)
+    monkeypatch.setattr(reader, "verify_cache", fail)
     status, _, err = call("verify", cache)
     assert status == 1
     assert_one_line(err)
     assert "RuntimeError: two lines" in err
+
+
+# ---- start and completion ----
+
+
+def loaded_by(program: str) -> str:
+    """Names of the slow libraries that a program of its own has imported at its end."""
+    program += "\nimport sys; print(*sorted({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["hf_freezecache", "hf_freezecache.cli"])
+def test_nothing_slow_is_imported_before_a_command_needs_it(module) -> None:
+    assert loaded_by(f"import {module}") == ""
+    assert "transformers" in loaded_by("import hf_freezecache; hf_freezecache.FreezeCacheTrainer")
+
+
+def test_reading_a_cache_imports_no_transformers_and_no_datasets(cache) -> None:
+    program = f"""
+from typer.testing import CliRunner
+from hf_freezecache.cli import app
+for command in ("inspect", "verify"):
+    assert CliRunner().invoke(app, [command, {str(cache)!r}]).exit_code == 0
+"""
+    assert loaded_by(program) == "torch"
+
+
+def complete(instruction: str, **variables: str) -> str:
+    """What a shell gets when it asks the program, by the protocol of click."""
+    variables = {"_HF_FREEZECACHE_COMPLETE": instruction, **variables}
+    return CliRunner().invoke(cli.app, [], prog_name="hf-freezecache", env=variables).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_gives_the_subcommands(shell) -> None:
+    assert "hf-freezecache" in complete(f"source_{shell}")
+    words = {
+        "bash": {"COMP_WORDS": "hf-freezecache ", "COMP_CWORD": "1"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "hf-freezecache "},
+        "fish": {"_TYPER_COMPLETE_ARGS": "hf-freezecache ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    found = complete(f"complete_{shell}", **words)
+    for command in ("build", "demo", "inspect", "pull", "push", "report", "verify"):
+        assert command in found
+    if shell == "bash":
+        assert complete("complete_bash", COMP_WORDS="hf-freezecache ver", COMP_CWORD="1").split() == ["verify"]
+
+
+def test_completion_can_be_installed() -> None:
+    status, out, _ = call("--help")
+    assert status == 0
+    assert "--install-completion" in out
+    assert "--show-completion" in out
 
 
 # ---- inspect ----
@@ -325,14 +383,14 @@ def test_verify_of_a_folder_checks_all_caches(cache, monkeypatch) -> None:
     assert f"problem: {other}/index.json" in out
     assert f"sound: {cache}" in out
     # A file that cannot be read hides nothing that is found in the next cache.
-    sound = cli.verify_cache
+    sound = reader.verify_cache
 
     def verify_cache(path: Path) -> list[str]:
         if path == other:
             raise PermissionError(13, "Permission denied", f"{other}/view-00")
         return sound(path)
 
-    monkeypatch.setattr(cli, "verify_cache", verify_cache)
+    monkeypatch.setattr(reader, "verify_cache", verify_cache)
     status, out, _ = call("verify", cache.parent)
     assert status == 1
     assert "Permission denied" in out

@@ -9,11 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets.fingerprint import Hasher
 from torch import Tensor
 
 from ..errors import UnsupportedSetupError
@@ -88,6 +86,8 @@ def hash_dataset(dataset: Any) -> str:
     Raises:
         UnsupportedSetupError: The data set is of another kind.
     """
+    import datasets  # late, like below: readers need no `datasets`, which takes long to import
+
     if not isinstance(dataset, datasets.Dataset):
         raise UnsupportedSetupError(
             f"The content of a {type(dataset).__name__} cannot be hashed, so a cache of it could go stale unseen. Pass a "
@@ -134,6 +134,8 @@ def hash_object(thing: Any, what: str) -> str:
     Raises:
         UnsupportedSetupError: It cannot be hashed.
     """
+    from datasets.fingerprint import Hasher
+
     hasher: Callable[[Any], str] = Hasher.hash
     try:
         return hasher((thing, _sources(thing)))

@@ -1,6 +1,6 @@
 """The on-disk format, version 1. Known to writer and reader; knows neither.
 
-A cache directory holds::
+A cache directory holds:
 
     index.json                            written last: names every other file with size and SHA-256
     codec.safetensors                     fitted tensors of a lossy codec and its calibration; absent if lossless
