@@ -22,7 +22,7 @@ def publish(server: HubServer, scratch: Path) -> None:
     tiny_vit(num_hidden_layers=12).save_pretrained(scratch / "model")
     (scratch / "model" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     server.publish(MODEL, scratch / "model")
-    images = make_images(40)["image"]
+    images = [row["image"] for row in make_images(54) if row["label"] < 3]  # classes 0, 1, 2 in turn
     features = datasets.Features(
         {
             "image_file_path": datasets.Value("string"),

@@ -44,9 +44,11 @@ Trainer(model, args, train_dataset=data["train"].with_transform(augmented)).trai
 SEQUELS = {
     'cache_config = CacheConfig(cache_dir="caches", codec="auto", num_views=8)': """
 FreezeCacheTrainer(
-    model=model, processing_class=processor, train_transform=augmented, eval_transform=plain,
+    model=AutoModelForImageClassification.from_pretrained(base, num_labels=3, ignore_mismatched_sizes=True),
     args=TrainingArguments("auto", num_train_epochs=1, remove_unused_columns=False, save_strategy="no"),
-    train_dataset=data["train"], freeze_config=FreezeConfig(schedule="0:9"), cache_config=cache_config,
+    train_dataset=data["train"].with_transform(augmented),
+    freeze_config=FreezeConfig(schedule="0:9"),
+    cache_config=cache_config,
 ).train()
 """,
 }
@@ -179,7 +181,7 @@ def ran(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Ran:
         env=environment(hub, folder / "home", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
         check=False,
     )
     assert (folder / "found" / "found.json").exists(), done.stderr[-4000:]
@@ -207,7 +209,7 @@ def test_no_block_is_left_out() -> None:
 
 def test_the_script_of_use_it_is_short() -> None:
     script = next(block for block in read_blocks() if block.language == "python")
-    assert len([line for line in script.text.splitlines() if line.strip()]) <= 22
+    assert len([line for line in script.text.splitlines() if line.strip()]) <= 20
     assert max(map(len, script.text.splitlines())) <= 120
 
 
