@@ -21,6 +21,8 @@ __all__ = ["Origin", "cache_card", "origin_of_dataset", "origin_of_model"]
 
 #: What the Hub's metadata takes for the id of a repository, and for the identifier of a licence.
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: Where ``datasets`` keeps what it made of files of the Hub: owner, name, configuration, version and commit.
+_DOWNLOADED = re.compile(r"/([\w.-]+?)___([\w.-]+)/[^/]+/[\d.]+/([0-9a-f]{40})/[^/]+$")
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -58,6 +60,11 @@ def origin_of_dataset(dataset: Any) -> dict[str, Any]:
         match = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", str(url))
         if match is not None:
             found |= {"dataset_name": match[1], "dataset_revision": match[2]}
+            break
+    for file in dataset.cache_files if not found else []:  # by default no checksums are kept, but the folder tells
+        match = _DOWNLOADED.search(Path(file["filename"]).as_posix())
+        if match is not None:
+            found |= {"dataset_name": f"{match[1]}/{match[2]}", "dataset_revision": match[3]}
             break
     if isinstance(dataset.info.license, str) and dataset.info.license.strip():
         found["license"] = dataset.info.license.strip()

@@ -212,6 +212,8 @@ def _check_limits(index: CacheIndex, directory: Path) -> None:
 
 def _make_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> tuple[str, bool]:
     """Return full id and privacy of the repository, which is made if it is not there."""
+    if "/" not in repo_id:  # asked for by itself, such a name may be that of somebody else's data set
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
     try:
         info = api.repo_info(repo_id, repo_type=KIND)
     except RepositoryNotFoundError:

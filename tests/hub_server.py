@@ -150,6 +150,18 @@ class HubServer:
             files[path] = Blob(key, len(content), lfs)
         self.repo(name, kind).add_commit("main", files, "altered")
 
+    def publish(self, name: str, folder: Path, kind: str = "model") -> None:
+        """Put a folder where somebody else would have put it: into a public repository under any name."""
+        files = {}
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            lfs = path.suffix in (".safetensors", ".parquet")
+            key = hashlib.sha256(content).hexdigest() if lfs else git_hash(content)
+            self.object(key).write_bytes(content)
+            files[path.relative_to(folder).as_posix()] = Blob(key, len(content), lfs)
+        repo = self.repos[kind, name] = Repo(kind, name, private=False)
+        repo.add_commit("main", files, "as published")
+
     def object(self, key: str) -> Path:
         return self.folder / "objects" / key
 

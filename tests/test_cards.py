@@ -151,6 +151,19 @@ def test_what_data_and_model_say_of_themselves(images, model, tmp_path) -> None:
         "label_names": ("a", "b", "c", "d"),
     }
     images.info.download_checksums = None
+    for place, name in (
+        (f"somebody___more_pictures/default/0.0.0/{'e' * 40}", "somebody/more_pictures"),
+        ("pictures/default/0.0.0/04afcdde6b0c8525", None),  # of a folder on this machine
+    ):
+        path = tmp_path / place / "pictures-train.arrow"
+        path.parent.mkdir(parents=True)
+        with datasets.arrow_writer.ArrowWriter(
+            path=str(path), features=datasets.Features({"a": datasets.Value("int64")})
+        ) as writer:
+            writer.write({"a": 1})
+            writer.finalize()
+        found = origin_of_dataset(datasets.Dataset.from_file(str(path)))
+        assert found == ({} if name is None else {"dataset_name": name, "dataset_revision": "e" * 40})
     model.save_pretrained(tmp_path / "somebody" / "vit")
     assert origin_of_model(model) == {}
     assert origin_of_model(type(model).from_pretrained("somebody/vit")) == {}

@@ -79,6 +79,14 @@ def test_a_pulled_cache_is_the_pushed_one(server, cache, tmp_path) -> None:
     assert not list(tmp_path.glob(".pulled*"))
 
 
+def test_a_name_alone_is_in_the_namespace_of_the_token(server, cache, tmp_path) -> None:
+    """Also where the Hub has a data set of that name, of old, without an owner: only ``user/pictures`` is asked for."""
+    report = hub.push_cache(cache, "pictures")
+    assert report.repo_id == "user/pictures"
+    assert not [path for _, path in server.requests if path.startswith("/api/datasets/pictures")]
+    assert len(CachedDataset.from_pretrained("user/pictures")) == 24
+
+
 def test_the_index_is_committed_last_and_in_batches(server, cache, monkeypatch) -> None:
     monkeypatch.setattr(hub, "COMMIT_FILES", 5)
     monkeypatch.setattr(hub, "GROUP_FILES", 2)

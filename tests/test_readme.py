@@ -1,0 +1,273 @@
+"""Every code block of README.md, and every example of ``hf-freezecache --help``, as written, against tiny stand-ins.
+
+A server on the loopback takes the place of the Hub; ``stand_ins`` says what it serves. Blocks run in the order of the file,
+in one process and one folder, as a reader would paste them into one session.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from hub_client import environment
+from hub_server import HubServer
+from run_steps import runs_here, split_commands
+from stand_ins import BEANS, make_flowers, publish
+
+from hf_freezecache.cache.reader import verify_cache
+from hf_freezecache.cli import app
+
+ROOT = Path(__file__).parents[1]
+#: Blocks behind these comments are what ``.ci/run`` runs.
+RUN_BY_CI = ("<!-- run -->", "<!-- test -->")
+#: Programs of blocks that start processes of their own; see ``test_several_processes``.
+LAUNCHERS = ("torchrun",)
+#: Where a document takes for granted what its reader has: first line of the block -> Python that makes it.
+PRELUDES = {
+    "hf-freezecache report deit-tiny-beans": """
+from transformers import Trainer
+model = AutoModelForImageClassification.from_pretrained(base, num_labels=3, ignore_mismatched_sizes=True)
+args = TrainingArguments("deit-tiny-beans-plain", num_train_epochs=2, remove_unused_columns=False, logging_steps=1)
+Trainer(model, args, train_dataset=data["train"].with_transform(augmented)).train()
+""",
+}
+#: What else to do with what a fragment defines: its first line -> Python.
+SEQUELS = {
+    'cache_config = CacheConfig(cache_dir="caches", codec="auto", num_views=8)': """
+FreezeCacheTrainer(
+    model=AutoModelForImageClassification.from_pretrained(base, num_labels=3, ignore_mismatched_sizes=True),
+    args=TrainingArguments("auto", num_train_epochs=1, remove_unused_columns=False, save_strategy="no"),
+    train_dataset=data["train"].with_transform(augmented),
+    freeze_config=FreezeConfig(schedule="0:9"),
+    cache_config=cache_config,
+).train()
+""",
+}
+#: Examples of the command line in an order in which each finds what it needs. The demo's is run by test_cli.
+EXAMPLES = ("build", "inspect", "verify", "push", "pull", "report")
+#: The examples' stand-in for the name that ``build`` has computed.
+EXAMPLE_CACHE = "k06-0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Block:
+    line: int
+    language: str
+    text: str
+    by_ci: bool
+
+    @property
+    def name(self) -> str:
+        return f"README.md:{self.line}"
+
+
+def read_blocks() -> list[Block]:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    blocks, start = [], None
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith("```"):
+            continue
+        if start is None:
+            start = number
+        else:
+            text = "\n".join(lines[start + 1 : number]) + "\n"
+            by_ci = start > 0 and lines[start - 1] in RUN_BY_CI
+            blocks.append(Block(start + 1, lines[start].lstrip().removeprefix("```"), text, by_ci))
+            start = None
+    assert start is None, f"a code block of README.md is never closed: line {start}"
+    return blocks
+
+
+def launched(block: Block) -> bool:
+    return block.language == "bash" and all(command[0] in LAUNCHERS for command in split_commands(block.text))
+
+
+def opening(snippets: dict[str, str], block: Block) -> str | None:
+    return next((code for start, code in snippets.items() if block.text.startswith(start)), None)
+
+
+def examples() -> dict[str, str]:
+    """Return the example of each command."""
+    group = typer.main.get_command(app)
+    return {
+        name: re.search(r"Example: (hf-freezecache .*)", command.epilog or "")[1]
+        for name, command in group.commands.items()
+    }
+
+
+def steps_of_readme(folder: Path) -> list[dict[str, str]]:
+    steps = []
+    for block in read_blocks():
+        if block.by_ci or launched(block):
+            continue
+        step = {"name": block.name, "language": block.language, "text": block.text, "folder": str(folder)}
+        for when, snippets in (("before", PRELUDES), ("", None), ("after", SEQUELS)):
+            if snippets is None:
+                steps.append(step)
+            elif (code := opening(snippets, block)) is not None:
+                steps.append({**step, "name": f"{when} {block.name}", "language": "python", "text": code})
+    return steps
+
+
+def steps_of_examples(folder: Path, readme: Path) -> list[dict[str, str]]:
+    shell = {"language": "bash", "folder": str(folder)}
+    python = {"language": "python", "folder": str(folder)}
+    after_build = f"""
+from pathlib import Path
+import shutil
+(cache,) = Path("caches").glob("k06-*[0-9a-f]")
+cache.rename("caches/{EXAMPLE_CACHE}")
+shutil.copytree("{readme}/deit-tiny-beans", "outputs/flowers")
+shutil.copytree("{readme}/deit-tiny-beans-plain", "outputs/flowers-plain")
+"""
+    found, steps = examples(), [{"name": "--help", "text": "hf-freezecache --help", **shell}]
+    for name in found:
+        steps.append({"name": f"{name} --help", "text": f"hf-freezecache {name} --help", **shell})
+    for name in EXAMPLES:
+        steps.append({"name": name, "text": found[name], **shell})
+        if name == "build":
+            steps.append({"name": "after build", "text": after_build, **python})
+    return steps
+
+
+@dataclass
+class Ran:
+    folder: Path
+    server: HubServer
+    found: dict[str, dict[str, Any]]
+    errors: str
+
+    def check(self, name: str) -> str:
+        """Return what a step printed; fail if it did not run."""
+        assert name in self.found, f"{name} was not run:\n{self.errors[-4000:]}"
+        assert "error" not in self.found[name], f"{name}: {self.found[name]['error']}\n{self.errors[-4000:]}"
+        return self.found[name]["output"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("hub")
+    with HubServer(folder / "server") as server:
+        publish(server, folder)
+        yield server
+
+
+def working_folder(folder: Path) -> Path:
+    """A folder that has what a checkout has."""
+    folder.mkdir()
+    (folder / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    make_flowers(folder / "flower_photos")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("ran")
+    readme, others = working_folder(folder / "readme"), working_folder(folder / "examples")
+    (folder / "steps.json").write_text(json.dumps(steps_of_readme(readme) + steps_of_examples(others, readme)))
+    (folder / "found").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "run_steps.py"), "steps.json", str(folder / "found" / "found.json")],
+        cwd=folder,
+        env=environment(hub, folder / "home", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert (folder / "found" / "found.json").exists(), done.stderr[-4000:]
+    return Ran(folder, hub, json.loads((folder / "found" / "found.json").read_text()), done.stderr)
+
+
+# One process for all of them, whichever worker they are given to.
+pytestmark = pytest.mark.xdist_group("readme")
+
+
+def test_no_block_is_left_out() -> None:
+    blocks = read_blocks()
+    assert len(blocks) >= 10
+    assert [block.by_ci for block in blocks].count(True) == len(RUN_BY_CI)
+    for block in blocks:
+        assert block.language in ("python", "bash"), f"{block.name}: nothing here runs {block.language!r}"
+        if block.language == "bash" and not block.by_ci:
+            for command in split_commands(block.text):
+                assert runs_here(command) or launched(block), f"{block.name}: nothing here runs {command}"
+        assert block.by_ci or "..." not in block.text, f"{block.name} cannot be run as it stands"
+    for snippets in (PRELUDES, SEQUELS):
+        for start in snippets:
+            assert sum(block.text.startswith(start) for block in blocks) == 1, start
+
+
+def test_the_script_of_use_it_is_short() -> None:
+    script = next(block for block in read_blocks() if block.language == "python")
+    assert len([line for line in script.text.splitlines() if line.strip()]) <= 20
+    assert max(map(len, script.text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in read_blocks() if not block.by_ci and not launched(block)], ids=lambda block: block.name
+)
+def test_block(block, ran) -> None:
+    if opening(PRELUDES, block) is not None:
+        ran.check(f"before {block.name}")
+    ran.check(block.name)
+    if opening(SEQUELS, block) is not None:
+        ran.check(f"after {block.name}")
+
+
+def test_what_the_blocks_leave(ran) -> None:
+    """The script has pushed a model with its card, and a private cache; the report is there."""
+    for block in read_blocks():
+        if not block.by_ci and not launched(block):
+            ran.check(block.name)
+    pushed = ran.server.files("user/deit-tiny-beans", "model")
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= set(pushed)
+    assert ran.server.repo("user/beans-k11").private
+    card = ran.server.read("user/beans-k11", "README.md").decode()
+    assert BEANS in card
+    assert "license: cc-by-2.0" in ran.server.read("user/flowers-k09", "README.md").decode()
+    assert verify_cache(ran.folder / "readme" / "flowers-k09") == []
+    page = ran.folder / "readme" / "deit-tiny-beans" / "freezecache_report" / "report.html"
+    assert "deit-tiny-beans-plain" in page.read_text()
+
+
+def test_every_command_has_an_example() -> None:
+    assert set(examples()) == {*EXAMPLES, "demo"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, ran) -> None:
+    assert ran.check(name)
+
+
+@pytest.mark.parametrize("name", [*EXAMPLES, "demo", ""])
+def test_help(name, ran) -> None:
+    assert "Usage: hf-freezecache" in ran.check(f"{name} --help".strip())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in read_blocks() if launched(block)], ids=lambda block: block.name)
+def test_several_processes(block, hub, tmp_path) -> None:
+    """Verbatim, by a shell: each process imports everything for itself, which takes most of the time."""
+    folder = working_folder(tmp_path / "work")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "torchrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
+    (programs / "torchrun").chmod(0o755)
+    env = environment(hub, tmp_path / "home", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")
+    env["PATH"] = f"{programs}{os.pathsep}{env['PATH']}"
+    shell = shutil.which("bash") or "bash"
+    done = subprocess.run(
+        [shell, "-c", block.text], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (folder / "out" / "model.safetensors").exists()
