@@ -246,7 +246,7 @@ class StageCache:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
             views, collate = GeometryViews(views), GeometryCollator(collate, GEOMETRY_NAME)
         consume = None if source is None or not self.config.low_disk else self._consumer(source)
-        report = build_cache(
+        return build_cache(
             Path(self.config.cache_dir),
             plan,
             views,
@@ -261,7 +261,6 @@ class StageCache:
             lock_timeout=self.config.lock_timeout,
             consume=consume,
         )
-        return report
 
     def _consumer(self, source: CacheReader) -> Callable[[int], None]:
         """Return what removes a shard of an earlier cache, in all views, once the later one has it.
