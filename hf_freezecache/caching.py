@@ -119,7 +119,7 @@ class StageCache:
                 "codec": self._codec_request(split),
                 **self._copies_request(),
                 "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
-                **({} if layout.part is None else {"rows": f"part {layout.part[0] + 1} of {layout.part[1]}"}),
+                **({} if layout.part is None else {"rows": "{} to {} of {}, permuted".format(*layout.part)}),
             }
         )
 
@@ -268,6 +268,8 @@ class StageCache:
         The earlier cache is unfinished from here on: what needs it again builds its missing shards anew.
         """
         directory = Path(source.directory)
+        # Half of it may be gone if this build fails.
+        self.previous = None
 
         def retire() -> None:
             with explained(directory):

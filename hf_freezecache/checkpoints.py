@@ -7,6 +7,7 @@ import logging
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,17 @@ from transformers import PreTrainedModel
 from .cache.format import atomic_write
 from .errors import UnsupportedSetupError
 
-__all__ = ["STATE_NAME", "check_complete", "last_complete", "load_stage", "restore_weights", "save_stage"]
+__all__ = [
+    "STATE_NAME",
+    "check_complete",
+    "last_complete",
+    "load_stage",
+    "load_world_size",
+    "move_scheduler",
+    "moved_step",
+    "restore_weights",
+    "save_stage",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +48,7 @@ def save_stage(checkpoint: Path, split_point: int, world_size: int = 1) -> None:
 def _flaw(checkpoint: Path) -> str | None:
     """Say what of a checkpoint is missing or cut off, or ``None``.
 
-    ``Trainer`` writes ``trainer_state.json`` last of the main process's files; each process its own random state.
+    ``trainer_state.json`` is written last, once every process has written its random state.
     """
     if (checkpoint / _TRAINER_STATE).is_file():
         try:
@@ -46,11 +57,10 @@ def _flaw(checkpoint: Path) -> str | None:
             return f"{_TRAINER_STATE} is cut off"
     else:
         return f"{_TRAINER_STATE} is missing"
-    world_size = 1
     if (checkpoint / STATE_NAME).is_file():
         try:
-            world_size = int(json.loads((checkpoint / STATE_NAME).read_bytes()).get("world_size", 1))
-        except (ValueError, AttributeError, TypeError):
+            json.loads((checkpoint / STATE_NAME).read_bytes())
+        except ValueError:
             return f"{STATE_NAME} is cut off"
     for path in sorted(checkpoint.glob("*.safetensors")):
         try:
@@ -64,9 +74,8 @@ def _flaw(checkpoint: Path) -> str | None:
     weights = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
     if not any(any(checkpoint.glob(pattern)) for pattern in weights):
         return "its weights are missing"
-    saved = len(list(checkpoint.glob("rng_state*.pth")))
-    if 0 < saved < world_size or (saved == 0 and (checkpoint / "optimizer.pt").is_file()):
-        return f"it has random states of {saved} of {world_size} processes"
+    if (checkpoint / "optimizer.pt").is_file() and not any(checkpoint.glob("rng_state*.pth")):
+        return "its random states are missing"
     return None
 
 
@@ -115,6 +124,46 @@ def load_stage(checkpoint: Path) -> int:
         raise UnsupportedSetupError(
             f"{path} cannot be read ({error!r}). Resume from another checkpoint, or start anew."
         ) from error
+
+
+def load_world_size(checkpoint: Path) -> int | None:
+    """Return the number of processes that saved a checkpoint; ``None`` if it does not say."""
+    try:
+        return int(json.loads((checkpoint / STATE_NAME).read_bytes())["world_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def moved_step(epoch: float, steps_per_epoch: int, accumulation: int) -> tuple[int, int, int]:
+    """Return where a run with other steps per epoch goes on.
+
+    Args:
+        epoch: ``TrainerState.epoch`` of the checkpoint: whole at the end of an epoch.
+        steps_per_epoch: Optimizer steps of this run's epochs.
+        accumulation: Batches per optimizer step.
+
+    Returns:
+        Optimizer step, whole epochs done, and batches to skip in the next. The last step of an epoch that was not finished
+        is never passed over.
+    """
+    whole = int(epoch)
+    done = min(int((epoch - whole) * steps_per_epoch + 1e-6), steps_per_epoch - 1)
+    return whole * steps_per_epoch + done, whole, done * accumulation
+
+
+def move_scheduler(scheduler: Any, step: int) -> None:
+    """Set a learning-rate scheduler of a checkpoint to a step of this run, whose number of steps differs."""
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        logger.warning(
+            "%s goes on by the steps of the checkpoint, not by those of this run: it is no LambdaLR.",
+            type(scheduler).__name__,
+        )
+        return
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def restore_weights(checkpoint: Path, model: nn.Module) -> bool:

@@ -104,7 +104,7 @@ class CacheConfig:
         default="shared",
         metadata={
             "help": "'shared': all processes build and read one folder, which all machines see. 'node': each machine has its own "
-            "folder at this path, builds and reads only the rows that its processes train on; these rows do not change from "
+            "folder at this path, builds and reads only the rows that its processes train on, as many as its share of the processes; these rows do not change from "
             "epoch to epoch, so samples are shuffled within a machine only, and a run on another number of machines builds "
             "anew. Costs each machine its share of the bytes, and nothing goes over the network.",
             "choices": ["shared", "node"],
@@ -122,7 +122,8 @@ class CacheConfig:
         metadata={
             "help": "Let the cache of a stage give way to the next one, shard by shard, where that is computed from it. Peak disk "
             "is then the larger of the two and one shard (in all views) for each process, in place of both. Going back to an "
-            "earlier stage (an earlier checkpoint, another run) builds its cache anew."
+            "earlier stage (an earlier checkpoint) builds its cache anew. Not where another run may be reading the same caches: "
+            "it would stop."
         },
     )
     num_views: int = field(
@@ -250,6 +251,11 @@ class CacheConfig:
         """
         if self.mode not in ("always", "auto", "never"):
             raise UnsupportedSetupError(f"mode must be 'always', 'auto' or 'never', got {self.mode!r}.")
+        if "://" in str(self.cache_dir):
+            raise UnsupportedSetupError(
+                f"cache_dir={self.cache_dir!r} is an address; caches are written to local folders only. Give a folder; push a "
+                "finished cache with hf-freezecache push, and read it from anywhere with CachedDataset.from_pretrained."
+            )
         if self.cache_placement not in ("shared", "node"):
             raise UnsupportedSetupError(f"cache_placement must be 'shared' or 'node', got {self.cache_placement!r}.")
         if not (isinstance(self.lock_timeout, (int, float)) and 0 <= self.lock_timeout < float("inf")):

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import UnsupportedSetupError
 from .splitting import Split
 
-__all__ = ["Frozen", "check_checkpointing", "freeze", "prune_optimizer"]
+__all__ = ["Frozen", "check_checkpointing", "freeze", "prune_optimizer", "restore_groups"]
 
 
 def _stay_in_eval(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -83,6 +83,24 @@ def prune_optimizer(optimizer: Any) -> int:
                         released += value.numel() * value.element_size()
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     return released
+
+
+def restore_groups(optimizer: Any, groups: list[list[nn.Parameter]] | None) -> list[list[nn.Parameter]]:
+    """Give a user's optimizer back the parameters that pruning took; the first time, note which these are.
+
+    Args:
+        optimizer: A ``torch.optim.Optimizer``, or accelerate's wrapper around one.
+        groups: What this returned before; ``None`` the first time.
+
+    Returns:
+        The parameters of each group.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if groups is None:
+        return [list(group["params"]) for group in optimizer.param_groups]
+    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = list(parameters)
+    return groups
 
 
 def check_checkpointing(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from .errors import CacheWriteError, DataError, UnsupportedSetupError
+from .processes import Processes
 from .views import ViewDataset, seeded
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "check_cache_dir",
     "check_collator",
     "check_labels",
+    "check_same_rows",
     "check_writable",
 ]
 
@@ -124,6 +127,36 @@ def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -
                 "num_labels=..., or remap the labels."
             )
         return
+
+
+def check_same_rows(dataset: Any, processes: Processes, num_rows: int = 16) -> None:
+    """Refuse data sets that differ between processes: each builds shards of one cache, from rows it finds by number.
+
+    Collective. Of a ``datasets.Dataset`` the content of a few rows is compared, of others only the length.
+
+    Raises:
+        UnsupportedSetupError: They differ.
+    """
+    if processes.size == 1:
+        return
+    found = str(len(dataset))
+    if isinstance(dataset, datasets.Dataset):
+        rows = sorted({place * (len(dataset) - 1) // (num_rows - 1) for place in range(num_rows)})
+        cells = [cell for column in dataset.with_format("arrow").select(rows)[:].columns for cell in column.to_pylist()]
+        # Machines may hold copies of one file in folders of their own.
+        plain = [
+            {**cell, "path": Path(cell["path"]).name} if isinstance(cell, dict) and cell.get("path") else cell
+            for cell in cells
+        ]
+        found += f" {hashlib.sha256(repr(plain).encode()).hexdigest()}"
+    everyone = processes.gather(found)
+    if len(set(everyone)) > 1:
+        lengths = [int(each.split()[0]) for each in everyone]
+        what = f"they have {lengths} rows" if len(set(lengths)) > 1 else "rows of the same number differ"
+        raise UnsupportedSetupError(
+            f"train_dataset is not the same on all processes: {what}. Give every process the same rows in the same order: seed "
+            "shuffle() and train_test_split(), and do not shard the data set by rank; the trainer does that."
+        )
 
 
 def check_batch(

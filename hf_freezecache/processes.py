@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ _PATIENCE = datetime.timedelta(days=7)
 class Processes:
     """The processes that build and read one folder of caches together; a single one by default.
 
-    Every method but the properties is collective: all processes of the group call it, in the same order.
+    Every method but ``share`` and ``rows_of_parts`` is collective: all processes of the group call it, in the same order.
 
     Attributes:
         rank: Number of this process in its group.
@@ -50,6 +51,13 @@ class Processes:
     def is_leader(self) -> bool:
         """Whether this process does what only one should."""
         return self.rank == 0
+
+    def rows_of_parts(self, num_rows: int) -> list[tuple[int, int]]:
+        """Return the rows of each group, (start, stop): as many as its share of the processes of the run."""
+        total, ends = len(self.placement), [0]
+        for part in range(self.parts):
+            ends.append(ends[-1] + self.placement.count(part))
+        return [(num_rows * a // total, num_rows * b // total) for a, b in itertools.pairwise(ends)]
 
     def broadcast(self, value: _T) -> _T:
         """Return the leader's value on every process; values of others are ignored."""

@@ -41,7 +41,7 @@ class ChunkSampler(Sampler[ViewKey]):
         drop_last: Leave samples out in place of filling up. Matters to several processes only.
 
     Raises:
-        UnsupportedSetupError: There are fewer chunks than processes that read them.
+        UnsupportedSetupError: There are fewer chunks than processes that read them, or ``drop_last`` leaves no batch.
     """
 
     def __init__(
@@ -84,6 +84,11 @@ class ChunkSampler(Sampler[ViewKey]):
             least = whole * size - (0 if left else missing)
             longest = max(longest, most)
             shortest = least if shortest is None else min(shortest, least)
+        if self.drop_last and (shortest or 0) < self.batch_size:
+            raise UnsupportedSetupError(
+                f"dataloader_drop_last=True leaves nothing: a process reads {shortest} samples in an epoch, fewer than a batch "
+                f"of {self.batch_size}. Set it to False, or per_device_train_batch_size to at most {shortest}."
+            )
         return (shortest or 0) // self.batch_size if self.drop_last else -(-longest // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:

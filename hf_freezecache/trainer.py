@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 import logging
@@ -21,13 +20,23 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from .agreement import AgreedCheckpoint
+from .cache.fingerprint import hash_tensors
 from .cache.layout import ChunkLayout
 from .cache.reader import CacheReader
 from .cache.writer import BuildReport
 from .caching import StageCache
 from .callbacks import ReportCallback, describe_run, describe_stage, write_card
 from .cards import origin_of_dataset, origin_of_model
-from .checkpoints import check_complete, last_complete, load_stage, restore_weights, save_stage
+from .checkpoints import (
+    check_complete,
+    last_complete,
+    load_stage,
+    load_world_size,
+    move_scheduler,
+    moved_step,
+    restore_weights,
+    save_stage,
+)
 from .choosing import Data, requested_codec
 from .codecs import ViewCodec
 from .config import CacheConfig, FreezeConfig
@@ -35,7 +44,7 @@ from .cost import Stopwatch, epoch_logs
 from .dataset import CachedDataset, collate_cached, split_packed
 from .errors import CacheWriteError, UnsupportedSetupError
 from .feature_augmentation import FeatureAugmenter, parse_feature_augmentation, step_generator
-from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer
+from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer, restore_groups
 from .policies import Stage, plan_stages, split_point_at
 from .preflight import (
     CheckedCollator,
@@ -44,9 +53,11 @@ from .preflight import (
     check_cache_dir,
     check_collator,
     check_labels,
+    check_same_rows,
     check_writable,
 )
 from .processes import Processes, find_processes
+from .replicas import check_parallelism, is_replicated, unused_parameters, unwrapped, wrap_again
 from .run_record import RunRecord
 from .sampling import ChunkSampler
 from .splitting import Split, find_blocks, first_tensor, split_model, token_grid
@@ -104,6 +115,7 @@ class FreezeCacheTrainer(Trainer):
     compute_loss_func: Any
     eval_dataset: Any
     model: Any
+    model_wrapped: Any
 
     def __init__(
         self,
@@ -122,12 +134,14 @@ class FreezeCacheTrainer(Trainer):
         self._stages: list[Stage] = []
         self._frozen: list[Frozen] = []
         self._made_optimizer = False
+        self._own_groups: list[list[nn.Parameter]] | None = None
         self._data: Data | None = None
         self._stage_cache: StageCache | None = None
         self._codec: ViewCodec | None = None
         self._dtype = torch.float32
         self._sampler: ChunkSampler | None = None
         self._stage_loader: Any = None
+        self._moved_to: int | None = None
         self._stopwatch: Stopwatch | None = None
         self._augmenter: FeatureAugmenter | None = None
         #: All processes of the run, and those that share this one's folder of caches.
@@ -167,14 +181,8 @@ class FreezeCacheTrainer(Trainer):
                 "train_dataset is an IterableDataset: its rows have no number by which to find their hidden states. Use "
                 "a map-style data set (datasets.load_dataset without streaming=True)."
             )
-        self._check_sharding()
+        check_parallelism(self.accelerator, args, deepspeed=self.is_deepspeed_enabled, fsdp=bool(self.is_fsdp_enabled))
         check_arguments(args)
-        if args.world_size > 1 and not (self._wraps and getattr(args, "parallelism_config", None) is None):
-            raise UnsupportedSetupError(
-                f"Cached training runs on several processes by DistributedDataParallel, found "
-                f"{self.accelerator.distributed_type}. Start it with torchrun or accelerate launch, without tensor, pipeline "
-                "or sequence parallelism."
-            )
         local_rank = self.accelerator.local_process_index
         self._everyone = self._processes = find_processes(args.world_size, local_rank, per_node=False)
         if self.cache_config.cache_placement == "node":
@@ -195,34 +203,6 @@ class FreezeCacheTrainer(Trainer):
             check_labels(self.train_dataset, self._num_labels, [*(self.label_names or []), "label"])
         if self._make_augmenter() is not None and not any(stage.split_point for stage in stages):
             logger.warning("feature_augmentation acts on cached stages only: no stage of this schedule is one.")
-
-    def _check_sharding(self) -> None:
-        """Refuse what splits parameters over processes.
-
-        Raises:
-            UnsupportedSetupError: With the reason and what to use instead.
-        """
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            return
-        if self.is_deepspeed_enabled:
-            name = "DeepSpeed"
-            reason = (
-                "it divides gradients and optimizer state once, at the start, for parameters that a later stage freezes"
-            )
-        elif getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
-            name = "FSDP (version 1)"
-            reason = "it joins the parameters of a module into one, of which a stage could not freeze a part"
-        else:
-            name = "FSDP2"
-            reason = (
-                "it gathers the parameters of each block by all processes together, while each of them runs the frozen blocks "
-                "on shards of the cache of its own, as many as there are"
-            )
-        raise UnsupportedSetupError(
-            f"Cached training does not support {name}: {reason}. Use DistributedDataParallel (torchrun or accelerate launch "
-            "without it): frozen blocks need neither gradients nor optimizer state, and in cached stages no activations, so that "
-            "much of what sharding would save is not there. For a model that does not fit otherwise, train without freeze_config."
-        )
 
     @property
     def _num_labels(self) -> int | None:
@@ -249,8 +229,8 @@ class FreezeCacheTrainer(Trainer):
         args, config, processes = self.args, self.cache_config, self._processes
         return ChunkSampler(
             [
-                ChunkLayout.of_part(num_samples, config.chunk_size, self._view_seed, part, processes.parts)
-                for part in range(processes.parts)
+                ChunkLayout.of_rows(num_samples, config.chunk_size, self._view_seed, *rows)
+                for rows in processes.rows_of_parts(num_samples)
             ],
             args.seed if args.data_seed is None else args.data_seed,
             self._view_seed,
@@ -302,6 +282,8 @@ class FreezeCacheTrainer(Trainer):
             self._thaw()
             if self._made_optimizer:
                 self.optimizer, self.lr_scheduler = None, None
+            elif self.optimizer is not None:
+                self._own_groups = restore_groups(self.optimizer, self._own_groups)
             self._stages = self._plan(self.freeze_config)
             self._prepare_data()
             self._describe_run(self.freeze_config)
@@ -325,6 +307,7 @@ class FreezeCacheTrainer(Trainer):
 
     def _prepare_data(self) -> None:
         """Set up views, order and caches of ``_stages``, and check them."""
+        check_same_rows(self.train_dataset, self._everyone)
         views = ViewDataset(
             self._with_rgb(self.train_dataset),
             self._view_seed,
@@ -368,10 +351,17 @@ class FreezeCacheTrainer(Trainer):
         split = split_model(self.model, stages[0].split_point)
         assert self._data is not None
         split.image_shape = self._data.image_shape
+        # While training, DDP has given all processes the weights of the first; here nobody has.
+        weights = {**split.prefix_parameters(), **split.prefix_buffers()}
+        if self._everyone.size > 1 and len(set(self._everyone.gather(hash_tensors(weights)))) > 1:
+            raise UnsupportedSetupError(
+                "The processes have different weights in the blocks to freeze: each of them would write other hidden states "
+                "into the cache. Load the model from one checkpoint, or seed its initialisation."
+            )
         return CachedDataset(self._stage_cache.open(split)[0])
 
     def push_cache_to_hub(self, repo_id: str, private: bool = True, **settings: Any) -> Any:
-        """Push the cache of the stage that was trained or built last to a data set on the Hub.
+        """Push the cache of the stage that was trained or built last to a data set on the Hub. The first process pushes.
 
         Source data set, its licence, classes and the model are written on its card where they are known: where they came from
         the Hub, or are given.
@@ -392,7 +382,13 @@ class FreezeCacheTrainer(Trainer):
         for name, others in (("dataset_name", ("dataset_revision", "license")), ("model_id", ("model_revision",))):
             if settings.get(name) not in (None, known.get(name)):  # of something else
                 known = {part: value for part, value in known.items() if part not in others}
-        return CachedDataset(reader).push_to_hub(repo_id, private, **{**known, **settings})
+        if self._processes.parts > 1:
+            raise UnsupportedSetupError(
+                "With cache_placement='node' each machine has a part of the cache. To push one, build it with 'shared'."
+            )
+        return self._everyone.on_leader(
+            lambda: CachedDataset(reader).push_to_hub(repo_id, private, **{**known, **settings})
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As ``Trainer``; a ``CachedDataset`` is shuffled chunk by chunk, and shows its views in turn."""
@@ -521,6 +517,35 @@ class FreezeCacheTrainer(Trainer):
             )
         )
 
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As ``Trainer``; a checkpoint of another number of processes, with other steps per epoch, is found by its epoch."""
+        found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs)
+        self._moved_to = None
+        checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if self.freeze_config is None or checkpoint is None:
+            return found
+        saved = load_world_size(Path(checkpoint))
+        if saved in (None, self.args.world_size) or self.state.epoch is None:
+            return found
+        step, epochs, skip = moved_step(
+            self.state.epoch, num_update_steps_per_epoch, self.args.gradient_accumulation_steps
+        )
+        logger.warning(
+            "%s was saved by %d processes, in step %d: going on with %d in epoch %.2f, now step %d of %d. Samples of an epoch "
+            "that had begun may be seen again, or left out.",
+            checkpoint,
+            saved,
+            self.state.global_step,
+            self.args.world_size,
+            step / num_update_steps_per_epoch,
+            step,
+            max_steps,
+        )
+        self.state.global_step = self._moved_to = step
+        return epochs, 0 if self.args.ignore_data_skip else skip
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         # The model is final here (model_init, restored weights) and the optimizer does not exist yet. Groups saved in a
         # checkpoint hold what was trained when it was saved, so freeze that much, and let `_run_epoch` freeze the rest.
@@ -533,33 +558,30 @@ class FreezeCacheTrainer(Trainer):
             self._made_optimizer = self.optimizer is None
             if self.optimizer is not None:  # the user's own holds all parameters
                 prune_optimizer(self.optimizer)
-            if self._wraps:
+            if is_replicated(self.accelerator):
                 # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
-                self.model_wrapped = self._unwrapped()
+                self.model_wrapped = unwrapped(self.accelerator, self.model_wrapped)
                 self._choose_ddp()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.freeze_config is None:
             return prepared
+        if self._moved_to is not None:
+            move_scheduler(self.lr_scheduler, self._moved_to)
         # The caller keeps what it gets for the whole run: not the wrapper, which the next stage replaces.
         return self.model, prepared[1]
 
-    @property
-    def _wraps(self) -> bool:
-        """Whether accelerate wraps the model with DDP; under torchrun it does for a single process, too."""
-        return str(self.accelerator.distributed_type.value).startswith("MULTI_")
-
-    def _unwrapped(self) -> nn.Module:
-        """Return the model without its wrapper for several processes and without its autocast, ready for new ones."""
-        model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
-        model.__dict__.pop("_is_accelerate_prepared", None)
-        return model
-
     def _choose_ddp(self) -> None:
         """Let DDP look for unused parameters in every step, ``Trainer``'s default, only where a model has some."""
-        handler = getattr(self.accelerator, "ddp_handler", None)
-        if handler is None or self.args.ddp_find_unused_parameters is not None:
+        handler, data = getattr(self.accelerator, "ddp_handler", None), self._data
+        if handler is None or data is None or self.args.ddp_find_unused_parameters is not None:
             return
-        unused = self._unused_parameters()
+        batch = self._prepare_inputs(check_batch(data.views, data.collate, self.label_names, self._num_labels))
+
+        def loss() -> torch.Tensor:
+            with self.accelerator.autocast():
+                return self.compute_loss(self.model, batch)  # type: ignore[no-any-return]
+
+        unused = unused_parameters(self.model, loss)
         handler.find_unused_parameters = bool(unused)
         if unused:
             logger.warning(
@@ -568,32 +590,6 @@ class FreezeCacheTrainer(Trainer):
                 len(unused),
                 unused[0],
             )
-
-    def _unused_parameters(self) -> list[str]:
-        """Return the names of trainable parameters that the loss of a batch does not reach."""
-        assert self._data is not None
-        data = self._data
-        batch = self._prepare_inputs(check_batch(data.views, data.collate, self.label_names, self._num_labels))
-        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.accelerator.autocast():
-                loss = self.compute_loss(self.model, batch)
-            gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
-        finally:
-            self.model.train(training)
-        return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
-
-    def _wrap_again(self) -> None:
-        """Wrap what still trains for several processes: a wrapper reduces the gradients that it found when it was made."""
-        if not self._wraps:
-            return
-        # Out of accelerate's books, and of autograd's hooks, before there is a second one.
-        self.model_wrapped = self._unwrapped()
-        self.accelerator._models.clear()
-        gc.collect()
-        self.model_wrapped = self.accelerator.prepare_model(self.model_wrapped)
 
     def _freeze(self, split_point: int) -> None:
         self._split = split_model(self.model, split_point)
@@ -652,8 +648,10 @@ class FreezeCacheTrainer(Trainer):
         changed = split_point != self._split.split_point
         self._freeze(split_point)
         released = prune_optimizer(self.optimizer)
-        if changed:
-            self._wrap_again()
+        if changed and is_replicated(self.accelerator):
+            self.model_wrapped = unwrapped(self.accelerator, self.model_wrapped)
+            self._choose_ddp()
+            self.model_wrapped = wrap_again(self.accelerator, self.model_wrapped)
         logs: dict[str, float] = {
             "freezecache/split_point": split_point,
             "freezecache/trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -855,6 +853,11 @@ class FreezeCacheTrainer(Trainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             save_stage(folder, self._split.split_point, self.args.world_size)
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # What follows says that the checkpoint is complete, and removes older ones: not before all processes are done.
+        with self._everyone.together():
+            super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model

@@ -31,6 +31,7 @@ def _imports_are_no_garbage() -> None:
     """Let the collections that accelerate asks for pass over what imports made: they would take most of the time."""
     gc.collect()
     gc.freeze()
+    torch.set_num_threads(1)  # bits depend on it, those of fixtures that come before the first test as well
 
 
 @pytest.fixture(autouse=True)

@@ -378,29 +378,29 @@ for _name, _path in {
 @case()
 def part_of_a_data_set_of_absurd_size(cache: Path) -> None:
     count = document_of(cache)["num_samples"]
-    seal(cache, part=[0, 2**20, count * 2**20])
+    seal(cache, part=[0, count, 2**40])
 
 
 @case()
 def part_that_has_other_rows(cache: Path) -> None:
-    seal(cache, part=[0, 2, document_of(cache)["num_samples"]])
+    seal(cache, part=[0, document_of(cache)["num_samples"] - 1, 100])
 
 
 @case()
 def part_beyond_the_last(cache: Path) -> None:
     count = document_of(cache)["num_samples"]
-    seal(cache, part=[2, 2, 2 * count])
+    seal(cache, part=[count, 2 * count, 2 * count - 1])
 
 
 @case()
 def part_of_texts(cache: Path) -> None:
-    seal(cache, part=["0", "2", "16"])
+    seal(cache, part=["0", "8", "16"])
 
 
 @case()
 def part_whose_rows_are_not_those_of_the_shards(cache: Path) -> None:
     count = document_of(cache)["num_samples"]
-    seal(cache, part=[1, 2, 2 * count])
+    seal(cache, part=[count, 2 * count, 2 * count])
 
 
 @case()

@@ -35,6 +35,15 @@ SETTINGS = {"schedule": SCHEDULE, "num_train_epochs": 4, "per_device_train_batch
 class Watched(Recorder):
     """Counts what DDP reduces and what is decoded."""
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.rates = [*getattr(self, "rates", []), self.optimizer.param_groups[0]["lr"]]
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "freezecache/built_shards" in logs:
+            self.built = [*getattr(self, "built", []), logs["freezecache/built_shards"]]
+        super().log(logs, *args, **kwargs)
+
     def _enter_stage(self, split_point: int) -> None:
         super()._enter_stage(split_point)
         loader = self._stage_loader
@@ -97,6 +106,8 @@ def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
         "losses": getattr(trainer, "losses", []),
         "stages": getattr(trainer, "stages", []),
         "built": [entry["freezecache/built_shards"] for entry in logs if "freezecache/built_shards" in entry],
+        "new": getattr(trainer, "built", []),
+        "rates": getattr(trainer, "rates", []),
         "steps": trainer.state.global_step,
         "trainable": [e["freezecache/trainable_parameters"] for e in logs if "freezecache/trainable_parameters" in e],
     }
@@ -181,6 +192,81 @@ def terminated() -> dict[str, Any]:
     saved = [path.name for path in Path("terminated").glob("checkpoint-*")]
     resumed = run(True, **{**settings, "enable_jit_checkpoint": False})
     return {"stopped": stopped["steps"], "saved": saved, "resumed": resumed}
+
+
+def save(folder: str) -> dict[str, Any]:
+    return run(save_strategy="steps", save_steps=5, output_dir=folder, cache={"cache_dir": f"{folder}-caches"})
+
+
+def go_on_all(folder: str) -> dict[str, Any]:
+    """Resume at every checkpoint that another number of processes has saved."""
+    cache = {"cache_dir": f"{folder}-caches"}
+    settings = {"output_dir": "changed", "learning_rate": 3e-3, "logging_steps": 1, "cache": cache}
+    return {path.name: run(str(path), **settings) for path in sorted(Path(folder).glob("checkpoint-*"))}
+
+
+def killed_saving() -> dict[str, Any]:
+    """The second process dies where it would write its random state, of a checkpoint that makes room for itself."""
+    write = Watched._save_rng_state
+
+    def dying(self, folder: str) -> None:
+        if self.state.global_step == 10 and int(os.environ["RANK"]) == 1:
+            time.sleep(0.5)  # the first one would be through by now
+            os._exit(9)
+        write(self, folder)
+
+    Watched._save_rng_state = dying
+    return run(save_strategy="steps", save_steps=5, save_total_limit=1, output_dir="killed")
+
+
+def saved_again() -> dict[str, Any]:
+    return run(True, output_dir="killed")
+
+
+def twice() -> dict[str, Any]:
+    """Train twice with the user's own optimizer."""
+    model = tiny_vit()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    cache = {"num_views": 2, "transform_id": "tiny", "cache_dir": "twice"}
+    trainer = make_trainer(
+        model, data(), cls=Watched, cache=cache, trainer={"optimizers": (optimizer, None)}, **SETTINGS
+    )
+    held = []
+    for _ in range(2):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer.train()
+        held.append(sum(not torch.equal(value, before[name]) for name, value in model.state_dict().items()))
+    return {"changed": held, "of": len(before)}
+
+
+def refused() -> dict[str, Any]:
+    """What cannot be kept on several processes."""
+    rank = int(os.environ["RANK"])
+    tries: dict[str, Any] = {
+        "rows": lambda: trainer_on(make_images(ROWS, seed=rank)).train(),
+        "lengths": lambda: trainer_on(make_images(ROWS + rank)).train(),
+        "split_batches": lambda: trainer_on(make_images(ROWS), accelerator_config={"split_batches": True}),
+        "dispatch_batches": lambda: trainer_on(make_images(ROWS), accelerator_config={"dispatch_batches": True}),
+        "drop_last": lambda: trainer_on(make_images(ROWS), dataloader_drop_last=True, per_device_train_batch_size=40),
+        "weights": lambda: trainer_on(make_images(ROWS), rank).build_cache(1),
+    }
+    found = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+            found[name] = "nothing"
+        except FreezeCacheError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def trainer_on(images: datasets.Dataset, shift: float = 0.0, **settings: Any) -> Watched:
+    model = tiny_vit()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(shift)
+    rows = images.with_transform(TinyTransform(augment=True))
+    return make_trainer(model, rows, cls=Watched, cache={"transform_id": "tiny"}, **{**SETTINGS, **settings})
 
 
 def too_many() -> dict[str, Any]:

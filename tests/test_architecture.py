@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "seeding": set(),
     "transforms": {"errors", "seeding"},
     "views": {"errors", "seeding", "transforms"},
-    "preflight": {"errors", "config", "views"},
+    "preflight": {"errors", "config", "processes", "views"},
     "codecs.base": {"errors"},
     "codecs.entropy": {"errors", "codecs.base"},
     "codecs.planes": {"codecs.base"},
@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "cache.state": {*CACHE, *CODECS, "cache.schema", "cache.storage"},
     "processes": {"errors"},
     "agreement": {"processes"},
+    "replicas": {"errors"},
     "cache.locking": {"errors", "cache.shard", "processes"},
     "cache.commit": {*CACHE, "cache.shard"},
     "cache.writer": {

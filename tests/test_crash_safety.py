@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -280,6 +281,32 @@ def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, low_disk: bool) -> Non
         assert max(peaks) <= disk_use(new.parent) * 1.05 + 2 * one * reader.index.num_views
     else:
         assert max(peaks) > 1.8 * disk_use(new.parent)
+
+
+def test_a_promotion_that_fails_half_way_stops_no_later_stage(monkeypatch, caplog) -> None:
+    import hf_freezecache.cache.writer as writer
+
+    settings = {"schedule": "0:1,1:2,2:3", "num_train_epochs": 3}
+    plain = trainer_on(cache={"cache_dir": "plain"}, output_dir="plain-out", **settings)
+    plain.train()
+    finish = writer.ShardWriter.finish
+
+    def full(self) -> None:
+        if self.plan.split_point == 2 and self.shard == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finish(self)
+
+    monkeypatch.setattr(writer.ShardWriter, "finish", full)
+    trainer = trainer_on(cache={"mode": "auto", "low_disk": True}, **settings)
+    trainer.train()
+    assert "training on without a cache" in caplog.text
+    assert list(Path("caches").glob("k03*/index.json"))  # the last stage has a cache again, from the images
+    assert_same(parameters(trainer), parameters(plain))
+
+
+def test_caches_are_written_to_folders_only() -> None:
+    with pytest.raises(UnsupportedSetupError, match="cache_dir='memory://caches' is an address"):
+        CacheConfig(cache_dir="memory://caches")
 
 
 def test_going_back_builds_what_gave_way_anew() -> None:

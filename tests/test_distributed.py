@@ -68,7 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     """What two processes found, one start for all scenarios."""
-    return launch(folder, 2, "parity", "build", "one_fails:always", "one_fails:auto", "lossy", "terminated", "too_many")
+    scenarios = ["parity", "build", "one_fails:always", "one_fails:auto", "lossy", "terminated", "twice", "refused"]
+    return launch(folder, 2, *scenarios, "save:two", "too_many")
 
 
 def test_cached_equals_frozen_uncached_to_the_bit(two) -> None:
@@ -122,10 +123,70 @@ def test_nor_with_three(folder: Path, two, tmp_path: Path) -> None:
         assert {path: both.get(path) for path in three} == three
 
 
-def test_a_cache_and_a_checkpoint_of_two_processes_serve_one(two, folder: Path) -> None:
-    (found,) = launch(folder, 1, "go_on:saved/checkpoint-10")
-    # The first 0 is in the history of the checkpoint. One process takes other steps: the last stage has other weights.
-    assert found["go_on:saved/checkpoint-10"]["built"] == [0, 0, 8]
+def position(name: str, steps: int) -> float:
+    return int(name.partition("-")[2]) / steps
+
+
+@pytest.fixture(scope="module")
+def one(two, folder: Path) -> dict[str, Any]:
+    """What one process found, with checkpoints and caches of two beside it."""
+    (found,) = launch(folder, 1, "go_on_all:two", "save:one")
+    return found
+
+
+@pytest.mark.parametrize("name", [f"checkpoint-{step}" for step in (5, 10, 15, 20, 24)])
+def test_one_process_goes_on_in_the_epoch_in_which_two_stopped(two, one, name: str) -> None:
+    resumed = one["go_on_all:two"][name]
+    epoch = position(name, 6)  # of two processes; one takes ten steps
+    assert resumed["steps"] == 40
+    assert len(resumed["losses"]) == 40 - int(epoch * 10 + 1e-9)
+    assert resumed["rates"] == pytest.approx(
+        [3e-3 * (1 - step / 40) for step in range(40 - len(resumed["losses"]), 40)]
+    )
+    # Caches of the stage are those that two have built; the last stage has other weights unless it had begun.
+    if epoch >= 2:
+        assert resumed["new"] == ([0] if epoch < 4 else [])
+    elif epoch > 1:
+        assert resumed["new"] == [0, 8]
+
+
+def test_and_two_in_that_in_which_one_stopped(two, one, folder: Path) -> None:
+    for found in launch(folder, 2, "go_on_all:one"):
+        assert len(found["go_on_all:one"]) == 8
+        for name, resumed in found["go_on_all:one"].items():
+            epoch = position(name, 10)
+            assert resumed["steps"] == 24, name
+            assert len(resumed["losses"]) == 24 - int(epoch * 6 + 1e-9), name
+            if epoch == 4:
+                assert resumed["new"] == [], name
+            elif epoch > 1:
+                assert resumed["new"] == ([0, 8] if epoch < 2 else [0]), name
+
+
+def test_a_process_that_dies_saving_leaves_the_checkpoint_before(two, folder: Path) -> None:
+    done = subprocess.run(
+        torchrun(2, "killed_saving"), cwd=folder, env=environment(), capture_output=True, timeout=200, check=False
+    )
+    assert done.returncode != 0
+    assert (folder / "killed" / "checkpoint-5" / "trainer_state.json").is_file()
+    for found in launch(folder, 2, "saved_again"):
+        assert found["saved_again"]["digest"] == two[0]["parity"]["always"]["digest"]
+        assert len(found["saved_again"]["losses"]) == 19
+
+
+def test_a_second_training_trains_all_that_the_first_did(two) -> None:
+    for found in two:
+        assert found["twice"]["changed"] == [found["twice"]["of"]] * 2
+
+
+def test_what_processes_cannot_share_is_refused_on_all_of_them(two) -> None:
+    for found in two:
+        assert "rows of the same number differ. Give every process the same rows" in found["refused"]["rows"]
+        assert "they have [50, 51] rows" in found["refused"]["lengths"]
+        assert "accelerator_config sets split_batches=True" in found["refused"]["split_batches"]
+        assert "accelerator_config sets dispatch_batches=True" in found["refused"]["dispatch_batches"]
+        assert "dataloader_drop_last=True leaves nothing" in found["refused"]["drop_last"]
+        assert "different weights in the blocks to freeze" in found["refused"]["weights"]
 
 
 def test_where_one_process_cannot_write_all_stop_with_what_to_do(two) -> None:

@@ -19,8 +19,7 @@ class ChunkLayout:
         num_samples: Rows of the data set, or of the part of it that this layout is of.
         chunk_size: Samples per chunk; the last chunk may be smaller.
         seed: Seed of the permutation.
-        part: Which part of how many rows: (number of the part, parts, rows of the whole data set). A part is a run of the
-            permuted rows, as long as the others or one longer. ``None`` for the whole.
+        part: Which of the permuted rows: (start, stop, rows of the whole data set). ``None`` for all.
     """
 
     num_samples: int
@@ -29,10 +28,10 @@ class ChunkLayout:
     part: tuple[int, int, int] | None = None
 
     @classmethod
-    def of_part(cls, total: int, chunk_size: int, seed: int, part: int, parts: int) -> ChunkLayout:
-        """Return the layout of one of ``parts`` parts of ``total`` rows; of the whole if there is but one."""
-        start, stop = total * part // parts, total * (part + 1) // parts
-        return cls(stop - start, chunk_size, seed, (part, parts, total) if parts > 1 else None)
+    def of_rows(cls, total: int, chunk_size: int, seed: int, start: int, stop: int) -> ChunkLayout:
+        """Return the layout of a run of the permuted rows of a data set of ``total`` rows."""
+        whole = (start, stop) == (0, total)
+        return cls(stop - start, chunk_size, seed, None if whole else (start, stop, total))
 
     @property
     def total_samples(self) -> int:
@@ -50,8 +49,8 @@ class ChunkLayout:
         order = np.random.default_rng([self.seed & (2**64 - 1), 0xC4]).permutation(self.total_samples)
         if self.part is None:
             return order
-        part, parts, total = self.part
-        return order[total * part // parts : total * (part + 1) // parts].copy()
+        start, stop, _ = self.part
+        return order[start:stop].copy()
 
     @functools.cached_property
     def position(self) -> npt.NDArray[np.int64]:

@@ -217,12 +217,13 @@ def check_document(document: Mapping[str, Any]) -> None:
     _check_files(document, num_samples, num_views, chunk_size * shard_chunks)
     # Nor is a file hashed or read that is far larger than its content can be: sparse ones take no room on disk.
     if document.get("part") is not None:
-        part, parts, total = _counts(document["part"], "part", 3, 0, 2**40)
+        start, stop, total = _counts(document["part"], "part", 3, 0, 2**40)
         stored = sum(record["bytes"] for record in document["files"].values())
         # Rows of the whole data set are listed, whatever the part holds of them.
-        fits = part < parts <= 2**20 and parts <= total <= max(2**22, stored)
-        if not fits or num_samples != total * (part + 1) // parts - total * part // parts:
-            raise ValueError(f"part {part} of {parts} of {total} rows does not have {num_samples} samples")
+        if not start < stop <= total <= max(2**22, stored) or num_samples != stop - start:
+            raise ValueError(
+                f"part {[start, stop, total]}, of {num_samples} samples, is no run of rows of its data set"
+            )
     row_bytes = tokens * hidden * DTYPES[dtype].itemsize + sum(sizes)
     rows = min(chunk_size * shard_chunks, num_samples)
     for name, record in document["files"].items():
