@@ -1,12 +1,12 @@
 """The on-disk format, version 1. Known to writer and reader; knows neither.
 
-A cache directory holds:
+These files make up a cache directory.
 
-    index.json                            written last: names every other file with size and SHA-256
-    codec.safetensors                     fitted tensors of a lossy codec and its calibration; absent if lossless
-    copies.safetensors                    the same of the codec of views 1 and up; absent if it is that of view 0
-    index/view-00/part-00000.parquet      one row per stored sample: where it lies, and its labels
-    view-00/shard-00000.safetensors       the hidden states of ``shard_chunks`` chunks in one view
+    index.json                       written last: names every other file with size and SHA-256
+    codec.safetensors                fitted tensors of a lossy codec and its calibration; absent if lossless
+    copies.safetensors               the same of the codec of views 1 and up; absent if it is that of view 0
+    index/view-00/part-00000.parquet one row per stored sample: where it lies, and its labels
+    view-00/shard-00000.safetensors  the hidden states of shard_chunks chunks in one view
 
 A shard is a valid safetensors file. Its tensors are, in file order, ``frame_offsets`` (chunks, frames + 1), I64, into
 ``frames``; ``sample_indices`` (rows,), I64; ``frames`` (bytes,), U8: for each chunk the codec's frames, then one frame
