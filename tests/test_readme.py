@@ -254,10 +254,9 @@ def test_help(name, ran) -> None:
     assert "Usage: hf-freezecache" in ran.check(f"{name} --help".strip())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in read_blocks() if launched(block)], ids=lambda block: block.name)
 def test_several_processes(block, hub, tmp_path) -> None:
-    """Verbatim, by a shell: each process imports everything for itself, which takes most of the time."""
+    """Verbatim, by a shell: three processes, whose imports take most of the time."""
     folder = working_folder(tmp_path / "work")
     programs = tmp_path / "bin"
     programs.mkdir()
