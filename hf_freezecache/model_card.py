@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .report import comparison
-from .run_words import accuracy_cost, describe_schedule, duration, metric, points, time_cost, when_not_to_use
-from .wording import size_words
+from .run_words import accuracy_cost, describe_schedule, metric, points, time_cost, when_not_to_use
+from .templating import fill_template
 
 __all__ = ["card_arguments", "render_card"]
 
-_TEMPLATES = Path(__file__).parent / "templates"
 #: Metrics by the names that the Hub knows.
 _HUB_METRICS = {"accuracy", "f1", "precision", "recall", "roc_auc", "matthews_correlation", "mse", "mae"}
 _TASK_NAMES = {"image-classification": "Image Classification"}
@@ -113,15 +110,8 @@ def render_card(figures: Figures, card: Mapping[str, Any], plot: str | None = No
         card: As ``card_arguments`` returns them.
         plot: Path of the picture, from the card; ``None`` shows none.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"duration": duration, "size": size_words}
-    body = environment.get_template("model_card.md").render(
+    body = fill_template(
+        "model_card.md",
         figures=figures,
         card=card,
         plot=plot,

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from .report import is_share
 from .run_plots import pictures_of, save_png, to_svg
 from .run_words import accuracy_cost, describe_schedule, duration, metric, points, time_cost, when_not_to_use
+from .templating import fill_template
 from .wording import size_words
 
 __all__ = ["PAGE_NAME", "PLOT_NAME", "REPORT_FOLDER", "render_page", "write_report"]
@@ -22,7 +21,6 @@ PAGE_NAME = "report.html"
 #: The picture that the model card shows, seen from ``output_dir``.
 PLOT_NAME = f"{REPORT_FOLDER}/timeline.png"
 
-_TEMPLATES = Path(__file__).parent / "templates"
 Figures = Mapping[str, Any]
 
 
@@ -74,17 +72,9 @@ def render_page(figures: Figures) -> str:
     Raises:
         ImportError: matplotlib is missing.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"duration": duration, "size": size_words}
     pictures = [(picture, to_svg(picture)) for picture in pictures_of(figures)]
-    return environment.get_template("report.html").render(
+    return fill_template(
+        "report.html",
         figures=figures,
         schedule=describe_schedule(figures),
         tiles=_tiles(figures),

@@ -110,8 +110,9 @@ MAY_IMPORT = {
     "report": {"cost", "run_record"},
     "run_words": {"report"},
     "run_plots": {"report", "run_words", "wording"},
-    "page": {"report", "run_plots", "run_words", "wording"},
-    "model_card": {"report", "run_words", "wording"},
+    "templating": {"run_words", "wording"},
+    "page": {"report", "run_plots", "run_words", "templating", "wording"},
+    "model_card": {"report", "run_words", "templating"},
     "callbacks": {
         *("cache.format", "codecs", "config", "errors", "model_card", "page", "report", "run_plots", "run_record"),
     },

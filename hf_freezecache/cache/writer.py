@@ -238,7 +238,7 @@ def build_cache(
     Finished shards are kept, whatever ends a build; the next call goes on behind them. Memory does not grow with the
     number of samples.
 
-    Each process builds a run of the shards, in all views. Batches never reach over the end of a shard, so what is
+    Each process builds a run of the shards. Batches never reach over the end of a shard, so what is
     written does not depend on how many processes there are: byte for byte where each computes with as many threads, to
     the rounding of the prefix otherwise.
 
