@@ -20,6 +20,8 @@ RATES = "rate_distortion--deit-tiny--cpu.json"
 ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
 AUGMENTATION = "augmentation--deit-tiny--*--cpu.json"
 COPIES = "copies_rate--deit-tiny--cpu.json"
+FAULTS = "faults.json"
+SCALE = "scale.json"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -206,9 +208,34 @@ def arm_words(arm: str) -> str:
     return f"{text}, `{features}`" if features else text
 
 
+def faults() -> str:
+    """Return what the fault harness counted, and what many rows cost before the first batch."""
+    counts, scale = load(FAULTS)["results"]["counts"], load(SCALE)
+    small, large = (scale["results"][str(width)] for width in scale["config"]["widths"])
+
+    def count(name: str) -> int:
+        return int(counts.get(name, 0))
+
+    return "\n".join(
+        [
+            f"* {count('kills')} processes killed ({count('kills with 2 processes')} of them in runs of two; in builds, promotions, "
+            f"stage changes, checkpoints, steps and starts): {count('recoveries')} recoveries. All ends are compared to the bit with an "
+            "undisturbed run, and no complete shard may be written again. "
+            f"{count('terminations')} SIGTERMs, {count('vanished folders')} removed folders, {count('full disks')} full disks, "
+            f"{count('flips')} flipped bits and {count('truncations')} truncations beside them: {count('wrong results')} wrong "
+            f"results. {link(FAULTS)}, made by `recipes/benchmarks/faults.py`.",
+            f"* {scale['config']['rows']:,} rows: opened in {large['open_seconds']['median']:.2f} s, sampler made in "
+            f"{1e3 * large['sampler_seconds']['median']:.2f} ms, first batch of a run resumed in the middle of an epoch after "
+            f"{large['resume_seconds']['median']:.2f} s, in {large['peak_mib']['median']:.0f} MiB; with "
+            f"{large['cache_bytes'] / small['cache_bytes']:.0f} times the bytes of a cache that takes "
+            f"{small['peak_mib']['median']:.0f} MiB. {link(SCALE)}, made by `recipes/benchmarks/scale.py`.",
+        ]
+    )
+
+
 def main() -> None:
     text = README.read_text()
-    for mark, table in (("figures", epochs()), ("codecs", codecs()), ("views", views())):
+    for mark, table in (("figures", epochs()), ("codecs", codecs()), ("views", views()), ("faults", faults())):
         start, end = re.escape(f"<!-- {mark}:"), re.escape(f"<!-- /{mark} -->")
         replace = rf"({start}.*?-->\n).*?({end})"
         text, count = re.subn(replace, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
