@@ -135,8 +135,12 @@ def lossy() -> dict[str, Any]:
 def build() -> dict[str, Any]:
     """Build and promote caches from weights that do not change: they depend on nothing that several processes change."""
     settings = {"schedule": "0:1,1:3", "num_train_epochs": 2, "learning_rate": 0.0}
-    lossy = {"codec": "auto", "promote": "always", "cache_dir": "lossy", "chunk_size": 4}
-    return {"lossless": run(**settings, cache={"chunk_size": 4}), "lossy": run(**settings, cache=lossy)}
+    processes = os.environ.get("WORLD_SIZE", "1")
+    caches = {
+        "lossless": {"cache_dir": f"lossless-{processes}"},
+        "lossy": {"cache_dir": f"lossy-{processes}", "codec": "auto", "promote": "always"},
+    }
+    return {name: run(**settings, cache={**cache, "chunk_size": 4}) for name, cache in caches.items()}
 
 
 def one_fails(mode: str) -> dict[str, Any]:

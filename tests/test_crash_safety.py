@@ -368,7 +368,6 @@ def harness(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_killed_runs_end_as_undisturbed_ones(processes: str) -> None:
     out = harness("--seconds", "1", "--kills", "1", "--chain", "1", "--only", "kill", "--processes", processes)

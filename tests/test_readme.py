@@ -188,10 +188,6 @@ def ran(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(folder, hub, json.loads((folder / "found" / "found.json").read_text()), done.stderr)
 
 
-# One process for all of them, whichever worker they are given to.
-pytestmark = pytest.mark.xdist_group("readme")
-
-
 def test_no_block_is_left_out() -> None:
     blocks = read_blocks()
     assert len(blocks) >= 10
