@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 #: Parameters of the tiny model behind 0, 1 and 3 frozen blocks.
 TRAINABLE = {0: 10068, 1: 6772, 3: 2324}
 
+
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     return {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
