@@ -368,7 +368,7 @@ def harness(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("processes", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_killed_runs_end_as_undisturbed_ones(processes: str) -> None:
     out = harness("--seconds", "1", "--kills", "1", "--chain", "1", "--only", "kill", "--processes", processes)
     assert "wrong results: 0" in out

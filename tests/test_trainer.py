@@ -38,7 +38,7 @@ def full_run(train_dataset, **settings) -> FreezeCacheTrainer:
     [
         {"save_strategy": "epoch"},
         {"save_strategy": "steps", "save_steps": 2},
-        {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "bf16": True},
+        {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "bf16": True},
         {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": 1},
         {"save_strategy": "epoch", "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     ],
