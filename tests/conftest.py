@@ -26,6 +26,15 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 
+#: Files that take half a minute and more.
+LONG = ("test_crash_safety", "test_distributed", "test_lossy_training", "test_readme", "test_trainer", "test_writer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files: the last one keeps one process busy while the others wait."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _imports_are_no_garbage() -> None:
     """Let the collections that accelerate asks for pass over what imports made: they would take most of the time."""
