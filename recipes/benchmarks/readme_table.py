@@ -226,8 +226,8 @@ def faults() -> str:
             f"results. {link(FAULTS)}, made by `recipes/benchmarks/faults.py`.",
             f"* {scale['config']['rows']:,} rows: opened in {large['open_seconds']['median']:.2f} s, sampler made in "
             f"{1e3 * large['sampler_seconds']['median']:.2f} ms, first batch of a run resumed in the middle of an epoch after "
-            f"{large['resume_seconds']['median']:.2f} s, in {large['peak_mib']['median']:.0f} MiB; with "
-            f"{large['cache_bytes'] / small['cache_bytes']:.0f} times the bytes of a cache that takes "
+            f"{large['resume_seconds']['median']:.2f} s, in {large['peak_mib']['median']:.0f} MiB of memory. A cache "
+            f"with as many rows and {small['cache_bytes'] / large['cache_bytes']:.2f} of the bytes takes "
             f"{small['peak_mib']['median']:.0f} MiB. {link(SCALE)}, made by `recipes/benchmarks/scale.py`.",
         ]
     )
