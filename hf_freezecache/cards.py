@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCardData, try_to_load_from_cache
 
 from .cache.fingerprint import Fingerprint
 from .cache.format import CacheIndex, part_name
@@ -77,12 +77,19 @@ def origin_of_dataset(dataset: Any) -> dict[str, Any]:
 
 
 def origin_of_model(model: Any) -> dict[str, Any]:
-    """Return Hub id and commit of a model; nothing of one that was loaded from a folder."""
-    config = getattr(model, "config", None)
-    name, revision = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
-    if not name or not revision or Path(name).exists() or not _REPO_ID.fullmatch(name):
+    """Return Hub id and commit of a model, as far as this machine's cache of the Hub tells them.
+
+    Nothing of a model that was loaded from a folder; no commit where several have been fetched.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not name or Path(name).exists() or not _REPO_ID.fullmatch(name):
         return {}
-    return {"model_id": name, "model_revision": revision}
+    found = try_to_load_from_cache(name, "config.json")
+    if not isinstance(found, str):
+        return {}
+    # Configurations of transformers 5 do not hold the commit that they came from.
+    commits = [path.name for path in Path(found).parents[1].iterdir()]
+    return {"model_id": name, **({"model_revision": commits[0]} if len(commits) == 1 else {})}
 
 
 def _config_name(view: int) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch import nn
 
 from .errors import CacheWriteError, DataError, UnsupportedSetupError
 from .processes import Processes
+from .suffix import SuffixModel
 from .views import ViewDataset, seeded
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "check_cache_dir",
     "check_collator",
     "check_labels",
+    "check_pushed",
     "check_same_rows",
     "check_writable",
 ]
@@ -81,6 +84,25 @@ def check_cache_dir(cache_dir: Path, output_dir: Path) -> None:
         raise UnsupportedSetupError(
             f"cache_dir {cache_dir} lies inside output_dir {output_dir}, all of which push_to_hub uploads. Caches can "
             "reveal training images: choose a cache_dir elsewhere."
+        )
+
+
+def check_pushed(output_dir: Path, model: nn.Module) -> None:
+    """Refuse to upload what is no ordinary model, or has a cache beside it, such as one that was pulled or copied there.
+
+    Raises:
+        UnsupportedSetupError: A cache lies inside ``output_dir``, or ``model`` is the suffix of another.
+    """
+    shard = next(output_dir.rglob("view-*/shard-*.safetensors"), None)
+    if shard is not None:
+        raise UnsupportedSetupError(
+            f"A cache lies in {shard.parents[1]}, inside output_dir {output_dir}, all of which would be uploaded with the model. "
+            "Caches can reveal training images: move it elsewhere, and push again."
+        )
+    if isinstance(model, SuffixModel):
+        raise UnsupportedSetupError(
+            "The Trainer's model is a SuffixModel, of which the Hub would get no model that loads. Push the whole model that "
+            "it trains: suffix.model.push_to_hub(repo_id)."
         )
 
 

@@ -53,6 +53,7 @@ from .preflight import (
     check_cache_dir,
     check_collator,
     check_labels,
+    check_pushed,
     check_same_rows,
     check_writable,
 )
@@ -142,6 +143,8 @@ class FreezeCacheTrainer(Trainer):
         self._sampler: ChunkSampler | None = None
         self._stage_loader: Any = None
         self._moved_to: int | None = None
+        #: The first block that this trainer may have trained; no block before it has changed.
+        self._trained_from: float = math.inf
         self._stopwatch: Stopwatch | None = None
         self._augmenter: FeatureAugmenter | None = None
         #: All processes of the run, and those that share this one's folder of caches.
@@ -285,6 +288,7 @@ class FreezeCacheTrainer(Trainer):
             elif self.optimizer is not None:
                 self._own_groups = restore_groups(self.optimizer, self._own_groups)
             self._stages = self._plan(self.freeze_config)
+            self._trained_from = min(self._stages[0].split_point, self._trained_from)
             self._prepare_data()
             self._describe_run(self.freeze_config)
             self._record.preflight_seconds = round(time.perf_counter() - started, 3)
@@ -364,7 +368,7 @@ class FreezeCacheTrainer(Trainer):
         """Push the cache of the stage that was trained or built last to a data set on the Hub. The first process pushes.
 
         Source data set, its licence, classes and the model are written on its card where they are known: where they came from
-        the Hub, or are given.
+        the Hub, or are given. A model whose frozen blocks were trained first, in earlier stages, is not the one of the Hub.
 
         Args:
             repo_id: ``user/name``.
@@ -378,7 +382,9 @@ class FreezeCacheTrainer(Trainer):
         reader = None if self._stage_cache is None else self._stage_cache.previous
         if reader is None:
             raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
-        known = {**origin_of_dataset(self.train_dataset), **origin_of_model(self.model)}
+        known = origin_of_dataset(self.train_dataset)
+        if reader.index.split_point <= self._trained_from:
+            known |= origin_of_model(self.model)
         for name, others in (("dataset_name", ("dataset_revision", "license")), ("model_id", ("model_revision",))):
             if settings.get(name) not in (None, known.get(name)):  # of something else
                 known = {part: value for part, value in known.items() if part not in others}
@@ -874,7 +880,24 @@ class FreezeCacheTrainer(Trainer):
             return False
         return restore_weights(Path(checkpoint), model)
 
-    # ---- The model card ----
+    # ---- The Hub ----
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``; the model only, never a cache.
+
+        Raises:
+            UnsupportedSetupError: A cache lies inside ``output_dir``, or the model is a ``SuffixModel``.
+        """
+        check_pushed(Path(self.args.output_dir), self.model)
+        return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        try:
+            check_pushed(Path(self.args.output_dir), self.model)
+        except UnsupportedSetupError as error:  # training goes on
+            logger.warning("Checkpoint not pushed. %s", error)
+            return
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self,

@@ -22,6 +22,8 @@ def connect(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", server.token)
+    # The client that transformers keeps, with the address of the server of an earlier test.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
 
 
 def environment(server: HubServer, home: Path, **more: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import torch
 from hub_client import connect, environment
 from hub_server import HubServer
 from huggingface_hub import HfApi
+from stand_ins import MODEL, publish
 from test_cli import assert_one_line, call
 from tiny import TinyTransform, make_trainer, tiny_vit, training_arguments
+from transformers import AutoModelForImageClassification
 
 from hf_freezecache import CachedDataset, FreezeCacheTrainer, SuffixModel, hub
 from hf_freezecache.cache.format import load_index
@@ -482,6 +485,52 @@ Trainer(model=SuffixModel.for_cache(model, cached), args=args, train_dataset=cac
 model.save_pretrained("trained")
 AutoModelForImageClassification.from_pretrained("trained")
 """
+
+
+def test_the_card_names_the_model_of_the_hub_until_its_frozen_blocks_are_trained(
+    server, images, tmp_path, monkeypatch
+) -> None:
+    publish(server, tmp_path / "published")
+
+    def pushed(schedule: str, repo_id: str) -> str:
+        model = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=4, ignore_mismatched_sizes=True)
+        rows = images.select(range(20)).with_transform(TinyTransform(augment=True))
+        trainer = make_trainer(
+            model, rows, schedule=schedule, num_train_epochs=2, cache={"cache_dir": repo_id.partition("/")[2]}
+        )
+        trainer.train()
+        trainer.push_cache_to_hub(repo_id)
+        return server.read(repo_id, "README.md").decode()
+
+    card = pushed("0:2", "user/first")
+    found = re.search(rf'from_pretrained\("{MODEL}", revision="([0-9a-f]{{40}})"\)', card)
+    assert found, card
+    base = AutoModelForImageClassification.from_pretrained(
+        MODEL, revision=found[1], num_labels=4, ignore_mismatched_sizes=True
+    )
+    SuffixModel.for_cache(base, CachedDataset.from_pretrained("user/first"))
+    assert MODEL not in pushed("0:0,1:2", "user/unfrozen")
+    assert MODEL not in pushed("0:1,1:2", "user/deeper")
+
+
+def test_no_cache_is_pushed_with_a_model_wherever_it_came_from(server, images, cache, tmp_path, caplog) -> None:
+    rows = images.select(range(20)).with_transform(TinyTransform(augment=True))
+    trainer = make_trainer(tiny_vit(), rows, schedule="0:2", num_train_epochs=1, hub_model_id="user/model")
+    trainer.train()
+    CachedDataset.from_pretrained(cache).save_pretrained("out/copy")
+    with pytest.raises(UnsupportedSetupError, match=r"A cache lies in out/copy.*move it elsewhere"):
+        trainer.push_to_hub()
+    trainer._push_from_checkpoint("out/checkpoint-2")
+    assert "Checkpoint not pushed. A cache lies in out/copy" in caplog.text
+    assert server.uploads == {}
+
+
+def test_a_suffix_is_not_pushed_as_if_it_were_a_model(server, cache) -> None:
+    cached = CachedDataset.from_pretrained(cache)
+    suffix = SuffixModel(tiny_vit(), 2)
+    trainer = FreezeCacheTrainer(model=suffix, args=training_arguments(), train_dataset=cached)
+    with pytest.raises(UnsupportedSetupError, match=r"suffix\.model\.push_to_hub"):
+        trainer.push_to_hub()
 
 
 def test_another_process_loads_index_and_model_without_us_and_trains_with_us(server, images, tmp_path) -> None:
