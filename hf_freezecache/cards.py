@@ -3,93 +3,27 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCardData, try_to_load_from_cache
+from huggingface_hub import DatasetCardData
 
 from .cache.fingerprint import Fingerprint
 from .cache.format import CacheIndex, part_name
 from .codecs import DTYPES
+from .origin import Origin, is_hub_id
 from .wording import codec_words, fidelity_words, size_words
 
-__all__ = ["Origin", "cache_card", "origin_of_dataset", "origin_of_model"]
+__all__ = ["CARD_TAG", "cache_card", "unfinished_card"]
 
-#: What the Hub's metadata takes for the id of a repository, and for the identifier of a licence.
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-#: Where ``datasets`` keeps what it made of files of the Hub: owner, name, configuration, version and commit.
-_DOWNLOADED = re.compile(r"/([\w.-]+?)___([\w.-]+)/[^/]+/[\d.]+/([0-9a-f]{40})/[^/]+$")
+#: By which a card is known to be one of a cache.
+CARD_TAG = "hf-freezecache"
+
+#: What the Hub's metadata takes for the identifier of a licence.
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a cache was made of, as far as it is known. What is not known is not written.
-
-    Attributes:
-        dataset_name: Source data set: its id on the Hub, or words.
-        dataset_revision: Its commit.
-        license: Its licence, an identifier as the Hub knows them or words.
-        model_id: The model whose prefix was run: its id on the Hub, or words.
-        model_revision: Its commit.
-        label_names: Names of the classes, by number.
-    """
-
-    dataset_name: str | None = None
-    dataset_revision: str | None = None
-    license: str | None = None
-    model_id: str | None = None
-    model_revision: str | None = None
-    label_names: tuple[str, ...] | None = None
-
-
-def origin_of_dataset(dataset: Any) -> dict[str, Any]:
-    """Return what a ``datasets.Dataset`` says of itself: Hub id and commit, licence, names of its classes.
-
-    A name is taken only where the data came from the Hub: a local folder is nobody else's business.
-    """
-    found: dict[str, Any] = {}
-    if not isinstance(dataset, datasets.Dataset):
-        return found
-    for url in dataset.info.download_checksums or {}:
-        match = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", str(url))
-        if match is not None:
-            found |= {"dataset_name": match[1], "dataset_revision": match[2]}
-            break
-    for file in dataset.cache_files if not found else []:  # by default no checksums are kept, but the folder tells
-        match = _DOWNLOADED.search(Path(file["filename"]).as_posix())
-        if match is not None:
-            found |= {"dataset_name": f"{match[1]}/{match[2]}", "dataset_revision": match[3]}
-            break
-    if isinstance(dataset.info.license, str) and dataset.info.license.strip():
-        found["license"] = dataset.info.license.strip()
-    for name in ("labels", "label"):
-        feature = dataset.features.get(name)
-        if isinstance(feature, datasets.ClassLabel):
-            found["label_names"] = tuple(feature.names)
-            break
-    return found
-
-
-def origin_of_model(model: Any) -> dict[str, Any]:
-    """Return Hub id and commit of a model, as far as this machine's cache of the Hub tells them.
-
-    Nothing of a model that was loaded from a folder; no commit where several have been fetched.
-    """
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not name or Path(name).exists() or not _REPO_ID.fullmatch(name):
-        return {}
-    found = try_to_load_from_cache(name, "config.json")
-    if not isinstance(found, str):
-        return {}
-    # Configurations of transformers 5 do not hold the commit that they came from.
-    commits = [path.name for path in Path(found).parents[1].iterdir()]
-    return {"model_id": name, **({"model_revision": commits[0]} if len(commits) == 1 else {})}
 
 
 def _config_name(view: int) -> str:
@@ -114,7 +48,7 @@ def _features(directory: Path, index: CacheIndex, origin: Origin) -> datasets.Fe
 def _metadata(directory: Path, index: CacheIndex, origin: Origin) -> DatasetCardData:
     size = next((name for bound, name in _SIZES if index.num_samples < bound), "n>1M")
     data = DatasetCardData(
-        tags=["hf-freezecache", "hidden-states", "vision-transformer"],
+        tags=[CARD_TAG, "hidden-states", "vision-transformer"],
         size_categories=[size],
         configs=[
             {
@@ -127,7 +61,7 @@ def _metadata(directory: Path, index: CacheIndex, origin: Origin) -> DatasetCard
     )
     if any(extra.name == "labels" for extra in index.extras):
         data["task_categories"] = ["image-classification"]
-    if origin.dataset_name and _REPO_ID.fullmatch(origin.dataset_name):
+    if origin.dataset_name and is_hub_id(origin.dataset_name):
         data["source_datasets"] = [origin.dataset_name]
     if origin.license:
         data["license"] = origin.license if _LICENSE_ID.fullmatch(origin.license) else "other"
@@ -186,6 +120,30 @@ def _facts(index: CacheIndex, origin: Origin) -> dict[str, str]:
     return rows
 
 
+def unfinished_card(directory: Path, index: CacheIndex, origin: Origin | None = None) -> str:
+    """Render what stands in place of the card while a cache is pushed: that it is unfinished. It names no data files.
+
+    Args:
+        directory: As for ``cache_card``.
+        index: As for ``cache_card``.
+        origin: As for ``cache_card``: what the Hub refuses of it, it refuses before anything large is sent.
+    """
+    data = _metadata(directory, index, origin or Origin())
+    data.pop("dataset_info", None)
+    # Nothing is there: without this line, all parts of all views that are there would be taken for rows.
+    data["configs"] = [
+        {"config_name": "unfinished", "data_files": [{"split": "train", "path": "unfinished/*.parquet"}]}
+    ]
+    return f"""---
+{data.to_yaml()}
+---
+
+# Unfinished
+
+A cache of hidden states is being pushed here by `hf-freezecache`, or its push was interrupted. The same push finishes it.
+"""
+
+
 def cache_card(directory: Path, index: CacheIndex, repo_id: str, origin: Origin | None = None) -> str:
     """Render the card of a cache: metadata that the Hub reads, and text.
 
@@ -200,8 +158,9 @@ def cache_card(directory: Path, index: CacheIndex, repo_id: str, origin: Origin 
         "TrainingArguments",
         f"# model: the one whose first {index.split_point} blocks were cached, with a head of yours",
     )
-    if origin.model_id and _REPO_ID.fullmatch(origin.model_id):
-        revision = f', revision="{origin.model_revision}"' if origin.model_revision else ""
+    if origin.model_id and is_hub_id(origin.model_id):
+        safe = re.fullmatch(r"[\w./-]+", origin.model_revision or "") is not None
+        revision = f', revision="{origin.model_revision}"' if safe else ""
         imports = "AutoModelForImageClassification, TrainingArguments"
         load = f'model = AutoModelForImageClassification.from_pretrained("{origin.model_id}"{revision})'
     parts = {f"`{name}`": f"`{value}`" for name, value in sorted(index.fingerprint.items())}

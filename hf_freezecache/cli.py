@@ -391,14 +391,13 @@ def push(
     Needs a token with write access: hf auth login, or HF_TOKEN.
     """
     with _one_line_errors(debug):
-        from .hub import origin_given, push_cache
+        from .hub import push_cache
+        from .origin import Origin
 
         caches, _ = _find_caches(path)
         if len(caches) > 1:
             raise UnsupportedSetupError(f"{path} holds {len(caches)} caches; give one of them, e.g. {caches[0]}.")
-        origin = origin_given(
-            dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision
-        )
+        origin = Origin(dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision)
         report = push_cache(
             caches[0],
             repo_id,

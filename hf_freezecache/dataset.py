@@ -169,9 +169,10 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             CacheMismatchError: The repository holds another cache.
             HubError: The Hub refused or could not be reached.
         """
-        from .hub import origin_given, push_cache
+        from .hub import push_cache
+        from .origin import Origin
 
-        origin = origin_given(
+        origin = Origin(
             dataset_name=dataset_name,
             dataset_revision=dataset_revision,
             license=license,

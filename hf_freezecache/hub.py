@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
+    DatasetCard,
     HfApi,
     constants,
     hf_hub_download,
@@ -38,18 +39,27 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
 from .cache.fingerprint import Fingerprint
-from .cache.format import FILE_NAME, INDEX_NAME, CacheIndex, load_index
+from .cache.format import FILE_NAME, INDEX_NAME, ORIGIN_NAME, CacheIndex, load_index
 from .cache.reader import verify_cache
 from .cache.selection import Selection
-from .cache.transfer import check_free_space, check_vacant, file_problem, put_in_place
-from .cards import Origin, cache_card
-from .errors import CacheCorruptError, CacheMismatchError, FreezeCacheError, HubError, UnsupportedSetupError
+from .cache.transfer import check_free_space, check_vacant, file_problem, put_in_place, scratch_of
+from .cards import CARD_TAG, cache_card, unfinished_card
+from .errors import (
+    CacheCorruptError,
+    CacheMismatchError,
+    CacheWriteError,
+    FreezeCacheError,
+    HubError,
+    UnsupportedSetupError,
+)
+from .origin import Origin, origin_json, read_origin
 
-__all__ = ["PullReport", "PushReport", "fetch_cache", "is_repo_id", "origin_given", "pull_cache", "push_cache"]
+__all__ = ["PullReport", "PushReport", "fetch_cache", "is_repo_id", "pull_cache", "push_cache"]
 
 logger = logging.getLogger(__name__)
 
 KIND = "dataset"
+CARD_NAME = "README.md"
 #: Files and bytes in one commit; what one upload call takes; the Hub's limits of a repository.
 COMMIT_FILES, COMMIT_BYTES = 100, 10 * 2**30
 GROUP_FILES, GROUP_BYTES = 8, 512 * 2**20
@@ -92,6 +102,7 @@ class PullReport:
         revision: Commit that was fetched.
         directory: Where the cache lies now.
         files: Files checked against their hashes, ``index.json`` included.
+        kept_files: Those of them that were there already.
         total_bytes: Their bytes.
     """
 
@@ -99,6 +110,7 @@ class PullReport:
     revision: str
     directory: Path
     files: int = 0
+    kept_files: int = 0
     total_bytes: int = 0
 
 
@@ -187,11 +199,6 @@ def _api(token: str | bool | None) -> HfApi:
     return HfApi(token=token, library_name="hf_freezecache")
 
 
-def origin_given(**parts: Any) -> Origin | None:
-    """Return what was said of the origin of a cache, or ``None`` if nothing was."""
-    return Origin(**parts) if any(value is not None for value in parts.values()) else None
-
-
 # ---- Push ----
 
 
@@ -268,7 +275,8 @@ def push_cache(
     """Push a cache to a data set on the Hub, or the rest of it.
 
     Every bit is checked first. Files that are there with the same hash are not sent again; shards are committed in batches,
-    ``index.json`` and the card last, so an interrupted push is never taken for a cache, and the same call finishes it.
+    ``index.json`` and the card last. Until then a card says that it is unfinished and names no data files: an interrupted
+    push is taken neither for a cache nor for rows, and the same call finishes it.
 
     Args:
         directory: The cache.
@@ -276,15 +284,16 @@ def push_cache(
         private: A repository that is made is private, and a public one is refused. ``False`` makes a public one.
         token: Token for the Hub; default the one of ``hf auth login``.
         revision: Branch, made from ``main`` if it is not there; default ``main``.
-        origin: What the cache was made of, for the card.
-        overwrite: Replace another cache that is in the repository.
+        origin: What the cache was made of, for the card, as far as its own ``origin.json`` does not say so already. A card
+            that is there is written again only if the push changes the cache, or something is given here.
+        overwrite: Replace another cache that is in the repository, or the card of another data set.
         show_progress: Show a progress bar; default as ``huggingface_hub``'s own.
 
     Raises:
         CacheCorruptError: The cache is unfinished or damaged.
-        CacheMismatchError: The repository holds another cache.
+        CacheMismatchError: The repository holds another cache, or another data set.
         HubError: The Hub could not be reached, or refused; what was uploaded is kept there.
-        UnsupportedSetupError: The name is none, or the cache exceeds limits of the Hub.
+        UnsupportedSetupError: The name is none, the cache exceeds limits of the Hub, or the Hub does not take the card.
     """
     directory = Path(directory)
     problems = verify_cache(directory)
@@ -304,8 +313,12 @@ def push_cache(
             for entry in api.list_repo_tree(repo_id, repo_type=KIND, recursive=True, revision=revision)
             if isinstance(entry, RepoFile)
         }
+        target = _Target(api, repo_id, revision, token, remote, report)
         stale = [name for name in remote if name not in index.files and FILE_NAME.fullmatch(name)]
-        there = INDEX_NAME in remote and _holds_same(api, repo_id, revision, directory, overwrite, report, token)
+        made_of = read_origin(directory).updated(origin or Origin())
+        there = INDEX_NAME in remote and _holds_same(target, directory, overwrite)
+        if not there and not overwrite:
+            made_of = _check_room(target, made_of)
         missing = [
             name
             for name, record in sorted(index.files.items())
@@ -314,86 +327,137 @@ def push_cache(
         report.kept_files = len(index.files) - len(missing)
         if missing and report.kept_files:
             logger.info("Going on with %s: %d of %d files are there.", repo_id, report.kept_files, len(index.files))
-        _push_files(api, repo_id, revision, directory, index, missing, report, remote, show)
-        if missing or stale or not there or origin is not None:
-            last: list[Any] = [CommitOperationDelete(name) for name in stale]
-            card = cache_card(directory, index, repo_id, origin).encode()
-            last += [CommitOperationAdd("README.md", card), CommitOperationAdd(INDEX_NAME, directory / INDEX_NAME)]
-            _commit(api, repo_id, revision, last, f"Index of {index.num_samples:,} samples", report)
-        # Else a card that somebody has edited since stays.
+        _begin(target, there, bool(missing), unfinished_card(directory, index, made_of))
+        _push_files(target, directory, index, missing, show)
+        last: list[Any] = [CommitOperationDelete(name) for name in stale]
+        if not there or CARD_NAME not in remote or origin not in (None, Origin()):
+            # Else a card that somebody has edited since stays.
+            last.append(CommitOperationAdd(CARD_NAME, cache_card(directory, index, repo_id, made_of).encode()))
+            if made_of != Origin():
+                last.append(CommitOperationAdd(ORIGIN_NAME, origin_json(made_of)))
+            elif ORIGIN_NAME in remote:
+                last.append(CommitOperationDelete(ORIGIN_NAME))
+        if not there:
+            last.append(CommitOperationAdd(INDEX_NAME, directory / INDEX_NAME))
+        if last:
+            target.commit(last, f"Index of {index.num_samples:,} samples")
     return report
 
 
-def _holds_same(
-    api: HfApi,
-    repo_id: str,
-    revision: str | None,
-    directory: Path,
-    overwrite: bool,
-    report: PushReport,
-    token: str | bool | None,
-) -> bool:
-    """Say whether the index on the Hub is this one; refuse to replace another, or take it away before its shards change."""
-    path = hf_hub_download(repo_id, INDEX_NAME, repo_type=KIND, revision=revision, token=token, force_download=True)
-    if Path(path).read_bytes() == (directory / INDEX_NAME).read_bytes():
+@dataclass
+class _Target:
+    """A branch of a repository, and what lay there when the push began."""
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    token: str | bool | None
+    remote: dict[str, RepoFile]
+    report: PushReport
+
+    def read(self, name: str) -> Path:
+        return Path(
+            hf_hub_download(
+                self.repo_id, name, repo_type=KIND, revision=self.revision, token=self.token, force_download=True
+            )
+        )
+
+    def commit(self, operations: list[Any], message: str) -> None:
+        try:
+            info = self.api.create_commit(
+                self.repo_id, operations, commit_message=message, repo_type=KIND, revision=self.revision
+            )
+        except ValueError as error:
+            if "metadata in README.md" not in str(error):
+                raise
+            raise UnsupportedSetupError(
+                f"The Hub does not take the card of {self.repo_id}: {error} Give a licence by an identifier that it knows, e.g. "
+                "cc-by-4.0, or in words."
+            ) from error
+        self.report.commits += info.oid != self.report.revision
+        self.report.revision = str(info.oid)
+
+
+def _check_room(target: _Target, origin: Origin) -> Origin:
+    """Refuse to write over the card of another data set; of a repository with no more than a licence, take that over."""
+    others = [
+        name
+        for name in target.remote
+        if name not in (CARD_NAME, ORIGIN_NAME, INDEX_NAME, ".gitattributes", "LICENSE")
+        and not FILE_NAME.fullmatch(name)
+    ]
+    card = None
+    if CARD_NAME in target.remote:
+        card = DatasetCard.load(target.read(CARD_NAME), ignore_metadata_errors=True)
+        if CARD_TAG in (card.data.get("tags") or []):
+            return origin
+    if others or (card is not None and card.text.strip()):
+        what = f"holds {others[0]}" if others else "has a card that is not one of a cache"
+        raise CacheMismatchError(
+            f"{target.repo_id} is another data set: it {what}. Push to another repository, or write the card over that of "
+            "the other (overwrite=True, --overwrite)."
+        )
+    license = None if card is None else card.data.get("license")
+    return Origin(license=license).updated(origin) if isinstance(license, str) else origin
+
+
+def _begin(target: _Target, there: bool, sends: bool, card: str) -> None:
+    """Make the repository ready for shards, in one commit: it is no cache yet, and stores them as large files."""
+    operations: list[Any] = []
+    if not there:
+        if INDEX_NAME in target.remote:
+            logger.warning("Replacing the cache in %s.", target.repo_id)
+            operations.append(CommitOperationDelete(INDEX_NAME))
+        operations.append(CommitOperationAdd(CARD_NAME, card.encode()))  # no commit if it is that already
+    if sends:
+        path = target.read(".gitattributes") if ".gitattributes" in target.remote else None
+        text = "" if path is None else path.read_text(encoding="utf-8")
+        large = {line.split()[0] for line in text.splitlines() if "filter=lfs" in line.split()}
+        lines = [f"*.{kind} filter=lfs diff=lfs merge=lfs -text\n" for kind in ("safetensors", "parquet")]
+        lacking = [line for line in lines if line.split()[0] not in large]
+        if lacking:
+            whole = text + ("\n" if text and not text.endswith("\n") else "") + "".join(lacking)
+            operations.append(CommitOperationAdd(".gitattributes", whole.encode()))
+    if operations:
+        target.commit(operations, "Begin a cache" if not there else "Store shards as large files")
+
+
+def _holds_same(target: _Target, directory: Path, overwrite: bool) -> bool:
+    """Say whether the index on the Hub is this one; refuse another, unless that is to be replaced."""
+    path = target.read(INDEX_NAME)
+    if path.read_bytes() == (directory / INDEX_NAME).read_bytes():
         return True
     if not overwrite:
         try:
-            ours, theirs = (Fingerprint(load_index(folder).fingerprint) for folder in (directory, Path(path).parent))
+            ours, theirs = (Fingerprint(load_index(folder).fingerprint) for folder in (directory, path.parent))
             what = f"differs in: {', '.join(ours.difference(theirs)) or 'its files'}"
         except (FreezeCacheError, OSError) as error:
             what = f"cannot be read: {error}"
         raise CacheMismatchError(
-            f"{repo_id} holds another cache, which {what}. Push to another repository, or replace it (overwrite=True, "
+            f"{target.repo_id} holds another cache, which {what}. Push to another repository, or replace it (overwrite=True, "
             "--overwrite)."
         )
-    logger.warning("Replacing the cache in %s.", repo_id)
-    _commit(api, repo_id, revision, [CommitOperationDelete(INDEX_NAME)], "Begin another cache", report)
     return False
 
 
-def _push_files(
-    api: HfApi,
-    repo_id: str,
-    revision: str | None,
-    directory: Path,
-    index: CacheIndex,
-    missing: list[str],
-    report: PushReport,
-    remote: dict[str, Any],
-    show: bool,
-) -> None:
+def _push_files(target: _Target, directory: Path, index: CacheIndex, missing: list[str], show: bool) -> None:
     total = sum(index.files[name].bytes for name in missing)
-    attributes: list[Any] = []
-    if ".gitattributes" not in remote:
-        lines = [f"*.{kind} filter=lfs diff=lfs merge=lfs -text\n" for kind in ("safetensors", "parquet")]
-        attributes = [CommitOperationAdd(".gitattributes", "".join(lines).encode())]
-    if attributes:  # before any shard: it decides how these are stored
-        _commit(api, repo_id, revision, attributes, "Store shards as large files", report)
-    with tqdm(total=total, desc=f"Pushing {repo_id}", unit="B", unit_scale=True, disable=not show) as bar:
+    with tqdm(total=total, desc=f"Pushing {target.repo_id}", unit="B", unit_scale=True, disable=not show) as bar:
         for number, batch in enumerate(_uploads(missing, index, COMMIT_FILES, COMMIT_BYTES), start=1):
             additions = [CommitOperationAdd(name, directory / name) for name in batch]
             by_name = {addition.path_in_repo: addition for addition in additions}
             for group in _uploads(batch, index, GROUP_FILES, GROUP_BYTES):
-                api.preupload_lfs_files(
-                    repo_id,
+                target.api.preupload_lfs_files(
+                    target.repo_id,
                     [by_name[name] for name in group],
                     repo_type=KIND,
-                    revision=revision,
+                    revision=target.revision,
                     free_memory=False,
                 )
                 bar.update(sum(index.files[name].bytes for name in group))
-            _commit(api, repo_id, revision, additions, f"Shards, part {number}", report)
-            report.uploaded += batch
-            report.uploaded_bytes += sum(index.files[name].bytes for name in batch)
-
-
-def _commit(
-    api: HfApi, repo_id: str, revision: str | None, operations: list[Any], message: str, report: PushReport
-) -> None:
-    info = api.create_commit(repo_id, operations, commit_message=message, repo_type=KIND, revision=revision)
-    report.commits += info.oid != report.revision
-    report.revision = str(info.oid)
+            target.commit(additions, f"Shards, part {number}")
+            target.report.uploaded += batch
+            target.report.uploaded_bytes += sum(index.files[name].bytes for name in batch)
 
 
 # ---- Pull ----
@@ -512,9 +576,10 @@ def pull_cache(
     shards: Sequence[int] | None = None,
     show_progress: bool | None = None,
 ) -> PullReport:
-    """Pull a cache, or a part of it, into a folder, which appears once every file is checked.
+    """Pull a cache, or a part of it, into a folder, which appears, or becomes a cache, once every file is checked.
 
-    An interrupted pull goes on where it stopped: until it is complete the files lie in a hidden folder beside.
+    An interrupted pull goes on where it stopped: until it is complete the files lie in a hidden folder beside, or in the
+    folder if that is there. Of a cache that is there, files are fetched that are missing or damaged.
 
     Args:
         repo_id: ``user/name``.
@@ -527,42 +592,68 @@ def pull_cache(
 
     Raises:
         CacheCorruptError: The repository holds no finished cache, or a file is altered; the message names it.
-        CacheWriteError: The folder is not empty and does not hold this cache, or the disk is full.
+        CacheWriteError: The folder is not empty and does not hold this cache, or cannot be written, or the disk is full.
         HubError: The Hub could not be reached, has no such repository or revision, or refused.
         IndexError: The cache has no such view or shard.
     """
     directory, selection = Path(directory), Selection.of(views, shards)
+    scratch = scratch_of(directory, "pull")
     show = _shown(show_progress)
     with _explained(f"Pulling {repo_id}", repo_id, revision), _bars(show):
         sha, index, names = _fetch_index(repo_id, revision, token, selection)
         report = PullReport(repo_id, sha, directory, len(names) + 1)
+        lacking = [*names, INDEX_NAME]
         if _holds(directory, index):
-            _check_fetched(directory, index, names, str(directory), show)
-        else:
+            lacking = _problems(directory, index, names, show)
+            report.kept_files = report.files - len(lacking)
+        elif (directory / INDEX_NAME).exists() or not (scratch.is_dir() and scratch.parent == directory.absolute()):
             check_vacant(directory)
-            scratch = directory.with_name(f".{directory.name}.pull")
-            scratch.mkdir(parents=True, exist_ok=True)
-            there = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
-            check_free_space(scratch, sum(index.files[name].bytes for name in names) - there)
-            snapshot_download(
-                repo_id,
-                repo_type=KIND,
-                revision=sha,
-                token=token,
-                allow_patterns=[*names, INDEX_NAME],
-                local_dir=scratch,
-            )
-            _check_fetched(scratch, index, names, repo_id, show)
-            wanted = {*names, INDEX_NAME}
-            for path in [path for path in scratch.rglob("*") if path.is_file()]:
-                if str(path.relative_to(scratch)) not in wanted:
-                    path.unlink()
-            shutil.rmtree(scratch / ".cache", ignore_errors=True)
-            if load_index(scratch) != index:
-                raise CacheCorruptError(f"{repo_id} is refused: {INDEX_NAME} is altered.")
-            put_in_place(scratch, directory)
+        # Else a pull into it was interrupted.
+        if lacking:
+            try:
+                _fetch_into(scratch, repo_id, sha, token, index, lacking, show)
+                put_in_place(scratch, directory)
+            except OSError as error:
+                known = (FreezeCacheError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+                if isinstance(error, known) or _cause(error) is not None:
+                    raise
+                raise CacheWriteError(
+                    f"{directory} could not be written: {error}. What was fetched is kept; the same call goes on from there."
+                ) from error
         report.total_bytes = sum((directory / name).stat().st_size for name in [*names, INDEX_NAME])
     return report
+
+
+def _problems(folder: Path, index: CacheIndex, names: list[str], show: bool) -> list[str]:
+    bar = tqdm(names, desc="Checking", unit="file", disable=not show)
+    return [name for name in bar if file_problem(folder / name, index.files[name]) is not None]
+
+
+def _fetch_into(
+    scratch: Path,
+    repo_id: str,
+    revision: str,
+    token: str | bool | None,
+    index: CacheIndex,
+    names: list[str],
+    show: bool,
+) -> None:
+    """Fetch files of a cache, and what is known of its origin, into a folder that then holds these alone, checked."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    files = [name for name in names if name != INDEX_NAME]
+    there = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+    check_free_space(scratch, sum(index.files[name].bytes for name in files) - there)
+    wanted = {*names, ORIGIN_NAME}
+    snapshot_download(
+        repo_id, repo_type=KIND, revision=revision, token=token, allow_patterns=sorted(wanted), local_dir=scratch
+    )
+    _check_fetched(scratch, index, files, repo_id, show)
+    shutil.rmtree(scratch / ".cache", ignore_errors=True)
+    for path in [path for path in scratch.rglob("*") if path.is_file()]:
+        if path.relative_to(scratch).as_posix() not in wanted:
+            path.unlink()
+    if INDEX_NAME in names and load_index(scratch) != index:
+        raise CacheCorruptError(f"{repo_id} is refused: {INDEX_NAME} is altered.")
 
 
 def _holds(directory: Path, index: CacheIndex) -> bool:

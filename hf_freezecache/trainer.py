@@ -26,7 +26,6 @@ from .cache.reader import CacheReader
 from .cache.writer import BuildReport
 from .caching import StageCache
 from .callbacks import ReportCallback, describe_run, describe_stage, write_card
-from .cards import origin_of_dataset, origin_of_model
 from .checkpoints import (
     check_complete,
     last_complete,
@@ -45,6 +44,7 @@ from .dataset import CachedDataset, collate_cached, split_packed
 from .errors import CacheWriteError, UnsupportedSetupError
 from .feature_augmentation import FeatureAugmenter, parse_feature_augmentation, step_generator
 from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer, restore_groups
+from .origin import Origin, keep_origin, origin_of_dataset, origin_of_model
 from .policies import Stage, plan_stages, split_point_at
 from .preflight import (
     CheckedCollator,
@@ -362,7 +362,7 @@ class FreezeCacheTrainer(Trainer):
                 "The processes have different weights in the blocks to freeze: each of them would write other hidden states "
                 "into the cache. Load the model from one checkpoint, or seed its initialisation."
             )
-        return CachedDataset(self._stage_cache.open(split)[0])
+        return CachedDataset(self._open_stage(split)[0])
 
     def push_cache_to_hub(self, repo_id: str, private: bool = True, **settings: Any) -> Any:
         """Push the cache of the stage that was trained or built last to a data set on the Hub. The first process pushes.
@@ -382,19 +382,33 @@ class FreezeCacheTrainer(Trainer):
         reader = None if self._stage_cache is None else self._stage_cache.previous
         if reader is None:
             raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
-        known = origin_of_dataset(self.train_dataset)
-        if reader.index.split_point <= self._trained_from:
-            known |= origin_of_model(self.model)
-        for name, others in (("dataset_name", ("dataset_revision", "license")), ("model_id", ("model_revision",))):
-            if settings.get(name) not in (None, known.get(name)):  # of something else
-                known = {part: value for part, value in known.items() if part not in others}
         if self._processes.parts > 1:
             raise UnsupportedSetupError(
                 "With cache_placement='node' each machine has a part of the cache. To push one, build it with 'shared'."
             )
-        return self._everyone.on_leader(
-            lambda: CachedDataset(reader).push_to_hub(repo_id, private, **{**known, **settings})
-        )
+
+        def push() -> Any:
+            known = self._origin(reader.index.split_point)
+            kept = keep_origin(Path(reader.directory), known)  # else in a folder that takes no files
+            parts = {} if kept else vars(known.updated(Origin.among(settings)))
+            return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **parts})
+
+        return self._everyone.on_leader(push)
+
+    def _origin(self, split_point: int) -> Origin:
+        """Return what is known of the origin of this run's cache of a split point."""
+        known = origin_of_dataset(self.train_dataset)
+        if split_point <= self._trained_from:
+            known |= origin_of_model(self.model)
+        return Origin(**known)
+
+    def _open_stage(self, split: Split) -> tuple[CacheReader, BuildReport]:
+        """Find or build the cache of a stage, and write down what it was made of."""
+        assert self._stage_cache is not None
+        reader, report = self._stage_cache.open(split)
+        if self._processes.is_leader:
+            keep_origin(Path(reader.directory), self._origin(split.split_point))
+        return reader, report
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As ``Trainer``; a ``CachedDataset`` is shuffled chunk by chunk, and shows its views in turn."""
@@ -706,7 +720,7 @@ class FreezeCacheTrainer(Trainer):
         assert self._stage_cache is not None
         try:
             with self._everyone.together() if self._processes.parts > 1 else nullcontext():
-                return self._stage_cache.open(self._split)
+                return self._open_stage(self._split)
         except CacheWriteError as error:
             if self.cache_config.mode == "auto":
                 logger.warning(

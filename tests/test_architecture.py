@@ -102,7 +102,8 @@ MAY_IMPORT = {
     "checkpoints": {"errors", "cache.format"},
     "suffix": {"cache.fingerprint", "dataset", "errors", "freezing", "splitting"},
     "wording": set(),
-    "cards": {*CACHE, "codecs", "wording"},
+    "origin": {"cache.format"},
+    "cards": {*CACHE, "codecs", "origin", "wording"},
     "plots": {"sensitivity"},
     # What a run left behind: record -> figures -> words -> pictures, page and card.
     "run_record": {"errors"},
@@ -121,8 +122,8 @@ LIBRARY = set(MAY_IMPORT)
 MAY_IMPORT["trainer"] = LIBRARY
 MAY_IMPORT[""] = {"config", "dataset", "errors", "splitting", "suffix", "trainer"}
 #: At the end of the flow; nothing below may import it when loaded. Methods of the data set that fetch and push do when called.
-MAY_IMPORT["hub"] = {*CACHE, "cache.reader", "cache.selection", "cache.transfer", "cards"}
-ONLY_WHEN_CALLED = {"dataset": {"hub"}}
+MAY_IMPORT["hub"] = {*CACHE, "cache.reader", "cache.selection", "cache.transfer", "cards", "origin"}
+ONLY_WHEN_CALLED = {"dataset": {"hub", "origin"}}
 #: What users run. Nothing but another of these may import one of them.
 SHELL = ["demo", "build", "cli"]
 for position, shell in enumerate(SHELL):

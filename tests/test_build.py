@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from hub_client import connect
+from hub_server import HubServer
+from huggingface_hub import DatasetCard
+from stand_ins import FLOWER_CLASSES, MODEL, make_flowers, publish
 from test_cli import assert_one_line, call
 from tiny import PROCESSOR, TinyTransform, make_trainer, tiny_vit
 
@@ -15,6 +20,7 @@ from hf_freezecache import CachedDataset, SuffixModel, split_model
 from hf_freezecache.cache.reader import verify_cache
 from hf_freezecache.dataset import collate_cached
 from hf_freezecache.errors import CacheMismatchError, UnsupportedSetupError
+from hf_freezecache.origin import Origin, keep_origin, read_origin
 from hf_freezecache.transforms import ImageTransform
 
 
@@ -138,3 +144,79 @@ def test_a_suffix_for_a_cache_needs_the_weights_of_the_cache(train_dataset) -> N
             if name not in split_model(another_head, 2).prefix_parameters():
                 parameter.zero_()
     assert SuffixModel.for_cache(another_head, cached).split.split_point == 2
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with HubServer(tmp_path / "server") as server:
+        connect(server, tmp_path / "home", monkeypatch)
+        yield server
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
+def test_the_card_of_a_cache_that_was_built_here_says_of_what(server, tmp_path) -> None:
+    """Building, looking and pushing are commands of their own; what the first knew is written on the card of the last."""
+    (tmp_path / "stand-ins").mkdir()
+    publish(server, tmp_path / "stand-ins")
+    make_flowers(Path("flower_photos"))
+    status, out, err = call("build", MODEL, "flower_photos", "--split-point", 2, "--json")
+    assert status == 0, err
+    cache = Path(json.loads(out)["path"])
+    assert verify_cache(cache) == []
+    commit = server.repo(MODEL, "model").refs["main"]
+    assert read_origin(cache) == Origin(model_id=MODEL, model_revision=commit, label_names=tuple(FLOWER_CLASSES))
+    status, _, err = call("push", cache, "user/flowers", "--license", "cc-by-2.0", "--dataset", "flower photos")
+    assert status == 0, err
+    card = server.read("user/flowers", "README.md").decode()
+    for words in (f'from_pretrained("{MODEL}", revision="{commit}")', "license: cc-by-2.0", "flower photos"):
+        assert words in card
+    columns = DatasetCard(card).data.dataset_info["features"]
+    labels = next(column for column in columns if column["name"] == "labels")
+    assert list(labels["dtype"]["class_label"]["names"].values()) == FLOWER_CLASSES
+    # It goes with the cache, also where it is copied or pushed on from.
+    assert call("pull", "user/flowers", "pulled")[0] == 0
+    CachedDataset.from_pretrained("pulled").save_pretrained("copied")
+    assert verify_cache(Path("copied")) == []
+    assert call("push", "copied", "user/again")[0] == 0
+    assert server.read("user/again", "README.md").decode() == card.replace("user/flowers", "user/again")
+
+
+def test_an_origin_that_cannot_be_understood_is_passed_over(caplog) -> None:
+    Path("origin.json").write_text(json.dumps({"license": "mit"}))
+    Path("origin.json").write_text(json.dumps({"license": "mit", "of a later version": 1}))
+    assert read_origin(Path()) == Origin(license="mit")
+    for text in (
+        "",
+        "[]",
+        "{",
+        '{"license": 3}',
+        '{"license": ["a"]}',
+        '{"label_names": "ab"}',
+        '{"label_names": [1]}',
+        "[" * 9999,
+    ):
+        Path("origin.json").write_text(text)
+        caplog.clear()
+        assert read_origin(Path()) == Origin()
+        assert "origin.json is passed over" in caplog.text
+
+
+def test_what_is_given_stands_in_place_of_what_was_known() -> None:
+    known = Origin("somebody/pictures", "1" * 40, "mit", "somebody/vit", "2" * 40, ("a", "b"))
+    assert known.updated(Origin()) == known
+    assert known.updated(Origin(license="cc-by-4.0")) == replace(known, license="cc-by-4.0")
+    other = known.updated(Origin(dataset_name="others", model_id="somebody/vit"))
+    assert other == Origin("others", None, None, "somebody/vit", "2" * 40, ("a", "b"))
+    assert known.updated(Origin(model_id="others/vit")) == replace(known, model_id="others/vit", model_revision=None)
+
+
+def test_what_built_a_cache_is_not_written_over(images) -> None:
+    """Nor is it an error that it cannot be written: it is a matter of words."""
+    cached = make_trainer(tiny_vit(), images.with_transform(TinyTransform(augment=False)), schedule="0:1").build_cache()
+    folder = Path(cached.reader.directory)
+    assert read_origin(folder) == Origin(label_names=("a", "b", "c", "d"))
+    (folder / "origin.json").write_text('{"license": "mit"}')
+    make_trainer(tiny_vit(), images.with_transform(TinyTransform(augment=False)), schedule="0:1").build_cache()
+    assert read_origin(folder) == Origin(license="mit")
+    Path("file").write_text("")
+    assert not keep_origin(Path("file/below"), Origin())

@@ -17,7 +17,8 @@ from tiny import TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache import CachedDataset
 from hf_freezecache.cache.format import load_index
-from hf_freezecache.cards import Origin, cache_card, origin_of_dataset, origin_of_model
+from hf_freezecache.cards import cache_card
+from hf_freezecache.origin import Origin, origin_of_dataset, origin_of_model
 
 FULL = Origin("somebody/pictures", "a" * 40, "cc-by-4.0", "somebody/vit", "b" * 40, label_names=("zero", "one", "two"))
 PLACEHOLDER = re.compile(

@@ -17,7 +17,7 @@ import tiny_cache
 import torch
 from hub_client import connect, environment
 from hub_server import HubServer
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCard, HfApi
 from stand_ins import MODEL, publish
 from test_cli import assert_one_line, call
 from tiny import TinyTransform, make_trainer, tiny_vit, training_arguments
@@ -33,6 +33,7 @@ from hf_freezecache.errors import (
     HubError,
     UnsupportedSetupError,
 )
+from hf_freezecache.origin import Origin
 
 REPO = "user/cache"
 
@@ -96,8 +97,8 @@ def test_the_index_is_committed_last_and_in_batches(server, cache, monkeypatch) 
     report = hub.push_cache(cache, REPO)
     history = list(server.repo(REPO).commits.values())
     assert ["index.json" in files for files in history] == [False] * (len(history) - 1) + [True]
-    assert [len(files) - 1 for files in history] == [0, 5, 10, 15, 16, 18]
-    assert report.commits == 5
+    assert [len(files) - 1 for files in history] == [0, 1, 6, 11, 16, 17, 18]
+    assert report.commits == 6
 
 
 def test_pushing_again_sends_nothing_and_leaves_an_edited_card(server, cache) -> None:
@@ -131,7 +132,22 @@ def test_many_files_are_listed_over_pages(server, tmp_path) -> None:
 # ---- Interruptions ----
 
 
-def test_an_interrupted_push_is_no_cache_and_goes_on(server, cache, monkeypatch) -> None:
+def assert_no_rows(server: HubServer, home: Path) -> None:
+    """Another process, which has plain ``datasets``, loads nothing."""
+    code = f"import datasets; print(datasets.load_dataset('{REPO}'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(server, home / "elsewhere"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0, done.stdout
+    assert "No (supported) data files found" in done.stderr
+
+
+def test_an_interrupted_push_is_no_cache_and_goes_on(server, cache, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(hub, "COMMIT_FILES", 4)
     monkeypatch.setattr(hub, "GROUP_FILES", 1)
     server.fail_after = 7
@@ -140,8 +156,13 @@ def test_an_interrupted_push_is_no_cache_and_goes_on(server, cache, monkeypatch)
     assert server.num_uploads == 7
     with pytest.raises(CacheCorruptError, match="holds no finished cache"):
         CachedDataset.from_pretrained(REPO)
+    assert b"# Unfinished" in server.read(REPO, "README.md")
+    assert [path for path in server.files(REPO) if path.endswith(".parquet")]
+    assert_no_rows(server, tmp_path)  # least of all those of several views in one table
     server.fail_after = None
     report = hub.push_cache(cache, REPO)
+    assert list(server.repo(REPO).titles.values()).count("Begin a cache") == 1
+    assert b"# Unfinished" not in server.read(REPO, "README.md")
     assert report.kept_files == 4  # three more were sent, not committed
     assert shards_of(server) == dict.fromkeys(load_index(cache).files, 1)
     assert len(CachedDataset.from_pretrained(REPO)) == 24
@@ -305,11 +326,65 @@ def test_another_cache_is_replaced_only_if_asked(server, cache, tmp_path) -> Non
         hub.push_cache(other, REPO, overwrite=True)
     with pytest.raises(CacheCorruptError, match="no finished cache"):  # never an index beside another's shards
         CachedDataset.from_pretrained(REPO)
+    assert_no_rows(server, tmp_path)
     server.fail_after = None
     hub.push_cache(other, REPO)
     assert set(server.files(REPO)) == {*load_index(other).files, "index.json", "README.md", ".gitattributes"}
     assert len(CachedDataset.from_pretrained(REPO)) == 10
     assert len(CachedDataset.from_pretrained(REPO, revision=old)) == 24
+
+
+def test_another_data_set_is_not_written_over(server, cache) -> None:
+    card = b"---\nlicense: mit\n---\n# My pictures"
+    server.publish(REPO, make_folder(cache.parent / "theirs", {"data/train.parquet": b"rows"}), "dataset")
+    server.publish("user/told", make_folder(cache.parent / "told", {"README.md": card}), "dataset")
+    for name, what in ((REPO, "holds data/train.parquet"), ("user/told", "has a card that is not one of a cache")):
+        server.repo(name).private = True
+        before = dict(server.files(name))
+        with pytest.raises(CacheMismatchError, match=f"{name} is another data set: it {what}.*--overwrite"):
+            hub.push_cache(cache, name)
+        assert server.files(name) == before
+    hub.push_cache(cache, "user/told", overwrite=True)
+    assert len(CachedDataset.from_pretrained("user/told")) == 24
+
+
+def test_a_repository_made_by_hand_keeps_its_licence(server, cache) -> None:
+    """As the Hub's own page makes one: the licence that was chosen there, and nothing else."""
+    made = {"README.md": b"---\nlicense: cc-by-4.0\n---\n", ".gitattributes": b"*.bin filter=lfs diff=lfs -text"}
+    server.publish(REPO, make_folder(cache.parent / "made", made), "dataset")
+    server.repo(REPO).private = True
+    hub.push_cache(cache, REPO)
+    assert DatasetCard(server.read(REPO, "README.md").decode()).data.license == "cc-by-4.0"
+    assert server.read(REPO, ".gitattributes").startswith(made[".gitattributes"] + b"\n*.safetensors filter=lfs")
+    assert all(blob.lfs for path, blob in server.files(REPO).items() if path in load_index(cache).files)
+    assert hub.push_cache(cache, REPO).uploaded == []
+
+
+def test_a_licence_that_the_hub_refuses_is_refused_before_anything_is_sent(server, cache) -> None:
+    with pytest.raises(UnsupportedSetupError, match=r"does not take the card.*\n.*license.*cc-by-4\.0"):
+        hub.push_cache(cache, REPO, origin=Origin(license="apache2"))
+    assert server.num_uploads == 0
+    hub.push_cache(cache, REPO, origin=Origin(license="apache-2.0"))
+
+
+def test_a_shard_that_is_gone_is_sent_again_and_the_card_stays(server, cache) -> None:
+    CachedDataset.from_pretrained(cache).push_to_hub(REPO, license="mit", dataset_name="somebody/pictures")
+    card = server.read(REPO, "README.md")
+    name = "view-01/shard-00002.safetensors"
+    server.replace(REPO, name, None)
+    report = hub.push_cache(cache, REPO)
+    assert report.uploaded == [name]
+    assert server.read(REPO, "README.md") == card
+    assert hub.push_cache(cache, REPO, origin=Origin(license="cc-by-4.0")).commits == 1
+    assert DatasetCard(server.read(REPO, "README.md").decode()).data.license == "cc-by-4.0"
+    assert len(CachedDataset.from_pretrained(REPO)) == 24
+
+
+def make_folder(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def test_limits_of_the_hub(server, cache, monkeypatch) -> None:
@@ -402,6 +477,52 @@ def test_a_pull_overwrites_nothing(server, cache, tmp_path) -> None:
     assert {name: count for name, count in server.downloads.items() if name != "index.json"} == {
         name: count for name, count in fetched.items() if name != "index.json"
     }
+
+
+def test_a_pull_mends_what_is_there(server, cache, tmp_path) -> None:
+    """A damaged or missing file is fetched again, and what was left out when a part was pulled; nothing else is."""
+    hub.push_cache(cache, REPO)
+    target = tmp_path / "pulled"
+    assert hub.pull_cache(REPO, target, views=[0]).files == 9
+    damaged, lost = "view-00/shard-00001.safetensors", "index/view-00/part-00003.parquet"
+    for whole in (False, True):
+        content = bytearray((cache / damaged).read_bytes())
+        content[-1] ^= 1
+        (target / damaged).write_bytes(content)
+        (target / lost).unlink()
+        server.alter(REPO, damaged, 9)
+        with pytest.raises(CacheCorruptError, match=damaged):
+            hub.pull_cache(REPO, target, views=[0])
+        assert (target / damaged).read_bytes() == bytes(content)  # no worse than before
+        server.alter(REPO, damaged, 9)
+        server.downloads.clear()
+        report = hub.pull_cache(REPO, target, views=None if whole else [0])
+        sent = {name for name in server.downloads if name != "index.json"}
+        more = {name for name in load_index(cache).files if whole and "view-01" in name}
+        assert sent == {damaged, *more}  # the lost one came with the pull that was refused
+        assert report.kept_files == report.files - len(sent) - 1
+    assert verify_cache(target) == []
+
+
+def test_a_pull_into_the_folder_where_one_stands(server, cache, tmp_path, monkeypatch) -> None:
+    hub.push_cache(cache, REPO)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    name = "view-01/shard-00002.safetensors"
+    server.alter(REPO, name, 9)
+    with pytest.raises(CacheCorruptError, match=name):  # an interrupted pull into it, which goes on
+        hub.pull_cache(REPO, ".")
+    assert not list(tmp_path.glob(".here*"))  # where one stands may be a disk of its own
+    server.alter(REPO, name, 9)
+    fetched = dict(server.downloads)
+    hub.pull_cache(REPO, ".")
+    assert [path for path, count in server.downloads.items() if count > fetched[path]] == [name]
+    assert verify_cache(".") == []
+    assert len(CachedDataset.from_pretrained(Path())) == 24
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    CachedDataset.from_pretrained(tmp_path / "here").save_pretrained(".")
+    assert verify_cache(".") == []
 
 
 def test_save_pretrained_copies_checked_files_or_nothing(cache, tmp_path) -> None:
@@ -511,6 +632,25 @@ def test_the_card_names_the_model_of_the_hub_until_its_frozen_blocks_are_trained
     SuffixModel.for_cache(base, CachedDataset.from_pretrained("user/first"))
     assert MODEL not in pushed("0:0,1:2", "user/unfrozen")
     assert MODEL not in pushed("0:1,1:2", "user/deeper")
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_trainer_tells_the_card_what_it_knows(server, images, writable) -> None:
+    """Also where nothing can be written beside the cache; and what is given stands in its place."""
+    rows = images.select(range(20)).with_transform(TinyTransform(augment=True))
+    trainer = make_trainer(tiny_vit(), rows, schedule="0:2")
+    cache = Path(trainer.build_cache().reader.directory)
+    if not writable:
+        (cache / "origin.json").unlink()
+        (cache / "origin.json").mkdir()  # root may write into any folder
+    trainer.push_cache_to_hub(REPO)
+    names = {"0": "a", "1": "b", "2": "c", "3": "d"}
+    for given in (names, {name: name.upper() for name in names}):
+        if given is not names:
+            trainer.push_cache_to_hub(REPO, label_names=list(given.values()), token=server.token)
+        features = DatasetCard(server.read(REPO, "README.md").decode()).data.dataset_info["features"]
+        labels = next(feature for feature in features if feature["name"] == "labels")
+        assert labels["dtype"]["class_label"]["names"] == given
 
 
 def test_no_cache_is_pushed_with_a_model_wherever_it_came_from(server, images, cache, tmp_path, caplog) -> None:

@@ -1,6 +1,6 @@
-"""What README's script pushes serves others: plain libraries in an environment without this package, and other machines.
+"""What README's script pushes serves others: plain libraries in an environment without this package, then with it.
 
-The environment is made with pip, which takes a minute or more.
+The environments are made with pip, which takes minutes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ everything = load_dataset("user/beans-k11", split="train")
 print(json.dumps({
     "kind": type(model).__name__, "logits": logits, "labels": rows["labels"][:], "columns": rows.column_names,
     "classes": rows.features["labels"].names, "rows": len(rows), "all": len(everything),
-    "index": rows["sample_index"][:] if "sample_index" in rows.column_names else None,
+    "index": rows["sample_index"][:],
 }))
 """
 
@@ -57,6 +57,18 @@ print(json.dumps({
 """
 
 
+def install(python: Path, *what: str) -> None:
+    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", str(ROOT / ".ci" / "constraints.txt"), *what], check=True, timeout=900)
+
+
+def make_environment(folder: Path, *what: str) -> Path:
+    """Return the interpreter of a new virtual environment."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    install(folder / "bin" / "python", *what)
+    return folder / "bin" / "python"
+
+
 def run(python: Path | str, program: str, folder: Path, env: dict[str, str]) -> Any:
     """Return the JSON in the last line that a program prints."""
     folder.mkdir()
@@ -70,22 +82,19 @@ def run(python: Path | str, program: str, folder: Path, env: dict[str, str]) -> 
 @pytest.mark.slow
 def test_what_the_script_pushes_serves_others(tmp_path) -> None:
     (tmp_path / "stand-ins").mkdir()
-    calm = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    second = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    pip = [str(second), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", str(ROOT / ".ci" / "constraints.txt"), *PLAIN], check=True, timeout=900)
+    calm = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+    first = make_environment(tmp_path / "venv-1", str(ROOT))
+    second = make_environment(tmp_path / "venv-2", *PLAIN)
     script = next(block.text for block in read_blocks() if block.language == "python")
     with HubServer(tmp_path / "server") as server:
         publish(server, tmp_path / "stand-ins")
-        run(sys.executable, f"{script}\nprint(0)", tmp_path / "one", environment(server, tmp_path / "home-1", **calm))
+        run(first, f"{script}\nprint(0)", tmp_path / "one", environment(server, tmp_path / "home-1", **calm))
         # Neither images nor the model they came from are there for those who come later.
         for repo in [("dataset", "AI-Lab-Makerere/beans"), ("model", "facebook/deit-tiny-patch16-224")]:
             del server.repos[repo]
-        seen = run(
-            second, LOOK, tmp_path / "two", environment(server, tmp_path / "home-2", **{**calm, "PYTHONPATH": ""})
-        )
-        trained = run(sys.executable, TRAIN, tmp_path / "three", environment(server, tmp_path / "home-3", **calm))
+        seen = run(second, LOOK, tmp_path / "two", environment(server, tmp_path / "home-2", **calm))
+        install(second, str(ROOT))
+        trained = run(second, TRAIN, tmp_path / "three", environment(server, tmp_path / "home-3", **calm))
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "one" / "deit-tiny-beans").eval()
     with torch.no_grad():
@@ -93,7 +102,10 @@ def test_what_the_script_pushes_serves_others(tmp_path) -> None:
     assert seen["kind"] == "ViTForImageClassification"
     assert torch.allclose(torch.tensor(seen["logits"]), logits, atol=1e-5)
     assert (seen["rows"], seen["classes"]) == (24, BEAN_CLASSES)
-    assert sorted(seen["labels"]) == [0] * 8 + [1] * 8 + [2] * 8
+    assert seen["all"] == 24  # of the first view alone
+    assert {"sample_index", "view", "labels"} <= set(seen["columns"])
+    assert sorted(seen["index"]) == list(range(24))
+    assert seen["labels"] == [row % 3 for row in seen["index"]]
 
     assert trained["changed"]
     assert all(".layer.11." in name or not name.startswith("vit.encoder") for name in trained["changed"])

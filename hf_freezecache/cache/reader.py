@@ -25,6 +25,7 @@ from .format import (
     COPIES_NAME,
     GEOMETRY_NAME,
     INDEX_NAME,
+    ORIGIN_NAME,
     CacheIndex,
     ExtraSpec,
     ShardHead,
@@ -373,7 +374,7 @@ def verify_cache(directory: Path | str) -> list[str]:
         # Only now, since the number of samples is believed: files of 8 bytes for each are there.
         problems |= _content_problems(reader, problems.keys())
     try:
-        foreign = [name for name in storage.names() if name not in {INDEX_NAME, *index.files}]
+        foreign = [name for name in storage.names() if name not in {INDEX_NAME, ORIGIN_NAME, *index.files}]
     except CacheCorruptError as error:
         return [*problems.values(), str(error)]
     return [

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import CacheCorruptError, CacheWriteError
-from .format import INDEX_NAME, CacheIndex, FileRecord, file_sha256, fsync_directory, load_index
+from .format import INDEX_NAME, ORIGIN_NAME, CacheIndex, FileRecord, file_sha256, fsync_directory, load_index
 from .selection import Selection
 
-__all__ = ["check_free_space", "check_vacant", "copy_cache", "file_problem", "put_in_place"]
+__all__ = ["check_free_space", "check_vacant", "copy_cache", "file_problem", "put_in_place", "scratch_of"]
 
 
 def file_problem(path: Path, record: FileRecord) -> str | None:
@@ -70,18 +69,17 @@ def copy_cache(source: Path, target: Path, selection: Selection | None = None) -
     index = load_index(source)
     names = (selection or Selection()).files(index)
     check_vacant(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    check_free_space(target.parent, sum(index.files[name].bytes for name in names))
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    check_free_space(target, sum(index.files[name].bytes for name in names))
+    scratch = scratch_of(target, f"{os.getpid()}.tmp")
     try:
-        for name in [*names, INDEX_NAME]:
+        for name in [*names, INDEX_NAME, *([ORIGIN_NAME] if (source / ORIGIN_NAME).is_file() else [])]:
             copy = scratch / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
                 shutil.copyfile(source / name, copy)
             except FileNotFoundError:
                 raise CacheCorruptError(f"{source / name} is missing; nothing was copied.") from None
-            problem = None if name == INDEX_NAME else file_problem(copy, index.files[name])
+            problem = file_problem(copy, index.files[name]) if name in index.files else None
             if problem is not None:
                 raise CacheCorruptError(
                     f"{source / name} cannot be copied: {problem.replace(str(copy), 'it')}. Check {source} with "
@@ -99,19 +97,32 @@ def copy_cache(source: Path, target: Path, selection: Selection | None = None) -
     return index
 
 
+def scratch_of(target: Path, purpose: str) -> Path:
+    """Return where to prepare what ``put_in_place`` puts in place: on the same file system, out of the way.
+
+    In the target if that is there: it may be a mount, or where a shell stands.
+    """
+    target = target.absolute()
+    return target / f".{purpose}" if target.is_dir() else target.with_name(f".{target.name}.{purpose}")
+
+
 def put_in_place(scratch: Path, target: Path) -> None:
-    """Flush a complete folder and rename it to its final, vacant name."""
-    for path in _files(scratch):
+    """Flush a complete folder and rename it to its final name; or move its files into one that is there, the index last."""
+    files = sorted((path for path in scratch.rglob("*") if path.is_file()), key=lambda path: path.name == INDEX_NAME)
+    for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     if target.is_dir():
-        target.rmdir()  # empty; a folder with content is not removed
-    scratch.rename(target)
-    fsync_directory(target.parent)
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            place = target / path.relative_to(scratch)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+            fsync_directory(place.parent)
+        shutil.rmtree(scratch)
+        fsync_directory(target)
+    else:
+        scratch.rename(target)
+    fsync_directory(target.absolute().parent)
