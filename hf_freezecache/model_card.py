@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .report import comparison
-from .run_words import accuracy_cost, describe_schedule, metric, points, time_cost, when_not_to_use
+from .run_words import accuracy_cost, describe_schedule, how_it_ended, metric, points, time_cost, when_not_to_use
 from .templating import fill_template
 
 __all__ = ["card_arguments", "render_card"]
@@ -116,6 +116,7 @@ def render_card(figures: Figures, card: Mapping[str, Any], plot: str | None = No
         card=card,
         plot=plot,
         schedule=describe_schedule(figures),
+        ending=how_it_ended(figures),
         accuracy_cost=accuracy_cost(figures),
         time_cost=time_cost(figures),
         when_not_to_use=when_not_to_use(figures),

@@ -9,7 +9,16 @@ from typing import Any
 
 from .report import is_share
 from .run_plots import pictures_of, save_png, to_svg
-from .run_words import accuracy_cost, describe_schedule, duration, metric, points, time_cost, when_not_to_use
+from .run_words import (
+    accuracy_cost,
+    describe_schedule,
+    duration,
+    how_it_ended,
+    metric,
+    points,
+    time_cost,
+    when_not_to_use,
+)
 from .templating import fill_template
 from .wording import size_words
 
@@ -77,6 +86,7 @@ def render_page(figures: Figures) -> str:
         "report.html",
         figures=figures,
         schedule=describe_schedule(figures),
+        ending=how_it_ended(figures),
         tiles=_tiles(figures),
         pictures=pictures,
         accuracy_cost=accuracy_cost(figures),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,44 @@ def standard_error(result: Mapping[str, Any] | None) -> float | None:
 # ---- Baseline ----
 
 
-def _whole_seconds(record: RunRecord) -> float | None:
-    """Return seconds of ``train()`` without evaluations, or ``None`` if it did not run in one piece to its end."""
+@dataclass(frozen=True)
+class _Training:
+    """The one ``train()`` that ended, as far as it was timed.
+
+    Attributes:
+        seconds: Without evaluations.
+        images: Images trained on in that time.
+        share: Of the run's steps that were done in that time; 1 unless it went on from a checkpoint.
+    """
+
+    seconds: float
+    images: float
+    share: float
+
+
+def _training(record: RunRecord) -> _Training | None:
+    """Return what was timed; ``None`` if ``train()`` did not end, or ended more than once."""
     ended = [number for number, entry in enumerate(record.log_history) if "train_runtime" in entry]
     if len(ended) != 1:
         return None
     entry, before = record.log_history[ended[0]], record.log_history[: ended[0]]
-    seconds = entry["train_runtime"] - sum(log.get("eval_runtime", 0.0) for log in _evaluations(before))
+    runtime, last = float(entry["train_runtime"]), int(entry.get("step") or 0)
+    # Steps of this call, which after a resume are not all; the rate is rounded to three digits behind the point.
+    steps, error = entry.get("train_steps_per_second", math.inf) * runtime, 0.5 + 0.0005 * runtime
+    first = last - steps if steps + error < last else 0.0
     own = read_epochs(record.log_history)
-    resumed = own and own[-1].cumulative_seconds > entry["train_runtime"] + 1
-    return None if resumed or seconds <= 0 else float(seconds) + record.preflight_seconds
+    if not first and own and own[-1].cumulative_seconds > runtime + 1:
+        return None
+    evaluations = [log for log in _evaluations(before) if not first or log.get("step", 0) > first + error]
+    seconds = runtime - sum(log.get("eval_runtime", 0.0) for log in evaluations)
+    images = entry.get("train_samples_per_second", 0.0) * runtime
+    return None if seconds <= 0 else _Training(seconds, images, (last - first) / last if last else 1.0)
+
+
+def _whole_seconds(record: RunRecord) -> float | None:
+    """Return seconds of ``train()`` without evaluations, or ``None`` if it did not run in one piece to its end."""
+    timed = _training(record)
+    return None if timed is None or timed.share < 1 else timed.seconds + record.preflight_seconds
 
 
 def read_baseline(folder: Path) -> Figures:
@@ -126,9 +155,8 @@ def read_baseline(folder: Path) -> Figures:
 
 
 def _baseline_of(record: RunRecord) -> Figures:
-    seconds = _whole_seconds(record)
+    seconds, timed = _whole_seconds(record), _training(record)
     end: Mapping[str, Any] = next((entry for entry in record.log_history if "train_runtime" in entry), {})
-    trained = end.get("train_samples_per_second", 0.0) * end.get("train_runtime", 0.0)
     epochs = end.get("epoch") or (record.log_history[-1].get("epoch") if record.log_history else None)
     frozen = max((int(entry.get("freezecache/split_point", 0)) for entry in record.log_history), default=0)
     return {
@@ -137,8 +165,8 @@ def _baseline_of(record: RunRecord) -> Figures:
         "epochs": epochs,
         "frozen_blocks": frozen,
         "seconds": None if seconds is None else round(seconds, 3),
-        "images_per_second": round(trained / seconds, 3) if seconds and trained else None,
-        "train_images": round(trained / epochs) if trained and epochs else None,
+        "images_per_second": round(timed.images / timed.seconds, 3) if timed and timed.images else None,
+        "train_images": round(timed.images / timed.share / epochs) if timed and timed.images and epochs else None,
         "batch_size": record.training.get("per_device_train_batch_size"),
         "evaluations": _curve(record),
         "device": record.device or None,
@@ -264,6 +292,7 @@ def figures_of(record: RunRecord, baseline: Mapping[str, Any] | None = None) -> 
         "freezing": record.freezing,
         "cache": record.cache,
         "planned_stages": record.planned_stages,
+        "stopped_early": record.complete and record.global_step < record.max_steps,
         "stages": _stages(record, epochs),
         "epochs": [
             {

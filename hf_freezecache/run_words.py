@@ -7,7 +7,16 @@ from typing import Any
 
 from .report import is_share
 
-__all__ = ["accuracy_cost", "describe_schedule", "duration", "metric", "points", "time_cost", "when_not_to_use"]
+__all__ = [
+    "accuracy_cost",
+    "describe_schedule",
+    "duration",
+    "how_it_ended",
+    "metric",
+    "points",
+    "time_cost",
+    "when_not_to_use",
+]
 
 Figures = Mapping[str, Any]
 
@@ -32,15 +41,27 @@ def points(name: str, difference: float) -> str:
 
 
 def describe_schedule(figures: Figures) -> str:
-    """Return the schedule, e.g. ``6 of 12 blocks frozen from epoch 0, 9 from epoch 3``."""
-    num_blocks = figures["model"].get("num_blocks")
+    """Return the schedule, e.g. ``6 of 12 blocks frozen from epoch 0, 9 from epoch 3``; and what of it was not reached."""
+    num_blocks, done = figures["model"].get("num_blocks"), figures["epochs_done"]
     stages = figures["planned_stages"] or figures["stages"]
     if not stages:
         return "no block frozen"
-    parts = [f"{stage['split_point']} from epoch {stage['start_epoch']:g}" for stage in stages]
-    first, _, rest = parts[0].partition(" ")
-    total = f" of {num_blocks}" if num_blocks else ""
-    return ", ".join([f"{first}{total} blocks frozen {rest}", *parts[1:]])
+    parts = []
+    for number, stage in enumerate(stages):
+        first = f"{f' of {num_blocks}' if num_blocks else ''} blocks frozen" if number == 0 else ""
+        ahead = " (not reached)" if number and done is not None and stage["start_epoch"] >= done else ""
+        parts.append(f"{stage['split_point']}{first} from epoch {stage['start_epoch']:g}{ahead}")
+    return ", ".join(parts)
+
+
+def how_it_ended(figures: Figures) -> str | None:
+    """Say that training did not finish, or was stopped early; ``None`` if it ended as planned."""
+    if figures["complete"] and not figures["stopped_early"]:
+        return None
+    steps = f"step {figures['steps']:,}" + (f" of {figures['max_steps']:,}" if figures["max_steps"] else "")
+    if figures["complete"]:
+        return f"Training was stopped early, after {figures['epochs_done'] or 0:.3g} epochs, {steps}."
+    return f"Training did not finish: the figures are those of {steps}."
 
 
 def accuracy_cost(figures: Figures) -> str:

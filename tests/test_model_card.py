@@ -12,6 +12,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from hub_client import connect
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from tiny import make_trainer, tiny_vit
@@ -164,7 +166,7 @@ def test_the_card_compares_with_a_baseline(tmp_path) -> None:
 def test_cards_of_partial_runs(length) -> None:
     text = render(known=record(complete=False, global_step=15, log_history=log_history()[:length]))
     check_card(text)
-    assert "**Training did not finish**: the figures are those of step 15 of 40" in text
+    assert "**Training did not finish: the figures are those of step 15 of 40.**" in text
     assert ("The run was not evaluated." in text) == (length < 3)
 
 
@@ -302,6 +304,17 @@ def test_committed_cards_are_what_the_code_renders(name) -> None:
     files = {str(path.relative_to(CARDS / name)) for path in (CARDS / name).rglob("*") if path.is_file()}
     assert files == {"README.md", PLOT_NAME, RUN_NAME}
     assert not re.search(r"/(tmp|home|root|work)/", json.dumps(vars(known)))
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_cards_pass_the_endpoint_that_a_push_asks(name, tmp_path, monkeypatch) -> None:
+    with HubServer(tmp_path / "server") as server:
+        connect(server, tmp_path / "home", monkeypatch)
+        card = ModelCard.load(CARDS / name / "README.md")
+        card.validate()
+        card.data.license = "none of them"
+        with pytest.raises(ValueError, match="license"):
+            card.validate()
 
 
 def test_the_hubs_validation_is_not_asked(monkeypatch) -> None:

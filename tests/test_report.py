@@ -9,12 +9,14 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from test_cli import assert_one_line, call
-from tiny import make_trainer, tiny_vit
+from tiny import make_trainer, tiny_vit, training_arguments
 from tiny_runs import CACHE, SENSITIVITY, epoch_log, log_history, record, stage_log, write_plain_run
+from transformers import Trainer, TrainerCallback
 
 from hf_freezecache.callbacks import ReportCallback
 from hf_freezecache.cost import Rate, Stopwatch, epoch_logs, read_epochs, unfrozen_rate, unfrozen_seconds
@@ -22,7 +24,14 @@ from hf_freezecache.errors import RunError
 from hf_freezecache.page import PAGE_NAME, REPORT_FOLDER, render_page, write_report
 from hf_freezecache.report import figures_of, read_baseline
 from hf_freezecache.run_record import RUN_NAME, RunRecord, read_run, write_run
-from hf_freezecache.run_words import accuracy_cost, duration, time_cost, when_not_to_use
+from hf_freezecache.run_words import (
+    accuracy_cost,
+    describe_schedule,
+    duration,
+    how_it_ended,
+    time_cost,
+    when_not_to_use,
+)
 from hf_freezecache.wording import size_words
 
 PICTURES = ["timeline", "cost", "storage", "sensitivity"]
@@ -180,6 +189,58 @@ def test_an_unequal_baseline_is_told(tmp_path) -> None:
     assert figures["cost"]["no_freezing_basis"] == "unfrozen epochs"
 
 
+def test_a_resumed_baseline_is_not_timed_as_a_whole(images, train_dataset, eval_dataset) -> None:
+    """Of plain ``Trainer``, which logs the time of the last call alone. Its rate is still that of its own steps."""
+
+    def train(**settings: Any) -> None:
+        args = training_arguments(num_train_epochs=6, save_strategy="epoch", eval_strategy="epoch")
+        run = Trainer(tiny_vit(), args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        run.train(**settings)
+        run.save_state()
+
+    train()
+    whole = read_baseline(Path("out"))
+    assert whole["train_images"] == len(images)
+    assert whole["seconds"] > 0
+    train(resume_from_checkpoint="out/checkpoint-25")
+    resumed = read_baseline(Path("out"))
+    assert (resumed["seconds"], resumed["epochs"]) == (None, 6)
+    assert resumed["train_images"] == pytest.approx(len(images), rel=0.01)
+    last = read_run(Path("out")).log_history[-1]
+    evaluated = [entry["eval_runtime"] for entry in read_run(Path("out")).log_history if "eval_runtime" in entry]
+    # One epoch, without the evaluation at its end, and that alone.
+    assert resumed["images_per_second"] == pytest.approx(50 / (last["train_runtime"] - evaluated[-1]), rel=0.02)
+    figures = figures_of(record(), resumed)
+    assert figures["comparison"]["speedup"] is None
+    assert figures["cost"]["no_freezing_basis"] == "baseline"
+
+
+def test_a_run_that_was_stopped_early_names_no_stage_as_done(train_dataset) -> None:
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+            control.should_training_stop = state.epoch >= 2
+
+    run = make_trainer(
+        tiny_vit(),
+        train_dataset,
+        schedule="0:1,1:2,3:3",
+        save_strategy="epoch",
+        num_train_epochs=4,
+        trainer={"callbacks": [Stop()]},
+    )
+    run.train()
+    figures = figures_of(read_run(Path("out")))
+    schedule = "1 of 4 blocks frozen from epoch 0, 2 from epoch 1, 3 from epoch 3 (not reached)"
+    assert describe_schedule(figures) == schedule
+    run.create_model_card()
+    ending = "Training was stopped early, after 2 epochs, step 10 of 20."
+    for text in (render_page(figures), Path("out/README.md").read_text()):
+        assert ending in text
+        assert schedule in text
+    assert how_it_ended(figures_of(record())) is None
+    assert "not reached" not in describe_schedule(figures_of(record()))
+
+
 def test_a_baseline_that_was_evaluated_after_its_state_was_saved(tmp_path) -> None:
     folder = write_plain_run(tmp_path / "plain")
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -232,7 +293,7 @@ def test_an_interrupted_run_goes_as_far_as_its_last_checkpoint(tmp_path) -> None
     assert (found.global_step, found.complete, len(found.log_history)) == (30, False, 11)
     assert figures_of(found)["epochs_done"] == 3
     page = render_page(figures_of(found))
-    assert "Not finished." in page
+    assert "Training did not finish" in page
     assert "step 30 of 40" in page
     # One checkpoint is the run as far as it came.
     write_run(tmp_path, record())
@@ -321,7 +382,7 @@ def test_page_and_pictures_of_partial_runs(tmp_path, unfrozen) -> None:
     """Whatever was logged so far can be drawn."""
     for length in (0, 1, 2, 3, 4, 8, 9):
         known = record(unfrozen, complete=False, log_history=log_history(unfrozen)[:length])
-        assert "Not finished." in render_page(figures_of(known))
+        assert "Training did not finish" in render_page(figures_of(known))
     page = write_report(figures_of(record(unfrozen)), tmp_path)
     assert page == tmp_path / REPORT_FOLDER / PAGE_NAME
     assert sorted(path.name for path in page.parent.iterdir()) == sorted([PAGE_NAME, *(f"{n}.png" for n in PICTURES)])
