@@ -77,23 +77,28 @@ def is_hub_id(name: str) -> bool:
 def origin_of_dataset(dataset: Any) -> dict[str, Any]:
     """Return what a ``datasets.Dataset`` says of itself: Hub id and commit, licence, names of its classes.
 
-    A name is taken only where the data came from the Hub: a local folder is nobody else's business.
+    A name is taken only where all the data came from the Hub: a local folder is nobody else's business. Of data sets that
+    were concatenated all names are, and no licence, since each has its own.
     """
     found: dict[str, Any] = {}
     if not isinstance(dataset, datasets.Dataset):
         return found
+    sources: list[tuple[str, str] | None] = []
     for url in dataset.info.download_checksums or {}:
         match = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", str(url))
-        if match is not None:
-            found |= {"dataset_name": match[1], "dataset_revision": match[2]}
-            break
-    for file in dataset.cache_files if not found else []:  # by default no checksums are kept, but the folder tells
+        sources.append(None if match is None else (match[1], match[2]))
+    for file in dataset.cache_files if not sources else []:  # by default no checksums are kept, but the folder tells
         match = _DOWNLOADED.search(Path(file["filename"]).as_posix())
-        if match is not None:
-            found |= {"dataset_name": f"{match[1]}/{match[2]}", "dataset_revision": match[3]}
-            break
-    if isinstance(dataset.info.license, str) and dataset.info.license.strip():
-        found["license"] = dataset.info.license.strip()
+        sources.append(None if match is None else (f"{match[1]}/{match[2]}", match[3]))
+    known = sorted({source for source in sources if source is not None})
+    if None not in sources:
+        if len(known) == 1:
+            found["dataset_name"], found["dataset_revision"] = known[0]
+        elif known:
+            found["dataset_name"] = ", ".join(f"{name} at revision {revision}" for name, revision in known)
+    license = dataset.info.license
+    if isinstance(license, str) and license.strip() and len(set(sources)) <= 1:
+        found["license"] = license.strip()
     for name in ("labels", "label"):
         feature = dataset.features.get(name)
         if isinstance(feature, datasets.ClassLabel):

@@ -152,8 +152,10 @@ def test_what_data_and_model_say_of_themselves(images, model, tmp_path) -> None:
         "label_names": ("a", "b", "c", "d"),
     }
     images.info.download_checksums = None
+    parts = []
     for place, name in (
         (f"somebody___more_pictures/default/0.0.0/{'e' * 40}", "somebody/more_pictures"),
+        (f"other___pictures/default/0.0.0/{'e' * 40}", "other/pictures"),
         ("pictures/default/0.0.0/04afcdde6b0c8525", None),  # of a folder on this machine
     ):
         path = tmp_path / place / "pictures-train.arrow"
@@ -165,6 +167,13 @@ def test_what_data_and_model_say_of_themselves(images, model, tmp_path) -> None:
             writer.finalize()
         found = origin_of_dataset(datasets.Dataset.from_file(str(path)))
         assert found == ({} if name is None else {"dataset_name": name, "dataset_revision": "e" * 40})
+        parts.append(datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(license=f"licence {len(parts)}")))
+    first, second, local = parts
+    assert origin_of_dataset(datasets.concatenate_datasets([first, first]))["license"] == "licence 0"
+    assert origin_of_dataset(datasets.concatenate_datasets([first, second])) == {
+        "dataset_name": f"other/pictures at revision {'e' * 40}, somebody/more_pictures at revision {'e' * 40}"
+    }
+    assert origin_of_dataset(datasets.concatenate_datasets([first, local])) == {}
     model.save_pretrained(tmp_path / "somebody" / "vit")
     assert origin_of_model(model) == {}
     assert origin_of_model(type(model).from_pretrained("somebody/vit")) == {}
