@@ -574,18 +574,23 @@ def test_picture_of_runs_without_a_cache(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_demo_ends_in_time(tmp_path) -> None:
-    program = "from hf_freezecache.cli import app; app()"
+def test_the_whole_demo_ends_in_time(tmp_path, monkeypatch) -> None:
+    """As the example of its help says it."""
+    epilog = next(command.epilog for command in cli.app.registered_commands if command.callback is cli.demo)
+    example = epilog.removeprefix("Example: ").split()
+    assert example == ["hf-freezecache", "demo", "--output-dir", "freezecache-demo"]
     done = subprocess.run(
-        [sys.executable, "-c", program, "demo", "--output-dir", str(tmp_path / "demo")],
+        [str(Path(sys.executable).with_name(example[0])), *example[1:]],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
-    check_demo(tmp_path / "demo", done.stdout, figures, demo.DemoSettings().epochs)
+    monkeypatch.chdir(tmp_path)
+    figures = json.loads(Path("freezecache-demo/demo.json").read_text())
+    check_demo(Path("freezecache-demo"), done.stdout, figures, demo.DemoSettings().epochs)
     assert figures["total_seconds"] < 180
     full, live, cached = figures["runs"]
     assert cached["seconds"] < live["seconds"] < full["seconds"]
