@@ -91,6 +91,7 @@ def _find_caches(path: Path) -> tuple[list[Path], list[Path]]:
 def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
     from .cache.fingerprint import Fingerprint
     from .codecs import DTYPES
+    from .origin import read_origin
 
     tokens, hidden = index.hidden_shape
     per_view = index.total_bytes / (index.num_samples * index.num_views)
@@ -116,6 +117,7 @@ def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
         "bytes_per_image_and_view": per_view,
         "bits_per_element": 8 * per_view / (tokens * hidden),
         "extras": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape)} for e in index.extras],
+        "origin": read_origin(path).parts(),
         "fingerprint": Fingerprint(index.fingerprint).digest,
         "fingerprint_parts": index.fingerprint,
     }
@@ -157,6 +159,8 @@ def _sensitivity(calibration: dict[str, Any], path: str) -> Sensitivity:
 
 def _lines(cache: dict[str, Any]) -> list[str]:
     """Return what ``inspect`` prints of one cache."""
+    from .origin import Origin
+
     measured = "exact" if cache["codec"]["name"] == "lossless" else "not measured"
     if cache["calibration"]:
         measured = fidelity_words(cache["calibration"])
@@ -174,6 +178,7 @@ def _lines(cache: dict[str, Any]) -> list[str]:
         "per image": f"{size_words(cache['bytes_per_image'])}; {size_words(cache['bytes_per_image_and_view'])} per view",
         "per element": f"{cache['bits_per_element']:.2f} bits, everything counted",
         "extras": ", ".join(extras) or "none",
+        **({"made of": made_of} if (made_of := Origin.among(cache["origin"]).words()) else {}),
         "fingerprint": cache["fingerprint"],
         **{f"  {part}": value for part, value in cache["fingerprint_parts"].items()},
     }

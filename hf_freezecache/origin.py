@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-from huggingface_hub import try_to_load_from_cache
-
 from .cache.format import ORIGIN_NAME, atomic_write
 
 __all__ = ["Origin", "is_hub_id", "keep_origin", "origin_json", "origin_of_dataset", "origin_of_model", "read_origin"]
@@ -57,6 +54,20 @@ class Origin:
             found["label_names"] = tuple(found["label_names"])
         return cls(**found)
 
+    def parts(self) -> dict[str, Any]:
+        """Return what is known, as JSON holds it."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return known if self.label_names is None else {**known, "label_names": list(self.label_names)}
+
+    def words(self) -> str:
+        """Return it in a line; empty if nothing but names of classes is known."""
+        source = [self.dataset_name or ("images" if self.license else "")]
+        source += [f"at revision {self.dataset_revision}"] if self.dataset_revision else []
+        source += [f"({self.license})"] if self.license else []
+        model = [f"model {self.model_id}"] if self.model_id else []
+        model += [f"at revision {self.model_revision}"] if model and self.model_revision else []
+        return ", ".join(filter(None, (" ".join(filter(None, source)), " ".join(model))))
+
     def updated(self, given: Origin) -> Origin:
         """Return this with what is given in place of what was known; nothing is kept of another data set or model."""
         known, new = dataclasses.asdict(self), dataclasses.asdict(given)
@@ -80,6 +91,8 @@ def origin_of_dataset(dataset: Any) -> dict[str, Any]:
     A name is taken only where all the data came from the Hub: a local folder is nobody else's business. Of data sets that
     were concatenated all names are, and no licence, since each has its own.
     """
+    import datasets  # takes longer to load than all that reading needs
+
     found: dict[str, Any] = {}
     if not isinstance(dataset, datasets.Dataset):
         return found
@@ -112,6 +125,8 @@ def origin_of_model(model: Any) -> dict[str, Any]:
 
     Nothing of a model that was loaded from a folder; no commit where several have been fetched.
     """
+    from huggingface_hub import try_to_load_from_cache
+
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name or Path(name).exists() or not is_hub_id(name):
         return {}
@@ -128,8 +143,7 @@ def origin_of_model(model: Any) -> dict[str, Any]:
 
 def origin_json(origin: Origin) -> bytes:
     """Return the content of the file."""
-    known = {name: value for name, value in dataclasses.asdict(origin).items() if value is not None}
-    return (json.dumps(known, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(origin.parts(), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def keep_origin(directory: Path, origin: Origin) -> bool:

@@ -61,9 +61,16 @@ def call(*args: object) -> tuple[int, str, str]:
 
 
 def files_of(cache: Path) -> list[str]:
+    """Names of what makes up a cache; on ``origin.json``, words for a card, nothing depends."""
     names = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
+    names.remove("origin.json")
     assert len(names) == 9
     return names
+
+
+def size_of(cache: Path) -> int:
+    """Bytes of all but the index."""
+    return sum((cache / name).stat().st_size for name in files_of(cache) if name != "index.json")
 
 
 def assert_one_line(text: str) -> None:
@@ -184,10 +191,17 @@ def test_completion_can_be_installed() -> None:
 
 
 def test_inspect_prints_what_a_cache_holds(cache) -> None:
+    origin = {
+        "dataset_name": "somebody/pictures",
+        "license": "mit",
+        "model_id": "facebook/vit",
+        "model_revision": "0123",
+    }
+    (cache / "origin.json").write_text(json.dumps(origin))
     status, out, err = call("inspect", cache)
     assert (status, err) == (0, "")
     rows = {parts[0]: parts[2].strip() for parts in (line.strip().partition("  ") for line in out.splitlines()[:0:-1])}
-    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.name != "index.json")
+    size = size_of(cache)
     assert out.splitlines()[0] == str(cache)
     for label, words in {
         "split point": "2 frozen blocks",
@@ -199,6 +213,7 @@ def test_inspect_prints_what_a_cache_holds(cache) -> None:
         "size": f"({size:,} bytes)",
         "per element": f"{8 * size / (20 * 2 * 17 * 16):.2f} bits",
         "extras": "labels (int64, one number)",
+        "made of": "somebody/pictures (mit), model facebook/vit at revision 0123",
         "prefix weights": load_index(cache).fingerprint["prefix weights"],
         "number of views": "2",
     }.items():
@@ -208,7 +223,7 @@ def test_inspect_prints_what_a_cache_holds(cache) -> None:
 def test_inspect_prints_json(cache) -> None:
     status, out, _ = call("inspect", cache, "--json")
     (entry,) = json.loads(out)["caches"]
-    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.name != "index.json")
+    size = size_of(cache)
     assert status == 0
     assert entry["fingerprint_parts"] == load_index(cache).fingerprint
     expected = {
@@ -226,6 +241,7 @@ def test_inspect_prints_json(cache) -> None:
         "bits_per_element": 8 * size / 40 / (17 * 16),
     }
     assert entry["extras"] == [{"name": "labels", "dtype": "int64", "shape": []}]
+    assert entry["origin"] == {"label_names": ["a", "b", "c", "d"]}
     assert {name: entry[name] for name in expected} == pytest.approx(expected)
 
 
@@ -260,7 +276,7 @@ def test_sizes_are_readable() -> None:
 
 
 def test_verify_of_a_sound_cache(cache) -> None:
-    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    size = size_of(cache) + (cache / "index.json").stat().st_size
     status, out, err = call("verify", cache)
     assert (status, err) == (0, "")
     assert out == f"sound: {cache}, 9 files, {size:,} bytes\n"
