@@ -304,8 +304,8 @@ def demo(
 ) -> None:
     """Fine-tune a small ViT three ways on real images, and compare accuracy and time.
 
-    Takes one to two and a half minutes on two cores and needs no network: the images are scikit-learn's handwritten digits. The
-    ViT learns the digits 0-5, then 6-9: fully, with a frozen prefix, and from a cache of that prefix.
+    Takes one to two and a half minutes on two cores and needs no network: the images are scikit-learn's handwritten
+    digits. The ViT learns the digits 0-5, then 6-9: fully, with a frozen prefix, and from a cache of that prefix.
     """
     with _one_line_errors(debug):
         from .demo import run

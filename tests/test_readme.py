@@ -21,7 +21,7 @@ import typer
 from hub_client import environment
 from hub_server import HubServer
 from run_steps import runs_here, split_commands
-from stand_ins import BEANS, make_flowers, publish
+from stand_ins import BEANS, FLOWER_CLASSES, MODEL, make_flowers, publish
 
 from hf_freezecache.cache.reader import verify_cache
 from hf_freezecache.cli import app
@@ -230,7 +230,9 @@ def test_what_the_blocks_leave(ran) -> None:
     assert ran.server.repo("user/beans-k11").private
     card = ran.server.read("user/beans-k11", "README.md").decode()
     assert BEANS in card
-    assert "license: cc-by-2.0" in ran.server.read("user/flowers-k09", "README.md").decode()
+    flowers = ran.server.read("user/flowers-k09", "README.md").decode()
+    for words in ("license: cc-by-2.0", MODEL, *FLOWER_CLASSES):
+        assert words in flowers
     assert verify_cache(ran.folder / "readme" / "flowers-k09") == []
     page = ran.folder / "readme" / "deit-tiny-beans" / "freezecache_report" / "report.html"
     assert "deit-tiny-beans-plain" in page.read_text()
