@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, set_seed
 
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset
 from .errors import UnsupportedSetupError
+from .quieting import quiet_libraries
 from .trainer import FreezeCacheTrainer
 from .transforms import ImageTransform
 
@@ -89,24 +87,6 @@ def load_images(path: str, split: str, image_column: str, label_column: str) -> 
     return found
 
 
-@contextmanager
-def _quiet(show_progress: bool) -> Iterator[None]:
-    """Keep the libraries' reports on loading, of which a head of other classes makes a long one, to themselves."""
-    verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    transformers.logging.set_verbosity_error()
-    if not show_progress:
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if not show_progress:
-            transformers.logging.enable_progress_bar()
-            if not bars:
-                datasets.enable_progress_bars()
-
-
 def build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
     """Build a cache, or find it; return it, and the trainer, which can push it.
 
@@ -114,7 +94,7 @@ def build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
         FreezeCacheError: Data, model or disk are not as they must be; the message says why.
         OSError: Model or data set cannot be loaded.
     """
-    with _quiet(settings.show_progress):
+    with quiet_libraries(settings.show_progress):
         return _build(settings)
 
 

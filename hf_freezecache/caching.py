@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache.commit import explain_miss
-from .cache.fingerprint import Fingerprint, hash_config, hash_tensors
+from .cache.fingerprint import Fingerprint, hash_config, hash_prefix
 from .cache.format import (
     CODEC_NAME,
     CONSUMED_NAME,
@@ -103,7 +103,6 @@ class StageCache:
         config, layout = self.config, self.data.layout
         self.hash_data()
         dtypes = sorted({str(p.dtype) for p in split.prefix_parameters().values()})
-        tensors = {**split.prefix_parameters(), **split.prefix_buffers()}
         return Fingerprint(
             {
                 "format version": str(FORMAT_VERSION),
@@ -111,7 +110,7 @@ class StageCache:
                 "batch": self.data.batch_spec,
                 "image size": "x".join(map(str, self.data.image_shape)),
                 "model": f"{type(split.model).__name__} {hash_config(getattr(split.model, 'config', None))}",
-                "prefix weights": hash_tensors(tensors),
+                "prefix weights": hash_prefix(split),
                 "split point": str(split.split_point),
                 "number of views": str(config.num_views),
                 "view seed": str(self.data.view_seed),

@@ -40,6 +40,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .config import CacheConfig, FreezeConfig
 from .errors import UnsupportedSetupError
 from .plots import draw_runs, format_runs
+from .quieting import quiet_libraries
 from .trainer import FreezeCacheTrainer
 
 __all__ = ["DemoSettings", "DigitTransform", "load_digit_images", "run"]
@@ -159,23 +160,17 @@ def _calm() -> Iterator[None]:
 
     The demo's steps are small: on a busy machine several threads mostly wait for each other.
     """
-    verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     logger, threads = logging.getLogger("hf_freezecache"), torch.get_num_threads()
     level = logger.level
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with quiet_libraries(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.set_num_threads(threads)
         logger.setLevel(level)
-        transformers.logging.set_verbosity(verbosity)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def load_digit_images(image_size: int, max_images: int | None = None) -> datasets.Dataset:

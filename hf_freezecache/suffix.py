@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .cache.fingerprint import hash_tensors
+from .cache.fingerprint import hash_prefix
 from .dataset import CachedDataset
 from .errors import CacheMismatchError
 from .freezing import freeze
@@ -58,7 +58,7 @@ class SuffixModel(nn.Module):
         """
         index = cached.reader.index
         suffix = cls(model, index.split_point, index.image_shape)
-        found = hash_tensors({**suffix.split.prefix_parameters(), **suffix.split.prefix_buffers()})
+        found = hash_prefix(suffix.split)
         expected = index.fingerprint.get("prefix weights")
         if found != expected:
             raise CacheMismatchError(

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from .agreement import AgreedCheckpoint
-from .cache.fingerprint import hash_tensors
+from .cache.fingerprint import hash_prefix
+from .cache.format import CacheIndex
 from .cache.layout import ChunkLayout
 from .cache.reader import CacheReader
 from .cache.writer import BuildReport
@@ -356,8 +357,7 @@ class FreezeCacheTrainer(Trainer):
         assert self._data is not None
         split.image_shape = self._data.image_shape
         # While training, DDP has given all processes the weights of the first; here nobody has.
-        weights = {**split.prefix_parameters(), **split.prefix_buffers()}
-        if self._everyone.size > 1 and len(set(self._everyone.gather(hash_tensors(weights)))) > 1:
+        if self._everyone.size > 1 and len(set(self._everyone.gather(hash_prefix(split)))) > 1:
             raise UnsupportedSetupError(
                 "The processes have different weights in the blocks to freeze: each of them would write other hidden states "
                 "into the cache. Load the model from one checkpoint, or seed its initialisation."
@@ -388,18 +388,20 @@ class FreezeCacheTrainer(Trainer):
             )
 
         def push() -> Any:
-            known = self._origin(reader.index.split_point)
+            def known() -> Origin:
+                return self._origin(reader.index)
+
             kept = keep_origin(Path(reader.directory), known)  # else in a folder that takes no files
-            parts = {} if kept else vars(known.updated(Origin.among(settings)))
+            parts = {} if kept else vars(known().updated(Origin.among(settings)))
             return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **parts})
 
         return self._everyone.on_leader(push)
 
-    def _origin(self, split_point: int) -> Origin:
-        """Return what is known of the origin of this run's cache of a split point."""
+    def _origin(self, index: CacheIndex) -> Origin:
+        """Return what is known of the origin of a cache of this run."""
         known = origin_of_dataset(self.train_dataset)
-        if split_point <= self._trained_from:
-            known |= origin_of_model(self.model)
+        if index.split_point <= self._trained_from:  # else no need to look: the model is no longer that of the Hub
+            known |= origin_of_model(self.model, index)
         return Origin(**known)
 
     def _open_stage(self, split: Split) -> tuple[CacheReader, BuildReport]:
@@ -407,7 +409,7 @@ class FreezeCacheTrainer(Trainer):
         assert self._stage_cache is not None
         reader, report = self._stage_cache.open(split)
         if self._processes.is_leader:
-            keep_origin(Path(reader.directory), self._origin(split.split_point))
+            keep_origin(Path(reader.directory), lambda: self._origin(reader.index))
         return reader, report
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

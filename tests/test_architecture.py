@@ -102,7 +102,8 @@ MAY_IMPORT = {
     "checkpoints": {"errors", "cache.format"},
     "suffix": {"cache.fingerprint", "dataset", "errors", "freezing", "splitting"},
     "wording": set(),
-    "origin": {"cache.format"},
+    "quieting": set(),
+    "origin": {"cache.fingerprint", "cache.format", "quieting", "splitting"},
     "cards": {*CACHE, "codecs", "origin", "wording"},
     "plots": {"sensitivity"},
     # What a run left behind: record -> figures -> words -> pictures, page and card.
@@ -230,7 +231,7 @@ def test_only_the_trainer_knows_transformers_trainer(name) -> None:
         for module, taken in imported(MODULES[name])
         if module.partition(".")[0] in ("transformers", "accelerate")
     }
-    if name not in {"trainer", "checkpoints", "callbacks", "agreement", *SHELL}:
+    if name not in {"trainer", "checkpoints", "callbacks", "agreement", "quieting", *SHELL}:
         assert found == set()
     if name != "trainer":
         assert not any(taken == "Trainer" or module == "transformers.trainer" for module, taken in found)
@@ -238,10 +239,10 @@ def test_only_the_trainer_knows_transformers_trainer(name) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_but_hub_and_cli_touches_the_network(name) -> None:
-    # Neither classes that read and write the text of a card nor a look at what was fetched before ask the network for anything.
+    # Neither classes that read and write the text of a card nor the path of what was fetched before ask the network for anything.
     offline = {
         ("huggingface_hub", taken)
-        for taken in ("DatasetCardData", "EvalResult", "ModelCard", "ModelCardData", "try_to_load_from_cache")
+        for taken in ("DatasetCardData", "EvalResult", "ModelCard", "ModelCardData", "constants")
     }
     roots = {module.partition(".")[0] for module, taken in imported(MODULES[name]) if (module, taken) not in offline}
     if name not in ("hub", "cli"):

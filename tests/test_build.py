@@ -219,4 +219,4 @@ def test_what_built_a_cache_is_not_written_over(images) -> None:
     make_trainer(tiny_vit(), images.with_transform(TinyTransform(augment=False)), schedule="0:1").build_cache()
     assert read_origin(folder) == Origin(license="mit")
     Path("file").write_text("")
-    assert not keep_origin(Path("file/below"), Origin())
+    assert not keep_origin(Path("file/below"), Origin)

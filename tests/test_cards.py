@@ -137,48 +137,77 @@ def test_text_cannot_break_out_of_its_cell(plain) -> None:
     assert "| licence of the source | x --- y |" in text
 
 
-def test_what_data_and_model_say_of_themselves(images, model, tmp_path) -> None:
+def test_what_data_and_model_say_of_themselves(images, model, plain, tmp_path) -> None:
     assert origin_of_dataset(images) == {"label_names": ("a", "b", "c", "d")}
     assert origin_of_dataset([1, 2]) == {}
     known = images.select(range(4))
     known.info.license = " mit "
-    known.info.download_checksums = {
-        "hf://datasets/somebody/pictures@" + "c" * 40 + "/train.parquet": {"num_bytes": 1, "checksum": None}
-    }
-    assert origin_of_dataset(known) == {
-        "dataset_name": "somebody/pictures",
-        "dataset_revision": "c" * 40,
-        "license": "mit",
-        "label_names": ("a", "b", "c", "d"),
-    }
-    images.info.download_checksums = None
-    parts = []
-    for place, name in (
-        (f"somebody___more_pictures/default/0.0.0/{'e' * 40}", "somebody/more_pictures"),
-        (f"other___pictures/default/0.0.0/{'e' * 40}", "other/pictures"),
-        ("pictures/default/0.0.0/04afcdde6b0c8525", None),  # of a folder on this machine
+    assert origin_of_dataset(known) == {"license": "mit", "label_names": ("a", "b", "c", "d")}
+    index = load_index(plain)
+    model.save_pretrained(tmp_path / "somebody" / "vit")
+    assert origin_of_model(model, index) == {}
+    assert origin_of_model(type(model).from_pretrained("somebody/vit"), index) == {}
+    model.config._name_or_path = "elsewhere/vit"
+    assert origin_of_model(model, index) == {}  # nothing was fetched
+
+
+@pytest.fixture
+def sources(tmp_path) -> dict[str, datasets.Dataset]:
+    """Data sets as they come from three places: two of the Hub, and a folder."""
+    rows = {}
+    for name, place in (
+        ("first", f"somebody___more_pictures/default/0.0.0/{'e' * 40}"),
+        ("second", f"other___pictures/default/0.0.0/{'e' * 40}"),
+        ("local", "pictures/default/0.0.0/04afcdde6b0c8525"),
     ):
         path = tmp_path / place / "pictures-train.arrow"
         path.parent.mkdir(parents=True)
-        with datasets.arrow_writer.ArrowWriter(
-            path=str(path), features=datasets.Features({"a": datasets.Value("int64")})
-        ) as writer:
+        features = datasets.Features({"a": datasets.Value("int64")})
+        with datasets.arrow_writer.ArrowWriter(path=str(path), features=features) as writer:
             writer.write({"a": 1})
             writer.finalize()
-        found = origin_of_dataset(datasets.Dataset.from_file(str(path)))
-        assert found == ({} if name is None else {"dataset_name": name, "dataset_revision": "e" * 40})
-        parts.append(datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(license=f"licence {len(parts)}")))
-    first, second, local = parts
-    assert origin_of_dataset(datasets.concatenate_datasets([first, first]))["license"] == "licence 0"
-    assert origin_of_dataset(datasets.concatenate_datasets([first, second])) == {
-        "dataset_name": f"other/pictures at revision {'e' * 40}, somebody/more_pictures at revision {'e' * 40}"
-    }
-    assert origin_of_dataset(datasets.concatenate_datasets([first, local])) == {}
-    model.save_pretrained(tmp_path / "somebody" / "vit")
-    assert origin_of_model(model) == {}
-    assert origin_of_model(type(model).from_pretrained("somebody/vit")) == {}
-    model.config._name_or_path = "elsewhere/vit"
-    assert origin_of_model(model) == {}  # nothing was fetched
+        info = datasets.DatasetInfo(license=f"licence of {name}", builder_name="parquet", dataset_name=name)
+        rows[name] = datasets.Dataset.from_file(str(path), info=info)
+    return rows
+
+
+FIRST = {"dataset_name": "somebody/more_pictures", "dataset_revision": "e" * 40}
+
+
+def test_a_data_set_of_the_hub_is_named_however_it_was_mapped(sources) -> None:
+    named = {**FIRST, "license": "licence of first"}
+    first = sources["first"]
+    assert origin_of_dataset(first) == named
+    assert origin_of_dataset(sources["local"]) == {"license": "licence of local"}
+    for same in (
+        first.map(lambda row: {"b": row["a"]}),
+        first.shuffle(seed=0).select([0]),
+        datasets.concatenate_datasets([first, first]),
+    ):
+        assert origin_of_dataset(same) == named
+
+
+def test_of_several_data_sets_all_are_named_or_none_and_no_licence(sources) -> None:
+    first, second, local = sources.values()
+    memory = datasets.Dataset.from_dict({"a": [2]}, info=datasets.DatasetInfo(license="private"))
+    other = datasets.Dataset.from_dict({"a": [3]}, info=datasets.DatasetInfo(license="mit"))
+    columns = datasets.Dataset.from_dict({"b": [2]})
+    both = f"other/pictures at revision {'e' * 40}, somebody/more_pictures at revision {'e' * 40}"
+    assert origin_of_dataset(datasets.concatenate_datasets([first, second])) == {"dataset_name": both}
+    for mixed in (
+        datasets.concatenate_datasets([first, local]),
+        datasets.concatenate_datasets([first, memory]),
+        datasets.concatenate_datasets([memory, other]),
+        datasets.concatenate_datasets([first, columns], axis=1),
+        datasets.interleave_datasets([first, memory]),
+        first.add_item({"a": 4}),
+    ):
+        assert origin_of_dataset(mixed) == {}
+    # Written beside the first of them, as one file, or put together in memory.
+    for merged in ([first, second], [first, memory], [memory, other]):
+        for keep_in_memory in (False, True):
+            mapped = datasets.concatenate_datasets(merged).map(lambda row: {"c": 1}, keep_in_memory=keep_in_memory)
+            assert origin_of_dataset(mapped) == {}
 
 
 def test_the_card_of_a_trained_cache(images) -> None:

@@ -18,10 +18,11 @@ import torch
 from hub_client import connect, environment
 from hub_server import HubServer
 from huggingface_hub import DatasetCard, HfApi
+from safetensors.torch import load, save
 from stand_ins import MODEL, publish
 from test_cli import assert_one_line, call
 from tiny import TinyTransform, make_trainer, tiny_vit, training_arguments
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Trainer
 
 from hf_freezecache import CachedDataset, FreezeCacheTrainer, SuffixModel, hub
 from hf_freezecache.cache.format import load_index
@@ -632,6 +633,32 @@ def test_the_card_names_the_model_of_the_hub_until_its_frozen_blocks_are_trained
     SuffixModel.for_cache(base, CachedDataset.from_pretrained("user/first"))
     assert MODEL not in pushed("0:0,1:2", "user/unfrozen")
     assert MODEL not in pushed("0:1,1:2", "user/deeper")
+
+
+def test_a_model_that_was_trained_before_is_not_taken_for_that_of_the_hub(server, images, tmp_path) -> None:
+    """It keeps its name. So what was fetched is compared: of whichever commit that was, and drawing no random number."""
+    publish(server, tmp_path / "published")
+    weights = load(server.read(MODEL, "model.safetensors", "model"))
+    headless = save({name: weight for name, weight in weights.items() if "classifier" not in name}, {"format": "pt"})
+    server.replace(MODEL, "model.safetensors", headless, "model")  # its head is drawn on loading
+    old = server.repo(MODEL, "model").refs["main"]
+    server.replace(MODEL, "config.json", server.read(MODEL, "config.json", "model") + b"\n", "model")
+    model = AutoModelForImageClassification.from_pretrained(
+        MODEL, revision=old, num_labels=4, ignore_mismatched_sizes=True
+    )
+    rows = images.select(range(20)).with_transform(TinyTransform(augment=True))
+
+    def card() -> str:
+        trainer = make_trainer(model, rows, schedule="0:2", cache={"cache_dir": str(tmp_path / "caches")})
+        (Path(trainer.build_cache().reader.directory) / "origin.json").unlink()
+        before = torch.get_rng_state()
+        trainer.push_cache_to_hub(REPO, overwrite=True)  # looks again
+        assert torch.equal(torch.get_rng_state(), before)
+        return server.read(REPO, "README.md").decode()
+
+    assert f'from_pretrained("{MODEL}", revision="{old}")' in card()
+    Trainer(model=model, args=training_arguments(max_steps=1), train_dataset=rows).train()
+    assert MODEL not in card()
 
 
 @pytest.mark.parametrize("writable", [True, False])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedSetupError
 
-__all__ = ["Fingerprint", "hash_dataset", "hash_object", "hash_tensors"]
+__all__ = ["Fingerprint", "hash_dataset", "hash_object", "hash_prefix", "hash_tensors"]
 
 #: Configuration entries that say nothing about the prefix: the head, names, versions.
 _UNRELATED_CONFIG = frozenset(
@@ -66,6 +66,11 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def hash_prefix(split: Any) -> str:
+    """SHA-256 over the weights of the prefix of a ``Split``: what its hidden states depend on beside configuration and dtype."""
+    return hash_tensors({**split.prefix_parameters(), **split.prefix_buffers()})
 
 
 def hash_config(config: Any) -> str:
