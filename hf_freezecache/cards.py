@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
@@ -16,13 +18,16 @@ from .codecs import DTYPES
 from .origin import Origin, is_hub_id
 from .wording import codec_words, fidelity_words, size_words
 
-__all__ = ["CARD_TAG", "cache_card", "unfinished_card"]
+__all__ = ["CARD_TAG", "cache_card", "told_beside", "unfinished_card"]
 
 #: By which a card is known to be one of a cache.
 CARD_TAG = "hf-freezecache"
 
+_TAGS = (CARD_TAG, "hidden-states", "vision-transformer")
 #: What the Hub's metadata takes for the identifier of a licence.
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+#: What our cards say by themselves; of all other metadata, what is there stays.
+_OURS = frozenset({"configs", "dataset_info", "size_categories", "source_datasets", "task_categories"})
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -34,7 +39,8 @@ def _features(directory: Path, index: CacheIndex, origin: Origin) -> datasets.Fe
     """Return the columns of the index, with the names of the classes where they fit."""
     features = datasets.Features.from_arrow_schema(pq.read_schema(directory / part_name(0, 0)))
     names = origin.label_names
-    if names and isinstance(features.get("labels"), datasets.Value) and features["labels"].dtype == "int64":
+    unique = names and len(set(names)) == len(names)
+    if names and unique and isinstance(features.get("labels"), datasets.Value) and features["labels"].dtype == "int64":
         columns = [
             pq.read_table(directory / part_name(view, shard), columns=["labels"])["labels"].to_numpy()
             for view in range(index.num_views)
@@ -45,10 +51,18 @@ def _features(directory: Path, index: CacheIndex, origin: Origin) -> datasets.Fe
     return features
 
 
-def _metadata(directory: Path, index: CacheIndex, origin: Origin) -> DatasetCardData:
+def told_beside(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the metadata of a card say beside what our cards say: gates, languages, tags, a licence in other words."""
+    tags = [tag for tag in metadata.get("tags") or () if tag not in _TAGS]
+    told = {name: value for name, value in metadata.items() if value is not None and name not in {*_OURS, "tags"}}
+    return {**told, **({"tags": tags} if tags else {})}
+
+
+def _metadata(directory: Path, index: CacheIndex, origin: Origin, told: Mapping[str, Any] | None) -> DatasetCardData:
+    told = told or {}
     size = next((name for bound, name in _SIZES if index.num_samples < bound), "n>1M")
     data = DatasetCardData(
-        tags=[CARD_TAG, "hidden-states", "vision-transformer"],
+        tags=[*_TAGS, *told.get("tags", ())],
         size_categories=[size],
         configs=[
             {
@@ -65,6 +79,10 @@ def _metadata(directory: Path, index: CacheIndex, origin: Origin) -> DatasetCard
         data["source_datasets"] = [origin.dataset_name]
     if origin.license:
         data["license"] = origin.license if _LICENSE_ID.fullmatch(origin.license) else "other"
+    stays = data.get("license") in (None, told.get("license"))
+    for name, value in told.items():
+        if data.get(name) is None and (stays or not name.startswith("license")):
+            data[name] = value
     features = _features(directory, index, origin)
     infos = {
         _config_name(view): datasets.DatasetInfo(features=features, config_name=_config_name(view))
@@ -74,8 +92,13 @@ def _metadata(directory: Path, index: CacheIndex, origin: Origin) -> DatasetCard
     return data
 
 
+def _escaped(text: str) -> str:
+    """Return text of others so that Markdown shows it as it is."""
+    return re.sub(r"([\\`*<>\[\]])", r"\\\1", text)
+
+
 def _named(name: str, revision: str | None) -> str:
-    return f"{name} at revision `{revision}`" if revision else name
+    return _escaped(name) + (f" at revision `{revision.replace('`', '')}`" if revision else "")
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -89,7 +112,7 @@ def _facts(index: CacheIndex, origin: Origin) -> dict[str, str]:
     if origin.dataset_name:
         rows["source data set"] = _named(origin.dataset_name, origin.dataset_revision)
     if origin.license:
-        rows["licence of the source"] = origin.license
+        rows["licence of the source"] = _escaped(origin.license)
     if origin.model_id:
         rows["model"] = _named(origin.model_id, origin.model_revision)
     tokens, hidden = index.hidden_shape
@@ -120,15 +143,20 @@ def _facts(index: CacheIndex, origin: Origin) -> dict[str, str]:
     return rows
 
 
-def unfinished_card(directory: Path, index: CacheIndex, origin: Origin | None = None) -> str:
-    """Render what stands in place of the card while a cache is pushed: that it is unfinished. It names no data files.
+def unfinished_card(
+    directory: Path, index: CacheIndex, origin: Origin | None = None, told: Mapping[str, Any] | None = None
+) -> str:
+    """Render what stands in place of the card while a cache is pushed: that it is unfinished, and of which cache.
+
+    It names no data files.
 
     Args:
         directory: As for ``cache_card``.
         index: As for ``cache_card``.
         origin: As for ``cache_card``: what the Hub refuses of it, it refuses before anything large is sent.
+        told: As for ``cache_card``.
     """
-    data = _metadata(directory, index, origin or Origin())
+    data = _metadata(directory, index, origin or Origin(), told)
     data.pop("dataset_info", None)
     # Nothing is there: without this line, all parts of all views that are there would be taken for rows.
     data["configs"] = [
@@ -141,10 +169,18 @@ def unfinished_card(directory: Path, index: CacheIndex, origin: Origin | None = 
 # Unfinished
 
 A cache of hidden states is being pushed here by `hf-freezecache`, or its push was interrupted. The same push finishes it.
+
+Its fingerprint: `{Fingerprint(index.fingerprint).digest}`.
 """
 
 
-def cache_card(directory: Path, index: CacheIndex, repo_id: str, origin: Origin | None = None) -> str:
+def cache_card(
+    directory: Path,
+    index: CacheIndex,
+    repo_id: str,
+    origin: Origin | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> str:
     """Render the card of a cache: metadata that the Hub reads, and text.
 
     Args:
@@ -152,6 +188,7 @@ def cache_card(directory: Path, index: CacheIndex, repo_id: str, origin: Origin 
         index: Its index.
         repo_id: Where it is pushed to.
         origin: What it was made of, as far as that is known.
+        told: Further metadata, as ``told_beside`` returns them; what the card says itself stands in their place.
     """
     origin = origin or Origin()
     imports, load = (
@@ -165,10 +202,10 @@ def cache_card(directory: Path, index: CacheIndex, repo_id: str, origin: Origin 
         load = f'model = AutoModelForImageClassification.from_pretrained("{origin.model_id}"{revision})'
     parts = {f"`{name}`": f"`{value}`" for name, value in sorted(index.fingerprint.items())}
     terms = (
-        "The terms of the source data set go on to apply to what is computed from it. " if origin.dataset_name else ""
+        " The terms of the source data set go on to apply to what is computed from it." if origin.dataset_name else ""
     )
     return f"""---
-{_metadata(directory, index, origin).to_yaml()}
+{_metadata(directory, index, origin, told).to_yaml()}
 ---
 
 # Hidden states after {index.split_point} blocks, {index.num_samples:,} images

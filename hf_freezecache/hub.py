@@ -43,7 +43,7 @@ from .cache.format import FILE_NAME, INDEX_NAME, ORIGIN_NAME, CacheIndex, load_i
 from .cache.reader import verify_cache
 from .cache.selection import Selection
 from .cache.transfer import check_free_space, check_vacant, file_problem, put_in_place, scratch_of
-from .cards import CARD_TAG, cache_card, unfinished_card
+from .cards import CARD_TAG, cache_card, told_beside, unfinished_card
 from .errors import (
     CacheCorruptError,
     CacheMismatchError,
@@ -52,7 +52,7 @@ from .errors import (
     HubError,
     UnsupportedSetupError,
 )
-from .origin import Origin, origin_json, read_origin
+from .origin import MAX_BYTES, Origin, origin_json, read_origin
 
 __all__ = ["PullReport", "PushReport", "fetch_cache", "is_repo_id", "pull_cache", "push_cache"]
 
@@ -315,10 +315,13 @@ def push_cache(
         }
         target = _Target(api, repo_id, revision, token, remote, report)
         stale = [name for name in remote if name not in index.files and FILE_NAME.fullmatch(name)]
-        made_of = read_origin(directory).updated(origin or Origin())
         there = INDEX_NAME in remote and _holds_same(target, directory, overwrite)
-        if not there and not overwrite:
-            made_of = _check_room(target, made_of)
+        given = origin or Origin()
+        made_of, told = Origin(), dict[str, Any]()
+        writes_card = not there or CARD_NAME not in remote or given != Origin()
+        if writes_card:  # else one that somebody has edited since stays
+            known, told = _found(target, Fingerprint(index.fingerprint).digest, there, overwrite)
+            made_of, told = _combined(read_origin(directory).updated(known), given, told)
         missing = [
             name
             for name, record in sorted(index.files.items())
@@ -327,16 +330,14 @@ def push_cache(
         report.kept_files = len(index.files) - len(missing)
         if missing and report.kept_files:
             logger.info("Going on with %s: %d of %d files are there.", repo_id, report.kept_files, len(index.files))
-        _begin(target, there, bool(missing), unfinished_card(directory, index, made_of))
+        first: list[Any] = []
+        if not there:  # what is known goes first, too: who goes on with the push may not be told again
+            first = _card_files(target, unfinished_card(directory, index, made_of, told), made_of)
+        _begin(target, there, bool(missing), first)
         _push_files(target, directory, index, missing, show)
         last: list[Any] = [CommitOperationDelete(name) for name in stale]
-        if not there or CARD_NAME not in remote or origin not in (None, Origin()):
-            # Else a card that somebody has edited since stays.
-            last.append(CommitOperationAdd(CARD_NAME, cache_card(directory, index, repo_id, made_of).encode()))
-            if made_of != Origin():
-                last.append(CommitOperationAdd(ORIGIN_NAME, origin_json(made_of)))
-            elif ORIGIN_NAME in remote:
-                last.append(CommitOperationDelete(ORIGIN_NAME))
+        if writes_card:
+            last += _card_files(target, cache_card(directory, index, repo_id, made_of, told), made_of)
         if not there:
             last.append(CommitOperationAdd(INDEX_NAME, directory / INDEX_NAME))
         if last:
@@ -378,37 +379,75 @@ class _Target:
         self.report.revision = str(info.oid)
 
 
-def _check_room(target: _Target, origin: Origin) -> Origin:
-    """Refuse to write over the card of another data set; of a repository with no more than a licence, take that over."""
-    others = [
-        name
-        for name in target.remote
-        if name not in (CARD_NAME, ORIGIN_NAME, INDEX_NAME, ".gitattributes", "LICENSE")
-        and not FILE_NAME.fullmatch(name)
-    ]
-    card = None
+def _found(target: _Target, digest: str, there: bool, overwrite: bool) -> tuple[Origin, dict[str, Any]]:
+    """Return what the repository says of the cache with a fingerprint, or said before anything was pushed there.
+
+    Args:
+        target: The repository.
+        digest: The fingerprint.
+        there: Whether that cache is there.
+        overwrite: Whether the card of another data set may be written over.
+
+    Raises:
+        CacheMismatchError: It is that of another data set.
+    """
+    metadata, text = {}, ""
     if CARD_NAME in target.remote:
-        card = DatasetCard.load(target.read(CARD_NAME), ignore_metadata_errors=True)
-        if CARD_TAG in (card.data.get("tags") or []):
-            return origin
-    if others or (card is not None and card.text.strip()):
-        what = f"holds {others[0]}" if others else "has a card that is not one of a cache"
-        raise CacheMismatchError(
-            f"{target.repo_id} is another data set: it {what}. Push to another repository, or write the card over that of "
-            "the other (overwrite=True, --overwrite)."
-        )
-    license = None if card is None else card.data.get("license")
-    return Origin(license=license).updated(origin) if isinstance(license, str) else origin
+        path = target.read(CARD_NAME)
+        try:
+            card = DatasetCard.load(path, ignore_metadata_errors=True)
+            metadata, text = card.data.to_dict(), card.text.strip()
+        except ValueError:  # not even that; then it is none of ours
+            text = path.read_text(encoding="utf-8", errors="replace")
+    ours = CARD_TAG in (metadata.get("tags") or ())
+    same = there or (ours and digest in text)
+    if not (there or ours or overwrite):
+        others = [
+            name
+            for name in target.remote
+            if name not in (CARD_NAME, ORIGIN_NAME, INDEX_NAME, ".gitattributes", "LICENSE")
+            and not FILE_NAME.fullmatch(name)
+        ]
+        if others or text:
+            what = f"holds {others[0]}" if others else "has a card that is not one of a cache"
+            raise CacheMismatchError(
+                f"{target.repo_id} is another data set: it {what}. Push to another repository, or write the card over that "
+                "of the other (overwrite=True, --overwrite)."
+            )
+    known, told = Origin(), dict[str, Any]()
+    if same and ORIGIN_NAME in target.remote and target.remote[ORIGIN_NAME].size <= MAX_BYTES:
+        known = read_origin(target.read(ORIGIN_NAME).parent)
+    if same or not (ours or text):
+        told = told_beside(metadata)
+    return known, told
 
 
-def _begin(target: _Target, there: bool, sends: bool, card: str) -> None:
+def _combined(known: Origin, given: Origin, told: dict[str, Any]) -> tuple[Origin, dict[str, Any]]:
+    """Return what goes onto a card, of what was known of the cache, what is given now, and what its metadata said."""
+    if known.dataset_name is not None and given.dataset_name not in (None, known.dataset_name):
+        told = {name: value for name, value in told.items() if not name.startswith("license")}
+    made_of, license = known.updated(given), told.get("license")
+    if made_of.license is None and isinstance(license, str) and license != "other":
+        made_of = dataclasses.replace(made_of, license=license)
+    return made_of, told
+
+
+def _card_files(target: _Target, card: str, made_of: Origin) -> list[Any]:
+    """Return what writes a card, and what it was told beside it. What is that already makes no commit."""
+    operations: list[Any] = [CommitOperationAdd(CARD_NAME, card.encode())]
+    if made_of != Origin():
+        operations.append(CommitOperationAdd(ORIGIN_NAME, origin_json(made_of)))
+    elif target.remote.pop(ORIGIN_NAME, None) is not None:
+        operations.append(CommitOperationDelete(ORIGIN_NAME))
+    return operations
+
+
+def _begin(target: _Target, there: bool, sends: bool, card: list[Any]) -> None:
     """Make the repository ready for shards, in one commit: it is no cache yet, and stores them as large files."""
-    operations: list[Any] = []
-    if not there:
-        if INDEX_NAME in target.remote:
-            logger.warning("Replacing the cache in %s.", target.repo_id)
-            operations.append(CommitOperationDelete(INDEX_NAME))
-        operations.append(CommitOperationAdd(CARD_NAME, card.encode()))  # no commit if it is that already
+    operations = list(card)
+    if not there and INDEX_NAME in target.remote:
+        logger.warning("Replacing the cache in %s.", target.repo_id)
+        operations.append(CommitOperationDelete(INDEX_NAME))
     if sends:
         path = target.read(".gitattributes") if ".gitattributes" in target.remote else None
         text = "" if path is None else path.read_text(encoding="utf-8")
@@ -465,8 +504,11 @@ def _push_files(target: _Target, directory: Path, index: CacheIndex, missing: li
 
 def _fetch_index(
     repo_id: str, revision: str | None, token: str | bool | None, selection: Selection
-) -> tuple[str, CacheIndex, list[str]]:
-    """Return commit, index and names of the files of a cache on the Hub, whose listing agrees with the index."""
+) -> tuple[str, CacheIndex, list[str], list[str]]:
+    """Return commit, index, names of the files of a cache on the Hub and of what lies beside them for a card.
+
+    Its listing agrees with the index.
+    """
     api = _api(token)
     sha = str(api.repo_info(repo_id, repo_type=KIND, revision=revision).sha)
     settings: dict[str, Any] = {"repo_type": KIND, "token": token}
@@ -500,7 +542,8 @@ def _fetch_index(
                 f"{repo_id} at revision {sha} is refused: {name} is altered; it has {entry.size} bytes and SHA-256 "
                 f"{entry.lfs.sha256 if entry.lfs is not None else 'unknown'}, {INDEX_NAME} says {record.bytes} and {record.sha256}."
             )
-    return sha, index, names
+    beside = [ORIGIN_NAME] if ORIGIN_NAME in listed and listed[ORIGIN_NAME].size <= MAX_BYTES else []
+    return sha, index, names, beside
 
 
 def _discard(path: Path) -> None:
@@ -550,7 +593,7 @@ def fetch_cache(
     selection, show = selection or Selection(), _shown(show_progress)
     with _explained(f"Fetching {repo_id}", repo_id, revision), _bars(show):
         try:
-            sha, index, names = _fetch_index(repo_id, revision, token, selection)
+            sha, index, names, beside = _fetch_index(repo_id, revision, token, selection)
         except OfflineModeIsEnabled:
             found = hf_hub_download(repo_id, INDEX_NAME, repo_type=KIND, revision=revision, local_files_only=True)
             folder = Path(found).parent
@@ -559,7 +602,11 @@ def fetch_cache(
         else:
             folder = Path(
                 snapshot_download(
-                    repo_id, repo_type=KIND, revision=sha, token=token, allow_patterns=[*names, INDEX_NAME]
+                    repo_id,
+                    repo_type=KIND,
+                    revision=sha,
+                    token=token,
+                    allow_patterns=[*names, *beside, INDEX_NAME],
                 )
             )
         _check_fetched(folder, index, names, repo_id, show)
@@ -596,23 +643,28 @@ def pull_cache(
         HubError: The Hub could not be reached, has no such repository or revision, or refused.
         IndexError: The cache has no such view or shard.
     """
-    directory, selection = Path(directory), Selection.of(views, shards)
-    scratch = scratch_of(directory, "pull")
+    selection = Selection.of(views, shards)
+    place = Path(directory).resolve()  # a path that leads back from a folder that is not there yet leads somewhere else
+    scratch = scratch_of(place, "pull")
     show = _shown(show_progress)
     with _explained(f"Pulling {repo_id}", repo_id, revision), _bars(show):
-        sha, index, names = _fetch_index(repo_id, revision, token, selection)
-        report = PullReport(repo_id, sha, directory, len(names) + 1)
+        sha, index, names, beside = _fetch_index(repo_id, revision, token, selection)
+        report = PullReport(repo_id, sha, Path(directory), len(names) + 1)
         lacking = [*names, INDEX_NAME]
-        if _holds(directory, index):
-            lacking = _problems(directory, index, names, show)
+        if _holds(place, index):
+            lacking = _problems(place, index, names, show)
             report.kept_files = report.files - len(lacking)
-        elif (directory / INDEX_NAME).exists() or not (scratch.is_dir() and scratch.parent == directory.absolute()):
-            check_vacant(directory)
+            if (place / ORIGIN_NAME).exists():
+                beside = []  # what built the cache knew best
+        elif not (scratch.is_dir() and scratch.parent == place) or any(
+            (place / name).exists() for name in (INDEX_NAME, ORIGIN_NAME)
+        ):
+            check_vacant(place)
         # Else a pull into it was interrupted.
-        if lacking:
+        if lacking or beside:
             try:
-                _fetch_into(scratch, repo_id, sha, token, index, lacking, show)
-                put_in_place(scratch, directory)
+                _fetch_into(scratch, repo_id, sha, token, index, [*lacking, *beside], show)
+                put_in_place(scratch, place)
             except OSError as error:
                 known = (FreezeCacheError, LocalEntryNotFoundError, OfflineModeIsEnabled)
                 if isinstance(error, known) or _cause(error) is not None:
@@ -620,7 +672,7 @@ def pull_cache(
                 raise CacheWriteError(
                     f"{directory} could not be written: {error}. What was fetched is kept; the same call goes on from there."
                 ) from error
-        report.total_bytes = sum((directory / name).stat().st_size for name in [*names, INDEX_NAME])
+        report.total_bytes = sum((place / name).stat().st_size for name in [*names, INDEX_NAME])
     return report
 
 
@@ -638,19 +690,16 @@ def _fetch_into(
     names: list[str],
     show: bool,
 ) -> None:
-    """Fetch files of a cache, and what is known of its origin, into a folder that then holds these alone, checked."""
+    """Fetch files of a cache, and what lies beside them, into a folder that then holds these alone, checked."""
     scratch.mkdir(parents=True, exist_ok=True)
-    files = [name for name in names if name != INDEX_NAME]
+    files = [name for name in names if name in index.files]
     there = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
     check_free_space(scratch, sum(index.files[name].bytes for name in files) - there)
-    wanted = {*names, ORIGIN_NAME}
-    snapshot_download(
-        repo_id, repo_type=KIND, revision=revision, token=token, allow_patterns=sorted(wanted), local_dir=scratch
-    )
+    snapshot_download(repo_id, repo_type=KIND, revision=revision, token=token, allow_patterns=names, local_dir=scratch)
     _check_fetched(scratch, index, files, repo_id, show)
     shutil.rmtree(scratch / ".cache", ignore_errors=True)
     for path in [path for path in scratch.rglob("*") if path.is_file()]:
-        if path.relative_to(scratch).as_posix() not in wanted:
+        if path.relative_to(scratch).as_posix() not in names:
             path.unlink()
     if INDEX_NAME in names and load_index(scratch) != index:
         raise CacheCorruptError(f"{repo_id} is refused: {INDEX_NAME} is altered.")

@@ -20,7 +20,7 @@ from hf_freezecache import CachedDataset, SuffixModel, split_model
 from hf_freezecache.cache.reader import verify_cache
 from hf_freezecache.dataset import collate_cached
 from hf_freezecache.errors import CacheMismatchError, UnsupportedSetupError
-from hf_freezecache.origin import Origin, keep_origin, read_origin
+from hf_freezecache.origin import Origin, keep_origin, origin_json, read_origin
 from hf_freezecache.transforms import ImageTransform
 
 
@@ -199,6 +199,16 @@ def test_an_origin_that_cannot_be_understood_is_passed_over(caplog) -> None:
         caplog.clear()
         assert read_origin(Path()) == Origin()
         assert "origin.json is passed over" in caplog.text
+
+
+def test_words_are_one_clean_line_whatever_they_hold() -> None:
+    Path("origin.json").write_text(
+        json.dumps({"license": " a\n\x1b[31mb\ud800 ", "model_id": " ", "label_names": ["\x07"]})
+    )
+    found = read_origin(Path())
+    assert found == Origin(license="a [31mb\N{REPLACEMENT CHARACTER}", label_names=("",))
+    assert found.words() == "images (a [31mb\N{REPLACEMENT CHARACTER})"
+    assert json.loads(origin_json(found)) == {"license": found.license, "label_names": [""]}
 
 
 def test_what_is_given_stands_in_place_of_what_was_known() -> None:

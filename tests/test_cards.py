@@ -83,7 +83,7 @@ def test_a_card_says_what_it_was_told(plain) -> None:
         f"| `prefix weights` | `{index.fingerprint['prefix weights']}` |",
         'CachedDataset.from_pretrained("user/cache")',
         f'from_pretrained("somebody/vit", revision="{"b" * 40}")',
-        "The terms of the source data set go on to apply",
+        "as you would treat the images. The terms of the source data set go on to apply",
     ):
         assert words in text
     data = DatasetCard(text).data.to_dict()
@@ -128,6 +128,7 @@ def test_names_of_classes_only_where_they_fit(plain) -> None:
 
     assert names(FULL) == {"class_label": {"names": {"0": "zero", "1": "one", "2": "two"}}}
     assert names(replace(FULL, label_names=("zero", "one"))) == "int64"
+    assert names(replace(FULL, label_names=("zero", "one", "one"))) == "int64"
     assert names(replace(FULL, label_names=None)) == "int64"
 
 
@@ -135,6 +136,9 @@ def test_text_cannot_break_out_of_its_cell(plain) -> None:
     text = render(plain, Origin(dataset_name="a|b\n# c", license="x\n---\ny"))
     assert "| source data set | a\\|b # c |" in text
     assert "| licence of the source | x --- y |" in text
+    text = render(plain, Origin(dataset_name="<img src=x> [a](b)", dataset_revision="`c", license="*d*"))
+    assert "| source data set | \\<img src=x\\> \\[a\\](b) at revision `c` |" in text
+    assert "| licence of the source | \\*d\\* |" in text
 
 
 def test_what_data_and_model_say_of_themselves(images, model, plain, tmp_path) -> None:

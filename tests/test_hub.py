@@ -34,7 +34,7 @@ from hf_freezecache.errors import (
     HubError,
     UnsupportedSetupError,
 )
-from hf_freezecache.origin import Origin
+from hf_freezecache.origin import Origin, read_origin
 
 REPO = "user/cache"
 
@@ -361,6 +361,93 @@ def test_a_repository_made_by_hand_keeps_its_licence(server, cache) -> None:
     assert hub.push_cache(cache, REPO).uploaded == []
 
 
+@pytest.mark.parametrize("sent", [0, 5, 16])
+def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monkeypatch, sent) -> None:
+    """Nor need what was given to the first call be given again."""
+    monkeypatch.setattr(hub, "GROUP_FILES", 1)
+    monkeypatch.setattr(hub, "COMMIT_FILES", 16 if sent else 4)
+    made = b"---\nlicense: mit\nextra_gated_prompt: Ask first.\ntags: [mine]\n---\n"
+    server.publish(REPO, make_folder(cache.parent / "made", {"README.md": made}), "dataset")
+    server.repo(REPO).private = True
+    server.fail_after = sent
+    if sent == 16:  # the last commit does not arrive
+        real = HfApi.create_commit
+        server.fail_after = None
+
+        def cut(self, repo_id, operations, **settings):
+            if any(operation.path_in_repo == "index.json" for operation in operations):
+                raise KeyboardInterrupt
+            return real(self, repo_id, operations, **settings)
+
+        monkeypatch.setattr(HfApi, "create_commit", cut)
+    given = Origin(dataset_name="somebody/pictures", model_id="somebody/vit", model_revision="b" * 40)
+    with pytest.raises((HubError, KeyboardInterrupt)):
+        hub.push_cache(cache, REPO, origin=given)
+    server.fail_after = None
+    if sent == 16:
+        monkeypatch.setattr(HfApi, "create_commit", real)
+    hub.push_cache(cache, REPO)
+    card = server.read(REPO, "README.md").decode()
+    data = DatasetCard(card).data
+    assert (data.license, data.extra_gated_prompt, data.tags[-1]) == ("mit", "Ask first.", "mine")
+    assert data.source_datasets == ["somebody/pictures"]
+    assert f'from_pretrained("somebody/vit", revision="{"b" * 40}")' in card
+    assert "| licence of the source | mit |" in card
+    assert set(shards_of(server).values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ("license: [mit, cc-by-4.0]", {"license": ["mit", "cc-by-4.0"]}),
+        ("license: other\nlicense_name: ours", {"license": "other", "license_name": "ours"}),
+        ("language: en\npretty_name: Mine", {"language": "en", "pretty_name": "Mine"}),
+    ],
+)
+def test_metadata_that_are_not_ours_stay(server, cache, told, kept) -> None:
+    made = make_folder(cache.parent / "made", {"README.md": f"---\n{told}\n---\n".encode()})
+    server.publish(REPO, made, "dataset")
+    server.repo(REPO).private = True
+    hub.push_cache(cache, REPO)
+    hub.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+    data = DatasetCard(server.read(REPO, "README.md").decode()).data.to_dict()
+    assert {name: data.get(name) for name in kept} == kept
+    assert b"licence of the source" not in server.read(REPO, "README.md")
+    hub.push_cache(cache, REPO, origin=Origin(license="cc0-1.0"))
+    data = DatasetCard(server.read(REPO, "README.md").decode()).data.to_dict()
+    assert data["license"] == "cc0-1.0"
+    assert "license_name" not in data
+
+
+def test_what_was_given_once_stays_and_goes_on_with_the_cache(server, cache, tmp_path) -> None:
+    hub.push_cache(cache, REPO, origin=Origin(dataset_name="somebody/pictures", license="mit"))
+    hub.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+    card = server.read(REPO, "README.md").decode()
+    for words in ("| source data set | somebody/pictures |", "license: mit", "| model | somebody/vit |"):
+        assert words in card
+    CachedDataset.from_pretrained(REPO).push_to_hub("user/copy")
+    assert server.read("user/copy", "README.md").decode() == card.replace(REPO, "user/copy")
+    hub.push_cache(cache, REPO, origin=Origin(dataset_name="others"))
+    assert "mit" not in server.read(REPO, "README.md").decode()
+
+
+def test_nothing_of_a_cache_that_is_replaced_is_said_of_the_next(server, cache, tmp_path) -> None:
+    other = tiny_cache.build(tmp_path / "others", tiny_cache.make_plan(10, data="other rows")).directory
+    given = Origin(dataset_name="somebody/pictures", license="mit")
+    server.fail_after = 0
+    with pytest.raises(HubError):
+        hub.push_cache(cache, "user/begun", origin=given)
+    assert "origin.json" in server.files("user/begun")
+    server.fail_after = None
+    hub.push_cache(cache, REPO, origin=given)
+    for name in (REPO, "user/begun"):
+        hub.push_cache(other, name, overwrite=name == REPO)
+        assert "origin.json" not in server.files(name)
+        card = server.read(name, "README.md").decode()
+        assert "somebody/pictures" not in card
+        assert "mit\n" not in card
+
+
 def test_a_licence_that_the_hub_refuses_is_refused_before_anything_is_sent(server, cache) -> None:
     with pytest.raises(UnsupportedSetupError, match=r"does not take the card.*\n.*license.*cc-by-4\.0"):
         hub.push_cache(cache, REPO, origin=Origin(license="apache2"))
@@ -524,6 +611,62 @@ def test_a_pull_into_the_folder_where_one_stands(server, cache, tmp_path, monkey
     monkeypatch.chdir(tmp_path / "there")
     CachedDataset.from_pretrained(tmp_path / "here").save_pretrained(".")
     assert verify_cache(".") == []
+
+
+def test_a_pull_keeps_words_and_takes_none_of_another_cache(server, cache, tmp_path, monkeypatch) -> None:
+    hub.push_cache(cache, REPO, origin=Origin(license="mit"))
+    other = tiny_cache.build(tmp_path / "others", tiny_cache.make_plan(10, data="other rows")).directory
+    hub.push_cache(other, "user/other")
+    name = "view-01/shard-00002.safetensors"
+    server.alter(REPO, name, 9)
+    for target in (tmp_path / "new", tmp_path / "empty"):
+        if target.name == "empty":
+            target.mkdir()
+        with pytest.raises(CacheCorruptError, match=name):
+            hub.pull_cache(REPO, target)
+        hub.pull_cache("user/other", target)
+        assert read_origin(target) == Origin()
+        assert verify_cache(target) == []
+    server.alter(REPO, name, 9)
+    # What is known here stays; where nothing is, it is taken.
+    copy = CachedDataset.from_pretrained(cache).save_pretrained(tmp_path / "copy")
+    (copy / name).unlink()
+    hub.pull_cache(REPO, copy)
+    assert read_origin(copy) == Origin(license="mit")
+    (copy / "origin.json").unlink()
+    assert hub.pull_cache(REPO, copy).kept_files == 17
+    assert read_origin(copy) == Origin(license="mit")
+    (copy / "origin.json").write_text('{"license": "mine"}')
+    (copy / name).unlink()
+    hub.pull_cache(REPO, copy)
+    assert read_origin(copy) == Origin(license="mine")
+    # A folder in which a pull was begun is no place for it where somebody put words of his own.
+    (tmp_path / "theirs" / ".pull").mkdir(parents=True)
+    (tmp_path / "theirs" / "origin.json").write_text("mine")
+    with pytest.raises(CacheWriteError, match="not empty"):
+        hub.pull_cache(REPO, tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "origin.json").read_text() == "mine"
+
+
+def test_a_pull_through_links_and_back(server, cache, tmp_path, monkeypatch) -> None:
+    hub.push_cache(cache, REPO)
+    monkeypatch.chdir(tmp_path)
+    Path("index.json").write_text("mine")
+    with pytest.raises(CacheWriteError, match="not empty"):
+        hub.pull_cache(REPO, "new/..")
+    assert Path("index.json").read_text() == "mine"
+    Path("link").symlink_to("far/away")
+    assert hub.pull_cache(REPO, "link").directory == Path("link")
+    assert verify_cache("far/away") == []
+    assert not list(tmp_path.rglob(".*pull*"))
+
+
+def test_words_that_are_too_long_are_left_where_they_are(server, cache, tmp_path, monkeypatch) -> None:
+    hub.push_cache(cache, REPO, origin=Origin(license="mit"))
+    monkeypatch.setattr(hub, "MAX_BYTES", 10)
+    hub.pull_cache(REPO, tmp_path / "pulled")
+    CachedDataset.from_pretrained(REPO)
+    assert "origin.json" not in server.downloads
 
 
 def test_save_pretrained_copies_checked_files_or_nothing(cache, tmp_path) -> None:

@@ -66,7 +66,7 @@ def copy_cache(source: Path, target: Path, selection: Selection | None = None) -
         CacheWriteError: The target is not empty, or cannot be written.
         IndexError: The cache has no such view or shard.
     """
-    index = load_index(source)
+    index, target = load_index(source), target.resolve()
     names = (selection or Selection()).files(index)
     check_vacant(target)
     check_free_space(target, sum(index.files[name].bytes for name in names))
@@ -107,8 +107,10 @@ def scratch_of(target: Path, purpose: str) -> Path:
 
 
 def put_in_place(scratch: Path, target: Path) -> None:
-    """Flush a complete folder and rename it to its final name; or move its files into one that is there, the index last."""
-    files = sorted((path for path in scratch.rglob("*") if path.is_file()), key=lambda path: path.name == INDEX_NAME)
+    """Flush a complete folder and rename it to its final name; or move its files into one that is there."""
+    last = (INDEX_NAME, ORIGIN_NAME)  # the index makes a cache of it; no words lie there before there is one
+    files = [path for path in scratch.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: last.index(path.name) if path.name in last else -1)
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         try:
