@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments, set_seed
+
+# Not from the top: before 5.19 that one asks for torchvision, which processors that use Pillow do without.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset

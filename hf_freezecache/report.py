@@ -127,13 +127,32 @@ def _training(record: RunRecord) -> _Training | None:
     # Steps of this call, which after a resume are not all; the rate is rounded to three digits behind the point.
     steps, error = entry.get("train_steps_per_second", math.inf) * runtime, 0.5 + 0.0005 * runtime
     first = last - steps if steps + error < last else 0.0
+    images = entry.get("train_samples_per_second", 0.0) * runtime
+    if (
+        math.inf > steps - error > last
+    ):  # before transformers 5.19 it is all of the schedule, even if that was cut short
+        images *= last / steps
+    if not first and _misses_losses(entry, before, last):  # and it resumed
+        return None
     own = read_epochs(record.log_history)
     if not first and own and own[-1].cumulative_seconds > runtime + 1:
         return None
     evaluations = [log for log in _evaluations(before) if not first or log.get("step", 0) > first + error]
     seconds = runtime - sum(log.get("eval_runtime", 0.0) for log in evaluations)
-    images = entry.get("train_samples_per_second", 0.0) * runtime
     return None if seconds <= 0 else _Training(seconds, images, (last - first) / last if last else 1.0)
+
+
+def _misses_losses(entry: Mapping[str, Any], before: Sequence[Mapping[str, Any]], last: int) -> bool:
+    """Say whether losses were logged that the call that ended did not see: those of steps before it resumed.
+
+    Before transformers 5.19 nothing else tells: ``train_loss`` is the sum of that call's losses over all steps, and what is
+    logged is the mean since the step that was logged before. Both are rounded to four digits behind the point, or are not.
+    """
+    logged, step = 0.0, 0
+    for log in before:
+        if "loss" in log and log.get("step", 0) > step:
+            logged, step = logged + log["loss"] * (log["step"] - step), log["step"]
+    return bool(entry.get("train_loss", math.inf) * last < logged - 0.01 * abs(logged) - 0.0001 * last)
 
 
 def _whole_seconds(record: RunRecord) -> float | None:

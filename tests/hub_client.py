@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from huggingface_hub import constants
+from huggingface_hub import RepoCard, constants
+
+#: For tests in which a card of a model is pushed or validated.
+needs_validation = pytest.mark.skipif(
+    "https://huggingface.co/api" in inspect.getsource(RepoCard.validate),
+    reason="this huggingface_hub validates cards nowhere but on the Hub",
+)
 
 
 def connect(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

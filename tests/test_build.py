@@ -51,7 +51,7 @@ def test_a_cache_holds_what_the_model_makes_of_the_images(images) -> None:
     assert built["num_samples"] == 12
     assert Path(built["path"]).parent == Path("caches")
     assert verify_cache(Path(built["path"])) == []
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     transform = ImageTransform.from_processor(AutoImageProcessor.from_pretrained("model"), train=False)
     pixels = torch.stack(transform(images[:12])["pixel_values"])

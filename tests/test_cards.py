@@ -10,7 +10,7 @@ import datasets
 import pytest
 import tiny_cache
 import torch
-from hub_client import connect
+from hub_client import connect, needs_validation
 from hub_server import HubServer
 from huggingface_hub import DatasetCard
 from tiny import TinyTransform, make_trainer, tiny_vit
@@ -50,6 +50,7 @@ def render(cache: Path, origin: Origin | None) -> str:
     return cache_card(cache, load_index(cache), "user/cache", origin)
 
 
+@needs_validation
 @pytest.mark.parametrize("origin", [None, FULL, Origin(dataset_name="photos of mine", license="ask the photographer")])
 @pytest.mark.parametrize("which", ["plain", "lossy"])
 def test_cards_pass_the_hubs_validation_and_hold_no_placeholder(which, origin, request, tmp_path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ import datasets
 import pytest
 import tiny_cache
 import torch
-from hub_client import connect, environment
+from hub_client import connect, environment, needs_validation
 from hub_server import HubServer
 from huggingface_hub import DatasetCard, HfApi
 from safetensors.torch import load, save
@@ -843,6 +843,7 @@ def test_a_suffix_is_not_pushed_as_if_it_were_a_model(server, cache) -> None:
         trainer.push_to_hub()
 
 
+@needs_validation
 def test_another_process_loads_index_and_model_without_us_and_trains_with_us(server, images, tmp_path) -> None:
     rows = images.select(range(20)).with_transform(TinyTransform(augment=True))
     trainer = make_trainer(tiny_vit(), rows, schedule="0:2", cache={"num_views": 2}, num_train_epochs=1)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from PIL import Image
 from test_cli import assert_one_line, call
 from tiny import make_trainer, tiny_vit, training_arguments
@@ -34,6 +36,8 @@ from hf_freezecache.run_words import (
 )
 from hf_freezecache.wording import size_words
 
+#: Before 5.19 transformers reports the images and steps of the whole schedule, whichever of them a call did.
+LOGS_THE_WHOLE = Version(transformers.__version__) < Version("5.19")
 PICTURES = ["timeline", "cost", "storage", "sensitivity"]
 
 
@@ -189,6 +193,35 @@ def test_an_unequal_baseline_is_told(tmp_path) -> None:
     assert figures["cost"]["no_freezing_basis"] == "unfrozen epochs"
 
 
+def old_log(resumed: bool, stopped: bool) -> list[dict[str, Any]]:
+    """The log of six epochs of 10 steps, as transformers before 5.19 writes it; in the second part of it, or in one piece."""
+    losses = [2.0, 1.6, 1.3, 1.1, 1.0, 0.9]
+    done = 3 if stopped else 6
+    own = losses[3:done] if resumed else losses[:done]
+    runtime = 2.0 * len(own)
+    end = {
+        "epoch": float(done),
+        "step": 10 * done,
+        "train_runtime": runtime,
+        "train_samples_per_second": round(600 / runtime, 3),
+        "train_steps_per_second": round(60 / runtime, 3),
+        "train_loss": sum(own) / done,
+    }
+    return [{"epoch": n + 1.0, "step": 10 * n + 10, "loss": loss} for n, loss in enumerate(losses[:done])] + [end]
+
+
+@pytest.mark.parametrize(("resumed", "stopped"), [(False, False), (True, False), (False, True)])
+def test_a_baseline_of_an_older_transformers(resumed, stopped) -> None:
+    """It reports images and steps of the whole schedule, whether they were trained on in this call or at all."""
+    log = old_log(resumed, stopped)
+    Path("old").mkdir()
+    Path("old/trainer_state.json").write_text(json.dumps({"global_step": log[-1]["step"], "log_history": log}))
+    found = read_baseline(Path("old"))
+    assert found["seconds"] == (None if resumed else log[-1]["train_runtime"])
+    assert found["images_per_second"] == (None if resumed else pytest.approx(50, rel=0.01))
+    assert found["train_images"] == (None if resumed else 100)
+
+
 def test_a_resumed_baseline_is_not_timed_as_a_whole(images, train_dataset, eval_dataset) -> None:
     """Of plain ``Trainer``, which logs the time of the last call alone. Its rate is still that of its own steps."""
 
@@ -205,6 +238,9 @@ def test_a_resumed_baseline_is_not_timed_as_a_whole(images, train_dataset, eval_
     train(resume_from_checkpoint="out/checkpoint-25")
     resumed = read_baseline(Path("out"))
     assert (resumed["seconds"], resumed["epochs"]) == (None, 6)
+    if LOGS_THE_WHOLE:
+        assert resumed["images_per_second"] is None  # how much of it was done before is not to be known
+        return
     assert resumed["train_images"] == pytest.approx(len(images), rel=0.01)
     last = read_run(Path("out")).log_history[-1]
     evaluated = [entry["eval_runtime"] for entry in read_run(Path("out")).log_history if "eval_runtime" in entry]
