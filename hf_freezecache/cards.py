@@ -53,7 +53,8 @@ def _features(directory: Path, index: CacheIndex, origin: Origin) -> datasets.Fe
 
 def told_beside(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the metadata of a card say beside what our cards say: gates, languages, tags, a licence in other words."""
-    tags = [tag for tag in metadata.get("tags") or () if tag not in _TAGS]
+    found = metadata.get("tags")
+    tags = [tag for tag in found if tag not in _TAGS] if isinstance(found, list) else []
     told = {name: value for name, value in metadata.items() if value is not None and name not in {*_OURS, "tags"}}
     return {**told, **({"tags": tags} if tags else {})}
 

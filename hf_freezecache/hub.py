@@ -37,6 +37,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     enable_progress_bars,
 )
 from tqdm.auto import tqdm
+from yaml import YAMLError
 
 from .cache.fingerprint import Fingerprint
 from .cache.format import FILE_NAME, INDEX_NAME, ORIGIN_NAME, CacheIndex, load_index
@@ -397,9 +398,10 @@ def _found(target: _Target, digest: str, there: bool, overwrite: bool) -> tuple[
         try:
             card = DatasetCard.load(path, ignore_metadata_errors=True)
             metadata, text = card.data.to_dict(), card.text.strip()
-        except ValueError:  # not even that; then it is none of ours
+        except (ValueError, YAMLError):  # not even that; then it is none of ours
             text = path.read_text(encoding="utf-8", errors="replace")
-    ours = CARD_TAG in (metadata.get("tags") or ())
+    tags = metadata.get("tags")
+    ours = isinstance(tags, list) and CARD_TAG in tags
     same = there or (ours and digest in text)
     if not (there or ours or overwrite):
         others = [

@@ -402,6 +402,7 @@ def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monk
         ("license: [mit, cc-by-4.0]", {"license": ["mit", "cc-by-4.0"]}),
         ("license: other\nlicense_name: ours", {"license": "other", "license_name": "ours"}),
         ("language: en\npretty_name: Mine", {"language": "en", "pretty_name": "Mine"}),
+        ("tags: abc\nconfigs: 3\ndataset_info: x\nx: [1, {y: z}]", {"x": [1, {"y": "z"}]}),
     ],
 )
 def test_metadata_that_are_not_ours_stay(server, cache, told, kept) -> None:
@@ -417,6 +418,19 @@ def test_metadata_that_are_not_ours_stay(server, cache, told, kept) -> None:
     data = DatasetCard(server.read(REPO, "README.md").decode()).data.to_dict()
     assert data["license"] == "cc0-1.0"
     assert "license_name" not in data
+
+
+@pytest.mark.parametrize(
+    "broken", [b"---\na: [b\n---\n", b"---\n- a\n---\n", b"---\nx: !!python/object:os.system\n---\n", b"\xff"]
+)
+def test_a_card_that_cannot_be_read_is_not_written_over(server, cache, broken) -> None:
+    server.publish(REPO, make_folder(cache.parent / "made", {"README.md": broken}), "dataset")
+    server.repo(REPO).private = True
+    with pytest.raises(CacheMismatchError, match="a card that is not one of a cache"):
+        hub.push_cache(cache, REPO)
+    assert server.read(REPO, "README.md") == broken
+    hub.push_cache(cache, REPO, overwrite=True)
+    assert len(CachedDataset.from_pretrained(REPO)) == 24
 
 
 def test_what_was_given_once_stays_and_goes_on_with_the_cache(server, cache, tmp_path) -> None:
