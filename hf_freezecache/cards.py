@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCardData, metadata_load
+from yaml import YAMLError
 
 from .cache.fingerprint import Fingerprint
 from .cache.format import CacheIndex, part_name
@@ -18,16 +20,18 @@ from .codecs import DTYPES
 from .origin import Origin, is_hub_id
 from .wording import codec_words, fidelity_words, size_words
 
-__all__ = ["CARD_TAG", "cache_card", "told_beside", "unfinished_card"]
+__all__ = ["FoundCard", "cache_card", "license_id", "read_card", "unfinished_card"]
 
-#: By which a card is known to be one of a cache.
-CARD_TAG = "hf-freezecache"
-
-_TAGS = (CARD_TAG, "hidden-states", "vision-transformer")
+_TAGS = ("hf-freezecache", "hidden-states", "vision-transformer")
+#: What tells our cards from those of others that carry our tag: each names the fingerprint of its cache.
+_FINGERPRINT = re.compile(r"fingerprint\W+`([0-9a-f]{64})`")
+_METADATA = re.compile(r"\s*---\s*?\n.*?\n---[ \t]*(?:\n|$)", re.DOTALL)
 #: What the Hub's metadata takes for the identifier of a licence.
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 #: What our cards say by themselves; of all other metadata, what is there stays.
 _OURS = frozenset({"configs", "dataset_info", "size_categories", "source_datasets", "task_categories"})
+#: What would stand in place of methods and arguments of the class that reads metadata, for whoever reads them next.
+_UNUSABLE = frozenset({*dir(DatasetCardData), "self", "ignore_metadata_errors"})
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -51,12 +55,44 @@ def _features(directory: Path, index: CacheIndex, origin: Origin) -> datasets.Fe
     return features
 
 
-def told_beside(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the metadata of a card say beside what our cards say: gates, languages, tags, a licence in other words."""
+@dataclass(frozen=True)
+class FoundCard:
+    """A card that lies in a repository.
+
+    Attributes:
+        fingerprint: That of the cache that it is of, 64 hexadecimal digits; ``None`` if it is none of ours.
+        told: Metadata beside what our cards say themselves: licence, gates, languages, tags.
+        text: What stands below the metadata; all of it, if those cannot be read.
+    """
+
+    fingerprint: str | None = None
+    told: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+def read_card(path: Path) -> FoundCard:
+    """Read a card that anybody may have written."""
+    content = path.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        metadata = metadata_load(path) or {}
+    except (ValueError, YAMLError, RecursionError):
+        return FoundCard(text=content.strip())
+    text = _METADATA.sub("", content, count=1).strip() if metadata else content.strip()
     found = metadata.get("tags")
-    tags = [tag for tag in found if tag not in _TAGS] if isinstance(found, list) else []
-    told = {name: value for name, value in metadata.items() if value is not None and name not in {*_OURS, "tags"}}
-    return {**told, **({"tags": tags} if tags else {})}
+    tags = found if isinstance(found, list) else []
+    named = _FINGERPRINT.search(text) if _TAGS[0] in tags else None
+    told = {
+        name: value
+        for name, value in metadata.items()
+        if value is not None and isinstance(name, str) and name not in _OURS and name not in _UNUSABLE
+    }
+    told["tags"] = [tag for tag in tags if tag not in _TAGS]
+    return FoundCard(named and named[1], told, text)
+
+
+def license_id(license: str | None) -> str | None:
+    """Return what metadata say of a licence: its identifier, or that it is another."""
+    return license if license is None or _LICENSE_ID.fullmatch(license) else "other"
 
 
 def _metadata(directory: Path, index: CacheIndex, origin: Origin, told: Mapping[str, Any] | None) -> DatasetCardData:
@@ -79,7 +115,7 @@ def _metadata(directory: Path, index: CacheIndex, origin: Origin, told: Mapping[
     if origin.dataset_name and is_hub_id(origin.dataset_name):
         data["source_datasets"] = [origin.dataset_name]
     if origin.license:
-        data["license"] = origin.license if _LICENSE_ID.fullmatch(origin.license) else "other"
+        data["license"] = license_id(origin.license)
     stays = data.get("license") in (None, told.get("license"))
     for name, value in told.items():
         if data.get(name) is None and (stays or not name.startswith("license")):
@@ -189,7 +225,7 @@ def cache_card(
         index: Its index.
         repo_id: Where it is pushed to.
         origin: What it was made of, as far as that is known.
-        told: Further metadata, as ``told_beside`` returns them; what the card says itself stands in their place.
+        told: Further metadata, as ``read_card`` returns them; what the card says itself stands in their place.
     """
     origin = origin or Origin()
     imports, load = (

@@ -15,7 +15,6 @@ from typing import Any
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
-    DatasetCard,
     HfApi,
     constants,
     hf_hub_download,
@@ -37,14 +36,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     enable_progress_bars,
 )
 from tqdm.auto import tqdm
-from yaml import YAMLError
 
 from .cache.fingerprint import Fingerprint
 from .cache.format import FILE_NAME, INDEX_NAME, ORIGIN_NAME, CacheIndex, load_index
 from .cache.reader import verify_cache
 from .cache.selection import Selection
 from .cache.transfer import check_free_space, check_vacant, file_problem, put_in_place, scratch_of
-from .cards import CARD_TAG, cache_card, told_beside, unfinished_card
+from .cards import FoundCard, cache_card, license_id, read_card, unfinished_card
 from .errors import (
     CacheCorruptError,
     CacheMismatchError,
@@ -322,7 +320,7 @@ def push_cache(
         writes_card = not there or CARD_NAME not in remote or given != Origin()
         if writes_card:  # else one that somebody has edited since stays
             known, told = _found(target, Fingerprint(index.fingerprint).digest, there, overwrite)
-            made_of, told = _combined(read_origin(directory).updated(known), given, told)
+            made_of, told = _combined(read_origin(directory), known, given, told)
         missing = [
             name
             for name, record in sorted(index.files.items())
@@ -392,43 +390,46 @@ def _found(target: _Target, digest: str, there: bool, overwrite: bool) -> tuple[
     Raises:
         CacheMismatchError: It is that of another data set.
     """
-    metadata, text = {}, ""
-    if CARD_NAME in target.remote:
-        path = target.read(CARD_NAME)
-        try:
-            card = DatasetCard.load(path, ignore_metadata_errors=True)
-            metadata, text = card.data.to_dict(), card.text.strip()
-        except (ValueError, YAMLError):  # not even that; then it is none of ours
-            text = path.read_text(encoding="utf-8", errors="replace")
-    tags = metadata.get("tags")
-    ours = isinstance(tags, list) and CARD_TAG in tags
-    same = there or (ours and digest in text)
-    if not (there or ours or overwrite):
+    card = read_card(target.read(CARD_NAME)) if CARD_NAME in target.remote else FoundCard()
+    same = there or card.fingerprint == digest
+    if not (there or card.fingerprint or overwrite):
         others = [
             name
             for name in target.remote
-            if name not in (CARD_NAME, ORIGIN_NAME, INDEX_NAME, ".gitattributes", "LICENSE")
-            and not FILE_NAME.fullmatch(name)
+            if name not in (CARD_NAME, INDEX_NAME, ".gitattributes", "LICENSE") and not FILE_NAME.fullmatch(name)
         ]
-        if others or text:
+        if others or card.text:
             what = f"holds {others[0]}" if others else "has a card that is not one of a cache"
             raise CacheMismatchError(
                 f"{target.repo_id} is another data set: it {what}. Push to another repository, or write the card over that "
                 "of the other (overwrite=True, --overwrite)."
             )
-    known, told = Origin(), dict[str, Any]()
+    known = Origin()
     if same and ORIGIN_NAME in target.remote and target.remote[ORIGIN_NAME].size <= MAX_BYTES:
         known = read_origin(target.read(ORIGIN_NAME).parent)
-    if same or not (ours or text):
-        told = told_beside(metadata)
-    return known, told
+    return known, card.told if same or not card.text else {}
 
 
-def _combined(known: Origin, given: Origin, told: dict[str, Any]) -> tuple[Origin, dict[str, Any]]:
-    """Return what goes onto a card, of what was known of the cache, what is given now, and what its metadata said."""
-    if known.dataset_name is not None and given.dataset_name not in (None, known.dataset_name):
+def _combined(local: Origin, known: Origin, given: Origin, told: dict[str, Any]) -> tuple[Origin, dict[str, Any]]:
+    """Return what goes onto a card.
+
+    Args:
+        local: What was written down beside the cache.
+        known: What an earlier push wrote down in the repository.
+        given: What is given now.
+        told: What the metadata of the card say beside.
+
+    Returns:
+        What is known then; and the metadata, without those of a licence that it replaces.
+    """
+    made_of, license = local.updated(known), told.get("license")
+    if known != Origin() and license not in (None, license_id(made_of.license)):  # somebody has written another since
+        made_of = dataclasses.replace(made_of, license=None)
+    elsewhere = made_of.dataset_name is not None and given.dataset_name not in (None, made_of.dataset_name)
+    of_others = made_of.license is not None and license != license_id(made_of.license)
+    if elsewhere or of_others or given.license not in (None, made_of.license):
         told = {name: value for name, value in told.items() if not name.startswith("license")}
-    made_of, license = known.updated(given), told.get("license")
+    made_of, license = made_of.updated(given), told.get("license")
     if made_of.license is None and isinstance(license, str) and license != "other":
         made_of = dataclasses.replace(made_of, license=license)
     return made_of, told
@@ -452,13 +453,13 @@ def _begin(target: _Target, there: bool, sends: bool, card: list[Any]) -> None:
         operations.append(CommitOperationDelete(INDEX_NAME))
     if sends:
         path = target.read(".gitattributes") if ".gitattributes" in target.remote else None
-        text = "" if path is None else path.read_text(encoding="utf-8")
+        text = "" if path is None else path.read_bytes().decode("utf-8", "surrogateescape")
         large = {line.split()[0] for line in text.splitlines() if "filter=lfs" in line.split()}
         lines = [f"*.{kind} filter=lfs diff=lfs merge=lfs -text\n" for kind in ("safetensors", "parquet")]
         lacking = [line for line in lines if line.split()[0] not in large]
         if lacking:
             whole = text + ("\n" if text and not text.endswith("\n") else "") + "".join(lacking)
-            operations.append(CommitOperationAdd(".gitattributes", whole.encode()))
+            operations.append(CommitOperationAdd(".gitattributes", whole.encode("utf-8", "surrogateescape")))
     if operations:
         target.commit(operations, "Begin a cache" if not there else "Store shards as large files")
 
@@ -647,7 +648,7 @@ def pull_cache(
     """
     selection = Selection.of(views, shards)
     place = Path(directory).resolve()  # a path that leads back from a folder that is not there yet leads somewhere else
-    scratch = scratch_of(place, "pull")
+    scratch = scratch_of(place, "freezecache-pull")
     show = _shown(show_progress)
     with _explained(f"Pulling {repo_id}", repo_id, revision), _bars(show):
         sha, index, names, beside = _fetch_index(repo_id, revision, token, selection)
@@ -668,13 +669,20 @@ def pull_cache(
                 _fetch_into(scratch, repo_id, sha, token, index, [*lacking, *beside], show)
                 put_in_place(scratch, place)
             except OSError as error:
+                if not lacking:
+                    logger.debug("%s was not fetched into %s: %s", ORIGIN_NAME, directory, error)
+                    return _counted(report, place, names)
                 known = (FreezeCacheError, LocalEntryNotFoundError, OfflineModeIsEnabled)
                 if isinstance(error, known) or _cause(error) is not None:
                     raise
                 raise CacheWriteError(
                     f"{directory} could not be written: {error}. What was fetched is kept; the same call goes on from there."
                 ) from error
-        report.total_bytes = sum((place / name).stat().st_size for name in [*names, INDEX_NAME])
+    return _counted(report, place, names)
+
+
+def _counted(report: PullReport, folder: Path, names: list[str]) -> PullReport:
+    report.total_bytes = sum((folder / name).stat().st_size for name in [*names, INDEX_NAME])
     return report
 
 

@@ -38,10 +38,10 @@ _DOWNLOADED = re.compile(r"/([\w.-]+?)___([\w.-]+)/[^/]+/[\d.]+/([0-9a-f]{40})/[
 MAX_BYTES = 2**24
 
 
-def _line(text: str) -> str:
-    """Return text as one line that any file and any terminal takes: no control characters, no halves of characters."""
+def _line(text: Any) -> str:
+    """Return text, or what stands in its place, as one line that any file and any terminal takes: no control characters, no halves of characters."""
     kinds = {"Cc": " ", "Cs": "\N{REPLACEMENT CHARACTER}"}
-    return " ".join("".join(kinds.get(unicodedata.category(character), character) for character in text).split())
+    return " ".join("".join(kinds.get(unicodedata.category(character), character) for character in str(text)).split())
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class Origin:
     def __post_init__(self) -> None:
         """Make one clean line of each text: whatever it came from, it ends on cards and in terminals."""
         for name, value in vars(self).items():
-            clean = tuple(map(_line, value)) if isinstance(value, tuple) else _line(value or "") or None
-            object.__setattr__(self, name, clean)
+            if value is not None:
+                clean = tuple(map(_line, value)) if isinstance(value, (list, tuple)) else _line(value) or None
+                object.__setattr__(self, name, clean)
 
     @classmethod
     def among(cls, settings: Mapping[str, Any]) -> Origin:
@@ -164,7 +165,7 @@ def origin_of_model(model: Any, index: CacheIndex) -> dict[str, Any]:
     from huggingface_hub import constants
 
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not name or Path(name).exists() or not is_hub_id(name):
+    if not isinstance(name, str) or not is_hub_id(name) or Path(name).exists():
         return {}
     fetched = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     # Configurations of transformers 5 do not hold the commit that they came from. That of main first: it mostly is.

@@ -128,11 +128,10 @@ def _training(record: RunRecord) -> _Training | None:
     steps, error = entry.get("train_steps_per_second", math.inf) * runtime, 0.5 + 0.0005 * runtime
     first = last - steps if steps + error < last else 0.0
     images = entry.get("train_samples_per_second", 0.0) * runtime
-    if (
-        math.inf > steps - error > last
-    ):  # before transformers 5.19 it is all of the schedule, even if that was cut short
+    # Before transformers 5.19 images and steps are those of the whole schedule, even if it was cut short or resumed.
+    if math.inf > steps - error > last:
         images *= last / steps
-    if not first and _misses_losses(entry, before, last):  # and it resumed
+    if not first and _misses_losses(entry, before, last):
         return None
     own = read_epochs(record.log_history)
     if not first and own and own[-1].cumulative_seconds > runtime + 1:
@@ -150,9 +149,10 @@ def _misses_losses(entry: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
     """
     logged, step = 0.0, 0
     for log in before:
-        if "loss" in log and log.get("step", 0) > step:
+        if isinstance(log.get("loss"), (int, float)) and log.get("step", 0) > step:
             logged, step = logged + log["loss"] * (log["step"] - step), log["step"]
-    return bool(entry.get("train_loss", math.inf) * last < logged - 0.01 * abs(logged) - 0.0001 * last)
+    own = entry.get("train_loss")
+    return isinstance(own, (int, float)) and own * last < logged - 0.01 * abs(logged) - 0.0001 * last
 
 
 def _whole_seconds(record: RunRecord) -> float | None:

@@ -383,7 +383,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(kind, name, write=True)
         files = repo.commits[self._commit(repo, revision)]
         attributes = files.get(".gitattributes")
-        text = "" if attributes is None else self.hub.object(attributes.key).read_text()
+        text = "" if attributes is None else self.hub.object(attributes.key).read_text(errors="replace")
         patterns = [line.split()[0] for line in text.splitlines() if "filter=lfs" in line]
         answers = []
         for file in json.loads(self.body)["files"]:

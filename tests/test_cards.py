@@ -145,6 +145,9 @@ def test_text_cannot_break_out_of_its_cell(plain) -> None:
 def test_what_data_and_model_say_of_themselves(images, model, plain, tmp_path) -> None:
     assert origin_of_dataset(images) == {"label_names": ("a", "b", "c", "d")}
     assert origin_of_dataset([1, 2]) == {}
+    numbered = datasets.Features({"label": datasets.ClassLabel(names=[3, 4])})
+    found = Origin(**origin_of_dataset(datasets.Dataset.from_dict({"label": [0]}, features=numbered)))
+    assert found == Origin(label_names=("3", "4"))
     known = images.select(range(4))
     known.info.license = " mit "
     assert origin_of_dataset(known) == {"license": "mit", "label_names": ("a", "b", "c", "d")}
@@ -152,6 +155,9 @@ def test_what_data_and_model_say_of_themselves(images, model, plain, tmp_path) -
     model.save_pretrained(tmp_path / "somebody" / "vit")
     assert origin_of_model(model, index) == {}
     assert origin_of_model(type(model).from_pretrained("somebody/vit"), index) == {}
+    for odd in (Path("elsewhere/vit"), 3, None, ["a/b"]):
+        model.config._name_or_path = odd
+        assert origin_of_model(model, index) == {}
     model.config._name_or_path = "elsewhere/vit"
     assert origin_of_model(model, index) == {}  # nothing was fetched
 

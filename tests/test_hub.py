@@ -402,6 +402,8 @@ def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monk
         ("license: [mit, cc-by-4.0]", {"license": ["mit", "cc-by-4.0"]}),
         ("license: other\nlicense_name: ours", {"license": "other", "license_name": "ours"}),
         ("language: en\npretty_name: Mine", {"language": "en", "pretty_name": "Mine"}),
+        ("tags: [hf-freezecache]\nlicense: [mit]\npretty_name: Mine", {"license": ["mit"], "pretty_name": "Mine"}),
+        ("on: 1\nself: 2\nget: 3\nto_yaml: 4\nto_dict: 5\nignore_metadata_errors: 6\nx: y", {"x": "y"}),
         ("tags: abc\nconfigs: 3\ndataset_info: x\nx: [1, {y: z}]", {"x": [1, {"y": "z"}]}),
     ],
 )
@@ -420,8 +422,59 @@ def test_metadata_that_are_not_ours_stay(server, cache, told, kept) -> None:
     assert "license_name" not in data
 
 
+def test_our_tag_alone_does_not_make_a_card_ours(server, cache) -> None:
+    card = b"---\ntags: [hf-freezecache]\nlicense: mit\n---\n# My results\n"
+    server.publish(REPO, make_folder(cache.parent / "made", {"README.md": card}), "dataset")
+    server.publish("user/words", make_folder(cache.parent / "words", {"origin.json": b'{"mine": 1}'}), "dataset")
+    for name in (REPO, "user/words"):
+        server.repo(name).private = True
+        before = dict(server.files(name))
+        with pytest.raises(CacheMismatchError, match="is another data set"):
+            hub.push_cache(cache, name)
+        assert server.files(name) == before
+
+
+def test_a_licence_stays_that_of_whom_it_was_given_for(server, cache) -> None:
+    """Neither the name of another one, nor what an earlier push said, stands beside or above what was given last."""
+
+    def metadata() -> dict:
+        return DatasetCard(server.read(REPO, "README.md").decode()).data.to_dict()
+
+    made = b"---\nlicense: other\nlicense_name: ours\nlicense_link: http://x\n---\n"
+    server.publish(REPO, make_folder(cache.parent / "made", {"README.md": made}), "dataset")
+    server.repo(REPO).private = True
+    hub.push_cache(cache, REPO, origin=Origin(license="terms of the images"))
+    assert metadata()["license"] == "other"
+    assert not {"license_name", "license_link"} & metadata().keys()
+    hub.push_cache(cache, REPO, origin=Origin(dataset_name="a/b", license="mit"))
+    for edited in ("license: cc-by-nc-4.0", "license: other\nlicense_name: ours", "license: [mit, cc0-1.0]"):
+        card = re.sub("license: mit", edited, server.read(REPO, "README.md").decode())
+        server.replace(REPO, "README.md", card.encode())
+        hub.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+        assert metadata()["license"] == {"[": ["mit", "cc0-1.0"], "o": "other"}.get(edited[9], "cc-by-nc-4.0")
+        assert b"| licence of the source | mit" not in server.read(REPO, "README.md")
+        hub.push_cache(cache, REPO, origin=Origin(license="mit"))
+        assert metadata()["license"] == "mit"
+        assert "license_name" not in metadata()
+
+
+def test_gitattributes_in_another_encoding_are_completed(server, cache) -> None:
+    made = make_folder(cache.parent / "made", {".gitattributes": b"\xff x\n"})
+    server.publish(REPO, made, "dataset")
+    server.repo(REPO).private = True
+    hub.push_cache(cache, REPO)
+    assert server.read(REPO, ".gitattributes").startswith(b"\xff x\n*.safetensors")
+
+
 @pytest.mark.parametrize(
-    "broken", [b"---\na: [b\n---\n", b"---\n- a\n---\n", b"---\nx: !!python/object:os.system\n---\n", b"\xff"]
+    "broken",
+    [
+        b"---\na: [b\n---\n",
+        b"---\nx: " + b"[" * 3000 + b"\n---\n",
+        b"---\n- a\n---\n",
+        b"---\nx: !!python/object:os.system\n---\n",
+        b"\xff",
+    ],
 )
 def test_a_card_that_cannot_be_read_is_not_written_over(server, cache, broken) -> None:
     server.publish(REPO, make_folder(cache.parent / "made", {"README.md": broken}), "dataset")
@@ -654,8 +707,18 @@ def test_a_pull_keeps_words_and_takes_none_of_another_cache(server, cache, tmp_p
     (copy / name).unlink()
     hub.pull_cache(REPO, copy)
     assert read_origin(copy) == Origin(license="mine")
+    # Where nothing can be written, a sound cache is one without them.
+    (copy / "origin.json").unlink()
+    (copy / ".freezecache-pull").write_text("root may write into any folder")
+    assert hub.pull_cache(REPO, copy).kept_files == 17
+    assert read_origin(copy) == Origin()
+    # A folder of another name is somebody's own.
+    (tmp_path / "own" / ".pull").mkdir(parents=True)
+    (tmp_path / "own" / ".pull" / "mine").write_text("mine")
+    with pytest.raises(CacheWriteError, match="not empty"):
+        hub.pull_cache(REPO, tmp_path / "own")
     # A folder in which a pull was begun is no place for it where somebody put words of his own.
-    (tmp_path / "theirs" / ".pull").mkdir(parents=True)
+    (tmp_path / "theirs" / ".freezecache-pull").mkdir(parents=True)
     (tmp_path / "theirs" / "origin.json").write_text("mine")
     with pytest.raises(CacheWriteError, match="not empty"):
         hub.pull_cache(REPO, tmp_path / "theirs")

@@ -222,6 +222,16 @@ def test_a_baseline_of_an_older_transformers(resumed, stopped) -> None:
     assert found["train_images"] == (None if resumed else 100)
 
 
+@pytest.mark.parametrize("odd", [None, "x"])
+def test_losses_that_are_no_numbers_say_nothing(odd) -> None:
+    log = [
+        {**entry, **{name: odd for name in ("loss", "train_loss") if name in entry}} for entry in old_log(False, False)
+    ]
+    Path("old").mkdir()
+    Path("old/trainer_state.json").write_text(json.dumps({"global_step": 60, "log_history": log}))
+    assert read_baseline(Path("old"))["seconds"] == 12
+
+
 def test_a_resumed_baseline_is_not_timed_as_a_whole(images, train_dataset, eval_dataset) -> None:
     """Of plain ``Trainer``, which logs the time of the last call alone. Its rate is still that of its own steps."""
 
