@@ -396,8 +396,8 @@ def push(
     Needs a token with write access: hf auth login, or HF_TOKEN.
     """
     with _one_line_errors(debug):
-        from .hub import push_cache
         from .origin import Origin
+        from .pushing import push_cache
 
         caches, _ = _find_caches(path)
         if len(caches) > 1:
@@ -440,7 +440,7 @@ def pull(
     """
     chosen = [_numbers(text, option) for text, option in ((views, "--views"), (shards, "--shards"))]
     with _one_line_errors(debug):
-        from .hub import pull_cache
+        from .pulling import pull_cache
 
         report = pull_cache(
             repo_id, path, revision=revision, views=chosen[0], shards=chosen[1], show_progress=sys.stderr.isatty()

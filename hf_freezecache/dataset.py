@@ -102,7 +102,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         selection = Selection.of(views, shards)
         location: Any = path
         if isinstance(path, str) and "://" not in path and not Path(path).exists():
-            from .hub import fetch_cache, is_repo_id
+            from .hub import is_repo_id
+            from .pulling import fetch_cache
 
             if is_repo_id(path):
                 location = fetch_cache(path, revision=revision, token=token, selection=selection)
@@ -144,7 +145,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         label_names: Sequence[str] | None = None,
         overwrite: bool = False,
     ) -> Any:
-        """Push the cache to a data set on the Hub, or the rest of it after an interruption; see ``hub.push_cache``.
+        """Push the cache to a data set on the Hub, or the rest of it after an interruption; see ``pushing.push_cache``.
 
         Hidden states can reveal the images they were computed from. The card says only what it is told here.
 
@@ -162,15 +163,15 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             overwrite: Replace another cache that is in the repository.
 
         Returns:
-            ``hub.PushReport``: ``url``, ``revision``, and what was uploaded.
+            ``pushing.PushReport``: ``url``, ``revision``, and what was uploaded.
 
         Raises:
             CacheCorruptError: The cache is damaged, or was opened in part.
             CacheMismatchError: The repository holds another cache.
             HubError: The Hub refused or could not be reached.
         """
-        from .hub import push_cache
         from .origin import Origin
+        from .pushing import push_cache
 
         origin = Origin(
             dataset_name=dataset_name,

@@ -123,12 +123,15 @@ LIBRARY = set(MAY_IMPORT)
 MAY_IMPORT["trainer"] = LIBRARY
 MAY_IMPORT[""] = {"config", "dataset", "errors", "splitting", "suffix", "trainer"}
 #: At the end of the flow; nothing below may import it when loaded. Methods of the data set that fetch and push do when called.
-MAY_IMPORT["hub"] = {*CACHE, "cache.reader", "cache.selection", "cache.transfer", "cards", "origin"}
-ONLY_WHEN_CALLED = {"dataset": {"hub", "origin"}}
+MAY_IMPORT["hub"] = {"errors"}
+MAY_IMPORT["pushing"] = {*CACHE, "cache.reader", "cards", "hub", "origin"}
+MAY_IMPORT["pulling"] = {*CACHE, "cache.selection", "cache.transfer", "hub", "origin"}
+HUB = {"hub", "pushing", "pulling"}
+ONLY_WHEN_CALLED = {"dataset": {*HUB, "origin"}}
 #: What users run. Nothing but another of these may import one of them.
 SHELL = ["demo", "build", "cli"]
 for position, shell in enumerate(SHELL):
-    MAY_IMPORT[shell] = {"", "trainer", "hub", *LIBRARY, *SHELL[:position]}
+    MAY_IMPORT[shell] = {"", "trainer", *HUB, *LIBRARY, *SHELL[:position]}
 
 NETWORK = {
     "aiohttp",
@@ -205,7 +208,7 @@ def test_the_plan_itself_goes_one_way() -> None:
     assert not MAY_IMPORT["cache.writer"] & {"cache.reader"}
     assert not MAY_IMPORT["cache.shard"] & {"cache.reader", "cache.writer"}
     for name in LIBRARY:
-        assert not MAY_IMPORT[name] & {"", "trainer", "hub", *SHELL}, name
+        assert not MAY_IMPORT[name] & {"", "trainer", *HUB, *SHELL}, name
     assert_no_cycle(MAY_IMPORT)
 
 
@@ -245,7 +248,7 @@ def test_nothing_but_hub_and_cli_touches_the_network(name) -> None:
         for taken in ("DatasetCardData", "EvalResult", "ModelCard", "ModelCardData", "constants", "metadata_load")
     }
     roots = {module.partition(".")[0] for module, taken in imported(MODULES[name]) if (module, taken) not in offline}
-    if name not in ("hub", "cli"):
+    if name not in {*HUB, "cli"}:
         assert roots & NETWORK == set()
     # A cache's own files may lie in a store; what fsspec does to get there is not ours.
     if name != "cache.storage":
@@ -378,7 +381,7 @@ def test_importing_has_no_side_effects(tmp_path) -> None:
         after = state()
         changed = [name for name in before if before[name] != after[name]]
         assert not changed, changed
-        assert not any(name in sys.modules for name in ("hf_freezecache.demo", "hf_freezecache.cli", "hf_freezecache.hub", "typer"))
+        assert not any(name in sys.modules for name in ("hf_freezecache.demo", "hf_freezecache.cli", "hf_freezecache.hub", "hf_freezecache.pulling", "hf_freezecache.pushing", "typer"))
     """
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:hf_freezecache", "-c", textwrap.dedent(program)],

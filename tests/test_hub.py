@@ -17,14 +17,14 @@ import tiny_cache
 import torch
 from hub_client import connect, environment, needs_validation
 from hub_server import HubServer
-from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub import DatasetCard, HfApi, constants
 from safetensors.torch import load, save
 from stand_ins import MODEL, publish
 from test_cli import assert_one_line, call
 from tiny import TinyTransform, make_trainer, tiny_vit, training_arguments
 from transformers import AutoModelForImageClassification, Trainer
 
-from hf_freezecache import CachedDataset, FreezeCacheTrainer, SuffixModel, hub
+from hf_freezecache import CachedDataset, FreezeCacheTrainer, SuffixModel, pulling, pushing
 from hf_freezecache.cache.format import load_index
 from hf_freezecache.cache.reader import verify_cache
 from hf_freezecache.errors import (
@@ -78,7 +78,7 @@ def test_a_pulled_cache_is_the_pushed_one(server, cache, tmp_path) -> None:
     fetched = CachedDataset.from_pretrained(REPO)
     keys = [(i, v) for i in range(24) for v in range(2)]
     assert torch.equal(states(fetched, keys), states(pushed, keys))
-    hub.pull_cache(REPO, tmp_path / "pulled")
+    pulling.pull_cache(REPO, tmp_path / "pulled")
     assert verify_cache(tmp_path / "pulled") == []
     assert (tmp_path / "pulled/index.json").read_bytes() == (cache / "index.json").read_bytes()
     assert not list(tmp_path.glob(".pulled*"))
@@ -86,16 +86,16 @@ def test_a_pulled_cache_is_the_pushed_one(server, cache, tmp_path) -> None:
 
 def test_a_name_alone_is_in_the_namespace_of_the_token(server, cache, tmp_path) -> None:
     """Also where the Hub has a data set of that name, of old, without an owner: only ``user/pictures`` is asked for."""
-    report = hub.push_cache(cache, "pictures")
+    report = pushing.push_cache(cache, "pictures")
     assert report.repo_id == "user/pictures"
     assert not [path for _, path in server.requests if path.startswith("/api/datasets/pictures")]
     assert len(CachedDataset.from_pretrained("user/pictures")) == 24
 
 
 def test_the_index_is_committed_last_and_in_batches(server, cache, monkeypatch) -> None:
-    monkeypatch.setattr(hub, "COMMIT_FILES", 5)
-    monkeypatch.setattr(hub, "GROUP_FILES", 2)
-    report = hub.push_cache(cache, REPO)
+    monkeypatch.setattr(pushing, "COMMIT_FILES", 5)
+    monkeypatch.setattr(pushing, "GROUP_FILES", 2)
+    report = pushing.push_cache(cache, REPO)
     history = list(server.repo(REPO).commits.values())
     assert ["index.json" in files for files in history] == [False] * (len(history) - 1) + [True]
     assert [len(files) - 1 for files in history] == [0, 1, 6, 11, 16, 17, 18]
@@ -103,10 +103,10 @@ def test_the_index_is_committed_last_and_in_batches(server, cache, monkeypatch) 
 
 
 def test_pushing_again_sends_nothing_and_leaves_an_edited_card(server, cache) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     server.replace(REPO, "README.md", b"---\nlicense: mit\n---\nedited by hand")
     before = len(server.repo(REPO).commits)
-    report = hub.push_cache(cache, REPO)
+    report = pushing.push_cache(cache, REPO)
     assert (report.uploaded, report.kept_files, report.commits) == ([], 16, 0)
     assert set(shards_of(server).values()) == {1}
     assert len(server.repo(REPO).commits) == before
@@ -115,7 +115,7 @@ def test_pushing_again_sends_nothing_and_leaves_an_edited_card(server, cache) ->
 
 def test_large_files_go_in_parts(server, cache) -> None:
     server.multipart = 1000
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     assert torch.equal(
         CachedDataset.from_pretrained(REPO)[3]["hidden_states"],
         CachedDataset.from_pretrained(cache)[3]["hidden_states"],
@@ -124,8 +124,8 @@ def test_large_files_go_in_parts(server, cache) -> None:
 
 def test_many_files_are_listed_over_pages(server, tmp_path) -> None:
     cache = tiny_cache.build(tmp_path / "caches", tiny_cache.make_plan(25, 1, 1, 1)).directory
-    hub.push_cache(cache, REPO)
-    assert hub.push_cache(cache, REPO).uploaded == []
+    pushing.push_cache(cache, REPO)
+    assert pushing.push_cache(cache, REPO).uploaded == []
     assert len([path for _, path in server.requests if "cursor=" in path]) >= 2
     assert len(CachedDataset.from_pretrained(REPO)) == 25
 
@@ -149,11 +149,11 @@ def assert_no_rows(server: HubServer, home: Path) -> None:
 
 
 def test_an_interrupted_push_is_no_cache_and_goes_on(server, cache, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(hub, "COMMIT_FILES", 4)
-    monkeypatch.setattr(hub, "GROUP_FILES", 1)
+    monkeypatch.setattr(pushing, "COMMIT_FILES", 4)
+    monkeypatch.setattr(pushing, "GROUP_FILES", 1)
     server.fail_after = 7
     with pytest.raises(HubError, match=r"storage limit.*goes on from there"):
-        hub.push_cache(cache, REPO)
+        pushing.push_cache(cache, REPO)
     assert server.num_uploads == 7
     with pytest.raises(CacheCorruptError, match="holds no finished cache"):
         CachedDataset.from_pretrained(REPO)
@@ -161,7 +161,7 @@ def test_an_interrupted_push_is_no_cache_and_goes_on(server, cache, tmp_path, mo
     assert [path for path in server.files(REPO) if path.endswith(".parquet")]
     assert_no_rows(server, tmp_path)  # least of all those of several views in one table
     server.fail_after = None
-    report = hub.push_cache(cache, REPO)
+    report = pushing.push_cache(cache, REPO)
     assert list(server.repo(REPO).titles.values()).count("Begin a cache") == 1
     assert b"# Unfinished" not in server.read(REPO, "README.md")
     assert report.kept_files == 4  # three more were sent, not committed
@@ -172,10 +172,10 @@ def test_an_interrupted_push_is_no_cache_and_goes_on(server, cache, tmp_path, mo
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_push_goes_on(server, cache, monkeypatch) -> None:
     """A process is killed while the server holds its sixth upload."""
-    monkeypatch.setattr(hub, "COMMIT_FILES", 2)
-    monkeypatch.setattr(hub, "GROUP_FILES", 2)
+    monkeypatch.setattr(pushing, "COMMIT_FILES", 2)
+    monkeypatch.setattr(pushing, "GROUP_FILES", 2)
     server.hang_after = 5
-    process = multiprocessing.get_context("fork").Process(target=hub.push_cache, args=(cache, REPO))
+    process = multiprocessing.get_context("fork").Process(target=pushing.push_cache, args=(cache, REPO))
     process.start()
     deadline = time.monotonic() + 60
     while server.num_uploads < 5 and time.monotonic() < deadline:
@@ -186,7 +186,7 @@ def test_a_killed_push_goes_on(server, cache, monkeypatch) -> None:
     assert "index.json" not in server.files(REPO)
     server.hang_after = None
     server.release.set()
-    report = hub.push_cache(cache, REPO)
+    report = pushing.push_cache(cache, REPO)
     assert report.kept_files == 4
     again = [path for path, count in shards_of(server).items() if count > 1]
     assert len(again) <= 1, again  # the one that hung may have arrived after all
@@ -194,19 +194,19 @@ def test_a_killed_push_goes_on(server, cache, monkeypatch) -> None:
 
 
 def test_an_interrupted_pull_fetches_the_rest(server, cache, tmp_path, monkeypatch) -> None:
-    hub.push_cache(cache, REPO)
-    real = hub.snapshot_download
+    pushing.push_cache(cache, REPO)
+    real = pulling.snapshot_download
 
     def interrupted(*args, allow_patterns, **kwargs):
         real(*args, allow_patterns=allow_patterns[:9], **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub, "snapshot_download", interrupted)
+    monkeypatch.setattr(pulling, "snapshot_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        hub.pull_cache(REPO, tmp_path / "pulled")
+        pulling.pull_cache(REPO, tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
-    monkeypatch.setattr(hub, "snapshot_download", real)
-    hub.pull_cache(REPO, tmp_path / "pulled")
+    monkeypatch.setattr(pulling, "snapshot_download", real)
+    pulling.pull_cache(REPO, tmp_path / "pulled")
     assert {server.downloads[name] for name in load_index(cache).files} == {1}
     assert verify_cache(tmp_path / "pulled") == []
 
@@ -216,7 +216,7 @@ def test_an_interrupted_pull_fetches_the_rest(server, cache, tmp_path, monkeypat
 
 @pytest.mark.parametrize("bit", [0, 1000, -1])
 def test_a_shard_altered_by_one_bit_is_refused_by_name(server, cache, tmp_path, bit) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     name = "view-01/shard-00002.safetensors"
     size = 8 * load_index(cache).files[name].bytes
     server.alter(REPO, name, bit % size)
@@ -224,15 +224,15 @@ def test_a_shard_altered_by_one_bit_is_refused_by_name(server, cache, tmp_path, 
         with pytest.raises(CacheCorruptError, match=rf"{REPO} is refused: {name} is altered"):
             CachedDataset.from_pretrained(REPO)
     with pytest.raises(CacheCorruptError, match=name):
-        hub.pull_cache(REPO, tmp_path / "pulled")
+        pulling.pull_cache(REPO, tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
     server.alter(REPO, name, bit % size)
     assert len(CachedDataset.from_pretrained(REPO)) == 24
-    hub.pull_cache(REPO, tmp_path / "pulled")
+    pulling.pull_cache(REPO, tmp_path / "pulled")
 
 
 def test_a_file_altered_in_the_local_download_cache_is_refused(server, cache) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     folder = Path(CachedDataset.from_pretrained(REPO).reader.directory)
     path = (folder / "view-00/shard-00001.safetensors").resolve()
     content = bytearray(path.read_bytes())
@@ -245,7 +245,7 @@ def test_a_file_altered_in_the_local_download_cache_is_refused(server, cache) ->
 
 @pytest.mark.parametrize("name", ["view-00/shard-00000.safetensors", "index/view-01/part-00003.parquet"])
 def test_a_commit_of_other_content_is_refused_before_anything_is_fetched(server, cache, name) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     old = server.repo(REPO).refs["main"]
     for content in (server.read(REPO, name)[:-1] + b"x", b"short", None):
         server.replace(REPO, name, content)
@@ -264,23 +264,23 @@ def test_missing_repository_wrong_revision_wrong_token_no_server(server, cache, 
     for name in ("user/nothing", "nobody/cache"):
         with pytest.raises(HubError, match=f"there is no data set {name} at {server.url}"):
             CachedDataset.from_pretrained(name)
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     with pytest.raises(HubError, match="has no revision 'v9'"):
         CachedDataset.from_pretrained(REPO, revision="v9")
     for action in (
         lambda: CachedDataset.from_pretrained(REPO, token="hf_bad"),
-        lambda: hub.push_cache(cache, "user/other", token="hf_bad"),
-        lambda: hub.pull_cache(REPO, tmp_path / "pulled", token="hf_bad"),
+        lambda: pushing.push_cache(cache, "user/other", token="hf_bad"),
+        lambda: pulling.pull_cache(REPO, tmp_path / "pulled", token="hf_bad"),
     ):
         with pytest.raises(HubError, match="did not accept the token"):
             action()
     with pytest.raises(HubError, match="may see"):  # it is private
         CachedDataset.from_pretrained(REPO, token=False)
     with pytest.raises(HubError, match="refused it: You don't have the rights"):
-        hub.push_cache(cache, "somebody/cache")
+        pushing.push_cache(cache, "somebody/cache")
     with pytest.raises(UnsupportedSetupError, match="user/name"):
-        hub.push_cache(cache, "user/../cache")
-    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        pushing.push_cache(cache, "user/../cache")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match=r"Fetching user/cache failed.*127\.0\.0\.1:9"):
         CachedDataset.from_pretrained(REPO)
 
@@ -296,7 +296,7 @@ def test_a_damaged_or_partial_cache_is_not_pushed(server, cache) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CacheCorruptError, match=r"not pushed.*shard-00001.* altered"):
-        hub.push_cache(cache, REPO)
+        pushing.push_cache(cache, REPO)
     path.unlink()
     with pytest.raises(CacheCorruptError, match="shard-00001"):
         CachedDataset.from_pretrained(cache, shards=[0]).push_to_hub(REPO)
@@ -304,32 +304,32 @@ def test_a_damaged_or_partial_cache_is_not_pushed(server, cache) -> None:
 
 
 def test_privacy(server, cache) -> None:
-    hub.push_cache(cache, "user/open", private=False)
+    pushing.push_cache(cache, "user/open", private=False)
     assert not server.repo("user/open").private
     with pytest.raises(HubError, match=r"public, and hidden states can reveal.*private=False"):
-        hub.push_cache(cache, "user/open")
+        pushing.push_cache(cache, "user/open")
     HfApi().create_repo("user/images", repo_type="dataset", private=False)
     with pytest.raises(HubError, match="public"):
-        hub.push_cache(cache, "user/images")
+        pushing.push_cache(cache, "user/images")
     assert set(server.files("user/images")) == {".gitattributes"}
 
 
 def test_another_cache_is_replaced_only_if_asked(server, cache, tmp_path) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     plan = tiny_cache.make_plan(10, num_views=1, data="other rows")
     other = tiny_cache.build(tmp_path / "caches", plan).directory
     old = server.repo(REPO).refs["main"]
     with pytest.raises(CacheMismatchError, match=r"holds another cache, which differs in: data\. .*--overwrite"):
-        hub.push_cache(other, REPO)
+        pushing.push_cache(other, REPO)
     assert server.repo(REPO).refs["main"] == old
     server.fail_after = server.num_uploads + 1
     with pytest.raises(HubError):
-        hub.push_cache(other, REPO, overwrite=True)
+        pushing.push_cache(other, REPO, overwrite=True)
     with pytest.raises(CacheCorruptError, match="no finished cache"):  # never an index beside another's shards
         CachedDataset.from_pretrained(REPO)
     assert_no_rows(server, tmp_path)
     server.fail_after = None
-    hub.push_cache(other, REPO)
+    pushing.push_cache(other, REPO)
     assert set(server.files(REPO)) == {*load_index(other).files, "index.json", "README.md", ".gitattributes"}
     assert len(CachedDataset.from_pretrained(REPO)) == 10
     assert len(CachedDataset.from_pretrained(REPO, revision=old)) == 24
@@ -343,9 +343,9 @@ def test_another_data_set_is_not_written_over(server, cache) -> None:
         server.repo(name).private = True
         before = dict(server.files(name))
         with pytest.raises(CacheMismatchError, match=f"{name} is another data set: it {what}.*--overwrite"):
-            hub.push_cache(cache, name)
+            pushing.push_cache(cache, name)
         assert server.files(name) == before
-    hub.push_cache(cache, "user/told", overwrite=True)
+    pushing.push_cache(cache, "user/told", overwrite=True)
     assert len(CachedDataset.from_pretrained("user/told")) == 24
 
 
@@ -354,18 +354,18 @@ def test_a_repository_made_by_hand_keeps_its_licence(server, cache) -> None:
     made = {"README.md": b"---\nlicense: cc-by-4.0\n---\n", ".gitattributes": b"*.bin filter=lfs diff=lfs -text"}
     server.publish(REPO, make_folder(cache.parent / "made", made), "dataset")
     server.repo(REPO).private = True
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     assert DatasetCard(server.read(REPO, "README.md").decode()).data.license == "cc-by-4.0"
     assert server.read(REPO, ".gitattributes").startswith(made[".gitattributes"] + b"\n*.safetensors filter=lfs")
     assert all(blob.lfs for path, blob in server.files(REPO).items() if path in load_index(cache).files)
-    assert hub.push_cache(cache, REPO).uploaded == []
+    assert pushing.push_cache(cache, REPO).uploaded == []
 
 
 @pytest.mark.parametrize("sent", [0, 5, 16])
 def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monkeypatch, sent) -> None:
     """Nor need what was given to the first call be given again."""
-    monkeypatch.setattr(hub, "GROUP_FILES", 1)
-    monkeypatch.setattr(hub, "COMMIT_FILES", 16 if sent else 4)
+    monkeypatch.setattr(pushing, "GROUP_FILES", 1)
+    monkeypatch.setattr(pushing, "COMMIT_FILES", 16 if sent else 4)
     made = b"---\nlicense: mit\nextra_gated_prompt: Ask first.\ntags: [mine]\n---\n"
     server.publish(REPO, make_folder(cache.parent / "made", {"README.md": made}), "dataset")
     server.repo(REPO).private = True
@@ -382,11 +382,11 @@ def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monk
         monkeypatch.setattr(HfApi, "create_commit", cut)
     given = Origin(dataset_name="somebody/pictures", model_id="somebody/vit", model_revision="b" * 40)
     with pytest.raises((HubError, KeyboardInterrupt)):
-        hub.push_cache(cache, REPO, origin=given)
+        pushing.push_cache(cache, REPO, origin=given)
     server.fail_after = None
     if sent == 16:
         monkeypatch.setattr(HfApi, "create_commit", real)
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     card = server.read(REPO, "README.md").decode()
     data = DatasetCard(card).data
     assert (data.license, data.extra_gated_prompt, data.tags[-1]) == ("mit", "Ask first.", "mine")
@@ -411,12 +411,12 @@ def test_metadata_that_are_not_ours_stay(server, cache, told, kept) -> None:
     made = make_folder(cache.parent / "made", {"README.md": f"---\n{told}\n---\n".encode()})
     server.publish(REPO, made, "dataset")
     server.repo(REPO).private = True
-    hub.push_cache(cache, REPO)
-    hub.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+    pushing.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
     data = DatasetCard(server.read(REPO, "README.md").decode()).data.to_dict()
     assert {name: data.get(name) for name in kept} == kept
     assert b"licence of the source" not in server.read(REPO, "README.md")
-    hub.push_cache(cache, REPO, origin=Origin(license="cc0-1.0"))
+    pushing.push_cache(cache, REPO, origin=Origin(license="cc0-1.0"))
     data = DatasetCard(server.read(REPO, "README.md").decode()).data.to_dict()
     assert data["license"] == "cc0-1.0"
     assert "license_name" not in data
@@ -430,7 +430,7 @@ def test_our_tag_alone_does_not_make_a_card_ours(server, cache) -> None:
         server.repo(name).private = True
         before = dict(server.files(name))
         with pytest.raises(CacheMismatchError, match="is another data set"):
-            hub.push_cache(cache, name)
+            pushing.push_cache(cache, name)
         assert server.files(name) == before
 
 
@@ -443,17 +443,17 @@ def test_a_licence_stays_that_of_whom_it_was_given_for(server, cache) -> None:
     made = b"---\nlicense: other\nlicense_name: ours\nlicense_link: http://x\n---\n"
     server.publish(REPO, make_folder(cache.parent / "made", {"README.md": made}), "dataset")
     server.repo(REPO).private = True
-    hub.push_cache(cache, REPO, origin=Origin(license="terms of the images"))
+    pushing.push_cache(cache, REPO, origin=Origin(license="terms of the images"))
     assert metadata()["license"] == "other"
     assert not {"license_name", "license_link"} & metadata().keys()
-    hub.push_cache(cache, REPO, origin=Origin(dataset_name="a/b", license="mit"))
+    pushing.push_cache(cache, REPO, origin=Origin(dataset_name="a/b", license="mit"))
     for edited in ("license: cc-by-nc-4.0", "license: other\nlicense_name: ours", "license: [mit, cc0-1.0]"):
         card = re.sub("license: mit", edited, server.read(REPO, "README.md").decode())
         server.replace(REPO, "README.md", card.encode())
-        hub.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+        pushing.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
         assert metadata()["license"] == {"[": ["mit", "cc0-1.0"], "o": "other"}.get(edited[9], "cc-by-nc-4.0")
         assert b"| licence of the source | mit" not in server.read(REPO, "README.md")
-        hub.push_cache(cache, REPO, origin=Origin(license="mit"))
+        pushing.push_cache(cache, REPO, origin=Origin(license="mit"))
         assert metadata()["license"] == "mit"
         assert "license_name" not in metadata()
 
@@ -462,7 +462,7 @@ def test_gitattributes_in_another_encoding_are_completed(server, cache) -> None:
     made = make_folder(cache.parent / "made", {".gitattributes": b"\xff x\n"})
     server.publish(REPO, made, "dataset")
     server.repo(REPO).private = True
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     assert server.read(REPO, ".gitattributes").startswith(b"\xff x\n*.safetensors")
 
 
@@ -480,21 +480,21 @@ def test_a_card_that_cannot_be_read_is_not_written_over(server, cache, broken) -
     server.publish(REPO, make_folder(cache.parent / "made", {"README.md": broken}), "dataset")
     server.repo(REPO).private = True
     with pytest.raises(CacheMismatchError, match="a card that is not one of a cache"):
-        hub.push_cache(cache, REPO)
+        pushing.push_cache(cache, REPO)
     assert server.read(REPO, "README.md") == broken
-    hub.push_cache(cache, REPO, overwrite=True)
+    pushing.push_cache(cache, REPO, overwrite=True)
     assert len(CachedDataset.from_pretrained(REPO)) == 24
 
 
 def test_what_was_given_once_stays_and_goes_on_with_the_cache(server, cache, tmp_path) -> None:
-    hub.push_cache(cache, REPO, origin=Origin(dataset_name="somebody/pictures", license="mit"))
-    hub.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+    pushing.push_cache(cache, REPO, origin=Origin(dataset_name="somebody/pictures", license="mit"))
+    pushing.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
     card = server.read(REPO, "README.md").decode()
     for words in ("| source data set | somebody/pictures |", "license: mit", "| model | somebody/vit |"):
         assert words in card
     CachedDataset.from_pretrained(REPO).push_to_hub("user/copy")
     assert server.read("user/copy", "README.md").decode() == card.replace(REPO, "user/copy")
-    hub.push_cache(cache, REPO, origin=Origin(dataset_name="others"))
+    pushing.push_cache(cache, REPO, origin=Origin(dataset_name="others"))
     assert "mit" not in server.read(REPO, "README.md").decode()
 
 
@@ -503,12 +503,12 @@ def test_nothing_of_a_cache_that_is_replaced_is_said_of_the_next(server, cache, 
     given = Origin(dataset_name="somebody/pictures", license="mit")
     server.fail_after = 0
     with pytest.raises(HubError):
-        hub.push_cache(cache, "user/begun", origin=given)
+        pushing.push_cache(cache, "user/begun", origin=given)
     assert "origin.json" in server.files("user/begun")
     server.fail_after = None
-    hub.push_cache(cache, REPO, origin=given)
+    pushing.push_cache(cache, REPO, origin=given)
     for name in (REPO, "user/begun"):
-        hub.push_cache(other, name, overwrite=name == REPO)
+        pushing.push_cache(other, name, overwrite=name == REPO)
         assert "origin.json" not in server.files(name)
         card = server.read(name, "README.md").decode()
         assert "somebody/pictures" not in card
@@ -517,9 +517,9 @@ def test_nothing_of_a_cache_that_is_replaced_is_said_of_the_next(server, cache, 
 
 def test_a_licence_that_the_hub_refuses_is_refused_before_anything_is_sent(server, cache) -> None:
     with pytest.raises(UnsupportedSetupError, match=r"does not take the card.*\n.*license.*cc-by-4\.0"):
-        hub.push_cache(cache, REPO, origin=Origin(license="apache2"))
+        pushing.push_cache(cache, REPO, origin=Origin(license="apache2"))
     assert server.num_uploads == 0
-    hub.push_cache(cache, REPO, origin=Origin(license="apache-2.0"))
+    pushing.push_cache(cache, REPO, origin=Origin(license="apache-2.0"))
 
 
 def test_a_shard_that_is_gone_is_sent_again_and_the_card_stays(server, cache) -> None:
@@ -527,10 +527,10 @@ def test_a_shard_that_is_gone_is_sent_again_and_the_card_stays(server, cache) ->
     card = server.read(REPO, "README.md")
     name = "view-01/shard-00002.safetensors"
     server.replace(REPO, name, None)
-    report = hub.push_cache(cache, REPO)
+    report = pushing.push_cache(cache, REPO)
     assert report.uploaded == [name]
     assert server.read(REPO, "README.md") == card
-    assert hub.push_cache(cache, REPO, origin=Origin(license="cc-by-4.0")).commits == 1
+    assert pushing.push_cache(cache, REPO, origin=Origin(license="cc-by-4.0")).commits == 1
     assert DatasetCard(server.read(REPO, "README.md").decode()).data.license == "cc-by-4.0"
     assert len(CachedDataset.from_pretrained(REPO)) == 24
 
@@ -545,14 +545,14 @@ def make_folder(folder: Path, files: dict[str, bytes]) -> Path:
 def test_limits_of_the_hub(server, cache, monkeypatch) -> None:
     for name, value in (("MAX_FILE_BYTES", 100), ("MAX_FOLDER_FILES", 4), ("MAX_FILES", 16)):
         with monkeypatch.context() as patch:
-            patch.setattr(hub, name, value)
+            patch.setattr(pushing, name, value)
             with pytest.raises(UnsupportedSetupError, match="shard_chunks"):
-                hub.push_cache(cache, REPO)
+                pushing.push_cache(cache, REPO)
     assert server.repos == {}
 
 
 def test_branches(server, cache) -> None:
-    hub.push_cache(cache, REPO, revision="draft")
+    pushing.push_cache(cache, REPO, revision="draft")
     with pytest.raises(CacheCorruptError, match="no finished cache"):
         CachedDataset.from_pretrained(REPO)
     assert len(CachedDataset.from_pretrained(REPO, revision="draft")) == 24
@@ -562,7 +562,7 @@ def test_branches(server, cache) -> None:
 
 
 def test_parts_of_a_cache(server, cache, tmp_path) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     whole = CachedDataset.from_pretrained(cache)
     part = CachedDataset.from_pretrained(REPO, views=[1], shards=[0, 2])
     assert sorted(name for name in server.downloads if name.startswith("view")) == [
@@ -584,7 +584,7 @@ def test_parts_of_a_cache(server, cache, tmp_path) -> None:
     with pytest.raises(IndexError, match=r"views \[2\] were asked for; the cache has views 0 to 1"):
         CachedDataset.from_pretrained(REPO, views=[2])
 
-    hub.pull_cache(REPO, tmp_path / "part", views=[0])
+    pulling.pull_cache(REPO, tmp_path / "part", views=[0])
     with pytest.raises(CacheCorruptError, match=r"view-01.* is missing.*fetched in part"):
         CachedDataset.from_pretrained(tmp_path / "part")
     assert torch.equal(
@@ -593,9 +593,9 @@ def test_parts_of_a_cache(server, cache, tmp_path) -> None:
 
 
 def test_offline_what_was_fetched_is_used(server, cache, monkeypatch) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     CachedDataset.from_pretrained(REPO, views=[0])
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert len(CachedDataset.from_pretrained(REPO, views=[0])) == 24
     with pytest.raises(CacheCorruptError, match="view-01"):
         CachedDataset.from_pretrained(REPO)
@@ -604,7 +604,7 @@ def test_offline_what_was_fetched_is_used(server, cache, monkeypatch) -> None:
 
 
 def test_a_folder_wins_over_a_repository(server, cache, monkeypatch) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     asked = len(server.requests)
     (Path("user")).mkdir()
     shutil.copytree(cache, REPO)
@@ -618,17 +618,17 @@ def test_a_folder_wins_over_a_repository(server, cache, monkeypatch) -> None:
 
 
 def test_a_pull_overwrites_nothing(server, cache, tmp_path) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     target = tmp_path / "pulled"
     target.mkdir()
     (target / "notes.txt").write_text("mine")
     with pytest.raises(CacheWriteError, match="not empty"):
-        hub.pull_cache(REPO, target)
+        pulling.pull_cache(REPO, target)
     assert [path.name for path in target.iterdir()] == ["notes.txt"]
     (target / "notes.txt").unlink()
-    hub.pull_cache(REPO, target)
+    pulling.pull_cache(REPO, target)
     fetched = dict(server.downloads)
-    assert hub.pull_cache(REPO, target).files == 17  # checks what is there
+    assert pulling.pull_cache(REPO, target).files == 17  # checks what is there
     assert {name: count for name, count in server.downloads.items() if name != "index.json"} == {
         name: count for name, count in fetched.items() if name != "index.json"
     }
@@ -636,9 +636,9 @@ def test_a_pull_overwrites_nothing(server, cache, tmp_path) -> None:
 
 def test_a_pull_mends_what_is_there(server, cache, tmp_path) -> None:
     """A damaged or missing file is fetched again, and what was left out when a part was pulled; nothing else is."""
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     target = tmp_path / "pulled"
-    assert hub.pull_cache(REPO, target, views=[0]).files == 9
+    assert pulling.pull_cache(REPO, target, views=[0]).files == 9
     damaged, lost = "view-00/shard-00001.safetensors", "index/view-00/part-00003.parquet"
     for whole in (False, True):
         content = bytearray((cache / damaged).read_bytes())
@@ -647,11 +647,11 @@ def test_a_pull_mends_what_is_there(server, cache, tmp_path) -> None:
         (target / lost).unlink()
         server.alter(REPO, damaged, 9)
         with pytest.raises(CacheCorruptError, match=damaged):
-            hub.pull_cache(REPO, target, views=[0])
+            pulling.pull_cache(REPO, target, views=[0])
         assert (target / damaged).read_bytes() == bytes(content)  # no worse than before
         server.alter(REPO, damaged, 9)
         server.downloads.clear()
-        report = hub.pull_cache(REPO, target, views=None if whole else [0])
+        report = pulling.pull_cache(REPO, target, views=None if whole else [0])
         sent = {name for name in server.downloads if name != "index.json"}
         more = {name for name in load_index(cache).files if whole and "view-01" in name}
         assert sent == {damaged, *more}  # the lost one came with the pull that was refused
@@ -660,17 +660,17 @@ def test_a_pull_mends_what_is_there(server, cache, tmp_path) -> None:
 
 
 def test_a_pull_into_the_folder_where_one_stands(server, cache, tmp_path, monkeypatch) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     name = "view-01/shard-00002.safetensors"
     server.alter(REPO, name, 9)
     with pytest.raises(CacheCorruptError, match=name):  # an interrupted pull into it, which goes on
-        hub.pull_cache(REPO, ".")
+        pulling.pull_cache(REPO, ".")
     assert not list(tmp_path.glob(".here*"))  # where one stands may be a disk of its own
     server.alter(REPO, name, 9)
     fetched = dict(server.downloads)
-    hub.pull_cache(REPO, ".")
+    pulling.pull_cache(REPO, ".")
     assert [path for path, count in server.downloads.items() if count > fetched[path]] == [name]
     assert verify_cache(".") == []
     assert len(CachedDataset.from_pretrained(Path())) == 24
@@ -681,67 +681,67 @@ def test_a_pull_into_the_folder_where_one_stands(server, cache, tmp_path, monkey
 
 
 def test_a_pull_keeps_words_and_takes_none_of_another_cache(server, cache, tmp_path, monkeypatch) -> None:
-    hub.push_cache(cache, REPO, origin=Origin(license="mit"))
+    pushing.push_cache(cache, REPO, origin=Origin(license="mit"))
     other = tiny_cache.build(tmp_path / "others", tiny_cache.make_plan(10, data="other rows")).directory
-    hub.push_cache(other, "user/other")
+    pushing.push_cache(other, "user/other")
     name = "view-01/shard-00002.safetensors"
     server.alter(REPO, name, 9)
     for target in (tmp_path / "new", tmp_path / "empty"):
         if target.name == "empty":
             target.mkdir()
         with pytest.raises(CacheCorruptError, match=name):
-            hub.pull_cache(REPO, target)
-        hub.pull_cache("user/other", target)
+            pulling.pull_cache(REPO, target)
+        pulling.pull_cache("user/other", target)
         assert read_origin(target) == Origin()
         assert verify_cache(target) == []
     server.alter(REPO, name, 9)
     # What is known here stays; where nothing is, it is taken.
     copy = CachedDataset.from_pretrained(cache).save_pretrained(tmp_path / "copy")
     (copy / name).unlink()
-    hub.pull_cache(REPO, copy)
+    pulling.pull_cache(REPO, copy)
     assert read_origin(copy) == Origin(license="mit")
     (copy / "origin.json").unlink()
-    assert hub.pull_cache(REPO, copy).kept_files == 17
+    assert pulling.pull_cache(REPO, copy).kept_files == 17
     assert read_origin(copy) == Origin(license="mit")
     (copy / "origin.json").write_text('{"license": "mine"}')
     (copy / name).unlink()
-    hub.pull_cache(REPO, copy)
+    pulling.pull_cache(REPO, copy)
     assert read_origin(copy) == Origin(license="mine")
     # Where nothing can be written, a sound cache is one without them.
     (copy / "origin.json").unlink()
     (copy / ".freezecache-pull").write_text("root may write into any folder")
-    assert hub.pull_cache(REPO, copy).kept_files == 17
+    assert pulling.pull_cache(REPO, copy).kept_files == 17
     assert read_origin(copy) == Origin()
     # A folder of another name is somebody's own.
     (tmp_path / "own" / ".pull").mkdir(parents=True)
     (tmp_path / "own" / ".pull" / "mine").write_text("mine")
     with pytest.raises(CacheWriteError, match="not empty"):
-        hub.pull_cache(REPO, tmp_path / "own")
+        pulling.pull_cache(REPO, tmp_path / "own")
     # A folder in which a pull was begun is no place for it where somebody put words of his own.
     (tmp_path / "theirs" / ".freezecache-pull").mkdir(parents=True)
     (tmp_path / "theirs" / "origin.json").write_text("mine")
     with pytest.raises(CacheWriteError, match="not empty"):
-        hub.pull_cache(REPO, tmp_path / "theirs")
+        pulling.pull_cache(REPO, tmp_path / "theirs")
     assert (tmp_path / "theirs" / "origin.json").read_text() == "mine"
 
 
 def test_a_pull_through_links_and_back(server, cache, tmp_path, monkeypatch) -> None:
-    hub.push_cache(cache, REPO)
+    pushing.push_cache(cache, REPO)
     monkeypatch.chdir(tmp_path)
     Path("index.json").write_text("mine")
     with pytest.raises(CacheWriteError, match="not empty"):
-        hub.pull_cache(REPO, "new/..")
+        pulling.pull_cache(REPO, "new/..")
     assert Path("index.json").read_text() == "mine"
     Path("link").symlink_to("far/away")
-    assert hub.pull_cache(REPO, "link").directory == Path("link")
+    assert pulling.pull_cache(REPO, "link").directory == Path("link")
     assert verify_cache("far/away") == []
     assert not list(tmp_path.rglob(".*pull*"))
 
 
 def test_words_that_are_too_long_are_left_where_they_are(server, cache, tmp_path, monkeypatch) -> None:
-    hub.push_cache(cache, REPO, origin=Origin(license="mit"))
-    monkeypatch.setattr(hub, "MAX_BYTES", 10)
-    hub.pull_cache(REPO, tmp_path / "pulled")
+    pushing.push_cache(cache, REPO, origin=Origin(license="mit"))
+    monkeypatch.setattr(pulling, "MAX_BYTES", 10)
+    pulling.pull_cache(REPO, tmp_path / "pulled")
     CachedDataset.from_pretrained(REPO)
     assert "origin.json" not in server.downloads
 
