@@ -18,18 +18,11 @@ MODULES = [
     *(
         f"hf_freezecache.{name}"
         for name in (
-            *(
-                "config",
-                "policies",
-                "splitting",
-                "suffix",
-                "transforms",
-                "feature_augmentation",
-                "codecs",
-                "sensitivity",
-            ),
-            *("dataset", "sampling", "processes", "callbacks", "report", "hub", "errors"),
-            *("cache.reader", "cache.format", "cache.fingerprint"),
+            *("config", "schedules", "dataset", "errors", "codecs"),
+            *("model.split", "model.suffix", "data.image_transform", "data.feature_augmentation", "data.sampler"),
+            *("data.hashing", "model.hashing", "cache.reader", "cache.verify", "cache.index", "cache.fingerprint"),
+            *("distributed.process_group", "compression.sensitivity", "report.callback", "report.figures"),
+            *("hub.client", "hub.push", "hub.pull"),
         )
     ),
 ]

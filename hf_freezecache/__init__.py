@@ -9,11 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import CacheConfig, FreezeConfig
+    from .config import (
+        CacheConfig,
+        FreezeConfig,
+    )
     from .dataset import CachedDataset
     from .errors import FreezeCacheError
-    from .splitting import Split, split_model
-    from .suffix import SuffixModel
+    from .model.split import (
+        Split,
+        split_model,
+    )
+    from .model.suffix import SuffixModel
     from .trainer import FreezeCacheTrainer
 
 __all__ = [
@@ -37,9 +43,9 @@ _HOME = {
     "FreezeCacheError": "errors",
     "FreezeCacheTrainer": "trainer",
     "FreezeConfig": "config",
-    "Split": "splitting",
-    "SuffixModel": "suffix",
-    "split_model": "splitting",
+    "Split": "model.split",
+    "SuffixModel": "model.suffix",
+    "split_model": "model.split",
 }
 
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Optional, TypeVar, Union
 
-from .errors import ScheduleError, UnsupportedSetupError
+from .errors import (
+    ScheduleError,
+    UnsupportedSetupError,
+)
 
 __all__ = ["DEFAULT_FIDELITY", "CacheConfig", "FreezeConfig"]
 

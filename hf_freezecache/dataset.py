@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .cache.fingerprint import Fingerprint
-from .cache.format import GEOMETRY_NAME
 from .cache.reader import CacheReader
 from .cache.selection import Selection
 from .cache.transfer import copy_cache
+from .data.collators import PACKED
+from .data.geometry import GEOMETRY_NAME
+from .data.sampler import (
+    ChunkSampler,
+    OpenedSampler,
+)
+from .data.views import ViewKey
 from .errors import UnsupportedSetupError
-from .sampling import ChunkSampler, OpenedSampler
-from .views import ViewKey
 
-__all__ = ["PACKED", "CachedDataset", "collate_cached", "split_packed"]
+__all__ = [
+    "CachedDataset",
+]
 
-#: Prefix of the names of what ``Codec.unpack`` gave, in items and batches.
-PACKED = "packed."
 
 _Chunk = dict[str, Tensor]
 
@@ -102,8 +105,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         selection = Selection.of(views, shards)
         location: Any = path
         if isinstance(path, str) and "://" not in path and not Path(path).exists():
-            from .hub import is_repo_id
-            from .pulling import fetch_cache
+            from .hub.client import is_repo_id
+            from .hub.pull import fetch_cache
 
             if is_repo_id(path):
                 location = fetch_cache(path, revision=revision, token=token, selection=selection)
@@ -170,8 +173,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             CacheMismatchError: The repository holds another cache.
             HubError: The Hub refused or could not be reached.
         """
-        from .origin import Origin
-        from .pushing import push_cache
+        from .hub.provenance import Origin
+        from .hub.push import push_cache
 
         origin = Origin(
             dataset_name=dataset_name,
@@ -279,22 +282,3 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             if self._unread[view, chunk] == 0 and not self.keep_read:
                 del self._chunks[view, chunk], self._unread[view, chunk]
         return items
-
-
-def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples of a cache into a batch: ``hidden_states`` (batch, tokens, hidden), labels and other extras.
-
-    Packed samples are stacked as they are. What only some of them carry, those of chunks with tokens that are stored
-    as they are, is zero for the others.
-    """
-    names = {name: item[name] for item in reversed(items) for name in item}
-    return {
-        name: torch.stack([item[name] if name in item else torch.zeros_like(like) for item in items])
-        for name, like in sorted(names.items())
-    }
-
-
-def split_packed(batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what ``ViewCodec.restore`` takes of a batch, and the rest of the batch."""
-    packed = {name.removeprefix(PACKED): value for name, value in batch.items() if name.startswith(PACKED)}
-    return packed, {name: value for name, value in batch.items() if not name.startswith(PACKED)}

@@ -19,15 +19,82 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from .agreement import AgreedCheckpoint
-from .cache.fingerprint import hash_prefix
-from .cache.format import CacheIndex
-from .cache.layout import ChunkLayout
+from .cache.index import CacheIndex
 from .cache.reader import CacheReader
 from .cache.writer import BuildReport
-from .caching import StageCache
-from .callbacks import ReportCallback, describe_run, describe_stage, write_card
-from .checkpoints import (
+from .codecs import ViewCodec
+from .compression.base_view import requested_codec
+from .config import (
+    CacheConfig,
+    FreezeConfig,
+)
+from .data.collators import CheckedCollator, collate_cached, split_packed
+from .data.feature_augmentation import (
+    FeatureAugmenter,
+    parse_feature_augmentation,
+    step_generator,
+)
+from .data.layout import ChunkLayout
+from .data.sampler import ChunkSampler
+from .data.training_data import Data
+from .data.views import (
+    ViewDataset,
+    check_repeatable,
+    with_rgb_images,
+)
+from .dataset import CachedDataset
+from .distributed.ddp import (
+    check_parallelism,
+    is_replicated,
+    unused_parameters,
+    unwrapped,
+    wrap_again,
+)
+from .distributed.jit_checkpoint import AgreedCheckpoint
+from .distributed.process_group import (
+    Processes,
+    find_processes,
+)
+from .errors import (
+    CacheWriteError,
+    UnsupportedSetupError,
+)
+from .hub.provenance import (
+    Origin,
+    keep_origin,
+    origin_of_dataset,
+    origin_of_model,
+)
+from .model.freeze import (
+    Frozen,
+    check_checkpointing,
+    freeze,
+    prune_optimizer,
+    restore_groups,
+)
+from .model.hashing import hash_prefix
+from .model.split import (
+    Split,
+    find_blocks,
+    first_tensor,
+    split_model,
+    token_grid,
+)
+from .report.callback import (
+    ReportCallback,
+    describe_run,
+    describe_stage,
+    write_card,
+)
+from .report.cost import epoch_logs
+from .report.record import RunRecord
+from .report.stopwatch import Stopwatch
+from .schedules import (
+    Stage,
+    plan_stages,
+    split_point_at,
+)
+from .training.checkpoints import (
     check_complete,
     last_complete,
     load_stage,
@@ -37,18 +104,7 @@ from .checkpoints import (
     restore_weights,
     save_stage,
 )
-from .choosing import Data, requested_codec
-from .codecs import ViewCodec
-from .config import CacheConfig, FreezeConfig
-from .cost import Stopwatch, epoch_logs
-from .dataset import CachedDataset, collate_cached, split_packed
-from .errors import CacheWriteError, UnsupportedSetupError
-from .feature_augmentation import FeatureAugmenter, parse_feature_augmentation, step_generator
-from .freezing import Frozen, check_checkpointing, freeze, prune_optimizer, restore_groups
-from .origin import Origin, keep_origin, origin_of_dataset, origin_of_model
-from .policies import Stage, plan_stages, split_point_at
-from .preflight import (
-    CheckedCollator,
+from .training.preflight import (
     check_arguments,
     check_batch,
     check_cache_dir,
@@ -58,12 +114,7 @@ from .preflight import (
     check_same_rows,
     check_writable,
 )
-from .processes import Processes, find_processes
-from .replicas import check_parallelism, is_replicated, unused_parameters, unwrapped, wrap_again
-from .run_record import RunRecord
-from .sampling import ChunkSampler
-from .splitting import Split, find_blocks, first_tensor, split_model, token_grid
-from .views import ViewDataset, check_repeatable, with_rgb_images
+from .training.stage_cache import StageCache
 
 __all__ = ["FreezeCacheTrainer"]
 

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_freezecache.model_card import render_card
-from hf_freezecache.page import PLOT_NAME
-from hf_freezecache.report import figures_of
-from hf_freezecache.run_plots import pictures_of, save_png
-from hf_freezecache.run_record import RUN_NAME, read_run
+from hf_freezecache.report.figures import figures_of
+from hf_freezecache.report.model_card import render_card
+from hf_freezecache.report.page import PLOT_NAME
+from hf_freezecache.report.plots import (
+    pictures_of,
+    save_png,
+)
+from hf_freezecache.report.record import (
+    RUN_NAME,
+    read_run,
+)
 
 HERE = Path(__file__).parent
 

@@ -49,8 +49,12 @@ from transformers import (
     set_seed,
 )
 
-from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
-from hf_freezecache.transforms import ImageTransform
+from hf_freezecache import (
+    CacheConfig,
+    FreezeCacheTrainer,
+    FreezeConfig,
+)
+from hf_freezecache.data.image_transform import ImageTransform
 
 
 @dataclass

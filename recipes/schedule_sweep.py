@@ -27,8 +27,12 @@ import datasets
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, set_seed
 
-from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
-from hf_freezecache.transforms import ImageTransform
+from hf_freezecache import (
+    CacheConfig,
+    FreezeCacheTrainer,
+    FreezeConfig,
+)
+from hf_freezecache.data.image_transform import ImageTransform
 
 
 def parse_arguments() -> argparse.Namespace:

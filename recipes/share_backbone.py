@@ -32,9 +32,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 
-from hf_freezecache import CachedDataset, FreezeCacheTrainer, SuffixModel
-from hf_freezecache.build import BuildSettings, build
-from hf_freezecache.dataset import collate_cached
+from hf_freezecache import (
+    CachedDataset,
+    FreezeCacheTrainer,
+    SuffixModel,
+)
+from hf_freezecache.cli.build import (
+    BuildSettings,
+    build,
+)
+from hf_freezecache.data.collators import collate_cached
 
 #: What the heads shall tell apart: a name, and the new class of each class of the data set.
 HEADS: dict[str, Callable[[int, int], int]] = {

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from pathlib import Path
 
+# Child processes import ``support``, too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -18,9 +21,9 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny import IMAGE_SIZE, NUM_CLASSES, TinyTransform, tiny_vit
+from support.tiny import IMAGE_SIZE, NUM_CLASSES, TinyTransform, tiny_vit
 
-from hf_freezecache.callbacks import ReportCallback
+from hf_freezecache.report.callback import ReportCallback
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("default")

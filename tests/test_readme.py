@@ -18,17 +18,15 @@ from typing import Any
 
 import pytest
 import typer
-from hub_client import environment
-from hub_server import HubServer
-from run_steps import runs_here, split_commands
-from stand_ins import BEANS, FLOWER_CLASSES, MODEL, make_flowers, publish
+from support.documents import ROOT, RUN_BY_CI, Block, read_blocks
+from support.hub_client import environment
+from support.hub_server import HubServer
+from support.run_steps import runs_here, split_commands
+from support.stand_ins import BEANS, FLOWER_CLASSES, MODEL, make_flowers, publish
 
-from hf_freezecache.cache.reader import verify_cache
-from hf_freezecache.cli import app
+from hf_freezecache.cache.verify import verify_cache
+from hf_freezecache.cli.app import app
 
-ROOT = Path(__file__).parents[1]
-#: Blocks behind these comments are what ``.ci/run`` runs.
-RUN_BY_CI = ("<!-- run -->", "<!-- test -->")
 #: Programs of blocks that start processes of their own; see ``test_several_processes``.
 LAUNCHERS = ("torchrun",)
 #: Where a document takes for granted what its reader has: first line of the block -> Python that makes it.
@@ -56,35 +54,6 @@ FreezeCacheTrainer(
 EXAMPLES = ("build", "inspect", "verify", "push", "pull", "report")
 #: The examples' stand-in for the name that ``build`` has computed.
 EXAMPLE_CACHE = "k06-0123456789abcdef"
-
-
-@dataclass(frozen=True)
-class Block:
-    line: int
-    language: str
-    text: str
-    by_ci: bool
-
-    @property
-    def name(self) -> str:
-        return f"README.md:{self.line}"
-
-
-def read_blocks() -> list[Block]:
-    lines = (ROOT / "README.md").read_text().splitlines()
-    blocks, start = [], None
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith("```"):
-            continue
-        if start is None:
-            start = number
-        else:
-            text = "\n".join(lines[start + 1 : number]) + "\n"
-            by_ci = start > 0 and lines[start - 1] in RUN_BY_CI
-            blocks.append(Block(start + 1, lines[start].lstrip().removeprefix("```"), text, by_ci))
-            start = None
-    assert start is None, f"a code block of README.md is never closed: line {start}"
-    return blocks
 
 
 def launched(block: Block) -> bool:
@@ -176,7 +145,12 @@ def ran(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     (folder / "steps.json").write_text(json.dumps(steps_of_readme(readme) + steps_of_examples(others, readme)))
     (folder / "found").mkdir()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "run_steps.py"), "steps.json", str(folder / "found" / "found.json")],
+        [
+            sys.executable,
+            str(ROOT / "tests" / "support" / "run_steps.py"),
+            "steps.json",
+            str(folder / "found" / "found.json"),
+        ],
         cwd=folder,
         env=environment(hub, folder / "home", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
         capture_output=True,

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cache_parity import assert_same, parameters_of
-from tiny import TinyTransform, make_trainer, tiny_vit
+from support.parity import assert_same, parameters_of
+from support.tiny import TinyTransform, make_trainer, tiny_vit
 from transformers import AutoModelForImageClassification, TrainingArguments, ViTForImageClassification
 
 from hf_freezecache import FreezeCacheTrainer
-from hf_freezecache.checkpoints import STATE_NAME
+from hf_freezecache.training.checkpoints import STATE_NAME
 
 # Suffix dropout makes every step depend on the random state, so a resume that restores it wrongly shows.
 DROPOUT = {"hidden_dropout_prob": 0.1}

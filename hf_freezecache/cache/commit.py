@@ -7,9 +7,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import CacheCorruptError, DataError, FreezeCacheError
+from ..errors import (
+    CacheCorruptError,
+    DataError,
+    FreezeCacheError,
+)
 from .fingerprint import Fingerprint
-from .format import (
+from .index import (
     CODEC_NAME,
     COPIES_NAME,
     INDEX_NAME,
@@ -23,7 +27,7 @@ from .format import (
     read_shard_head,
     shard_name,
 )
-from .shard import CachePlan
+from .shard_writer import CachePlan
 
 __all__ = ["explain_miss", "has_state", "make_index", "shard_records"]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,36 +15,55 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..codecs import DTYPES, Codec, ViewCodec, Zstd, codec_from_dict
-from ..codecs.copies import check_geometry
-from ..errors import CacheCorruptError, CacheMismatchError, FreezeCacheError
+from ..codecs import (
+    DTYPES,
+    Codec,
+    ViewCodec,
+    Zstd,
+    codec_from_dict,
+)
+from ..codecs.predictor import check_geometry
+from ..data.geometry import GEOMETRY_NAME
+from ..data.layout import ChunkLayout
+from ..errors import (
+    CacheCorruptError,
+    CacheMismatchError,
+)
+from .codec_state import (
+    CodecState,
+    load_copies,
+    load_state,
+    read_state,
+)
 from .fingerprint import Fingerprint
-from .format import (
+from .index import (
     CODEC_NAME,
     COPIES_NAME,
-    GEOMETRY_NAME,
     INDEX_NAME,
-    ORIGIN_NAME,
     CacheIndex,
     ExtraSpec,
     ShardHead,
-    file_sha256,
     load_index,
-    part_name,
     read_chunk_frames,
     read_extra,
     read_shard_head,
     shard_metadata,
     shard_name,
 )
-from .layout import ChunkLayout
-from .parts import check_part
 from .schema import max_tensor_bytes
 from .selection import Selection
-from .state import CodecState, load_copies, load_state, read_state
-from .storage import LocalStorage, RemoteStorage, Storage, open_storage
+from .storage import (
+    LocalStorage,
+    RemoteStorage,
+    Storage,
+    open_storage,
+)
 
-__all__ = ["CacheReader", "DecodedChunk", "PackedChunk", "verify_cache"]
+__all__ = [
+    "CacheReader",
+    "DecodedChunk",
+    "PackedChunk",
+]
 
 
 @dataclass(frozen=True)
@@ -339,110 +357,3 @@ class CacheReader:
                 for spec, frame in zip(self.index.extras, frames[split:], strict=True)
             }
         return PackedChunk(arrays, extras)
-
-
-def verify_cache(directory: Path | str) -> list[str]:
-    """Check every bit of every file of a cache, and that they make sense together.
-
-    Hashes first. Then, since hashes only say that files are those of the index: every frame is decoded, hidden states must
-    be finite, heads must list each sample once, and index parts must say of it what the shards do. Memory is that of a
-    few chunks, and of a shard's labels.
-
-    Args:
-        directory: The cache, as for ``CacheReader``.
-
-    Returns:
-        One line per damaged, missing or foreign file; empty for a sound cache.
-    """
-    try:
-        reader = CacheReader(directory, check_files=False)
-    except FreezeCacheError as error:
-        opened: FreezeCacheError | None = error
-        try:
-            storage = open_storage(directory)
-            index = load_index(storage)
-        except FreezeCacheError as other:
-            return [str(other)]
-    else:
-        opened, storage, index = None, reader.storage, reader.index
-    problems = _file_problems(storage, index)
-    if opened is not None:
-        # What is wrong with a file itself says more than what came of it.
-        if not problems.keys() & {CODEC_NAME, COPIES_NAME}:
-            problems[CODEC_NAME] = str(opened)
-    elif not any(_is_shard(name) for name in problems):
-        # Only now, since the number of samples is believed: files of 8 bytes for each are there.
-        problems |= _content_problems(reader, problems.keys())
-    try:
-        foreign = [name for name in storage.names() if name not in {INDEX_NAME, ORIGIN_NAME, *index.files}]
-    except CacheCorruptError as error:
-        return [*problems.values(), str(error)]
-    return [
-        *(problems[name] for name in sorted(problems)),
-        *(f"{storage.file(n)} does not belong to the cache." for n in foreign),
-    ]
-
-
-def _is_shard(name: str) -> bool:
-    return name.startswith("view-")
-
-
-def _file_problems(storage: Storage, index: CacheIndex) -> dict[str, str]:
-    """Return by name what is wrong with files, without a look at what they mean."""
-    problems = {}
-    for name, record in index.files.items():
-        file = storage.file(name)
-        try:
-            size = file.size()
-            if size is None:
-                problems[name] = f"{file} is missing."
-            elif size != record.bytes:
-                problems[name] = f"{file} has {size} bytes, expected {record.bytes}."
-            elif file_sha256(file) != record.sha256:
-                problems[name] = f"{file} is altered: its SHA-256 does not match {INDEX_NAME}."
-        except CacheCorruptError as error:
-            problems[name] = str(error)
-    return problems
-
-
-def _content_problems(reader: CacheReader, damaged: Collection[str]) -> dict[str, str]:
-    """Return by name what is wrong with the content of shards, and of those index parts that are not damaged."""
-    index, problems = reader.index, dict[str, str]()
-    for shard, view in itertools.product(range(index.num_shards), range(index.num_views)):
-        if view == 0:
-            reader._heads.clear()
-        name, part = shard_name(view, shard), part_name(view, shard)
-        base_is_sound = shard_name(0, shard) not in problems
-        columns: dict[str, list[Any]] = {}
-        try:
-            first = shard * index.shard_chunks
-            for chunk in range(first, min(first + index.shard_chunks, reader.layout.num_chunks)):
-                packed = reader.unpack_chunk(view, chunk) if base_is_sound else reader._unpack(view, chunk)
-                _append_columns(columns, packed.extras, reader.members(chunk).tolist(), view, shard, chunk)
-        except CacheCorruptError as error:
-            problems[name] = str(error)
-            continue
-        if part not in damaged:
-            try:
-                check_part(reader.storage.file(part), columns)
-            except CacheCorruptError as error:
-                problems[part] = str(error)
-            except ValueError as error:
-                problems[part] = f"{reader.storage.file(part)} does not fit its shard: {error}."
-    return problems
-
-
-def _append_columns(
-    columns: dict[str, list[Any]], extras: dict[str, Tensor], rows: list[int], view: int, shard: int, chunk: int
-) -> None:
-    """Add what an index part must say of the samples of a chunk."""
-    size = len(rows)
-    told = {
-        "sample_index": rows,
-        "view": [view] * size,
-        "shard": [shard] * size,
-        "chunk": [chunk] * size,
-        "row": list(range(size)),
-    } | {name: value.tolist() for name, value in extras.items() if value.dim() == 1}
-    for name, values in told.items():
-        columns.setdefault(name, []).extend(values)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .format import CODEC_NAME, COPIES_NAME, CacheIndex, part_name, shard_name
+from .index import (
+    CODEC_NAME,
+    COPIES_NAME,
+    CacheIndex,
+    part_name,
+    shard_name,
+)
 
 __all__ = ["Selection"]
 

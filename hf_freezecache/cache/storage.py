@@ -16,7 +16,10 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import CacheCorruptError, UnsupportedSetupError
+from ..errors import (
+    CacheCorruptError,
+    UnsupportedSetupError,
+)
 
 __all__ = [
     "LocalFile",

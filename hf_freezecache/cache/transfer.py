@@ -6,8 +6,19 @@ import os
 import shutil
 from pathlib import Path
 
-from ..errors import CacheCorruptError, CacheWriteError
-from .format import INDEX_NAME, ORIGIN_NAME, CacheIndex, FileRecord, file_sha256, fsync_directory, load_index
+from ..errors import (
+    CacheCorruptError,
+    CacheWriteError,
+)
+from .index import (
+    INDEX_NAME,
+    ORIGIN_NAME,
+    CacheIndex,
+    FileRecord,
+    file_sha256,
+    fsync_directory,
+    load_index,
+)
 from .selection import Selection
 
 __all__ = ["check_free_space", "check_vacant", "copy_cache", "file_problem", "put_in_place", "scratch_of"]

@@ -25,15 +25,31 @@ from tqdm.auto import tqdm
 
 from ..codecs import DTYPES
 from ..codecs.entropy import check_frame
-from ..errors import CacheCorruptError, DataError
-from ..processes import Processes
-from ..views import ViewKey, preserved_random_state
-from .commit import has_state, make_index, shard_records
-from .format import (
+from ..data.geometry import GEOMETRY_NAME
+from ..data.views import (
+    ViewKey,
+    preserved_random_state,
+)
+from ..distributed.process_group import Processes
+from ..errors import (
+    CacheCorruptError,
+    DataError,
+)
+from .codec_state import (
+    CodecState,
+    load_copies,
+    load_state,
+    save_state,
+)
+from .commit import (
+    has_state,
+    make_index,
+    shard_records,
+)
+from .index import (
     CODEC_NAME,
     CONSUMED_NAME,
     COPIES_NAME,
-    GEOMETRY_NAME,
     INDEX_NAME,
     ExtraSpec,
     ShardHead,
@@ -47,9 +63,15 @@ from .format import (
     save_index,
     shard_name,
 )
-from .locking import ALONE, explained, writing
-from .shard import CachePlan, ShardWriter
-from .state import CodecState, load_copies, load_state, save_state
+from .lock import (
+    ALONE,
+    explained,
+    writing,
+)
+from .shard_writer import (
+    CachePlan,
+    ShardWriter,
+)
 
 __all__ = ["BuildReport", "RenderCollator", "build_cache"]
 

@@ -9,16 +9,25 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedSetupError
-from .base import DTYPES, Codec, Step, dtype_name
+from .base import (
+    DTYPES,
+    Codec,
+    Step,
+    dtype_name,
+)
 from .cast import Cast
-from .copies import CopyCodec, Predictor, ViewCodec
 from .entropy import Zstd
 from .pack import Pack
-from .pipeline import LosslessCodec, Pipeline
+from .pipeline import (
+    LosslessCodec,
+    Pipeline,
+)
 from .planes import Planes
+from .predictor import Predictor
 from .quantize import Quantize
 from .select import Select
 from .transform import Transform
+from .view_codec import CopyCodec, ViewCodec
 
 __all__ = [
     "CODECS",

@@ -9,7 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import DTYPES, FLOATS, ArraySpec, ArrayStep
+from .base import (
+    DTYPES,
+    FLOATS,
+    ArraySpec,
+    ArrayStep,
+)
 
 __all__ = ["Cast"]
 

@@ -7,7 +7,11 @@ from typing import ClassVar, Literal
 
 import zstandard
 
-from .base import BYTES, Buffer, CompressStep
+from .base import (
+    BYTES,
+    Buffer,
+    CompressStep,
+)
 
 __all__ = ["Zstd", "check_frame", "compress_frame", "decompress_frame"]
 

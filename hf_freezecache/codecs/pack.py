@@ -19,7 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .base import BYTES, INTEGERS, ArraySpec, Buffer, BytesStep
+from .base import (
+    BYTES,
+    INTEGERS,
+    ArraySpec,
+    Buffer,
+    BytesStep,
+)
 
 __all__ = ["Pack"]
 

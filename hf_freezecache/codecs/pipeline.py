@@ -12,7 +12,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import BYTES, FLOATS, ArraySpec, ArrayStep, Buffer, BytesStep, Codec, CompressStep, Step, largest_value
+from .base import (
+    BYTES,
+    FLOATS,
+    ArraySpec,
+    ArrayStep,
+    Buffer,
+    BytesStep,
+    Codec,
+    CompressStep,
+    Step,
+    largest_value,
+)
 from .entropy import Zstd
 from .planes import Planes
 

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import BYTES, FLOATS, INTEGERS, ArraySpec, Buffer, BytesStep
+from .base import (
+    BYTES,
+    FLOATS,
+    INTEGERS,
+    ArraySpec,
+    Buffer,
+    BytesStep,
+)
 
 __all__ = ["Planes"]
 

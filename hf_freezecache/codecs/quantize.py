@@ -9,7 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep, largest_value
+from .base import (
+    FLOATS,
+    INTEGERS,
+    ArraySpec,
+    ArrayStep,
+    largest_value,
+)
 from .cast import check_finite
 
 __all__ = ["Quantize"]

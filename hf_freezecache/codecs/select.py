@@ -10,7 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import FLOATS, ArraySpec, ArrayStep
+from .base import (
+    FLOATS,
+    ArraySpec,
+    ArrayStep,
+)
 from .cast import check_finite
 
 __all__ = ["Select"]

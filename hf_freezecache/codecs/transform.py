@@ -13,7 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep, largest_value
+from .base import (
+    FLOATS,
+    INTEGERS,
+    ArraySpec,
+    ArrayStep,
+    largest_value,
+)
 from .cast import check_finite
 
 __all__ = ["Transform", "dct_matrix", "digest", "frequency_order"]

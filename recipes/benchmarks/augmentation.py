@@ -31,8 +31,12 @@ from codec_accuracy import accuracy, logged_stages, resized, training_arguments
 from record import save, spread
 from transformers import set_seed
 
-from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
-from hf_freezecache.transforms import ImageTransform
+from hf_freezecache import (
+    CacheConfig,
+    FreezeCacheTrainer,
+    FreezeConfig,
+)
+from hf_freezecache.data.image_transform import ImageTransform
 
 ARMS = [
     "live",

@@ -27,7 +27,11 @@ from PIL import Image
 from record import save, spread
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainingArguments, set_seed
 
-from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
+from hf_freezecache import (
+    CacheConfig,
+    FreezeCacheTrainer,
+    FreezeConfig,
+)
 
 
 class Transform:

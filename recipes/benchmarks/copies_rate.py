@@ -29,11 +29,18 @@ from record import save
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from hf_freezecache.calibration import coded
-from hf_freezecache.codecs import CopyCodec, Pack, Pipeline, Predictor, Transform, Zstd
-from hf_freezecache.codecs.copies import WHOLE
-from hf_freezecache.splitting import Split
-from hf_freezecache.transforms import ImageTransform
+from hf_freezecache.codecs import (
+    CopyCodec,
+    Pack,
+    Pipeline,
+    Predictor,
+    Transform,
+    Zstd,
+)
+from hf_freezecache.codecs.predictor import WHOLE
+from hf_freezecache.compression.step_search import coded
+from hf_freezecache.data.image_transform import ImageTransform
+from hf_freezecache.model.split import Split
 
 GRID, PREFIX, CHUNK = (14, 14), 1, 32
 #: As ``hf_freezecache.copying`` tries them: pull, and whether channels mix.

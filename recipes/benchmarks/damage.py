@@ -21,14 +21,21 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from hf_freezecache.cache.fingerprint import Fingerprint
-from hf_freezecache.cache.format import GEOMETRY_NAME
-from hf_freezecache.cache.layout import ChunkLayout
-from hf_freezecache.cache.reader import CacheReader, verify_cache
-from hf_freezecache.cache.shard import CachePlan
+from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.cache.shard_writer import CachePlan
+from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.cache.writer import build_cache
-from hf_freezecache.calibration import fit_codec
-from hf_freezecache.codecs import PRESETS, CopyCodec, Predictor, make_codec
-from hf_freezecache.dataset import CachedDataset, collate_cached, split_packed
+from hf_freezecache.codecs import (
+    PRESETS,
+    CopyCodec,
+    Predictor,
+    make_codec,
+)
+from hf_freezecache.compression.step_search import fit_codec
+from hf_freezecache.data.collators import collate_cached, split_packed
+from hf_freezecache.data.geometry import GEOMETRY_NAME
+from hf_freezecache.data.layout import ChunkLayout
+from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import FreezeCacheError
 
 SAMPLES, VIEWS, TOKENS, HIDDEN, GRID = 7, 2, 5, 6, (2, 2)

@@ -35,20 +35,27 @@ from record import save, spread
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForImageClassification, set_seed
 
-from hf_freezecache import CachedDataset, split_model
+from hf_freezecache import (
+    CachedDataset,
+    split_model,
+)
 from hf_freezecache.cache.fingerprint import Fingerprint
-from hf_freezecache.cache.layout import ChunkLayout
 from hf_freezecache.cache.reader import CacheReader
-from hf_freezecache.cache.shard import CachePlan
+from hf_freezecache.cache.shard_writer import CachePlan
 from hf_freezecache.cache.writer import build_cache
-from hf_freezecache.calibration import FidelityMeter, calibrate, fit_codec
-from hf_freezecache.codecs import Codec, make_codec
+from hf_freezecache.codecs import (
+    Codec,
+    make_codec,
+)
+from hf_freezecache.compression.distortion import FidelityMeter
+from hf_freezecache.compression.step_search import calibrate, fit_codec
 from hf_freezecache.config import DEFAULT_FIDELITY
-from hf_freezecache.dataset import collate_cached, split_packed
-from hf_freezecache.freezing import freeze
-from hf_freezecache.sampling import ChunkSampler
-from hf_freezecache.splitting import token_grid
-from hf_freezecache.views import ViewDataset
+from hf_freezecache.data.collators import collate_cached, split_packed
+from hf_freezecache.data.layout import ChunkLayout
+from hf_freezecache.data.sampler import ChunkSampler
+from hf_freezecache.data.views import ViewDataset
+from hf_freezecache.model.freeze import freeze
+from hf_freezecache.model.split import token_grid
 
 SHAPES = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}  # width, heads; 12 blocks, patch 16
 SEED = 0

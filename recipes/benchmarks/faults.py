@@ -58,10 +58,14 @@ from PIL import Image
 from record import save
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
-from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
-from hf_freezecache.caching import StageCache
-from hf_freezecache.checkpoints import last_complete
+from hf_freezecache import (
+    CacheConfig,
+    FreezeCacheTrainer,
+    FreezeConfig,
+)
 from hf_freezecache.errors import FreezeCacheError
+from hf_freezecache.training.checkpoints import last_complete
+from hf_freezecache.training.stage_cache import StageCache
 
 ROWS, SIZE, BATCH = 50, 16, 5
 PHASES = ("start", "step", "stage change", "build", "promotion", "checkpoint", "evaluation and end")

@@ -41,9 +41,18 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from hf_freezecache import split_model
-from hf_freezecache.codecs import Codec, Pack, Pipeline, Planes, Quantize, Transform, Zstd, make_codec
+from hf_freezecache.codecs import (
+    Codec,
+    Pack,
+    Pipeline,
+    Planes,
+    Quantize,
+    Transform,
+    Zstd,
+    make_codec,
+)
 from hf_freezecache.codecs.entropy import compress_frame
-from hf_freezecache.splitting import token_grid
+from hf_freezecache.model.split import token_grid
 
 SEED = 0
 PEERS = ("zfpy", "pysz", "blosc2")

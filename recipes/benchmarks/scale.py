@@ -26,14 +26,15 @@ from record import save, spread
 from torch.utils.data import DataLoader, Dataset
 
 from hf_freezecache.cache.fingerprint import Fingerprint
-from hf_freezecache.cache.format import load_index
-from hf_freezecache.cache.layout import ChunkLayout
+from hf_freezecache.cache.index import load_index
 from hf_freezecache.cache.reader import CacheReader
-from hf_freezecache.cache.shard import CachePlan
+from hf_freezecache.cache.shard_writer import CachePlan
 from hf_freezecache.cache.writer import build_cache
 from hf_freezecache.codecs import make_codec
-from hf_freezecache.dataset import CachedDataset, collate_cached
-from hf_freezecache.sampling import ChunkSampler
+from hf_freezecache.data.collators import collate_cached
+from hf_freezecache.data.layout import ChunkLayout
+from hf_freezecache.data.sampler import ChunkSampler
+from hf_freezecache.dataset import CachedDataset
 
 SEED, BATCH, WINDOW, TOKENS = 0, 256, 8, 2
 WIDTHS = (4, 64)

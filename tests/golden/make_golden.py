@@ -25,9 +25,13 @@ import tiny_copies  # noqa: E402
 import torch  # noqa: E402
 import zstandard  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tiny_cache import build, make_plan  # noqa: E402
+from support.tiny_cache import build, make_plan  # noqa: E402
 
-from hf_freezecache.codecs import PRESETS, Pipeline, Transform  # noqa: E402
+from hf_freezecache.codecs import (  # noqa: E402
+    PRESETS,
+    Pipeline,
+    Transform,
+)
 
 
 def environment() -> dict[str, str]:

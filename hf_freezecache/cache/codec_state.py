@@ -1,0 +1,219 @@
+"""The file that holds a fitted codec and how it was calibrated, once per cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..codecs import (
+    Codec,
+    CopyCodec,
+    Planes,
+    codec_from_dict,
+)
+from ..codecs.base import ArraySpec
+from ..codecs.entropy import (
+    compress_frame,
+    decompress_frame,
+)
+from ..errors import (
+    CacheCorruptError,
+    UnsupportedSetupError,
+)
+from .index import (
+    FORMAT,
+    FORMAT_VERSION,
+    atomic_write,
+)
+from .schema import (
+    EXTRA_DTYPES,
+    MAX_STATE_HEADER_BYTES,
+    parse_json,
+)
+from .storage import (
+    StoredFile,
+    as_file,
+)
+
+__all__ = ["CodecState", "load_copies", "load_state", "read_state", "save_state"]
+
+_LEVEL = 19
+_PLANES = Planes()
+#: Stands in a file for no tensors.
+_NOTHING = "nothing"
+#: A larger state is refused unread: a basis of 1536 channels in 8 bits takes 2.3 MB, a mean of 1024 tokens 6 MB.
+_MAX_BYTES = 2**30
+
+
+_C = TypeVar("_C", Codec, CopyCodec)
+
+
+@dataclass(frozen=True)
+class CodecState(Generic[_C]):
+    """A codec with its tensors, and the report of its calibration.
+
+    Attributes:
+        codec: Ready to encode.
+        calibration: What ``calibration.Calibration.to_dict`` gave; empty if nothing was measured.
+    """
+
+    codec: _C
+    calibration: dict[str, Any]
+
+
+def save_state(path: Path, fingerprint: str, state: CodecState[Any]) -> None:
+    """Write the state, atomically.
+
+    Each tensor becomes one zstd frame of its byte planes, as a U8 tensor of a safetensors file, whose metadata hold a JSON
+    document of codec, calibration, dtypes and shapes, with a hash of all that: what goes on with an unfinished cache has no index to trust.
+
+    Args:
+        path: The file.
+        fingerprint: Digest of the cache's fingerprint.
+        state: What to write.
+    """
+    tensors = state.codec.tensors()
+    frames = {
+        name: torch.frombuffer(bytearray(compress_frame(b"".join(_PLANES.encode(tensor)), _LEVEL)), dtype=torch.uint8)
+        for name, tensor in tensors.items()
+    }
+    document = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "codec": state.codec.to_dict(),
+        "calibration": state.calibration,
+        "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()},
+    }
+    document["checksum"] = _checksum(document)
+    # One entry: safetensors writes several in random order, and the same cache should give the same file.
+    metadata = {FORMAT: json.dumps(document, sort_keys=True)}
+    with atomic_write(path) as file:
+        # Old versions of safetensors cannot read a file of no tensors.
+        file.write(safetensors.torch.save(frames or {_NOTHING: torch.zeros(1, dtype=torch.uint8)}, metadata))
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    known = {name: value for name, value in document.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(frames: Mapping[str, bytes], specs: Any, max_bytes: int) -> dict[str, Tensor]:
+    """Decode the tensors whose dtypes and shapes ``specs`` names."""
+    if not isinstance(specs, dict) or specs.keys() != frames.keys() - {_NOTHING}:
+        raise ValueError(f"tensors {sorted(frames)}, expected {specs if isinstance(specs, list) else sorted(specs)}")
+    known = {}
+    for name, (dtype, shape) in specs.items():
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"a tensor of shape {shape}")
+        known[name] = ArraySpec(tuple(shape), EXTRA_DTYPES[dtype])
+    total = sum(spec.num_bytes for spec in known.values())
+    if total > max_bytes or any(size > max_bytes for spec in known.values() for size in spec.shape):
+        raise ValueError(f"tensors of {total} bytes, expected at most {max_bytes}")
+    tensors = {}
+    for name, spec in known.items():
+        content = decompress_frame(frames[name], spec.num_bytes)
+        size = len(content) // spec.dtype.itemsize
+        tensors[name] = _PLANES.decode([content[p * size : (p + 1) * size] for p in range(spec.dtype.itemsize)], spec)
+    return tensors
+
+
+def load_state(
+    path: Path | StoredFile, fingerprint: str | None = None, max_bytes: int = _MAX_BYTES, data: bytes | None = None
+) -> CodecState[Codec]:
+    """Read and check the state of a codec.
+
+    Args:
+        path: The file.
+        fingerprint: Digest that it must name; ``None`` takes any.
+        max_bytes: Largest size of its tensors together.
+        data: Its content, if it has been read.
+
+    Raises:
+        CacheCorruptError: Missing, damaged, or of another cache.
+    """
+    return _load(path, fingerprint, max_bytes, data, codec_from_dict)
+
+
+def load_copies(
+    path: Path | StoredFile, fingerprint: str | None = None, max_bytes: int = _MAX_BYTES, data: bytes | None = None
+) -> CodecState[CopyCodec]:
+    """Read and check the state of the codec of copies; otherwise as ``load_state``."""
+    return _load(
+        path, fingerprint, max_bytes, data, lambda data, tensors: CopyCodec.from_dict(data, tensors, codec_from_dict)
+    )
+
+
+def read_state(file: StoredFile, max_bytes: int = _MAX_BYTES) -> bytes:
+    """Return the content of a state whose tensors take at most ``max_bytes``.
+
+    Raises:
+        CacheCorruptError: Missing, or larger than such a state can be.
+    """
+    size, most = file.size(), min(_MAX_BYTES, 2 * max_bytes + MAX_STATE_HEADER_BYTES)
+    if size is None:
+        raise CacheCorruptError(f"{file} is missing. Delete the cache folder to rebuild it.")
+    if size > most:
+        raise CacheCorruptError(f"{file} is damaged: {size} bytes, expected at most {most}.")
+    return file.read(0, size)
+
+
+def _split(data: bytes) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Return metadata and tensors of a safetensors file of U8 tensors, which must lie one behind the other."""
+    (length,) = struct.unpack_from("<Q", data)
+    if not 2 <= length <= min(MAX_STATE_HEADER_BYTES, len(data) - 8):
+        raise ValueError(
+            f"a header of {length} bytes in a file of {len(data)}, expected at most {MAX_STATE_HEADER_BYTES}"
+        )
+    header = parse_json(data[8 : 8 + length])
+    metadata = header.pop("__metadata__", None) or {}
+    frames, end = {}, 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        size = entry["shape"][0]
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        if entry["dtype"] != "U8" or entry["shape"] != [size] or start != end or stop - start != size or size < 0:
+            raise ValueError(f"tensor {name!r} is {entry}, expected bytes that follow those before")
+        frames[name], end = data[start:stop], stop
+    if end != len(data):
+        raise ValueError(f"{len(data)} bytes, expected {end}")
+    return metadata, frames
+
+
+def _load(
+    path: Path | StoredFile,
+    fingerprint: str | None,
+    max_bytes: int,
+    data: bytes | None,
+    read: Callable[[Any, dict[str, Tensor]], _C],
+) -> CodecState[_C]:
+    """Read and check a state, whose codec ``read`` makes."""
+    file = as_file(path)
+    if data is None:
+        data = read_state(file, max_bytes)
+    try:
+        metadata, frames = _split(data)
+        document = parse_json(metadata[FORMAT].encode())
+        if document["checksum"] != _checksum(document):
+            raise ValueError("its checksum does not match")
+        if document["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {document['format_version']}, expected {FORMAT_VERSION}")
+        codec = read(document["codec"], _tensors(frames, document["tensors"], max_bytes))
+        calibration, owner = document["calibration"], document["fingerprint"]
+        if not isinstance(calibration, dict):
+            raise ValueError(f"its calibration is {calibration!r}")
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError, IndexError, struct.error),
+        UnsupportedSetupError,
+    ) as error:
+        raise CacheCorruptError(f"{file} is damaged: {error}. Delete the cache folder to rebuild.") from error
+    if fingerprint is not None and owner != fingerprint:
+        raise CacheCorruptError(f"{file} belongs to another cache. Delete the cache folder to rebuild.")
+    return CodecState(codec, calibration)

@@ -1,0 +1,94 @@
+"""The lock of a cache that is being written, and what errors of the file system mean to the user."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from ..distributed.process_group import Processes
+from ..errors import (
+    CacheLockedError,
+    CacheWriteError,
+    FreezeCacheError,
+)
+from .shard_writer import CachePlan
+
+__all__ = ["ALONE", "explained", "writing"]
+
+logger = logging.getLogger(__name__)
+
+ALONE = Processes()
+
+
+@contextmanager
+def writing(
+    cache_dir: Path, plan: CachePlan, processes: Processes = ALONE, lock_timeout: float = 0.0
+) -> Iterator[None]:
+    """Hold the lock of a cache, in its directory, which is made. Collective: the leader holds it for all processes.
+
+    The lock is the kernel's: it ends with the process that holds it, however that ends.
+
+    Args:
+        cache_dir: Folder of caches.
+        plan: What the cache is to hold.
+        processes: Those that write together.
+        lock_timeout: Seconds to wait for another run that holds it.
+
+    Raises:
+        CacheLockedError: Another live process holds it.
+        CacheWriteError: The folder cannot be written.
+    """
+    directory = cache_dir / plan.name
+    lock = filelock.FileLock(cache_dir / f".{plan.name}.lock")
+
+    def take() -> None:
+        with explained(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+                return
+            except filelock.Timeout:
+                if lock_timeout > 0:
+                    logger.warning(
+                        "%s is being written by another process: waiting up to %g s.", directory, lock_timeout
+                    )
+            try:
+                lock.acquire(timeout=lock_timeout)
+            except filelock.Timeout:
+                raise CacheLockedError(
+                    f"{directory} is being written by another live process, for which this one waited {lock_timeout:g} s. "
+                    "Wait for it to finish and start again, let this run wait with CacheConfig(lock_timeout=...), or give it "
+                    "another cache_dir."
+                ) from None
+
+    processes.on_leader(take)
+    try:
+        yield
+    finally:
+        if processes.is_leader:
+            lock.release()
+
+
+@contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """Say of errors of the file system what was kept and what to do.
+
+    Raises:
+        CacheWriteError: The folder cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except FreezeCacheError:
+        raise
+    except OSError as error:
+        there = next(p for p in [directory, *directory.absolute().parents] if p.is_dir())
+        free = shutil.disk_usage(there).free
+        raise CacheWriteError(
+            f"The cache {directory} could not be written: {error} ({free / 2**20:.0f} MiB are free there). Its finished "
+            "shards are kept: make room or permit writing, or choose another cache_dir, and start again."
+        ) from error

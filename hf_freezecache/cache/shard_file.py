@@ -1,0 +1,280 @@
+"""Shards: valid safetensors files, whose head can be trusted without reading the frames. See ``cache.format``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..codecs.base import Buffer
+from ..codecs.entropy import decompress_frame
+from ..errors import CacheCorruptError
+from .schema import (
+    EXTRA_DTYPES,
+    MAX_HEAD_BYTES,
+    parse_json,
+)
+from .storage import (
+    StoredFile,
+    as_file,
+)
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "ExtraSpec",
+    "ShardHead",
+    "file_sha256",
+    "head_size",
+    "read_chunk_frames",
+    "read_extra",
+    "read_shard_head",
+    "shard_metadata",
+    "write_shard_head",
+]
+
+FORMAT = "hf_freezecache"
+FORMAT_VERSION = 1
+#: A longer JSON header of a shard is refused unread; it holds a codec's configuration and the names of extras.
+MAX_HEADER_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class ExtraSpec:
+    """Something that the collator yields beside the images, e.g. labels.
+
+    Attributes:
+        name: Key in the batch.
+        dtype: Name of a torch dtype, e.g. ``"int64"``.
+        shape: Shape per sample, ``()`` for plain labels.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype.
+
+        Raises:
+            CacheCorruptError: There is no dtype of this name.
+        """
+        dtype = EXTRA_DTYPES.get(self.dtype)
+        if dtype is None:
+            raise CacheCorruptError(f"Extra {self.name!r} has the unknown dtype {self.dtype!r}.")
+        return dtype
+
+
+def file_sha256(path: Path | StoredFile, limit: int | None = None) -> str:
+    """SHA-256 of a file, or of its first ``limit`` bytes.
+
+    Raises:
+        CacheCorruptError: It is missing, or cannot be read.
+    """
+    file, digest, position = as_file(path), hashlib.sha256(), 0
+    while limit is None or position < limit:
+        step = file.block_bytes if limit is None else min(file.block_bytes, limit - position)
+        block = file.read(position, step)
+        digest.update(block)
+        position += len(block)
+        if len(block) < step:
+            break
+    return digest.hexdigest()
+
+
+def shard_metadata(
+    digest: str,
+    view: int,
+    shard: int,
+    codec: dict[str, Any],
+    hidden_shape: Sequence[int],
+    dtype: str,
+    extras: Sequence[ExtraSpec],
+) -> dict[str, str]:
+    """Return the metadata of a shard: strings, as safetensors wants them, and enough to tell what the shard holds."""
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "fingerprint": digest,
+        "view": str(view),
+        "shard": str(shard),
+        "codec": json.dumps(codec, sort_keys=True),
+        "hidden_shape": json.dumps(list(hidden_shape)),
+        "dtype": dtype,
+        "extras": json.dumps([dataclasses.asdict(spec) for spec in extras], sort_keys=True),
+    }
+
+
+@dataclass(frozen=True)
+class ShardHead:
+    """The part of a shard before its frames.
+
+    Attributes:
+        metadata: Strings, as safetensors allows: format, version, fingerprint, view, shard, codec, dtype, extras.
+        frame_offsets: (chunks, frames + 1), int64, ends of frames in ``frames``.
+        sample_indices: (rows,), int64.
+        head_bytes: Where ``frames`` starts in the file.
+    """
+
+    metadata: dict[str, str]
+    frame_offsets: npt.NDArray[np.int64]
+    sample_indices: npt.NDArray[np.int64]
+    head_bytes: int
+
+
+def _head_layout(num_chunks: int, num_frames: int, num_rows: int, metadata: dict[str, str]) -> tuple[int, int]:
+    """Return the bytes reserved for the JSON header, and the size of the whole head."""
+    # The one unknown is the number of frame bytes: room is kept for 20 digits.
+    header = _header_json(num_chunks, num_frames, num_rows, 10**19, metadata)
+    reserved = (len(header) + 7) // 8 * 8
+    return reserved, 8 + reserved + 8 * (num_chunks * (num_frames + 1) + num_rows)
+
+
+def _header_json(num_chunks: int, num_frames: int, num_rows: int, frame_bytes: int, metadata: dict[str, str]) -> bytes:
+    end_offsets = 8 * num_chunks * (num_frames + 1)
+    end_indices = end_offsets + 8 * num_rows
+    header: dict[str, Any] = {
+        "__metadata__": metadata,
+        "frame_offsets": {
+            "dtype": "I64",
+            "shape": [num_chunks, num_frames + 1],
+            "data_offsets": [0, end_offsets],
+        },
+        "sample_indices": {"dtype": "I64", "shape": [num_rows], "data_offsets": [end_offsets, end_indices]},
+        "frames": {
+            "dtype": "U8",
+            "shape": [frame_bytes],
+            "data_offsets": [end_indices, end_indices + frame_bytes],
+        },
+    }
+    return json.dumps(header, sort_keys=True).encode()
+
+
+def head_size(num_chunks: int, num_frames: int, num_rows: int, metadata: dict[str, str]) -> int:
+    """Return the size in bytes of a shard's head; known before any frame is."""
+    return _head_layout(num_chunks, num_frames, num_rows, metadata)[1]
+
+
+def write_shard_head(
+    file: BinaryIO,
+    frame_offsets: npt.NDArray[np.int64],
+    sample_indices: npt.NDArray[np.int64],
+    metadata: dict[str, str],
+) -> None:
+    """Write the head of a shard whose frames already follow at ``head_size``."""
+    num_chunks, width = frame_offsets.shape
+    num_rows = len(sample_indices)
+    reserved, _ = _head_layout(num_chunks, width - 1, num_rows, metadata)
+    header = _header_json(num_chunks, width - 1, num_rows, int(frame_offsets[-1, -1]), metadata)
+    file.seek(0)
+    file.write(struct.pack("<Q", reserved))
+    file.write(header.ljust(reserved))  # safetensors allows trailing spaces
+    file.write(frame_offsets.astype("<i8").tobytes())
+    file.write(sample_indices.astype("<i8").tobytes())
+
+
+def read_shard_head(path: Path | StoredFile, start: bytes | None = None) -> ShardHead:
+    """Read and check the head of a shard.
+
+    Args:
+        path: The shard.
+        start: The beginning of the file, if it has been read: at least its head.
+
+    Raises:
+        CacheCorruptError: Missing, not a shard, truncated, or offsets that do not tile its frames.
+    """
+    file = as_file(path)
+    try:
+        size = file.size()
+        if size is None:
+            raise CacheCorruptError(f"{file} is missing. Delete the cache folder to rebuild it.")
+
+        def take(position: int, length: int) -> bytes:
+            return file.read(position, length) if start is None else start[position : position + length]
+
+        (reserved,) = struct.unpack("<Q", take(0, 8))
+        if not 2 <= reserved <= min(MAX_HEADER_BYTES, size):
+            raise ValueError(
+                f"a header of {reserved} bytes in a file of {size}, expected at most {min(MAX_HEADER_BYTES, size)}"
+            )
+        header = parse_json(take(8, reserved))
+        metadata = header["__metadata__"]
+        num_chunks, width = header["frame_offsets"]["shape"]
+        (num_rows,) = header["sample_indices"]["shape"]
+        (frame_bytes,) = header["frames"]["shape"]
+        counts: Sequence[int] = (num_chunks, width, num_rows, frame_bytes)
+        if not all(type(count) is int and count >= 0 for count in counts) or width < 2:
+            raise ValueError(f"shapes {list(counts)}")
+        head_bytes = 8 + reserved + 8 * (num_chunks * width + num_rows)
+        if head_bytes > MAX_HEAD_BYTES or head_bytes + frame_bytes != size:
+            raise ValueError(f"{size} bytes, expected {head_bytes + frame_bytes}")
+        expected = json.loads(_header_json(num_chunks, width - 1, num_rows, frame_bytes, metadata))
+        if header != expected or metadata.get("format") != FORMAT:
+            raise ValueError("foreign tensors, offsets or metadata in its header")
+        numbers = np.frombuffer(take(8 + reserved, head_bytes - 8 - reserved), dtype="<i8")
+        if len(numbers) != num_chunks * width + num_rows:
+            raise ValueError(f"{len(numbers)} offsets and indices, expected {num_chunks * width + num_rows}")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise CacheCorruptError(f"{file} is damaged: {error}. Delete it, or the cache folder, to rebuild.") from error
+    offsets = numbers[: num_chunks * width].reshape(num_chunks, width)
+    ends = offsets.reshape(-1)
+    tiled = num_chunks > 0 and offsets[0, 0] == 0 and offsets[-1, -1] == frame_bytes
+    # Compared, not subtracted: differences of far numbers wrap around.
+    if not tiled or bool((ends[1:] < ends[:-1]).any()) or not np.array_equal(offsets[1:, 0], offsets[:-1, -1]):
+        raise CacheCorruptError(f"{file} is damaged: its frame offsets do not tile its {frame_bytes} bytes of frames.")
+    return ShardHead(metadata, offsets, numbers[num_chunks * width :], head_bytes)
+
+
+def read_chunk_frames(
+    path: Path | StoredFile, head: ShardHead, position: int, largest: Sequence[int] | None = None
+) -> list[Buffer]:
+    """Read the frames of one chunk of a shard.
+
+    Args:
+        path: The shard.
+        head: Its head.
+        position: The chunk's place in the shard.
+        largest: Largest size of each frame; a larger one is refused unread.
+
+    Raises:
+        ValueError: A frame is too large, or the file is shorter than its head promises.
+        CacheCorruptError: The file is missing, or cannot be read.
+    """
+    offsets = head.frame_offsets[position]
+    sizes = np.diff(offsets).tolist()
+    for number, most in enumerate(largest or ()):
+        if sizes[number] > most:
+            raise ValueError(f"frame {number} takes {sizes[number]} bytes, expected at most {most}")
+    length = sum(sizes)
+    data = as_file(path).read(head.head_bytes + int(offsets[0]), length)
+    if len(data) != length:
+        raise ValueError(f"{len(data)} bytes left of {length}")
+    bounds = (offsets - offsets[0]).tolist()
+    return [memoryview(data)[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def read_extra(spec: ExtraSpec, frame: Buffer, samples: int) -> torch.Tensor:
+    """Decode the frame of an extra, (samples, ...).
+
+    Raises:
+        ValueError: Damaged, or of another size.
+    """
+    shape = (samples, *spec.shape)
+    content = bytearray(decompress_frame(frame, math.prod(shape) * spec.torch_dtype.itemsize))
+    if not content:
+        return torch.empty(shape, dtype=spec.torch_dtype)
+    if spec.torch_dtype is torch.bool and not set(content) <= {0, 1}:
+        raise ValueError(f"extra {spec.name!r} holds bytes that are neither true nor false")
+    return torch.frombuffer(content, dtype=spec.torch_dtype).reshape(shape)

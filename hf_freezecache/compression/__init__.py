@@ -1,0 +1,1 @@
+"""Choosing how states are stored, by measurement."""

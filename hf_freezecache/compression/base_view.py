@@ -1,0 +1,382 @@
+"""Chooses the codec of a stage, and where its states come from, by measuring on calibration images."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache.codec_state import CodecState
+from ..cache.reader import CacheReader
+from ..codecs import (
+    Codec,
+    Pipeline,
+    Transform,
+    make_codec,
+)
+from ..config import CacheConfig
+from ..data.collators import collate_cached, split_packed
+from ..data.geometry import GEOMETRY_NAME
+from ..data.training_data import Data
+from ..data.views import (
+    GeometryCollator,
+    GeometryViews,
+    ViewDataset,
+    ViewKey,
+)
+from ..dataset import CachedDataset
+from ..errors import UnsupportedSetupError
+from ..model.split import (
+    Split,
+    token_grid,
+)
+from .distortion import FidelityMeter
+from .step_search import Calibration, calibrate, fit_codec, rate_at
+
+__all__ = ["CodecChooser", "Runner", "Sample", "check_rows", "is_weighted", "promoted", "requested_codec"]
+
+logger = logging.getLogger(__name__)
+
+#: Runs a function of tensors on the training device, in eval mode, without gradients, under the run's autocast.
+Runner = Callable[..., Any]
+#: A promoted cache may be this much larger than one made from the images, which takes longer.
+_PROMOTED_BITS = 1.1
+
+
+def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> tuple[Codec, float | None, float | None]:
+    """Return the codec that a user asks for at a split point, its fidelity budget, and its rate in bits per element.
+
+    Raises:
+        UnsupportedSetupError: No such codec, or the compression schedule cannot be read.
+    """
+    codec = make_codec("transform" if config.codec == "auto" else config.codec or "lossless")
+    if config.gradient_weight and isinstance(codec, Pipeline):
+        codec = Pipeline(
+            tuple(
+                dataclasses.replace(step, gradient_weight=config.gradient_weight)
+                if isinstance(step, Transform) and not step.tensors()
+                else step
+                for step in codec.steps
+            )
+        )
+    rate = None if config.compression is None else rate_at(config.compression, split_point, num_blocks)
+    steps = codec.steps if isinstance(codec, Pipeline) else ()
+    if rate is not None and not any(isinstance(step, Transform) for step in steps):
+        raise UnsupportedSetupError(
+            f"compression={config.compression!r} needs a codec with 'transform', whose step can be chosen; codec="
+            f"{config.codec!r} has none."
+        )
+    return codec, config.fidelity if config.codec == "auto" else None, rate
+
+
+def is_weighted(codec: Codec) -> bool:
+    """Say whether fitting a codec takes gradients."""
+    steps = codec.steps if isinstance(codec, Pipeline) else ()
+    return any(isinstance(step, Transform) and step.gradient_weight for step in steps)
+
+
+def check_rows(count: int) -> None:
+    """Refuse data sets on which no lossy codec can be calibrated.
+
+    Raises:
+        UnsupportedSetupError: Fewer than 4 rows.
+    """
+    if count < 4:
+        raise UnsupportedSetupError(
+            f"A lossy codec is calibrated on at least 4 rows, the data set has {count}. Use codec='lossless'."
+        )
+
+
+@dataclass
+class Sample:
+    """Exact states of the calibration images.
+
+    Attributes:
+        keys: Which images, in which view.
+        states: (samples, tokens, hidden), on the CPU.
+        extras: Further inputs of the model, (samples, ...).
+        geometry: Where each view lies in its image, (samples, 5).
+    """
+
+    keys: list[ViewKey]
+    states: Tensor
+    extras: dict[str, Tensor]
+    geometry: Tensor
+
+    @property
+    def middle(self) -> int:
+        """Where the images to fit on end, and those to measure on begin."""
+        return len(self.keys) // 2
+
+
+def promoted(
+    run: Runner, split: Split, source: CacheReader, packed: dict[str, Tensor], extras: dict[str, Tensor]
+) -> Tensor:
+    """Return the states at a split point from those of an earlier cache, through the blocks between.
+
+    Args:
+        run: Runs a function on the training device.
+        split: The later split.
+        source: The earlier cache.
+        packed: Packed batch of it, for ``ViewCodec.restore``.
+        extras: Further inputs of the model.
+
+    Returns:
+        (batch, tokens, hidden), on the training device.
+    """
+    earlier = Split(split.model, source.index.split_point)
+    earlier.image_shape = source.index.image_shape
+
+    def advance(packed: dict[str, Tensor], **extras: Tensor) -> Tensor:
+        # In full precision whatever the autocast: what follows is stored.
+        with torch.autocast(next(iter(packed.values())).device.type, enabled=False):
+            states = source.views.restore(packed, source.dtype)
+        return earlier.between(states, split.split_point, **extras)
+
+    return run(advance, packed=packed, **extras)  # type: ignore[no-any-return]
+
+
+@dataclass
+class CodecChooser:
+    """Chooses codec and source of a stage.
+
+    Attributes:
+        config: What the user asks for.
+        data: The training data.
+        run: Runs a function on the training device.
+        batch_size: Images per prefix call.
+    """
+
+    config: CacheConfig
+    data: Data
+    run: Runner
+    batch_size: int
+    _samples: tuple[Split, dict[bool, Sample]] | None = None
+
+    def choose(self, split: Split, source: CacheReader | None) -> tuple[CodecState[Codec], CacheReader | None]:
+        """Fit and calibrate a lossy codec at a split point, and decide between the images and an earlier cache.
+
+        Args:
+            split: The split.
+            source: An earlier cache from which the states could be computed; ``None`` if there is none.
+
+        Returns:
+            Codec and report; and ``source`` if it is to be used.
+
+        Raises:
+            UnsupportedSetupError: Too few rows, or the states cannot be encoded as asked.
+        """
+        started = time.perf_counter()
+        config = self.config
+        check_rows(self.data.layout.num_samples)
+        sample = self.calibration_sample(split)
+        middle = sample.middle
+        meter = self.meter(split, sample, middle)
+        requested, budget, rate = requested_codec(config, split.split_point, split.num_blocks)
+        prefix_tokens, grid = self.token_grid(split, sample)
+        gradients = self.gradients(split, sample, meter) if is_weighted(requested) else None
+        settings: dict[str, Any] = {"chunk_size": config.chunk_size, "budget": budget, "target_bits": rate}
+        codec = fit_codec(requested, sample.states[:middle], prefix_tokens, grid, gradients)
+        num_fit = middle if codec is not requested else 0
+        codec, report = calibrate(codec, meter, num_fit, **settings)
+        used = None
+        if source is not None:
+            codec, report, used = self._compare(
+                split, source, sample, meter, codec, report, (requested, prefix_tokens, grid, gradients), settings
+            )
+        logger.info(
+            "Calibrated in %.1f s at split point %d: %s",
+            time.perf_counter() - started,
+            split.split_point,
+            _words(report),
+        )
+        return CodecState(codec, report.to_dict()), used
+
+    def keys(self, *, copies: bool = False) -> list[ViewKey]:
+        """Return the calibration images: a random sample of rows, in the views of one codec in turn.
+
+        Args:
+            copies: Whether the views are those beyond the first, if these have a codec of their own.
+        """
+        layout = self.data.layout
+        count = min(self.config.calibration_samples, layout.num_samples)
+        rows = np.random.default_rng([self.data.view_seed & (2**64 - 1), 0xCA]).permutation(layout.total_samples)
+        rows = rows[layout.position[rows] >= 0]
+        views = range(max(self.config.num_views, 1))
+        if self.config.copies_apart:
+            views = views[1:] if copies else views[:1]
+        return [(int(row), views[place % len(views)]) for place, row in enumerate(rows[:count])]
+
+    def calibration_sample(self, split: Split, *, copies: bool = False) -> Sample:
+        """Return the exact states of ``keys(copies=copies)``; computed once per split."""
+        if self._samples is None or self._samples[0] is not split:
+            self._samples = (split, {})
+        found = self._samples[1]
+        if copies not in found:
+            found[copies] = self.sample(split, self.keys(copies=copies))
+        return found[copies]
+
+    def token_grid(self, split: Split, sample: Sample) -> tuple[int, tuple[int, int]]:
+        """Return the number of prefix tokens, and (height, width) of the patches."""
+        return token_grid(sample.states.shape[1], self.data.image_shape, getattr(split.model, "config", None))
+
+    def promoted(self, split: Split, source: CacheReader, sample: Sample) -> Tensor:
+        """Return the states of a sample as they come from an earlier cache, (samples, tokens, hidden), on the CPU."""
+        dataset, parts = CachedDataset(source, packed=True), []
+        for part in self._batches(sample.keys):
+            packed, _ = split_packed(collate_cached(dataset.__getitems__(sample.keys[part])))
+            own = {extra: value[part] for extra, value in sample.extras.items()}
+            parts.append(promoted(self.run, split, source, packed, own).cpu())
+        return torch.cat(parts)
+
+    def _batches(self, items: Sequence[Any]) -> Iterator[slice]:
+        for start in range(0, len(items), self.batch_size):
+            yield slice(start, start + self.batch_size)
+
+    def meter(self, split: Split, sample: Sample, start: int) -> FidelityMeter:
+        """Return the meter of the images of a sample from ``start`` on."""
+        extras = {name: value[start:] for name, value in sample.extras.items()}
+
+        def outputs(states: Tensor) -> tuple[Tensor, Tensor]:
+            found = [
+                self.run(split.outputs, hidden_states=states[part], **{n: v[part] for n, v in extras.items()})
+                for part in self._batches(range(len(states)))
+            ]
+            return torch.cat([f[0].cpu() for f in found]), torch.cat([f[1].cpu() for f in found])
+
+        return FidelityMeter(sample.states[start:], outputs, self.data.classes)
+
+    def measure(self, split: Split, reader: CacheReader) -> dict[str, float | None]:
+        """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
+
+        Returns:
+            ``fidelity``, ``agreement`` and ``relative_error``, on the images that calibration measures on; and the same of
+            views beyond the first, under ``copy_...``, if these have a codec of their own.
+
+        Raises:
+            DataError: The model's output is not finite.
+        """
+        found: dict[str, float | None] = {}
+        dataset = CachedDataset(reader)
+        for prefix, copies in (("", False), ("copy_", True)) if self.config.copies_apart else (("", False),):
+            keys = self.keys(copies=copies)
+            sample = self.sample(split, keys[len(keys) // 2 :])
+            stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
+            meter = self.meter(split, sample, 0)
+            fidelity, agreement = meter(stored)
+            own = {"fidelity": fidelity, "agreement": agreement, "relative_error": meter.relative_error(stored)}
+            found |= {prefix + name: value for name, value in own.items()}
+        return found
+
+    def sample(self, split: Split, keys: list[ViewKey], views: ViewDataset | None = None) -> Sample:
+        """Compute the exact states of images; of ``views``, if given, in place of the data's own."""
+        rendered = GeometryViews(self.data.views if views is None else views)
+        collate = GeometryCollator(self.data.collate, GEOMETRY_NAME)
+        states: list[Tensor] = []
+        extras: list[dict[str, Tensor]] = []
+        geometry: list[Tensor] = []
+        for part in self._batches(keys):
+            batch = collate([rendered[key] for key in keys[part]])
+            own = {name: batch[name] for name in sorted(batch.keys() & self.data.prefix_inputs)}
+            states.append(self.run(split.prefix, pixel_values=batch["pixel_values"], **own).cpu())
+            extras.append(own)
+            geometry.append(batch[GEOMETRY_NAME])
+        joined = {name: torch.cat([e[name] for e in extras]) for name in extras[0]}
+        return Sample(keys, torch.cat(states), joined, torch.cat(geometry))
+
+    def _compare(
+        self,
+        split: Split,
+        source: CacheReader,
+        sample: Sample,
+        meter: FidelityMeter,
+        codec: Codec,
+        report: Calibration,
+        fit: tuple[Codec, int, tuple[int, int], Tensor | None],
+        settings: dict[str, Any],
+    ) -> tuple[Codec, Calibration, CacheReader | None]:
+        """Measure promotion from an earlier cache against the images; return codec, report and source of the better."""
+        name = f"cache of split point {source.index.split_point}"
+        middle, states = sample.middle, self.promoted(split, source, sample)
+        alone, _ = meter(states[middle:])
+        limit = self.config.fidelity
+        sources = {
+            "images": {"fidelity": report.fidelity, "relative_error": report.relative_error},
+            name: {"fidelity": alone, "relative_error": meter.relative_error(states[middle:])},
+        }
+        take, budget = None, settings["budget"]
+        if alone <= limit or self.config.promote == "always":
+            requested, prefix_tokens, grid, gradients = fit
+            fitted = fit_codec(requested, states[:middle], prefix_tokens, grid, gradients)
+            if self.config.promote == "always" and budget is not None:
+                # No step can undo what the earlier cache lost: spend as much again.
+                settings = {**settings, "budget": max(budget, 2 * alone)}
+            other, other_report = calibrate(
+                fitted, meter, report.num_fit, states=states[middle:], fallback=False, **settings
+            )
+            sources[name] = {"fidelity": other_report.fidelity, "relative_error": other_report.relative_error}
+            cheap = other_report.fidelity <= limit and (
+                other_report.bits_per_element <= _PROMOTED_BITS * report.bits_per_element
+            )
+            if cheap or self.config.promote == "always":
+                take = (other, dataclasses.replace(other_report, source=name, budget=budget))
+            if take is not None and other_report.fidelity > limit:
+                logger.warning(
+                    "promote='always': states from the %s have a fidelity of %.3g, over the budget of %g.",
+                    name,
+                    other_report.fidelity,
+                    limit,
+                )
+        for which, errors in sources.items():
+            logger.info("States from the %s: fidelity %.3g, relative error %.3g.", which, *errors.values())
+        if take is None:
+            logger.info("The %s is not both within a fidelity of %g and small: going from the images.", name, limit)
+            return codec, dataclasses.replace(report, sources=sources), None
+        return take[0], dataclasses.replace(take[1], sources=sources), source
+
+    def gradients(self, split: Split, sample: Sample, meter: FidelityMeter) -> Tensor:
+        """Return how the output moves with the states of the images to fit on.
+
+        For logits: gradients of the log-likelihood of labels drawn from the model's own prediction, whose second moment is
+        the Fisher information. For features: gradients of a random projection of the standardised features.
+        """
+        generator = torch.Generator().manual_seed(self.data.view_seed & (2**63 - 1))
+
+        def gradient(hidden_states: Tensor, **extras: Tensor) -> Tensor:
+            with torch.enable_grad():
+                states = hidden_states.detach().clone().requires_grad_(True)
+                logits, features = split.outputs(states, **extras)
+                if meter.uses_logits:
+                    scores = logits.float().log_softmax(-1)
+                    labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
+                    total = scores.gather(1, labels.to(scores.device)).sum()
+                else:
+                    scale = features.detach().float().std(0).clamp_min(1e-6)
+                    signs = torch.randint(0, 2, features.shape, generator=generator).to(features.device) * 2.0 - 1.0
+                    total = (features.float() / scale * signs).sum()
+                return torch.autograd.grad(total, states)[0]
+
+        middle = sample.middle
+        parts = []
+        for part in self._batches(range(middle)):
+            place = slice(part.start, min(part.stop, middle))
+            extras = {name: value[place] for name, value in sample.extras.items()}
+            parts.append(self.run(gradient, hidden_states=sample.states[place], **extras).cpu())
+        return torch.cat(parts)
+
+
+def _words(report: Calibration) -> str:
+    return (
+        f"{report.bits_per_element:.2f} bits per element, fidelity {report.fidelity:.3g} ({report.measure}"
+        f"{'' if report.budget is None else f', budget {report.budget:g}'}), "
+        f"{'' if report.agreement is None else f'agreement {report.agreement:.1%}, '}relative error "
+        f"{report.relative_error:.3f}, from the {report.source}, on {report.num_test} images (fitted on {report.num_fit} "
+        f"others, {report.trials} settings tried)"
+    )

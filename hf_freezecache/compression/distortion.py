@@ -1,0 +1,85 @@
+"""Measures how far decoded hidden states lead the suffix astray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+__all__ = ["FidelityMeter"]
+
+#: Suffix of a calibration: (samples, tokens, hidden) -> first output and final features, both (samples, ...), on the CPU.
+Outputs = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
+
+
+class FidelityMeter:
+    """Measures how far decoded states lead the suffix astray.
+
+    Args:
+        exact: (samples, tokens, hidden), the exact states of the images to measure on.
+        outputs: Runs the suffix.
+        classes: Whether the outputs are logits of exclusive classes; if not, features are measured.
+    """
+
+    def __init__(self, exact: Tensor, outputs: Outputs, classes: bool = True) -> None:
+        self.exact = exact
+        self._outputs = outputs
+        logits, features = (tensor.double() for tensor in outputs(exact))
+        finite = torch.isfinite(logits.flatten(1)).all(1) & torch.isfinite(features).all(1)
+        if not bool(finite.all()):
+            raise DataError(
+                f"The model's output is NaN or infinite for {int((~finite).sum())} of {len(finite)} calibration images, at "
+                "positions "
+                f"{(~finite).nonzero()[:5, 0].tolist()} of those measured, so a codec cannot be judged by it. Check the "
+                "model's weights and the images; with fp16 try bf16 or fp32, or use codec='lossless'."
+            )
+        self._logits = logits
+        self._log_probabilities = logits.log_softmax(-1)
+        probabilities = self._log_probabilities.exp()
+        self.information = float((_entropy(probabilities.mean(0)) - _entropy(probabilities)).mean())
+        least = 0.5 * min(1.0, math.log(max(logits.shape[-1], 1)))
+        self.uses_logits = classes and logits.dim() == 2 and 0 < least <= self.information
+        # A feature that never changes carries nothing: it is left out. If none changes, the states themselves are judged.
+        spread = features.var(0, unbiased=False)
+        self._varies = spread > 1e-12 * features.square().mean(0).clamp_min(1e-300)
+        self._features, self._spread = features, spread[self._varies]
+        self.measure = "features" if len(self._spread) else "states"
+        if self.uses_logits:
+            self.measure = f"logits and {self.measure}"
+
+    def __call__(self, states: Tensor) -> tuple[float, float | None]:
+        """Return (fidelity, agreement) of states that stand in for the exact ones.
+
+        The fidelity is infinite where they make the output NaN or infinite.
+        """
+        logits, features = (tensor.double() for tensor in self._outputs(states))
+        agreement = None
+        if logits.shape[-1] > 1:
+            agreement = float((logits.argmax(-1) == self._logits.argmax(-1)).double().mean())
+        if len(self._spread):
+            fidelity = ((features - self._features)[:, self._varies].square() / self._spread).mean()
+        else:
+            fidelity = torch.tensor(self.relative_error(states) ** 2, dtype=torch.float64)
+        if self.uses_logits:
+            exact = self._log_probabilities
+            fidelity = torch.maximum(fidelity, (exact.exp() * (exact - logits.log_softmax(-1))).sum(-1).mean())
+        # A sum of rounding errors around zero is zero.
+        return max(float(fidelity), 0.0) if bool(torch.isfinite(fidelity)) else math.inf, agreement
+
+    def relative_error(self, states: Tensor) -> float:
+        """Return the root-mean-square error of states over the root-mean-square of the exact ones."""
+        error = (states.double() - self.exact.double()).square().mean()
+        return float((error / self.exact.double().square().mean().clamp_min(1e-300)).sqrt())
+
+    def worst_error(self, states: Tensor) -> float:
+        """Return the largest relative error of a single image."""
+        errors = (states.double() - self.exact.double()).flatten(1).square().mean(1)
+        return float((errors / self.exact.double().flatten(1).square().mean(1).clamp_min(1e-300)).sqrt().max())

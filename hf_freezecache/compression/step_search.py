@@ -1,0 +1,386 @@
+"""Finds the cheapest codec setting that meets a fidelity budget, or a rate, at one split point.
+
+Half of the calibration images fit the codec, the other half measure how far decoded states lead the suffix astray:
+
+``logits``
+    KL(exact logits || logits from decoded states), nats per image.
+``features``
+    Mean squared error of the final features, each in units of its variance over the images.
+
+Where the head's predictions say something (their mutual information with the image is at least 0.5 nats, or half of what is
+possible with two classes), the larger of the two is the fidelity, under the name ``"logits and features"``; while the head is
+still random, and for outputs that are no logits of classes, it is ``"features"`` alone. Features that are the same for all
+images are left out; if all are, the squared relative error of the states takes their place, as ``"states"``.
+
+Why both: for the ImageNet head of DeiT-Tiny on Imagenette the two differ by a factor of 0.9 to 2.1 at split points 3 to 11 and
+steps from a quarter to 1.6 standard deviations, so one budget serves for either. A head of few classes that was trained for
+an epoch is far less demanding: its KL alone would accept states that are half noise, of which a suffix still in training
+may have use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import (
+    PRESETS,
+    Codec,
+    Pipeline,
+    Transform,
+)
+from ..errors import (
+    UnsupportedSetupError,
+)
+from .distortion import FidelityMeter
+
+__all__ = ["Calibration", "calibrate", "coded", "fit_codec", "rate_at"]
+
+logger = logging.getLogger(__name__)
+
+
+_MAX_TRIALS = 10
+#: Rate above which int8 is tried too.
+_INT8_BITS = 6.0
+#: The search ends when this share of the budget is used.
+_CLOSE = 0.9
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a codec was chosen for, and what it was measured to cost, on images that it was not fitted on.
+
+    Attributes:
+        chosen_by: ``"fidelity"``, ``"rate"`` or ``"user"``.
+        measure: ``"logits and features"``, ``"features"``, or the same with ``"states"``, see module.
+        budget: The fidelity asked for, or ``None``.
+        target_bits: The bits per element asked for, or ``None``.
+        fidelity: What was measured, nats per image or the unit of the features.
+        agreement: Share of images whose largest output stays the same; ``None`` for a single output.
+        relative_error: Root-mean-square error of the decoded states over the root-mean-square of the exact ones.
+        worst_error: The largest such ratio of any single image.
+        bits_per_element: Of the encoded samples, without what is stored once per cache.
+        num_fit: Images that the codec was fitted on; 0 if it has nothing to fit.
+        num_test: Images that it was measured on.
+        trials: Settings that were tried.
+        source: Where the states come from: ``"images"``, or ``"cache of split point k"``.
+        sources: Fidelity and relative error of all sources that were compared, after the new codec; of an earlier cache
+            that already exceeds the budget, before it.
+    """
+
+    chosen_by: str
+    measure: str
+    budget: float | None
+    target_bits: float | None
+    fidelity: float
+    agreement: float | None
+    relative_error: float
+    worst_error: float
+    bits_per_element: float
+    num_fit: int
+    num_test: int
+    trials: int
+    source: str = "images"
+    sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return dataclasses.asdict(self)
+
+
+def _transform(codec: Codec) -> Transform | None:
+    if isinstance(codec, Pipeline):
+        return next((step for step in codec.steps if isinstance(step, Transform)), None)
+    return None
+
+
+def _replace(codec: Codec, fitted: Transform) -> Codec:
+    assert isinstance(codec, Pipeline)
+    return Pipeline(tuple(fitted if isinstance(step, Transform) else step for step in codec.steps))
+
+
+def fit_codec(
+    codec: Codec,
+    sample: Tensor,
+    prefix_tokens: int,
+    grid: tuple[int, int],
+    gradients: Tensor | None = None,
+) -> Codec:
+    """Fit what there is to fit in a codec; codecs without anything to fit are returned as they are.
+
+    Args:
+        codec: The codec.
+        sample: (samples, tokens, hidden).
+        prefix_tokens: Leading tokens that are no patches.
+        grid: (height, width) of the patches.
+        gradients: Like ``sample``; needed by a transform with ``gradient_weight``.
+
+    Raises:
+        UnsupportedSetupError: The sample cannot be fitted; the message says why.
+    """
+    step = _transform(codec)
+    if step is None or step.tensors():
+        return codec
+    try:
+        return _replace(codec, step.fit(sample, prefix_tokens, grid, gradients))
+    except ValueError as error:
+        raise UnsupportedSetupError(f"The codec could not be fitted: {error}.") from error
+
+
+def coded(codec: Codec, states: Tensor, chunk_size: int) -> tuple[Tensor, float]:
+    """Return decoded states, and bits per element."""
+    decoded, stored = [], 0
+    for start in range(0, len(states), chunk_size):
+        chunk = states[start : start + chunk_size]
+        frames = codec.encode(chunk)
+        stored += sum(map(len, frames))
+        decoded.append(codec.decode(frames, chunk.shape, chunk.dtype))
+    return torch.cat(decoded), 8 * stored / max(states.numel(), 1)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    codec: Codec
+    fidelity: float
+    agreement: float | None
+    relative_error: float
+    worst_error: float
+    bits: float
+
+
+def calibrate(
+    codec: Codec,
+    meter: FidelityMeter,
+    num_fit: int,
+    *,
+    chunk_size: int,
+    states: Tensor | None = None,
+    budget: float | None = None,
+    target_bits: float | None = None,
+    fallback: bool = True,
+    offset: Tensor | None = None,
+) -> tuple[Codec, Calibration]:
+    """Choose the step of a fitted codec, and measure it.
+
+    With ``budget`` the largest step is sought whose fidelity is within it. Where that takes more than 6 bits per element, or
+    no step is fine enough, int8 is tried as well, and lossless if int8 is too coarse. With ``target_bits`` the smallest step
+    is sought that needs no more. With neither, the codec is only measured.
+
+    Args:
+        codec: Fitted.
+        meter: Made from the exact states of images that the codec was not fitted on.
+        num_fit: Images that it was fitted on, for the report.
+        chunk_size: Samples per chunk, on which the rate depends.
+        states: What is to be encoded in place of the exact states: those from an earlier lossy cache.
+        budget: Fidelity, see ``Calibration``.
+        target_bits: Bits per element of the encoded samples.
+        offset: Added to what is decoded: what was predicted of the states, if ``states`` are residuals.
+        fallback: Whether lossless may be the answer; if not, the finest setting that was tried is, though over budget.
+
+    Returns:
+        The codec to use, and the report.
+
+    Raises:
+        UnsupportedSetupError: The states cannot be encoded, or a step was asked for of a codec that has none.
+    """
+    given = meter.exact if states is None else states
+    trials: list[_Trial] = []
+
+    def attempt(candidate: Codec) -> _Trial:
+        decoded, bits = coded(candidate, given, chunk_size)
+        decoded = decoded if offset is None else decoded + offset
+        trial = _Trial(candidate, *meter(decoded), meter.relative_error(decoded), meter.worst_error(decoded), bits)
+        logger.debug("Calibration: %s", trial)
+        trials.append(trial)
+        return trial
+
+    try:
+        if budget is not None:
+            best = _by_fidelity(codec, budget, attempt, trials, fallback)
+        elif target_bits is not None:
+            best = _by_rate(codec, target_bits, attempt, trials)
+        else:
+            best = attempt(codec)
+    except ValueError as error:
+        raise UnsupportedSetupError(f"The codec could not encode the calibration images: {error}.") from error
+    report = Calibration(
+        chosen_by="fidelity" if budget is not None else "user" if target_bits is None else "rate",
+        measure=meter.measure,
+        budget=budget,
+        target_bits=target_bits,
+        fidelity=best.fidelity,
+        agreement=best.agreement,
+        relative_error=best.relative_error,
+        worst_error=best.worst_error,
+        bits_per_element=best.bits,
+        num_fit=num_fit,
+        num_test=len(meter.exact),
+        trials=len(trials),
+    )
+    return best.codec, report
+
+
+def _step(codec: Codec) -> Transform:
+    step = _transform(codec)
+    if step is None or step.step is None:
+        raise UnsupportedSetupError("A rate or a fidelity can be sought for pipelines with 'transform' only.")
+    return step
+
+
+def _search(
+    codec: Codec,
+    attempt: Callable[[Codec], _Trial],
+    share: Callable[[_Trial], float],
+    octaves: Callable[[_Trial], float],
+    *,
+    coarser_is_worse: bool,
+) -> list[_Trial]:
+    """Try steps; return the trials within the target.
+
+    Args:
+        codec: Fitted, with a step to begin at.
+        attempt: Encodes and measures.
+        share: Share of the target that a trial uses; it is within the target up to 1.
+        octaves: Binary logarithm of the factor by which the step should change to use the middle of what ends the search.
+        coarser_is_worse: Whether a larger step uses more of the target, or less.
+    """
+    transform = _step(codec)
+    assert transform.step is not None
+    good: list[_Trial] = []
+    start = position = math.log2(transform.step)
+    low, high = -math.inf, math.inf
+    for _ in range(_MAX_TRIALS):
+        try:
+            candidate = transform.with_step(2.0**position)
+        except ValueError:  # too fine for the mean
+            break
+        trial = attempt(_replace(codec, candidate))
+        used = share(trial)
+        if used <= 1:
+            good.append(trial)
+        if _CLOSE <= used <= 1:
+            break
+        if (used <= 1) == coarser_is_worse:
+            low = position
+        else:
+            high = position
+        guess = position + min(max(octaves(trial), -3.0), 3.0)
+        if math.isfinite(low) and math.isfinite(high):
+            if high - low < 0.01:
+                break
+            guess = min(max(guess, low + 0.2 * (high - low)), high - 0.2 * (high - low))
+        if abs(guess - start) > 24:
+            break
+        position = guess
+    return good
+
+
+def _by_fidelity(
+    codec: Codec, budget: float, attempt: Callable[[Codec], _Trial], trials: list[_Trial], fallback: bool
+) -> _Trial:
+    aim = (1 + _CLOSE) / 2 * budget
+    good = _search(
+        codec,
+        attempt,
+        lambda trial: trial.fidelity / budget,
+        # Distortion grows with the square of the step, until it saturates.
+        lambda trial: (
+            0.5 * math.log2(aim / trial.fidelity)
+            if 0 < trial.fidelity < math.inf
+            else math.copysign(3.0, -trial.fidelity)
+        ),
+        coarser_is_worse=True,
+    )
+    # A channel's own step cannot beat a basis at rates below int8's, some 6.5 bits.
+    if not good or min(trial.bits for trial in good) > _INT8_BITS:
+        int8 = attempt(PRESETS["int8"])
+        good += [int8] if int8.fidelity <= budget else []
+    if not good and not fallback:
+        return min(trials, key=lambda trial: trial.fidelity)
+    if not good:
+        logger.warning(
+            "No lossy setting is within a fidelity of %g at this split point (int8 has %.3g): the cache is lossless.",
+            budget,
+            int8.fidelity,
+        )
+        return attempt(PRESETS["lossless"])
+    return min(good, key=lambda trial: trial.bits)
+
+
+def _by_rate(codec: Codec, target_bits: float, attempt: Callable[[Codec], _Trial], trials: list[_Trial]) -> _Trial:
+    aim = (1 + _CLOSE) / 2 * target_bits
+    good = _search(
+        codec,
+        attempt,
+        lambda trial: trial.bits / target_bits,
+        # An octave of the step saves a bit where there are several, and less where there are few.
+        lambda trial: (trial.bits - aim) / min(1.0, max(trial.bits, 0.2)),
+        coarser_is_worse=False,
+    )
+    if not good:
+        # Prefix tokens in fp16 set a floor. Hours into a run the coarsest setting is better than an end.
+        least = min(trials, key=lambda trial: trial.bits)
+        logger.warning("No step reaches %g bits per element at this split point: %.2f it is.", target_bits, least.bits)
+        return least
+    return max(good, key=lambda trial: trial.bits)
+
+
+#: Name of a curve -> bits per element as a function of the share of blocks that is frozen, in (0, 1].
+CURVES: dict[str, Callable[[float], float]] = {
+    "linear": lambda depth: 4.0 - 3.0 * depth,
+    "geometric": lambda depth: 4.0 * 0.25**depth,
+}
+
+
+def rate_at(compression: str, split_point: int, num_blocks: int) -> float:
+    """Return the bits per element that a compression schedule asks for at a split point.
+
+    Args:
+        compression: ``"0:4.0,6:2.5,9:1.5"``, split point from which on: bits per element; or a name in ``CURVES``.
+        split_point: From 1 to ``num_blocks``.
+        num_blocks: Blocks of the model.
+
+    Raises:
+        UnsupportedSetupError: Not a schedule, or none for this split point.
+    """
+    if compression in CURVES:
+        return CURVES[compression](split_point / num_blocks)
+    rates = parse_rates(compression)
+    starts = [start for start, _ in rates if start <= split_point]
+    if not starts:
+        raise UnsupportedSetupError(
+            f"compression={compression!r} says nothing about split point {split_point}; begin it with '0:'."
+        )
+    return dict(rates)[max(starts)]
+
+
+def parse_rates(compression: str) -> Sequence[tuple[int, float]]:
+    """Read ``"0:4.0,6:2.5"``.
+
+    Raises:
+        UnsupportedSetupError: It cannot be read; the message says why.
+    """
+    rates = []
+    for entry in compression.split(","):
+        start, separator, bits = entry.partition(":")
+        try:
+            pair = (int(start), float(bits))
+        except ValueError:
+            pair = (-1, -1.0)
+        if not separator or pair[0] < 0 or not 0 < pair[1] <= 16:
+            raise UnsupportedSetupError(
+                f"compression={compression!r} has the entry {entry!r}; expected split_point:bits with bits per element "
+                f"above 0 and up to 16, e.g. '0:4.0,6:2.5,9:1.5', or one of {sorted(CURVES)}."
+            )
+        rates.append(pair)
+    starts = [start for start, _ in rates]
+    if starts != sorted(set(starts)):
+        raise UnsupportedSetupError(f"compression={compression!r} must name rising split points, each once.")
+    return rates

@@ -1,0 +1,1 @@
+"""From rows to batches: views, transforms, collators, order."""

@@ -1,0 +1,134 @@
+"""What pushing and pulling share: the Hub's client, and what its errors mean for a user."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+
+from ..errors import (
+    FreezeCacheError,
+    HubError,
+    UnsupportedSetupError,
+)
+
+__all__ = ["KIND", "bars", "cause_of", "explained", "hub_api", "is_repo_id", "shown"]
+
+#: Of the repositories that caches lie in.
+KIND = "dataset"
+#: Base of the errors of whatever HTTP client huggingface_hub is built on.
+_HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
+
+
+def is_repo_id(name: str) -> bool:
+    """Say whether a name could be that of a repository: ``user/name``."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+
+
+# ---- Errors ----
+
+
+def cause_of(error: BaseException | None) -> BaseException | None:
+    """Return the error of the HTTP client behind an error, if any."""
+    while error is not None and not isinstance(error, (HfHubHTTPError, _HTTP_ERROR)):
+        error = error.__cause__
+    return error
+
+
+def _refusal(error: BaseException, doing: str, repo_id: str, revision: str | None) -> FreezeCacheError | None:
+    """Return what an error of the Hub means for a user; ``None`` for errors of another kind."""
+    where = f"{repo_id} at {constants.ENDPOINT}"
+    found = cause_of(error)
+    status = getattr(getattr(found, "response", None), "status_code", None)
+    if isinstance(error, HFValidationError):
+        return UnsupportedSetupError(f"{doing} failed: {error} Give a repository as user/name.")
+    if isinstance(found, RevisionNotFoundError):
+        return HubError(
+            f"{doing} failed: {where} has no revision {revision!r}. Give a branch, tag or commit that exists."
+        )
+    if isinstance(found, RepositoryNotFoundError):
+        return HubError(
+            f"{doing} failed: there is no data set {where} that this token may see. Check the name; for a private one log in "
+            "with hf auth login, or set HF_TOKEN."
+        )
+    if status == 401:
+        return HubError(
+            f"{doing} failed: {constants.ENDPOINT} did not accept the token. Log in again with hf auth login."
+        )
+    if status == 403:
+        message = getattr(found, "server_message", None) or found
+        return HubError(
+            f"{doing} failed: {where} refused it: {message}. The token needs write access there, and the account room. What "
+            "was uploaded is kept; the same call goes on from there."
+        )
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return HubError(f"{doing} failed: the Hub cannot be asked, and {repo_id} is not in the local cache: {error}")
+    if found is not None:
+        return HubError(
+            f"{doing} failed: {where}: {type(found).__name__}: {found}. What was transferred is kept; the same call goes on "
+            "from there."
+        )
+    return None
+
+
+@contextmanager
+def explained(doing: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn errors of the Hub into ones that say what was wrong and what to do; others pass.
+
+    Args:
+        doing: What is being done, to begin the message with.
+        repo_id: ``user/name``.
+        revision: What was asked for.
+
+    Raises:
+        HubError: The Hub could not be reached, has no such repository or revision, or refused.
+        UnsupportedSetupError: The name is none of a repository.
+    """
+    try:
+        yield
+    except FreezeCacheError:
+        raise
+    except Exception as error:
+        explained = _refusal(error, doing, repo_id, revision)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def shown(show_progress: bool | None) -> bool:
+    """Say whether to show progress bars: as asked, else as ``huggingface_hub`` is set."""
+    return not are_progress_bars_disabled() if show_progress is None else show_progress
+
+
+@contextmanager
+def bars(show: bool) -> Iterator[None]:
+    """Keep the Hub's own progress bars, or switch them off for a while."""
+    if show or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def hub_api(token: str | bool | None) -> HfApi:
+    """Return a client that acts with a token; default that of ``hf auth login``."""
+    return HfApi(token=token, library_name="hf_freezecache")

@@ -1,0 +1,234 @@
+"""Writes the record of a run, and its report, while ``FreezeCacheTrainer`` trains."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from ..cache.index import CacheIndex
+from ..codecs import DTYPES
+from ..config import (
+    CacheConfig,
+    FreezeConfig,
+)
+from ..errors import RunError
+from .figures import (
+    figures_of,
+    read_baseline,
+)
+from .model_card import (
+    card_arguments,
+    render_card,
+)
+from .page import (
+    PLOT_NAME,
+    REPORT_FOLDER,
+    write_report,
+)
+from .plots import (
+    pictures_of,
+    save_png,
+)
+from .record import (
+    RUN_NAME,
+    RunRecord,
+    read_run,
+    write_run,
+)
+
+__all__ = ["ReportCallback", "describe_run", "describe_stage", "write_card"]
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("hf-freezecache", "torch", "transformers", "accelerate", "datasets")
+_TRAINING = (
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "seed"),
+)
+#: Where a cache lies and what a user calls data and code are nobody else's business.
+_PRIVATE = ("cache_dir", "transform_id", "dataset_id")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    return versions
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Turn enums and objects into what JSON can hold."""
+    values = {name: getattr(value, "value", value) for name, value in settings.items()}
+    return {
+        name: value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in values.items()
+    }
+
+
+def describe_run(
+    record: RunRecord, args: Any, model: Any, num_blocks: int, freeze_config: FreezeConfig, cache_config: CacheConfig
+) -> None:
+    """Write into a record what is known before the first step."""
+    record.name = Path(args.output_dir).resolve().name
+    record.model = {
+        "class": type(model).__name__,
+        "num_blocks": num_blocks,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    record.freezing = _plain(vars(freeze_config))
+    record.cache = _plain({name: value for name, value in vars(cache_config).items() if name not in _PRIVATE})
+    precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), "fp32")
+    record.training = _plain({name: getattr(args, name) for name in _TRAINING}) | {
+        "precision": precision,
+        "world_size": args.world_size,
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "metric_for_best_model": args.metric_for_best_model,
+    }
+    record.versions = _versions()
+    on_gpu = args.device.type == "cuda"
+    record.device = torch.cuda.get_device_name(args.device) if on_gpu else f"{args.device.type} {platform.machine()}"
+    threads = torch.get_num_threads()
+    record.device += "" if on_gpu else f", {threads} thread{'s' if threads > 1 else ''}"
+
+
+def describe_stage(split_point: int, index: CacheIndex) -> dict[str, Any]:
+    """Return what the record keeps of a stage's cache."""
+    tokens, hidden = index.hidden_shape
+    return {
+        "split_point": split_point,
+        "num_views": index.num_views,
+        "num_samples": index.num_samples,
+        "tokens": tokens,
+        "hidden": hidden,
+        "dtype": str(DTYPES[index.dtype]).removeprefix("torch."),
+        "codec": index.codec["name"],
+        "calibration": index.calibration,
+        "copies_calibration": index.copies_calibration,
+    }
+
+
+def write_card(
+    output_dir: Path, record: RunRecord, model: Any, given: dict[str, Any], baseline: str | Path | None = None
+) -> None:
+    """Write README.md and what it is made from: the record, and the picture if matplotlib is there.
+
+    Args:
+        output_dir: The run's folder.
+        record: The run's.
+        model: The model, for what was not given: the model it was made from, and its task.
+        given: Arguments of ``Trainer.create_model_card``, and ``model_id``.
+        baseline: ``output_dir`` of a run without freezing.
+
+    Raises:
+        RunError: ``baseline`` holds no run.
+        OSError: A file cannot be written.
+    """
+    if baseline is not None:
+        record.baseline = read_baseline(Path(baseline))
+    given = {**given, "model_name": given["model_name"] or record.name}
+    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if given["finetuned_from"] is None and not Path(source).exists():
+        given["finetuned_from"] = source
+    if given["tasks"] is None and type(model).__name__.endswith("ForImageClassification"):
+        given["tasks"] = "image-classification"
+    path = output_dir / "README.md"
+    if path.is_file():  # as Trainer does
+        tags = ModelCard.load(path, ignore_metadata_errors=True).data.get("tags")
+        given["tags"] = [*([given["tags"]] if isinstance(given["tags"], str) else given["tags"] or []), *(tags or [])]
+    record.card = card_arguments(**given)
+    write_run(output_dir, record)
+    figures = figures_of(record)
+    try:
+        picture = next((picture for picture in pictures_of(figures) if picture.name == "timeline"), None)
+        if picture is not None:
+            (output_dir / REPORT_FOLDER).mkdir(exist_ok=True)
+            save_png(picture, output_dir / PLOT_NAME)
+    except ImportError as error:
+        picture = None
+        logger.warning("The model card shows no plot (%s): pip install 'hf-freezecache[demo]'.", error)
+    path.write_text(render_card(figures, record.card, PLOT_NAME if picture is not None else None), encoding="utf-8")
+
+
+class ReportCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes ``freezecache_run.json`` into ``output_dir`` at each stage, and a report when training ends.
+
+    ``FreezeCacheTrainer`` adds one by itself. It writes where the run saves: not under ``save_strategy="no"``, unless
+    ``always``; and on the process of rank 0 alone. The report, ``freezecache_report/report.html`` and its pictures, needs
+    matplotlib; without it a line is logged. ``trainer.remove_callback(ReportCallback)`` turns all of it off.
+
+    Args:
+        record: The run's.
+        always: Write also where the run saves nothing.
+    """
+
+    def __init__(self, record: RunRecord | None = None, always: bool = False) -> None:
+        self.record = record or RunRecord()
+        self.always = always
+        self._trained = False
+
+    def _writes(self, args: Any, state: Any) -> bool:
+        return state.is_world_process_zero and (self.always or args.save_strategy != SaveStrategy.NO)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what an interrupted run knew of its stages."""
+        self._trained, self.record.complete, self.record.stages = False, False, []
+        self.record.max_steps = state.max_steps
+        if state.global_step > 0 and self._writes(args, state) and (Path(args.output_dir) / RUN_NAME).is_file():
+            try:
+                self.record.stages = read_run(Path(args.output_dir)).stages
+            except RunError as error:
+                logger.warning("Stages before the resume will be missing from the report: %s", error)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the record when a stage begins."""
+        if logs is not None and "freezecache/split_point" in logs and self._writes(args, state):
+            self.write(Path(args.output_dir), state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write record and report."""
+        self._trained, self.record.complete = True, state.global_step >= state.max_steps or control.should_training_stop
+        if args.load_best_model_at_end:
+            self.record.best_step = getattr(state, "best_global_step", None)
+        if self._writes(args, state):
+            self.write(Path(args.output_dir), state)
+            self.draw(Path(args.output_dir))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write both again with what was measured once training had ended."""
+        if self._trained and self._writes(args, state):
+            self.write(Path(args.output_dir), state)
+            self.draw(Path(args.output_dir))
+
+    def write(self, output_dir: Path, state: Any) -> None:
+        """Write the record of a run as far as it came; failing to is no reason to stop training."""
+        self.record.log_history, self.record.global_step = list(state.log_history), state.global_step
+        try:
+            write_run(output_dir, self.record)
+        except OSError as error:
+            logger.warning("The record of this run could not be written: %s", error)
+
+    def draw(self, output_dir: Path) -> None:
+        """Draw the report, or say why not."""
+        try:
+            page = write_report(figures_of(self.record), output_dir)
+        except ImportError as error:
+            logger.warning(
+                "No report was drawn (%s). After pip install 'hf-freezecache[demo]': hf-freezecache report %s",
+                error,
+                output_dir,
+            )
+        except OSError as error:
+            logger.warning("The report of this run could not be written: %s", error)
+        else:
+            logger.info("Report of the run: %s", page)

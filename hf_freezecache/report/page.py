@@ -1,0 +1,121 @@
+"""The report of a run: one self-contained HTML page, and its pictures as PNGs beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .figures import is_share
+from .plots import (
+    pictures_of,
+    save_png,
+    to_svg,
+)
+from .templating import fill_template
+from .text import (
+    accuracy_cost,
+    describe_schedule,
+    duration,
+    how_it_ended,
+    metric,
+    points,
+    time_cost,
+    when_not_to_use,
+)
+from .wording import size_words
+
+__all__ = ["PAGE_NAME", "PLOT_NAME", "REPORT_FOLDER", "render_page", "write_report"]
+
+#: Folder in ``output_dir``. Part of what ``push_to_hub`` uploads.
+REPORT_FOLDER = "freezecache_report"
+PAGE_NAME = "report.html"
+#: The picture that the model card shows, seen from ``output_dir``.
+PLOT_NAME = f"{REPORT_FOLDER}/timeline.png"
+
+Figures = Mapping[str, Any]
+
+
+def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
+    """Return (figure, what it is, what to know of it) of the few that matter most."""
+    result, cost, compared = figures["result"], figures["cost"], figures["comparison"]
+    tiles = []
+    if result and result["value"] is not None:
+        note = f"on {result['images']:,} images" if result["images"] else ""
+        if compared and compared["difference"] is not None:
+            note = f"{points(result['metric'], compared['difference'])} against the baseline"
+        tiles.append((metric(result["metric"], result["value"]), result["metric"].replace("_", " "), note))
+    elif result and result["loss"] is not None:
+        tiles.append((f"{result['loss']:.4g}", "evaluation loss", ""))
+    if cost["seconds"] is not None:
+        entering = f"{duration(cost['entering_seconds'])} of it for caches" if cost["entering_seconds"] else ""
+        tiles.append((duration(cost["seconds"]), "training, caches included", entering))
+    if cost["no_freezing_seconds"] is not None:
+        kind = "measured in the baseline" if cost["no_freezing_measured"] else "estimated, not measured"
+        tiles.append((duration(cost["no_freezing_seconds"]), "without freezing", kind))
+    cached = [stage for stage in figures["stages"] if "cache_bytes" in stage]
+    if cached:
+        number = f"{len(cached)} cache{'s' if len(cached) > 1 else ''} on disk"
+        bits = " and ".join(f"{stage['bits_per_element']:.1f}" for stage in (cached[0], *cached[1:][-1:]))
+        tiles.append((size_words(sum(stage["cache_bytes"] for stage in cached)), number, f"{bits} bits per element"))
+    return tiles
+
+
+def _settings(figures: Figures) -> dict[str, dict[str, Any]]:
+    """Return settings and versions in groups, without those at nothing."""
+    groups = {
+        "Freezing": figures["freezing"]
+        if figures["freezing"].get("policy")
+        else {"schedule": figures["freezing"].get("schedule")},
+        "Caching": figures["cache"],
+        "Training": figures["training"],
+        "Model and data": {**figures["model"], **figures["data"], "device": figures["device"]},
+        "Versions": figures["versions"],
+    }
+    return {
+        title: {name: value for name, value in group.items() if value not in (None, "", [])}
+        for title, group in groups.items()
+    }
+
+
+def render_page(figures: Figures) -> str:
+    """Return the page. It asks for no other file and runs no script.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    pictures = [(picture, to_svg(picture)) for picture in pictures_of(figures)]
+    return fill_template(
+        "report.html",
+        figures=figures,
+        schedule=describe_schedule(figures),
+        ending=how_it_ended(figures),
+        tiles=_tiles(figures),
+        pictures=pictures,
+        accuracy_cost=accuracy_cost(figures),
+        time_cost=time_cost(figures),
+        when_not_to_use=when_not_to_use(figures),
+        settings=_settings(figures),
+        metric=metric,
+        is_share=is_share,
+    )
+
+
+def write_report(figures: Figures, folder: Path) -> Path:
+    """Write ``freezecache_report/report.html`` and its PNGs into a folder, and return the page.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: A file cannot be written.
+    """
+    text = render_page(figures)
+    folder = folder / REPORT_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in pictures_of(figures):
+        save_png(picture, folder / f"{picture.name}.png")
+    page = folder / PAGE_NAME
+    temporary = page.with_name(f".{PAGE_NAME}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(page)
+    return page

@@ -1,0 +1,194 @@
+"""The record of a run: a small JSON file beside the model, from which its report and its model card are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError
+
+__all__ = ["RUN_NAME", "RunRecord", "read_run", "write_run"]
+
+#: Name of the file. ``trainer_state.json`` takes no foreign keys.
+RUN_NAME = "freezecache_run.json"
+_FORMAT_VERSION = 1
+_STATE_NAME = "trainer_state.json"
+
+
+@dataclass
+class RunRecord:
+    """A run as far as it came. Holds no paths and no images.
+
+    Attributes:
+        name: Name of the run's folder.
+        complete: Whether training ended.
+        model: ``class``, ``num_blocks``, ``parameters``.
+        data: ``train_images``, ``image_shape``.
+        freezing: ``FreezeConfig``.
+        cache: ``CacheConfig`` without its folder and names.
+        planned_stages: ``start_epoch`` and ``split_point`` of each.
+        stages: Of each stage that was entered and cached: ``split_point``, ``num_views``, ``codec``, ``dtype``,
+            ``calibration``, ``copies_calibration`` (which holds the sensitivity).
+        training: Hyperparameters, as ``TrainingArguments`` names them.
+        versions: Of libraries.
+        device: What was trained on.
+        preflight_seconds: Checks before training.
+        best_step: Step of the checkpoint that was loaded at the end, if one was.
+        global_step: Steps done.
+        max_steps: Steps planned.
+        log_history: ``Trainer``'s.
+        metrics: Metrics from ``all_results.json``, for runs that have no record of their own.
+        baseline: Figures of a run without freezing, if one was given; see ``report.read_baseline``.
+        card: Arguments of the model card, if one was made.
+    """
+
+    name: str = ""
+    complete: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    freezing: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+    planned_stages: list[dict[str, int]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    preflight_seconds: float = 0.0
+    best_step: int | None = None
+    global_step: int = 0
+    max_steps: int = 0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    baseline: dict[str, Any] | None = None
+    card: dict[str, Any] | None = None
+
+    def keep_stage(self, stage: Mapping[str, Any]) -> None:
+        """Add what is known of a stage, in place of what was known of the same split point."""
+        others = [known for known in self.stages if known["split_point"] != stage["split_point"]]
+        self.stages = sorted([*others, dict(stage)], key=lambda known: known["split_point"])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is a run of plain ``Trainer``, of which only its state is known."""
+        return not self.model
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no word for: a loss may be NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_run(folder: Path, record: RunRecord) -> Path:
+    """Write a record, atomically.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = folder / RUN_NAME
+    document = {"format_version": _FORMAT_VERSION, **_finite(dataclasses.asdict(record))}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}. Restore it, or delete it to go by the checkpoints.") from error
+    if not isinstance(document, dict):
+        raise RunError(f"{path} holds {type(document).__name__}, not a JSON object: it is no file of a training run.")
+    return document
+
+
+def _record_of(path: Path) -> RunRecord:
+    document = _read_json(path)
+    version = document.pop("format_version", None)
+    if version != _FORMAT_VERSION:
+        raise RunError(
+            f"{path} has format version {version!r}, this library reads {_FORMAT_VERSION}: use the version that wrote it."
+        )
+    default = RunRecord()
+    record = RunRecord(**{name: value for name, value in document.items() if hasattr(default, name)})
+    for known in dataclasses.fields(RunRecord):
+        value, expected = getattr(record, known.name), getattr(default, known.name)
+        optional = known.name in ("best_step", "baseline", "card")
+        if not (optional or isinstance(value, (int, float) if isinstance(expected, float) else type(expected))):
+            raise RunError(
+                f"{path} is damaged: {known.name} is {type(value).__name__}, expected {type(expected).__name__}."
+            )
+    if not all(isinstance(entry, dict) for entry in [*record.log_history, *record.stages, *record.planned_stages]):
+        raise RunError(f"{path} is damaged: an entry of its log or of its stages is no JSON object.")
+    return record
+
+
+def _last_state(folder: Path) -> Path | None:
+    """Return the ``trainer_state.json`` of most steps: the folder's own, or that of a checkpoint."""
+    checkpoints = [
+        (int(path.name.rpartition("-")[2]), path / _STATE_NAME)
+        for path in folder.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit()
+    ]
+    own = folder / _STATE_NAME
+    states = [own, *(path for _, path in sorted(checkpoints, reverse=True))]
+    return next((path for path in states if path.is_file()), None)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run: its record, and whatever its ``trainer_state.json`` or last checkpoint know beyond that.
+
+    Runs of plain ``Trainer`` have no record, only states. A checkpoint is a run as far as it came, by its run's record.
+
+    Raises:
+        RunError: There is no such folder, or it holds no run, or one that cannot be read.
+    """
+    if not folder.is_dir():
+        what = "is a file; give the folder of the run (output_dir)" if folder.exists() else "does not exist"
+        raise RunError(f"{folder} {what}.")
+    path, state_path = folder / RUN_NAME, _last_state(folder)
+    if not path.is_file() and state_path is None:
+        raise RunError(
+            f"{folder} holds no training run: it has neither {RUN_NAME} nor {_STATE_NAME}, nor a checkpoint with one. Give "
+            "the output_dir of a run that saved."
+        )
+    record = _record_of(path) if path.is_file() else RunRecord()
+    above = folder.resolve().parent / RUN_NAME
+    if not path.is_file() and folder.resolve().name.startswith("checkpoint-") and above.is_file():
+        record = dataclasses.replace(_record_of(above), complete=False, log_history=[], global_step=0, best_step=None)
+    record.name = record.name or folder.resolve().name
+    state = _read_json(state_path) if state_path is not None else {}
+    log_history, steps = state.get("log_history"), state.get("global_step")
+    if state and not (isinstance(log_history, list) and isinstance(steps, int)):
+        raise RunError(f"{state_path} has no log_history or no global_step: it is no file of Trainer.")
+    log_history, known = _finite(log_history or []), record.log_history
+    # States of other runs into the same folder do not go on where this one was when it was written.
+    goes_on = not record.complete and len(log_history) > len(known) and log_history[: len(known)] == _finite(known)
+    if state and (record.is_plain or goes_on):
+        record.log_history, record.global_step = log_history, steps or 0
+        record.max_steps = int(state.get("max_steps") or 0)
+        record.training.setdefault("num_train_epochs", state.get("num_train_epochs"))
+        record.training.setdefault("per_device_train_batch_size", state.get("train_batch_size"))
+        record.complete = any("train_runtime" in entry for entry in record.log_history)
+    if record.is_plain:
+        # What was evaluated after `save_state()` is in these files only.
+        for name in ("eval_results.json", "all_results.json"):
+            if (folder / name).is_file():
+                record.metrics |= {key: v for key, v in _read_json(folder / name).items() if key.startswith("eval_")}
+    return record

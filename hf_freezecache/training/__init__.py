@@ -1,0 +1,1 @@
+"""Stages: what is checked, cached and trained."""

@@ -1,0 +1,255 @@
+"""What makes a cache another cache, and what does not; and what a user is told."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import make_images
+from support.tiny import TinyTransform, make_trainer, tiny_vit
+
+from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache.cache.fingerprint import Fingerprint
+from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.codecs import (
+    PRESETS,
+    LosslessCodec,
+)
+from hf_freezecache.data.hashing import hash_dataset, hash_object
+from hf_freezecache.errors import (
+    CacheMismatchError,
+    UnsupportedSetupError,
+)
+from hf_freezecache.model.hashing import hash_tensors
+from hf_freezecache.training import stage_cache as caching
+
+
+class HalfSize(TinyTransform):
+    def __call__(self, batch):
+        batch = super().__call__(batch)
+        return {**batch, "pixel_values": [pixels[:, ::2, ::2] for pixels in batch["pixel_values"]]}
+
+
+def other_weight(model):
+    with torch.no_grad():
+        model.vit.layers[1].mlp.fc1.weight[3, 5] += 1e-3
+    return model
+
+
+def other_head(model):
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+        model.vit.layers[2].mlp.fc1.weight.add_(0.1)
+        model.vit.layernorm.bias.add_(0.5)
+    return model
+
+
+def edited(images):
+    rows = [dict(row) for row in images]
+    rows[7]["image"] = rows[8]["image"]
+    return datasets.Dataset.from_list(rows, features=images.features)
+
+
+def cached_run(dataset, model=None, transform=None, schedule="0:2", cache=None, **settings):
+    trainer = make_trainer(
+        model or tiny_vit(),
+        dataset.with_transform(transform or TinyTransform(augment=True)),
+        schedule=schedule,
+        cache={"num_views": 2, **(cache or {})},
+        num_train_epochs=1,
+        **settings,
+    )
+    trainer.train()
+    return next(e["freezecache/built_shards"] for e in trainer.state.log_history if "freezecache/built_shards" in e)
+
+
+CHANGES = {
+    "prefix weights": lambda images: {"model": other_weight(tiny_vit())},
+    "dataset": lambda images: {"dataset": edited(images)},
+    "transform": lambda images: {"transform": TinyTransform(augment=True, strength=0.2)},
+    "image size": lambda images: {"transform": HalfSize(augment=True), "model": tiny_vit(image_size=8)},
+    "split point": lambda images: {"schedule": "0:3"},
+    "number of views": lambda images: {"cache": {"num_views": 3}},
+    "view seed": lambda images: {"seed": 2},
+    "dtype": lambda images: {"bf16": True},
+    "chunk layout": lambda images: {"cache": {"chunk_size": 9}},
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_change_is_noticed_and_named(images, part, caplog) -> None:
+    built = cached_run(images)
+    assert built == 8
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        rebuilt = cached_run(**{"dataset": images, **CHANGES[part](images)})
+    assert rebuilt > 0
+    (message,) = [m for m in caplog.messages if "No cache fits" in m]
+    assert part in message.split("differs in: ")[1]
+
+
+def test_a_change_of_codec_is_noticed_and_named(images, monkeypatch, caplog) -> None:
+    cached_run(images)
+    monkeypatch.setitem(PRESETS, "lossless", LosslessCodec(level=3))
+    assert cached_run(images) == 8
+    assert "codec" in caplog.text.split("differs in: ")[1]
+
+
+def test_a_change_of_format_version_is_noticed_and_named(images, monkeypatch, caplog) -> None:
+    cached_run(images)
+    monkeypatch.setattr(caching, "FORMAT_VERSION", 2)
+    assert cached_run(images) == 8
+    assert "format version" in caplog.text.split("differs in: ")[1]
+
+
+def test_a_change_of_collator_is_noticed_and_named(images, caplog) -> None:
+    cached_run(images)
+
+    def collate(examples):
+        return {
+            "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+            "labels": torch.tensor([example["labels"] for example in examples]),
+        }
+
+    assert cached_run(images, trainer={"data_collator": collate}) == 8
+    assert "data collator" in caplog.text.split("differs in: ")[1]
+
+
+def test_a_change_of_head_or_suffix_is_no_change(images) -> None:
+    assert cached_run(images) == 8
+    assert cached_run(images, other_head(tiny_vit())) == 0
+
+
+def test_a_change_of_training_hyperparameters_is_no_change(images) -> None:
+    assert cached_run(images) == 8
+    assert cached_run(images, learning_rate=0.1, weight_decay=0.5, dataloader_num_workers=1) == 0
+
+
+def test_view_seed_lets_runs_of_several_seeds_share_a_cache(images) -> None:
+    assert cached_run(images, cache={"view_seed": 0}) == 8
+    assert cached_run(images, cache={"view_seed": 0}, seed=5) == 0
+
+
+def test_opening_a_cache_of_other_inputs_names_the_parts(images) -> None:
+    cached_run(images)
+    (directory,) = Path("caches").glob("k02-*")
+    parts = CacheReader(directory).index.fingerprint
+    with pytest.raises(CacheMismatchError, match="these parts differ: prefix weights, view seed"):
+        CacheReader(directory, Fingerprint({**parts, "prefix weights": "x", "view seed": "9"}))
+
+
+def test_dataset_hash_is_of_content(images, tmp_path) -> None:
+    reference = hash_dataset(images)
+    images.to_parquet(tmp_path / "images.parquet")
+    reloaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "images.parquet"), cache_dir=str(tmp_path))
+    assert hash_dataset(reloaded["train"]) == reference
+    assert hash_dataset(images.with_transform(TinyTransform(True))) == reference
+    assert hash_dataset(images.select(range(49, -1, -1))) != reference
+    assert hash_dataset(images.select(range(49, -1, -1)).select(range(49, -1, -1))) == reference
+    assert hash_dataset(edited(images)) != reference
+    assert hash_dataset(make_images(50, seed=1)) != reference
+
+
+def test_dataset_hash_sees_an_edited_image_file(images, tmp_path) -> None:
+    for row in range(4):
+        images[row]["image"].save(tmp_path / f"{row}.png")
+    paths = [str(tmp_path / f"{row}.png") for row in range(4)]
+    dataset = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    before = hash_dataset(dataset)
+    assert hash_dataset(dataset) == before
+    images[9]["image"].rotate(90).save(paths[2])
+    assert hash_dataset(dataset) != before
+
+
+def test_data_sets_that_cannot_be_hashed_need_a_name(images) -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, row):
+            return {name: value[0] for name, value in TinyTransform(True)(images[row : row + 1]).items()}
+
+    with pytest.raises(UnsupportedSetupError, match="dataset_id"):
+        make_trainer(tiny_vit(), Rows(), num_train_epochs=1).train()
+    trainer = make_trainer(tiny_vit(), Rows(), cache={"dataset_id": "rows-1"}, num_train_epochs=1)
+    trainer.train()
+    assert trainer._codec is not None
+
+
+def test_transforms_that_cannot_be_hashed_need_a_name(images) -> None:
+    cannot_be_pickled = (row for row in range(3))
+    with pytest.raises(UnsupportedSetupError, match="transform_id"):
+        hash_object(cannot_be_pickled, "training transform")
+    assert cached_run(images, transform=TinyTransform(True), cache={"transform_id": "v1"}) == 8
+
+    class SameImages(TinyTransform):
+        pass
+
+    assert cached_run(images, transform=SameImages(True), cache={"transform_id": "v1"}) == 0
+    with pytest.raises(CacheMismatchError, match=r"right fingerprint but not what rows .* give now"):
+        cached_run(images, transform=TinyTransform(True, 0.3), cache={"transform_id": "v1"})
+
+
+def test_edited_code_of_an_imported_transform_is_noticed(images, tmp_path, monkeypatch, caplog) -> None:
+    """What can be imported is pickled by its name: only its source shows the edit."""
+    source = (
+        "from tiny import TinyTransform\n\n\nclass Scaled(TinyTransform):\n    def __call__(self, batch):\n"
+        "        batch = super().__call__(batch)\n"
+        "        return {**batch, 'pixel_values': [p * FACTOR for p in batch['pixel_values']]}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    built = []
+    for factor in (1.0, -3.0):
+        (tmp_path / "scaled.py").write_text(source.replace("FACTOR", str(factor)))
+        sys.modules.pop("scaled", None)
+        importlib.invalidate_caches()
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        built.append(cached_run(images, transform=importlib.import_module("scaled").Scaled(True)))
+    assert built == [8, 8]
+    assert "transform" in caplog.text.split("differs in: ")[1]
+
+
+def test_edited_code_of_the_model_is_caught(images) -> None:
+    """No hash sees a forward that was replaced; a few samples computed again do."""
+    cached_run(images)
+    model = tiny_vit()
+    own = model.vit.layers[0].forward
+    model.vit.layers[0].forward = lambda *args, **kwargs: own(*args, **kwargs) * 1.5
+    with pytest.raises(CacheMismatchError, match="Code of the transform, the data set or the model"):
+        cached_run(images, model)
+
+
+def test_a_change_of_what_the_collator_yields_is_noticed(images, caplog) -> None:
+    class Weighted(TinyTransform):
+        def __call__(self, batch):
+            return {**super().__call__(batch), "weights": [torch.ones(2) for _ in batch["label"]]}
+
+    settings = {"transform": Weighted(True)}
+    assert cached_run(images, remove_unused_columns=True, **settings) == 8
+
+    class Ignoring(FreezeCacheTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            assert inputs.pop("weights").shape[1:] == (2,)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    assert cached_run(images, cls=Ignoring, **settings) == 8
+    assert "batch" in caplog.text.split("differs in: ")[1]
+
+
+def test_tensor_hash_sees_names_dtypes_shapes_and_bits() -> None:
+    tensors = {"a": torch.zeros(4, 2), "b": torch.ones(3)}
+    reference = hash_tensors(tensors)
+    assert hash_tensors({"a": torch.zeros(4, 2), "b": torch.ones(3)}) == reference
+    for other in (
+        {"a": torch.zeros(2, 4), "b": torch.ones(3)},
+        {"a": torch.zeros(4, 2), "c": torch.ones(3)},
+        {"a": torch.zeros(4, 2), "b": torch.ones(3, dtype=torch.int32)},
+        {"a": torch.zeros(4, 2), "b": torch.tensor([1, 1, 1 + 2**-23])},
+        {"a": -torch.zeros(4, 2), "b": torch.ones(3)},
+    ):
+        assert hash_tensors(other) != reference

@@ -1,0 +1,156 @@
+"""Streams of chunks for several processes: who reads what, how often, and in which order accelerate deals it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import given
+from hypothesis import strategies as st
+from support import tiny_cache
+from torch.utils.data import BatchSampler
+
+from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.data.layout import ChunkLayout
+from hf_freezecache.data.sampler import ChunkSampler
+from hf_freezecache.dataset import CachedDataset
+from hf_freezecache.distributed.process_group import Processes
+from hf_freezecache.errors import UnsupportedSetupError
+
+
+def make(
+    rows: int,
+    chunk: int,
+    window: int,
+    batch: int,
+    placement: tuple[int, ...],
+    seed: int = 0,
+    drop_last: bool = False,
+    num_views: int = 2,
+) -> ChunkSampler:
+    shares = Processes(placement=placement, parts=max(placement) + 1).rows_of_parts(rows)
+    layouts = [ChunkLayout.of_rows(rows, chunk, seed, *share) for share in shares]
+    return ChunkSampler(layouts, seed, seed + 1, num_views, window, placement, batch, drop_last)
+
+
+def dealt(sampler: ChunkSampler, batch: int, processes: int, drop_last: bool = False) -> list[list[list[tuple]]]:
+    """Batches of each process, as accelerate deals them."""
+    batches = BatchSampler(sampler, batch, drop_last)
+    return [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
+
+
+SHAPES = {
+    "chunk": st.integers(1, 7),
+    "window": st.integers(1, 5),
+    "batch": st.integers(1, 9),
+    "seed": st.integers(-5, 2**70),
+    "epoch": st.integers(0, 5),
+}
+
+
+@given(rows=st.integers(12, 90), processes=st.integers(2, 4), **SHAPES)
+def test_every_sample_is_seen_and_every_chunk_has_one_reader(
+    rows, processes, chunk, window, batch, seed, epoch
+) -> None:
+    chunks = -(-rows // chunk)
+    if chunks < processes:
+        with pytest.raises(UnsupportedSetupError, match=f"{processes} processes share {rows} rows in {chunks} chunks"):
+            make(rows, chunk, window, batch, (0,) * processes, seed)
+        return
+    sampler = make(rows, chunk, window, batch, (0,) * processes, seed)
+    sampler.set_epoch(epoch)
+    layout = sampler.layouts[0]
+    streams = dealt(sampler, batch, processes)
+    assert {len(stream) for stream in streams} == {sampler.num_batches}
+    assert sum(len(keys) for stream in streams for keys in stream) == len(sampler)
+    seen = Counter(row for stream in streams for keys in stream for row, _ in keys)
+    assert sorted(seen) == list(range(rows))
+    # What fills the end is one chunk and one batch of each process at most.
+    assert len(sampler) - rows <= processes * (chunk + batch)
+    readers = [{int(layout.position[row]) // chunk for keys in stream for row, _ in keys} for stream in streams]
+    assert sum(map(len, readers)) == chunks
+    views = {(int(layout.position[row]) // chunk, view) for stream in streams for keys in stream for row, view in keys}
+    assert len(views) == chunks  # one view of a chunk in an epoch
+    again = make(rows, chunk, window, batch, (0,) * processes, seed)
+    again.set_epoch(epoch)
+    assert list(again) == list(sampler)
+
+
+@given(rows=st.integers(12, 90), processes=st.integers(2, 4), **SHAPES)
+def test_dropping_the_last_batch_repeats_nothing(rows, processes, chunk, window, batch, seed, epoch) -> None:
+    if -(-rows // chunk) < processes:
+        return
+    try:
+        sampler = make(rows, chunk, window, batch, (0,) * processes, seed, drop_last=True)
+    except UnsupportedSetupError as error:
+        assert "leaves nothing" in str(error)  # noqa: PT017
+        assert rows // processes < batch + chunk
+        return
+    sampler.set_epoch(epoch)
+    keys = list(sampler)
+    assert len(keys) == len(sampler) == sampler.num_batches * batch * processes > 0
+    assert max(Counter(row for row, _ in keys).values()) == 1
+
+
+@given(rows=st.integers(12, 90), placement=st.sampled_from([(0, 1), (0, 0, 1), (0, 0, 1, 1), (0, 1, 2)]), **SHAPES)
+def test_a_machine_trains_on_its_own_rows(rows, placement, chunk, window, batch, seed, epoch) -> None:
+    try:
+        sampler = make(rows, chunk, window, batch, placement, seed)
+    except UnsupportedSetupError:
+        return
+    sampler.set_epoch(epoch)
+    streams = dealt(sampler, batch, len(placement))
+    # Machines with more processes have more rows: nobody's rows come more often than it takes to fill the end.
+    assert len(sampler) - rows <= len(placement) * (2 * chunk + batch)
+    for part, layout in enumerate(sampler.layouts):
+        own = {row for rank, stream in enumerate(streams) if placement[rank] == part for k in stream for row, _ in k}
+        assert own == set(layout.order.tolist())
+    assert sorted(row for layout in sampler.layouts for row in layout.order.tolist()) == list(range(rows))
+
+
+@pytest.mark.parametrize(("processes", "batch", "window"), [(2, 4, 2), (3, 2, 3), (2, 16, 1), (4, 3, 2)])
+def test_each_chunk_is_decoded_once_in_an_epoch_over_all_processes(tmp_path, processes, batch, window) -> None:
+    plan = tiny_cache.make_plan(num_samples=45, chunk_size=3)
+    reader = CacheReader(tiny_cache.build(tmp_path, plan).directory)
+    sampler = ChunkSampler([reader.layout], 1, 2, 2, window, (0,) * processes, batch)
+    datasets = [CachedDataset(reader, window + min(batch, window), keep_read=True) for _ in range(processes)]
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        for dataset, stream in zip(datasets, dealt(sampler, batch, processes), strict=True):
+            for keys in stream:
+                dataset.__getitems__(keys)
+        decoded = sum(dataset.decoded_chunks for dataset in datasets)
+        # A chunk that is still there from the end of the epoch before is not decoded again.
+        assert decoded == reader.layout.num_chunks or (epoch and decoded <= (epoch + 1) * reader.layout.num_chunks)
+
+
+def test_orders_change_with_epoch_and_process() -> None:
+    sampler = make(64, 4, 2, 4, (0, 0))
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs.append(tuple(sampler))
+        first, second = dealt(sampler, 4, 2)
+        assert first != second
+    assert len(set(epochs)) == 3
+
+
+def test_parts_are_those_of_one_permutation() -> None:
+    whole = ChunkLayout(11, 4, 3)
+    parts = [ChunkLayout.of_rows(11, 4, 3, *rows) for rows in Processes(placement=(0, 1, 2), parts=3).rows_of_parts(11)]
+    assert np.array_equal(np.concatenate([part.order for part in parts]), whole.order)
+    assert [part.num_samples for part in parts] == [3, 4, 4]
+    for part in parts:
+        assert np.array_equal(np.flatnonzero(part.position >= 0), np.sort(part.order))
+        assert np.array_equal(part.order[part.position[part.order]], part.order)
+    assert ChunkLayout.of_rows(11, 4, 3, 0, 11) == whole
+    assert Processes(placement=(0, 0, 0, 1), parts=2).rows_of_parts(100) == [(0, 75), (75, 100)]
+
+
+@given(st.lists(st.integers()), st.integers(1, 9))
+def test_processes_share_runs_of_one_length(items, size) -> None:
+    shares = [Processes(rank, size).share(items) for rank in range(size)]
+    assert [item for share in shares for item in share] == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

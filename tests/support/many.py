@@ -1,0 +1,298 @@
+"""Run by torchrun: trains tiny models on several processes, and writes what every process saw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from conftest import make_images
+
+from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.dataset import CachedDataset
+from hf_freezecache.errors import FreezeCacheError
+from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
+
+ROWS = 50
+SCHEDULE = "0:0,1:1,2:3"
+SETTINGS = {"schedule": SCHEDULE, "num_train_epochs": 4, "per_device_train_batch_size": 5}
+
+
+class Watched(Recorder):
+    """Counts what DDP reduces and what is decoded."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.rates = [*getattr(self, "rates", []), self.optimizer.param_groups[0]["lr"]]
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "freezecache/built_shards" in logs:
+            self.built = [*getattr(self, "built", []), logs["freezecache/built_shards"]]
+        super().log(logs, *args, **kwargs)
+
+    def _enter_stage(self, split_point: int) -> None:
+        super()._enter_stage(split_point)
+        loader = self._stage_loader
+        self.stages = [*getattr(self, "stages", []), {"split_point": split_point, "reduced": None, "decoded": []}]
+        self.cached = loader.dataset if isinstance(loader.dataset, CachedDataset) else None
+        self.wrapped = self.model_wrapped
+        if isinstance(self.wrapped, torch.nn.parallel.DistributedDataParallel):
+            self.seen: list[int] = []
+
+            def hook(_, bucket):  # DDP reads annotations, which must not be strings
+                self.seen.append(bucket.buffer().numel())
+                return (
+                    dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+                    .get_future()
+                    .then(lambda future: future.value()[0])
+                )
+
+            self.wrapped.register_comm_hook(None, hook)
+            self.stages[-1]["find_unused"] = self.wrapped.find_unused_parameters
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        steps = self.state.global_step
+        before = 0 if getattr(self, "cached", None) is None else self.cached.decoded_chunks
+        old = getattr(self, "cached", None)
+        super()._run_epoch(*args, **kwargs)
+        stage = self.stages[-1]
+        if getattr(self, "seen", None):
+            stage["reduced"] = sum(self.seen) // (self.state.global_step - steps)
+            self.seen.clear()
+        if self.cached is not None:
+            stage["decoded"].append(self.cached.decoded_chunks - (before if self.cached is old else 0))
+
+
+def digest(model: torch.nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        found.update(name.encode() + parameter.detach().numpy().tobytes())
+    return found.hexdigest()
+
+
+def data(rows: int = ROWS) -> datasets.Dataset:
+    return make_images(rows).with_transform(TinyTransform(augment=True))
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
+    cache = {"num_views": 2, "transform_id": "tiny", **settings.pop("cache", {})}
+    trainer = make_trainer(tiny_vit(), data(), cls=Watched, cache=cache, **{**SETTINGS, **settings})
+    trainer.train(resume_from_checkpoint=resume)
+    logs = trainer.state.log_history
+    return {
+        "digest": digest(trainer.model),
+        "losses": getattr(trainer, "losses", []),
+        "stages": getattr(trainer, "stages", []),
+        "built": [entry["freezecache/built_shards"] for entry in logs if "freezecache/built_shards" in entry],
+        "new": getattr(trainer, "built", []),
+        "rates": getattr(trainer, "rates", []),
+        "steps": trainer.state.global_step,
+        "trainable": [e["freezecache/trainable_parameters"] for e in logs if "freezecache/trainable_parameters" in e],
+    }
+
+
+def parity() -> dict[str, Any]:
+    found = {mode: run(cache={"mode": mode}, save_strategy="no") for mode in ("always", "never")}
+    saved = run(save_strategy="steps", save_steps=5, output_dir="saved")
+    if dist.is_initialized():
+        dist.barrier()  # the first process is the last to save
+    checkpoints = sorted(Path("saved").glob("checkpoint-*"))
+    resumed = {path.name: run(str(path), output_dir="resumed") for path in checkpoints}
+    return {**found, "saved": saved, "resumed": resumed}
+
+
+def lossy() -> dict[str, Any]:
+    """A lossy cache with copies, promoted shard by shard; and the same without making room."""
+    cache = {"codec": "auto", "promote": "always", "chunk_size": 4}
+    return {
+        "plain": run(cache={**cache, "cache_dir": "plain"}),
+        "low_disk": run(cache={**cache, "cache_dir": "low", "low_disk": True}),
+    }
+
+
+def build() -> dict[str, Any]:
+    """Build and promote caches from weights that do not change: they depend on nothing that several processes change."""
+    settings = {"schedule": "0:1,1:3", "num_train_epochs": 2, "learning_rate": 0.0}
+    processes = os.environ.get("WORLD_SIZE", "1")
+    caches = {
+        "lossless": {"cache_dir": f"lossless-{processes}"},
+        "lossy": {"cache_dir": f"lossy-{processes}", "codec": "auto", "promote": "always"},
+    }
+    return {name: run(**settings, cache={**cache, "chunk_size": 4}) for name, cache in caches.items()}
+
+
+def one_fails(mode: str) -> dict[str, Any]:
+    """The disk of the second process is full: it may write no file over 4 KiB."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if int(os.environ["RANK"]) == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        return run(schedule="0:1,1:3", num_train_epochs=2, cache={"mode": mode, "cache_dir": f"full-{mode}"})
+    except FreezeCacheError as error:
+        return {"error": [type(error).__name__, str(error)]}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def node() -> dict[str, Any]:
+    """A folder of caches on each machine."""
+    settings = {"schedule": "0:1,1:3", "num_train_epochs": 3}
+    cache = {"cache_placement": "node", "chunk_size": 4}
+    found = {mode: run(**settings, cache={**cache, "mode": mode}) for mode in ("always", "never")}
+    readers = [CacheReader(path.parent) for path in sorted(Path("caches").glob("k*/index.json"))]
+    return {
+        **found,
+        "rows": [sorted(reader.layout.order.tolist()) for reader in readers],
+        "again": run(**settings, cache=cache),
+    }
+
+
+def go_on(checkpoint: str) -> dict[str, Any]:
+    return run(checkpoint)
+
+
+def terminated() -> dict[str, Any]:
+    """SIGTERM reaches one process only, some time before the other could get its own."""
+    settings = {"output_dir": "terminated", "enable_jit_checkpoint": True, "cache": {"cache_dir": "terminated-caches"}}
+    step = Watched.training_step
+
+    def stopping(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        for callback in self.callback_handler.callbacks:
+            if getattr(callback, "jit_manager", None) is not None:
+                callback.jit_manager.kill_wait = 0.0  # the default, 3 s, is longer than this run
+        if self.state.global_step == 9 and int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return step(self, *args, **kwargs)
+
+    Watched.training_step = stopping
+    try:
+        stopped = run(**settings)
+    finally:
+        Watched.training_step = step
+    dist.barrier()
+    saved = [path.name for path in Path("terminated").glob("checkpoint-*")]
+    resumed = run(True, **{**settings, "enable_jit_checkpoint": False})
+    return {"stopped": stopped["steps"], "saved": saved, "resumed": resumed}
+
+
+def save(folder: str) -> dict[str, Any]:
+    return run(save_strategy="steps", save_steps=5, output_dir=folder, cache={"cache_dir": f"{folder}-caches"})
+
+
+def go_on_all(folder: str) -> dict[str, Any]:
+    """Resume at every checkpoint that another number of processes has saved."""
+    cache = {"cache_dir": f"{folder}-caches"}
+    settings = {"output_dir": "changed", "learning_rate": 3e-3, "logging_steps": 1, "cache": cache}
+    return {path.name: run(str(path), **settings) for path in sorted(Path(folder).glob("checkpoint-*"))}
+
+
+def killed_saving() -> dict[str, Any]:
+    """The second process dies where it would write its random state, of a checkpoint that makes room for itself."""
+    write = Watched._save_rng_state
+
+    def dying(self, folder: str) -> None:
+        if self.state.global_step == 10 and int(os.environ["RANK"]) == 1:
+            time.sleep(0.5)  # the first one would be through by now
+            os._exit(9)
+        write(self, folder)
+
+    Watched._save_rng_state = dying
+    return run(save_strategy="steps", save_steps=5, save_total_limit=1, output_dir="killed")
+
+
+def saved_again() -> dict[str, Any]:
+    return run(True, output_dir="killed")
+
+
+def twice() -> dict[str, Any]:
+    """Train twice with the user's own optimizer."""
+    model = tiny_vit()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    cache = {"num_views": 2, "transform_id": "tiny", "cache_dir": "twice"}
+    trainer = make_trainer(
+        model, data(), cls=Watched, cache=cache, trainer={"optimizers": (optimizer, None)}, **SETTINGS
+    )
+    held = []
+    for _ in range(2):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer.train()
+        held.append(sum(not torch.equal(value, before[name]) for name, value in model.state_dict().items()))
+    return {"changed": held, "of": len(before)}
+
+
+def refused() -> dict[str, Any]:
+    """What cannot be kept on several processes."""
+    rank = int(os.environ["RANK"])
+    tries: dict[str, Any] = {
+        "rows": lambda: trainer_on(make_images(ROWS, seed=rank)).train(),
+        "lengths": lambda: trainer_on(make_images(ROWS + rank)).train(),
+        "split_batches": lambda: trainer_on(make_images(ROWS), accelerator_config={"split_batches": True}),
+        "dispatch_batches": lambda: trainer_on(make_images(ROWS), accelerator_config={"dispatch_batches": True}),
+        "drop_last": lambda: trainer_on(make_images(ROWS), dataloader_drop_last=True, per_device_train_batch_size=40),
+        "weights": lambda: trainer_on(make_images(ROWS), rank).build_cache(1),
+    }
+    found = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+            found[name] = "nothing"
+        except FreezeCacheError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def trainer_on(images: datasets.Dataset, shift: float = 0.0, **settings: Any) -> Watched:
+    model = tiny_vit()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(shift)
+    rows = images.with_transform(TinyTransform(augment=True))
+    return make_trainer(model, rows, cls=Watched, cache={"transform_id": "tiny"}, **{**SETTINGS, **settings})
+
+
+def too_many() -> dict[str, Any]:
+    try:
+        return run(cache={"chunk_size": 50})
+    except FreezeCacheError as error:
+        return {"error": [type(error).__name__, str(error)]}
+
+
+def main(*scenarios: str) -> None:
+    """Each scenario is a function, with its arguments after colons."""
+    quiet()
+    found = {}
+    for scenario in scenarios:
+        name, *arguments = scenario.split(":")
+        found[scenario] = globals()[name](*arguments)
+    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    Path(f"found-{rank}-of-{size}.json").write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
