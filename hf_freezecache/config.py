@@ -12,10 +12,10 @@ from .errors import (
     UnsupportedSetupError,
 )
 
-__all__ = ["DEFAULT_FIDELITY", "CacheConfig", "FreezeConfig"]
+__all__ = ["DEFAULT_MAX_DISTORTION", "CacheConfig", "FreezeConfig"]
 
-#: Fidelity budget of ``codec="auto"``. Source: recipes/benchmarks/codec_accuracy.py.
-DEFAULT_FIDELITY = 0.002
+#: Distortion budget of ``codec="auto"``. Source: recipes/benchmarks/codec_accuracy.py.
+DEFAULT_MAX_DISTORTION = 0.002
 
 # `HfArgumentParser` reads annotations at run time and takes `Optional[X]`, not `X | None`, on Python 3.10.
 # ruff: noqa: UP007, UP045
@@ -51,7 +51,7 @@ class FreezeConfig:
         default=None,
         metadata={
             "aliases": ["--freeze_policy"],
-            "help": "Name of a policy in hf_freezecache.policies.POLICIES, e.g. 'linear'. Excludes --schedule.",
+            "help": "Name of a policy in hf_freezecache.schedules.POLICIES, e.g. 'linear'. Excludes --schedule.",
         },
     )
     freeze_start: float = field(
@@ -120,7 +120,7 @@ class CacheConfig:
             "killed ends by itself within seconds."
         },
     )
-    low_disk: bool = field(
+    consume_previous_cache: bool = field(
         default=False,
         metadata={
             "help": "Let the cache of a stage give way to the next one, shard by shard, where that is computed from it. Peak disk "
@@ -140,12 +140,12 @@ class CacheConfig:
     codec: Union[list, str, None] = field(  # type: ignore[type-arg]
         default="lossless",
         metadata={
-            "help": "How hidden states are stored: 'lossless'; 'auto', the cheapest within --fidelity; 'transform', 'int8', "
+            "help": "How hidden states are stored: 'lossless'; 'auto', the cheapest within --max_distortion; 'transform', 'int8', "
             "'int4', 'bf16' or 'fp16'; or a pipeline as a JSON list of steps. All but 'lossless' are lossy."
         },
     )
-    fidelity: float = field(
-        default=DEFAULT_FIDELITY,
+    max_distortion: float = field(
+        default=DEFAULT_MAX_DISTORTION,
         metadata={
             "help": "codec='auto': how far decoded states may lead the suffix astray on held-out images: KL to the exact "
             "logits in nats per image, and mean squared error of the standardised input of the head; of the latter alone "
@@ -169,32 +169,32 @@ class CacheConfig:
         default=256,
         metadata={"help": "Images for fitting (the first half) and measuring (the other half) a lossy codec."},
     )
-    promote: str = field(
+    build_from: str = field(
         default="auto",
         metadata={
             "help": "Where a later stage's states come from. 'auto': from the previous stage's cache through the blocks "
-            "between, where that stays within --fidelity (always for a lossless one); 'never': from the images; "
-            "'always': from the cache whenever there is one.",
-            "choices": ["auto", "never", "always"],
+            "between, where that stays within --max_distortion (always for a lossless one); 'images': from the images; "
+            "'previous_cache': from the cache whenever there is one.",
+            "choices": ["auto", "images", "previous_cache"],
         },
     )
     copies: str = field(
         default="auto",
         metadata={
-            "help": "How views beyond the first are stored. 'full': as the first; or whole within --copy_fidelity or --copy_budget, "
+            "help": "How views beyond the first are stored. 'full': as the first; or whole within --copy_distortion or --copy_budget, "
             "if given. 'residual': what the base view does not predict of them. 'sensitive': the same of the least similar "
             "channels and tokens only. 'auto': with codec='auto' the best of these, else 'full'.",
             "choices": ["auto", "full", "residual", "sensitive"],
         },
     )
-    copy_fidelity: Optional[float] = field(
-        default=None, metadata={"help": "Fidelity budget of views beyond the first; excludes --copy_budget."}
+    copy_distortion: Optional[float] = field(
+        default=None, metadata={"help": "Distortion budget of views beyond the first; excludes --copy_budget."}
     )
     copy_budget: Optional[float] = field(
         default=None,
         metadata={
-            "help": "Bits per element that each view beyond the first may take. Default, without --copy_fidelity: such that all "
-            "of them together take about the bytes of the first, or fewer where --fidelity needs no more."
+            "help": "Bits per element that each view beyond the first may take. Default, without --copy_distortion: such that all "
+            "of them together take about the bytes of the first, or fewer where --max_distortion needs no more."
         },
     )
     feature_augmentation: Optional[str] = field(
@@ -224,7 +224,7 @@ class CacheConfig:
     )
     build_num_workers: Optional[int] = field(
         default=None,
-        metadata={"help": "Processes that render images while building; default: dataloader_num_workers."},
+        metadata={"help": "ProcessGroup that render images while building; default: dataloader_num_workers."},
     )
     view_seed: Optional[int] = field(
         default=None,
@@ -263,16 +263,18 @@ class CacheConfig:
             raise UnsupportedSetupError(f"cache_placement must be 'shared' or 'node', got {self.cache_placement!r}.")
         if not (isinstance(self.lock_timeout, (int, float)) and 0 <= self.lock_timeout < float("inf")):
             raise UnsupportedSetupError(f"lock_timeout must be a number of seconds >= 0, got {self.lock_timeout!r}.")
-        if self.promote not in ("auto", "never", "always"):
-            raise UnsupportedSetupError(f"promote must be 'auto', 'never' or 'always', got {self.promote!r}.")
-        if not (isinstance(self.fidelity, (int, float)) and 0 < self.fidelity < float("inf")):
-            raise UnsupportedSetupError(f"fidelity must be a positive number, got {self.fidelity!r}.")
+        if self.build_from not in ("auto", "images", "previous_cache"):
+            raise UnsupportedSetupError(
+                f"build_from must be 'auto', 'images' or 'previous_cache', got {self.build_from!r}."
+            )
+        if not (isinstance(self.max_distortion, (int, float)) and 0 < self.max_distortion < float("inf")):
+            raise UnsupportedSetupError(f"max_distortion must be a positive number, got {self.max_distortion!r}.")
         if not (isinstance(self.gradient_weight, (int, float)) and 0 <= self.gradient_weight <= 1):
             raise UnsupportedSetupError(f"gradient_weight must be a number from 0 to 1, got {self.gradient_weight!r}.")
         if self.compression is not None and self.codec in ("auto", "lossless"):
             raise UnsupportedSetupError(
                 f"compression={self.compression!r} sets the rate of a 'transform', but codec={self.codec!r}. Set "
-                "codec='transform', or remove compression; codec='auto' takes its rate from fidelity."
+                "codec='transform', or remove compression; codec='auto' takes its rate from distortion."
             )
         if self.feature_augmentation is not None and self.mode == "never":
             raise UnsupportedSetupError(
@@ -283,11 +285,11 @@ class CacheConfig:
             raise UnsupportedSetupError(
                 f"copies must be 'auto', 'full', 'residual' or 'sensitive', got {self.copies!r}."
             )
-        if self.copy_fidelity is not None and self.copy_budget is not None:
+        if self.copy_distortion is not None and self.copy_budget is not None:
             raise UnsupportedSetupError(
-                f"Both copy_fidelity={self.copy_fidelity!r} and copy_budget={self.copy_budget!r} were given; give one of them."
+                f"Both copy_distortion={self.copy_distortion!r} and copy_budget={self.copy_budget!r} were given; give one of them."
             )
-        for name in ("copy_fidelity", "copy_budget"):
+        for name in ("copy_distortion", "copy_budget"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -322,5 +324,5 @@ class CacheConfig:
     @property
     def copies_apart(self) -> bool:
         """Whether views beyond the first have a codec of their own."""
-        asked = self.copies != "auto" and (self.copies != "full" or self.copy_fidelity or self.copy_budget)
+        asked = self.copies != "auto" and (self.copies != "full" or self.copy_distortion or self.copy_budget)
         return self.num_views > 1 and bool(asked or (self.copies == "auto" and self.codec == "auto"))

@@ -43,7 +43,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         max_chunks: Decoded chunks kept in memory. ``ChunkSampler`` needs its window and, where a batch spans two
             windows, what the batch touches of the next.
         packed: Items hold the codec's integers, as ``"packed.<name>"``, in place of ``hidden_states``. They are a
-            quarter to half the size; ``ViewCodec.restore`` turns a batch of them into hidden states on the training
+            quarter to half the size; ``ViewCodec.dequantize`` turns a batch of them into hidden states on the training
             device.
         geometry: Items hold ``view_geometry`` (5,), where the view lies in its image, if the cache does.
         keep_read: Chunks of which every sample was read stay until others need their room, those first that were not read
@@ -238,7 +238,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             self._chunks.move_to_end(key)
             return self._chunks[key]
         if self.packed:
-            packed = self.reader.unpack_chunk(view, chunk)
+            packed = self.reader.entropy_decode_chunk(view, chunk)
             parts = {PACKED + name: array for name, array in packed.arrays.items()} | packed.extras
         else:
             decoded = self.reader.read_chunk(view, chunk)

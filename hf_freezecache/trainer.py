@@ -52,8 +52,8 @@ from .distributed.ddp import (
 )
 from .distributed.jit_checkpoint import AgreedCheckpoint
 from .distributed.process_group import (
-    Processes,
-    find_processes,
+    ProcessGroup,
+    find_process_group,
 )
 from .errors import (
     CacheWriteError,
@@ -144,8 +144,8 @@ class FreezeCacheTrainer(Trainer):
 
     Each stage logs, as ``freezecache/<name>``: ``split_point``, ``trainable_parameters``, ``released_optimizer_bytes``; and of
     its cache ``cache_bytes``, ``cache_bytes_per_image``, ``bits_per_element`` (all files counted), ``build_seconds`` (with
-    calibration), ``built_shards``, and, of a lossy one, ``fidelity``, ``agreement`` and ``relative_error`` on held-out images;
-    the same of views beyond the first as ``copy_fidelity`` and so on, if these are stored apart, and ``similarity``, what the
+    calibration), ``built_shards``, and, of a lossy one, ``distortion``, ``agreement`` and ``relative_error`` on held-out images;
+    the same of views beyond the first as ``copy_distortion`` and so on, if these are stored apart, and ``similarity``, what the
     first view tells of them. Each epoch logs ``train_images_per_second``, ``epoch_seconds``, ``cumulative_seconds`` (with
     building, without evaluating and saving) and ``no_freezing_seconds_estimated`` (see ``cost.unfrozen_rate``). Where
     a run saves, ``ReportCallback`` writes its record and a report.
@@ -200,7 +200,7 @@ class FreezeCacheTrainer(Trainer):
         self._stopwatch: Stopwatch | None = None
         self._augmenter: FeatureAugmenter | None = None
         #: All processes of the run, and those that share this one's folder of caches.
-        self._everyone = self._processes = Processes()
+        self._everyone = self._processes = ProcessGroup()
         self._record = RunRecord()
         if freeze_config is None and (train_transform is not None or eval_transform is not None):
             raise UnsupportedSetupError(
@@ -239,9 +239,9 @@ class FreezeCacheTrainer(Trainer):
         check_parallelism(self.accelerator, args, deepspeed=self.is_deepspeed_enabled, fsdp=bool(self.is_fsdp_enabled))
         check_arguments(args)
         local_rank = self.accelerator.local_process_index
-        self._everyone = self._processes = find_processes(args.world_size, local_rank, per_node=False)
+        self._everyone = self._processes = find_process_group(args.world_size, local_rank, per_node=False)
         if self.cache_config.cache_placement == "node":
-            self._processes = find_processes(args.world_size, local_rank, per_node=True)
+            self._processes = find_process_group(args.world_size, local_rank, per_node=True)
         for name, base in (("_get_train_sampler", FreezeCacheTrainer), ("get_train_dataloader", FreezeCacheTrainer)):
             if getattr(type(self), name) is not getattr(base, name):
                 raise UnsupportedSetupError(
@@ -285,13 +285,13 @@ class FreezeCacheTrainer(Trainer):
         return ChunkSampler(
             [
                 ChunkLayout.of_rows(num_samples, config.chunk_size, self._view_seed, *rows)
-                for rows in processes.rows_of_parts(num_samples)
+                for rows in processes.rows_of_groups(num_samples)
             ],
             args.seed if args.data_seed is None else args.data_seed,
             self._view_seed,
             config.num_views,
             config.shuffle_window,
-            processes.placement,
+            processes.group_of_rank,
             self._train_batch_size,
             args.dataloader_drop_last,
         )
@@ -354,9 +354,9 @@ class FreezeCacheTrainer(Trainer):
         if asked is None or asked is False:
             return asked
         if asked is not True:
-            self._everyone.on_leader(lambda: check_complete(Path(asked)))
+            self._everyone.on_main_process(lambda: check_complete(Path(asked)))
             return asked
-        last = self._everyone.on_leader(lambda: last_complete(Path(self.args.output_dir)))
+        last = self._everyone.on_main_process(lambda: last_complete(Path(self.args.output_dir)))
         if last is None:
             raise ValueError(f"No complete checkpoint found in the output directory ({self.args.output_dir}).")
         return str(last)
@@ -377,7 +377,7 @@ class FreezeCacheTrainer(Trainer):
             views,
             self._collator,
             self.data_collator,
-            self._sampler.layouts[self._processes.part],
+            self._sampler.layouts[self._processes.group_index],
             self._view_seed,
             classes=self._num_labels is not None,
         )
@@ -433,7 +433,7 @@ class FreezeCacheTrainer(Trainer):
         reader = None if self._stage_cache is None else self._stage_cache.previous
         if reader is None:
             raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
-        if self._processes.parts > 1:
+        if self._processes.num_groups > 1:
             raise UnsupportedSetupError(
                 "With cache_placement='node' each machine has a part of the cache. To push one, build it with 'shared'."
             )
@@ -446,7 +446,7 @@ class FreezeCacheTrainer(Trainer):
             parts = {} if kept else vars(known().updated(Origin.among(settings)))
             return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **parts})
 
-        return self._everyone.on_leader(push)
+        return self._everyone.on_main_process(push)
 
     def _origin(self, index: CacheIndex) -> Origin:
         """Return what is known of the origin of a cache of this run."""
@@ -459,7 +459,7 @@ class FreezeCacheTrainer(Trainer):
         """Find or build the cache of a stage, and write down what it was made of."""
         assert self._stage_cache is not None
         reader, report = self._stage_cache.open(split)
-        if self._processes.is_leader:
+        if self._processes.is_main_process:
             keep_origin(Path(reader.directory), lambda: self._origin(reader.index))
         return reader, report
 
@@ -537,7 +537,7 @@ class FreezeCacheTrainer(Trainer):
             # What would stop a later stage stops the run now.
             self._stage_cache.check()
             try:
-                self._processes.on_leader(lambda: check_writable(Path(config.cache_dir)))
+                self._processes.on_main_process(lambda: check_writable(Path(config.cache_dir)))
             except CacheWriteError as error:
                 if config.mode == "always":
                     raise
@@ -772,7 +772,7 @@ class FreezeCacheTrainer(Trainer):
         assert self._split is not None
         assert self._stage_cache is not None
         try:
-            with self._everyone.together() if self._processes.parts > 1 else nullcontext():
+            with self._everyone.fail_together() if self._processes.num_groups > 1 else nullcontext():
                 return self._open_stage(self._split)
         except CacheWriteError as error:
             if self.cache_config.mode == "auto":
@@ -820,7 +820,7 @@ class FreezeCacheTrainer(Trainer):
         # Integers came to the device; what bf16 rounds off the states is far below what the codec did.
         compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
         with torch.no_grad():
-            hidden_states = self._codec.restore(packed, self._dtype, compute_dtype)
+            hidden_states = self._codec.dequantize(packed, self._dtype, compute_dtype)
         inputs["pixel_values"] = self._split.placeholder(len(hidden_states))
         if self._augmenter is not None:
             geometry = self._geometry(hidden_states)
@@ -929,7 +929,7 @@ class FreezeCacheTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         # What follows says that the checkpoint is complete, and removes older ones: not before all processes are done.
-        with self._everyone.together():
+        with self._everyone.fail_together():
             super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -20,12 +20,12 @@ from .index import (
     CacheIndex,
     ExtraSpec,
     FileRecord,
-    ShardHead,
+    ShardHeader,
     file_sha256,
     load_index,
-    part_name,
-    read_shard_head,
+    read_shard_header,
     shard_name,
+    table_name,
 )
 from .shard_writer import CachePlan
 
@@ -39,14 +39,14 @@ def has_state(plan: CachePlan) -> bool:
     return plan.calibration is not None or not plan.codec.lossless
 
 
-def _record(directory: Path, name: str, head: ShardHead | None = None) -> FileRecord:
+def _record(directory: Path, name: str, head: ShardHeader | None = None) -> FileRecord:
     path = directory / name
-    head_bytes = 0 if head is None else head.head_bytes
+    header_bytes = 0 if head is None else head.header_bytes
     return FileRecord(
         path.stat().st_size,
         file_sha256(path),
-        head_bytes,
-        file_sha256(path, head_bytes) if head_bytes else "",
+        header_bytes,
+        file_sha256(path, header_bytes) if header_bytes else "",
     )
 
 
@@ -58,8 +58,8 @@ def shard_records(
     Raises:
         CacheCorruptError: The shard is damaged, or another run has written it with another codec.
     """
-    names = shard_name(view, shard), part_name(view, shard)
-    head = read_shard_head(directory / names[0])
+    names = shard_name(view, shard), table_name(view, shard)
+    head = read_shard_header(directory / names[0])
     if json.loads(head.metadata["codec"]) != plan.views.stored_dict(view):
         # A process of a run that was killed in part went on writing, with the codec of that run.
         raise CacheCorruptError(

@@ -40,21 +40,21 @@ from .schema import (
     MAX_INDEX_BYTES,
     check_document,
     parse_json,
-    part_name,
     shard_name,
+    table_name,
 )
 from .shard_file import (
     FORMAT,
     FORMAT_VERSION,
     ExtraSpec,
-    ShardHead,
+    ShardHeader,
     file_sha256,
-    head_size,
+    header_size,
     read_chunk_frames,
     read_extra,
-    read_shard_head,
+    read_shard_header,
     shard_metadata,
-    write_shard_head,
+    write_shard_header,
 )
 from .storage import (
     Storage,
@@ -73,20 +73,20 @@ __all__ = [
     "CacheIndex",
     "ExtraSpec",
     "FileRecord",
-    "ShardHead",
+    "ShardHeader",
     "atomic_write",
     "file_sha256",
     "fsync_directory",
-    "head_size",
+    "header_size",
     "load_index",
-    "part_name",
     "read_chunk_frames",
     "read_extra",
-    "read_shard_head",
+    "read_shard_header",
     "save_index",
     "shard_metadata",
     "shard_name",
-    "write_shard_head",
+    "table_name",
+    "write_shard_header",
 ]
 
 INDEX_NAME = "index.json"
@@ -102,13 +102,13 @@ class FileRecord:
     Attributes:
         bytes: Size.
         sha256: Of the whole file.
-        head_bytes: Size of a shard's head; 0 for other files.
+        header_bytes: Size of a shard's head; 0 for other files.
         head_sha256: Of the head; empty for other files.
     """
 
     bytes: int
     sha256: str
-    head_bytes: int = 0
+    header_bytes: int = 0
     head_sha256: str = ""
 
 
@@ -175,7 +175,7 @@ class CacheIndex:
 
     def view_bytes(self, view: int) -> int:
         """Return the bytes of the shards and index parts of one view."""
-        names = (name(view, shard) for name in (shard_name, part_name) for shard in range(self.num_shards))
+        names = (name(view, shard) for name in (shard_name, table_name) for shard in range(self.num_shards))
         return sum(self.files[name].bytes for name in names)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .schema import max_part_bytes
+from .schema import max_table_bytes
 from .storage import StoredFile
 
-__all__ = ["check_part"]
+__all__ = ["check_table"]
 
 
 def _same(found: Any, expected: Any) -> bool:
@@ -21,7 +21,7 @@ def _same(found: Any, expected: Any) -> bool:
     return bool(found == expected) or (isinstance(found, float) and math.isnan(found) and math.isnan(expected))
 
 
-def check_part(file: StoredFile, expected: Mapping[str, Sequence[Any]]) -> None:
+def check_table(file: StoredFile, expected: Mapping[str, Sequence[Any]]) -> None:
     """Compare a part with what it must hold, in memory that grows with that and not with what the part claims.
 
     Args:
@@ -33,7 +33,7 @@ def check_part(file: StoredFile, expected: Mapping[str, Sequence[Any]]) -> None:
         CacheCorruptError: It cannot be read.
     """
     rows, size = len(next(iter(expected.values()))), file.size() or 0
-    most = max_part_bytes(rows, len(expected))
+    most = max_table_bytes(rows, len(expected))
     if size > most:
         raise ValueError(f"{size} bytes for {rows} rows, expected at most {most}")
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import filelock
 
-from ..distributed.process_group import Processes
+from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheLockedError,
     CacheWriteError,
@@ -18,16 +18,16 @@ from ..errors import (
 )
 from .shard_writer import CachePlan
 
-__all__ = ["ALONE", "explained", "writing"]
+__all__ = ["SINGLE_PROCESS", "build_lock", "os_errors_as_cache_errors"]
 
 logger = logging.getLogger(__name__)
 
-ALONE = Processes()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def writing(
-    cache_dir: Path, plan: CachePlan, processes: Processes = ALONE, lock_timeout: float = 0.0
+def build_lock(
+    cache_dir: Path, plan: CachePlan, processes: ProcessGroup = SINGLE_PROCESS, lock_timeout: float = 0.0
 ) -> Iterator[None]:
     """Hold the lock of a cache, in its directory, which is made. Collective: the leader holds it for all processes.
 
@@ -47,7 +47,7 @@ def writing(
     lock = filelock.FileLock(cache_dir / f".{plan.name}.lock")
 
     def take() -> None:
-        with explained(directory):
+        with os_errors_as_cache_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
@@ -66,16 +66,16 @@ def writing(
                     "another cache_dir."
                 ) from None
 
-    processes.on_leader(take)
+    processes.on_main_process(take)
     try:
         yield
     finally:
-        if processes.is_leader:
+        if processes.is_main_process:
             lock.release()
 
 
 @contextmanager
-def explained(directory: Path) -> Iterator[None]:
+def os_errors_as_cache_errors(directory: Path) -> Iterator[None]:
     """Say of errors of the file system what was kept and what to do.
 
     Raises:

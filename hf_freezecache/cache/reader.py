@@ -42,11 +42,11 @@ from .index import (
     INDEX_NAME,
     CacheIndex,
     ExtraSpec,
-    ShardHead,
+    ShardHeader,
     load_index,
     read_chunk_frames,
     read_extra,
-    read_shard_head,
+    read_shard_header,
     shard_metadata,
     shard_name,
 )
@@ -81,10 +81,10 @@ class DecodedChunk:
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """The samples of one chunk in one view, as ``Codec.unpack`` gave them.
+    """The samples of one chunk in one view, as ``Codec.entropy_decode`` gave them.
 
     Attributes:
-        arrays: Name -> (samples, ...), for ``ViewCodec.restore``.
+        arrays: Name -> (samples, ...), for ``ViewCodec.dequantize``.
         extras: Name -> (samples, ...).
     """
 
@@ -131,7 +131,7 @@ class CacheReader:
     codec: Codec = field(init=False)
     views: ViewCodec = field(init=False)
     layout: ChunkLayout = field(init=False)
-    _heads: dict[tuple[int, int], ShardHead] = field(init=False, default_factory=dict)
+    _heads: dict[tuple[int, int], ShardHeader] = field(init=False, default_factory=dict)
     _largest: dict[tuple[int, int], list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -217,7 +217,7 @@ class CacheReader:
         """Return the frames of hidden states per chunk; those of extras follow."""
         return self.views.num_frames(view, (1, *self.index.hidden_shape), self.dtype)
 
-    def _head(self, view: int, shard: int) -> ShardHead:
+    def _head(self, view: int, shard: int) -> ShardHeader:
         if (view, shard) not in self._heads:
             index, name = self.index, shard_name(view, shard)
             if not self.selection.whole and name not in self.selection.files(index):
@@ -226,10 +226,10 @@ class CacheReader:
                     f"{list(self.selection.chosen_views(index))}, shards {list(self.selection.chosen_shards(index))}."
                 )
             file, record = self.storage.file(name), self.index.files[name]
-            start = file.read(0, record.head_bytes)
+            start = file.read(0, record.header_bytes)
             if hashlib.sha256(start).hexdigest() != record.head_sha256:
                 raise CacheCorruptError(f"{file} is damaged: the hash of its head does not match {INDEX_NAME}.")
-            head = read_shard_head(file, start)
+            head = read_shard_header(file, start)
             codec = index.codec if view == 0 or index.copies is None else index.copies
             expected = shard_metadata(
                 Fingerprint(index.fingerprint).digest,
@@ -250,8 +250,8 @@ class CacheReader:
                 problem = f"it was encoded with {str(head.metadata.get('codec'))[:500]}, not {expected['codec'][:500]}"
             elif different:
                 problem = f"its {', '.join(map(str, different))[:500]} differ"
-            elif head.head_bytes != record.head_bytes:
-                problem = f"its head takes {head.head_bytes} bytes, not {record.head_bytes}"
+            elif head.header_bytes != record.header_bytes:
+                problem = f"its head takes {head.header_bytes} bytes, not {record.header_bytes}"
             elif head.frame_offsets.shape != (-(-len(rows) // index.chunk_size), frames + 1):
                 problem = f"frame offsets of shape {head.frame_offsets.shape}"
             elif not np.array_equal(head.sample_indices, rows):
@@ -286,11 +286,11 @@ class CacheReader:
         Raises:
             CacheCorruptError: Its bytes are missing, damaged, or no finite hidden states.
         """
-        packed = self.unpack_chunk(view, chunk)
+        packed = self.entropy_decode_chunk(view, chunk)
         with self._blaming(view, chunk):
-            return DecodedChunk(self.views.restore(packed.arrays, self.dtype), packed.extras)
+            return DecodedChunk(self.views.dequantize(packed.arrays, self.dtype), packed.extras)
 
-    def unpack_chunk(self, view: int, chunk: int) -> PackedChunk:
+    def entropy_decode_chunk(self, view: int, chunk: int) -> PackedChunk:
         """Read one chunk of one view and undo its entropy coding; and, if that view is predicted, of the base view too.
 
         Raises:
@@ -311,12 +311,12 @@ class CacheReader:
     def _check_finite(self, arrays: dict[str, Tensor]) -> None:
         """Refuse what would restore to NaN or infinite hidden states. Cheap: nearly always a bound is enough."""
         largest = torch.finfo(self.dtype).max
-        if self.views.peak(arrays, self.dtype) < largest:
+        if self.views.abs_bound(arrays, self.dtype) < largest:
             return
         samples = len(next(iter(arrays.values())))
         for start in range(0, samples, _SLICE):
             part = {name: array[start : start + _SLICE] for name, array in arrays.items()}
-            if not bool(torch.isfinite(self.views.restore(part, self.dtype)).all()):
+            if not bool(torch.isfinite(self.views.dequantize(part, self.dtype)).all()):
                 raise ValueError(f"NaN or infinite hidden states among its samples {start} to {start + _SLICE - 1}")
 
     @contextmanager
@@ -351,7 +351,7 @@ class CacheReader:
             file = self.storage.file(shard_name(view, shard))
             frames = read_chunk_frames(file, head, position, self._largest_frames(view, samples))
             split = self._codec_frames(view)
-            arrays = self.views.unpack(view, frames[:split], (samples, *self.index.hidden_shape), self.dtype)
+            arrays = self.views.entropy_decode(view, frames[:split], (samples, *self.index.hidden_shape), self.dtype)
             extras = {
                 spec.name: read_extra(spec, frame, samples)
                 for spec, frame in zip(self.index.extras, frames[split:], strict=True)

@@ -23,18 +23,18 @@ __all__ = [
     "EXTRA_DTYPES",
     "FILE_NAME",
     "MAX_CHUNK_BYTES",
-    "MAX_HEAD_BYTES",
+    "MAX_HEADER_BYTES",
     "MAX_INDEX_BYTES",
     "MAX_STATE_HEADER_BYTES",
     "RESERVED_EXTRAS",
     "check_document",
     "check_extra",
-    "max_part_bytes",
     "max_state_bytes",
+    "max_table_bytes",
     "max_tensor_bytes",
     "parse_json",
-    "part_name",
     "shard_name",
+    "table_name",
 ]
 
 CODEC_NAME = "codec.safetensors"
@@ -43,7 +43,7 @@ COPIES_NAME = "copies.safetensors"
 #: default 1024 samples per shard 30 million views.
 MAX_INDEX_BYTES = 16 * 2**20
 #: A larger head of a shard is refused unread. It has 8 bytes per sample and per frame.
-MAX_HEAD_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 64 * 2**20
 #: Largest chunk, decoded. 32 samples of 1374 tokens of 1536 fp32 channels (DINOv2-giant at 518 pixels) take 258 MiB.
 MAX_CHUNK_BYTES = 2**31
 #: A longer header of a state is refused unread: it holds the codec's configuration and the report of its calibration.
@@ -82,7 +82,7 @@ def shard_name(view: int, shard: int) -> str:
     return f"view-{view:02d}/shard-{shard:05d}.safetensors"
 
 
-def part_name(view: int, shard: int) -> str:
+def table_name(view: int, shard: int) -> str:
     """Return the relative path of the index part that belongs to a shard."""
     return f"index/view-{view:02d}/part-{shard:05d}.parquet"
 
@@ -228,16 +228,16 @@ def check_document(document: Mapping[str, Any]) -> None:
     rows = min(chunk_size * shard_chunks, num_samples)
     for name, record in document["files"].items():
         if name.startswith("view"):
-            most = MAX_HEAD_BYTES + rows * (_MOST_TIMES * row_bytes + _FRAMES_BYTES)
+            most = MAX_HEADER_BYTES + rows * (_MOST_TIMES * row_bytes + _FRAMES_BYTES)
         elif name.startswith("index"):
-            most = max_part_bytes(rows, 5 + len(extras))
+            most = max_table_bytes(rows, 5 + len(extras))
         else:
             most = max_state_bytes(tokens, hidden)
         if record["bytes"] > most:
             raise ValueError(f"{name} has {record['bytes']} bytes, expected at most {most}")
 
 
-def max_part_bytes(rows: int, columns: int) -> int:
+def max_table_bytes(rows: int, columns: int) -> int:
     """Return the largest size of an index part: its schema, and values of 8 bytes with pages and statistics."""
     return 2**20 + 64 * rows * columns
 
@@ -264,7 +264,7 @@ def _check_files(document: Mapping[str, Any], num_samples: int, num_views: int, 
         if not isinstance(record, dict) or not {"bytes", "sha256"} <= record.keys():
             raise ValueError(f"the record of {_short(name)} is {_short(record)}, expected size and hashes")
         size = _count(record["bytes"], f"the size of {_short(name)}", 0, 2**62)
-        head = _count(record.get("head_bytes", 0), f"the size of the head of {_short(name)}", 0, MAX_HEAD_BYTES)
+        head = _count(record.get("header_bytes", 0), f"the size of the head of {_short(name)}", 0, MAX_HEADER_BYTES)
         hashes: Sequence[Any] = [record["sha256"]] + [record.get("head_sha256")] * bool(head)
         if head > size or not all(isinstance(value, str) and _SHA256.fullmatch(value) for value in hashes):
             raise ValueError(f"the record of {_short(name)} has sizes {size} and {head} and hashes {_short(hashes)}")
@@ -276,7 +276,7 @@ def _check_files(document: Mapping[str, Any], num_samples: int, num_views: int, 
         )
     expected = {
         name(view, shard)
-        for name in (shard_name, part_name)
+        for name in (shard_name, table_name)
         for view in range(num_views)
         for shard in range(num_shards)
     }
@@ -292,7 +292,7 @@ def _check_files(document: Mapping[str, Any], num_samples: int, num_views: int, 
     for shard in range(num_shards):
         rows = min(shard_rows, num_samples - shard * shard_rows)
         for view in range(num_views):
-            found = files[shard_name(view, shard)].get("head_bytes", 0)
+            found = files[shard_name(view, shard)].get("header_bytes", 0)
             if found < 8 * rows:
                 raise ValueError(
                     f"the head of {shard_name(view, shard)} has {found} bytes, expected 8 for each of {rows} samples"

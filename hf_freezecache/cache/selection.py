@@ -9,8 +9,8 @@ from .index import (
     CODEC_NAME,
     COPIES_NAME,
     CacheIndex,
-    part_name,
     shard_name,
+    table_name,
 )
 
 __all__ = ["Selection"]
@@ -70,7 +70,7 @@ class Selection:
         names = {name for name in (CODEC_NAME, COPIES_NAME) if name in index.files}
         for view in views:
             for shard in self.chosen_shards(index):
-                names |= {shard_name(view, shard), part_name(view, shard)}
+                names |= {shard_name(view, shard), table_name(view, shard)}
         return sorted(names)
 
 

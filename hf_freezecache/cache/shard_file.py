@@ -22,7 +22,7 @@ from ..codecs.entropy import decompress_frame
 from ..errors import CacheCorruptError
 from .schema import (
     EXTRA_DTYPES,
-    MAX_HEAD_BYTES,
+    MAX_HEADER_BYTES,
     parse_json,
 )
 from .storage import (
@@ -34,20 +34,20 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "ExtraSpec",
-    "ShardHead",
+    "ShardHeader",
     "file_sha256",
-    "head_size",
+    "header_size",
     "read_chunk_frames",
     "read_extra",
-    "read_shard_head",
+    "read_shard_header",
     "shard_metadata",
-    "write_shard_head",
+    "write_shard_header",
 ]
 
 FORMAT = "hf_freezecache"
 FORMAT_VERSION = 1
 #: A longer JSON header of a shard is refused unread; it holds a codec's configuration and the names of extras.
-MAX_HEADER_BYTES = 2**20
+MAX_JSON_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,23 @@ def shard_metadata(
 
 
 @dataclass(frozen=True)
-class ShardHead:
+class ShardHeader:
     """The part of a shard before its frames.
 
     Attributes:
         metadata: Strings, as safetensors allows: format, version, fingerprint, view, shard, codec, dtype, extras.
         frame_offsets: (chunks, frames + 1), int64, ends of frames in ``frames``.
         sample_indices: (rows,), int64.
-        head_bytes: Where ``frames`` starts in the file.
+        header_bytes: Where ``frames`` starts in the file.
     """
 
     metadata: dict[str, str]
     frame_offsets: npt.NDArray[np.int64]
     sample_indices: npt.NDArray[np.int64]
-    head_bytes: int
+    header_bytes: int
 
 
-def _head_layout(num_chunks: int, num_frames: int, num_rows: int, metadata: dict[str, str]) -> tuple[int, int]:
+def _header_layout(num_chunks: int, num_frames: int, num_rows: int, metadata: dict[str, str]) -> tuple[int, int]:
     """Return the bytes reserved for the JSON header, and the size of the whole head."""
     # The one unknown is the number of frame bytes: room is kept for 20 digits.
     header = _header_json(num_chunks, num_frames, num_rows, 10**19, metadata)
@@ -162,21 +162,21 @@ def _header_json(num_chunks: int, num_frames: int, num_rows: int, frame_bytes: i
     return json.dumps(header, sort_keys=True).encode()
 
 
-def head_size(num_chunks: int, num_frames: int, num_rows: int, metadata: dict[str, str]) -> int:
+def header_size(num_chunks: int, num_frames: int, num_rows: int, metadata: dict[str, str]) -> int:
     """Return the size in bytes of a shard's head; known before any frame is."""
-    return _head_layout(num_chunks, num_frames, num_rows, metadata)[1]
+    return _header_layout(num_chunks, num_frames, num_rows, metadata)[1]
 
 
-def write_shard_head(
+def write_shard_header(
     file: BinaryIO,
     frame_offsets: npt.NDArray[np.int64],
     sample_indices: npt.NDArray[np.int64],
     metadata: dict[str, str],
 ) -> None:
-    """Write the head of a shard whose frames already follow at ``head_size``."""
+    """Write the head of a shard whose frames already follow at ``header_size``."""
     num_chunks, width = frame_offsets.shape
     num_rows = len(sample_indices)
-    reserved, _ = _head_layout(num_chunks, width - 1, num_rows, metadata)
+    reserved, _ = _header_layout(num_chunks, width - 1, num_rows, metadata)
     header = _header_json(num_chunks, width - 1, num_rows, int(frame_offsets[-1, -1]), metadata)
     file.seek(0)
     file.write(struct.pack("<Q", reserved))
@@ -185,7 +185,7 @@ def write_shard_head(
     file.write(sample_indices.astype("<i8").tobytes())
 
 
-def read_shard_head(path: Path | StoredFile, start: bytes | None = None) -> ShardHead:
+def read_shard_header(path: Path | StoredFile, start: bytes | None = None) -> ShardHeader:
     """Read and check the head of a shard.
 
     Args:
@@ -205,9 +205,9 @@ def read_shard_head(path: Path | StoredFile, start: bytes | None = None) -> Shar
             return file.read(position, length) if start is None else start[position : position + length]
 
         (reserved,) = struct.unpack("<Q", take(0, 8))
-        if not 2 <= reserved <= min(MAX_HEADER_BYTES, size):
+        if not 2 <= reserved <= min(MAX_JSON_BYTES, size):
             raise ValueError(
-                f"a header of {reserved} bytes in a file of {size}, expected at most {min(MAX_HEADER_BYTES, size)}"
+                f"a header of {reserved} bytes in a file of {size}, expected at most {min(MAX_JSON_BYTES, size)}"
             )
         header = parse_json(take(8, reserved))
         metadata = header["__metadata__"]
@@ -217,13 +217,13 @@ def read_shard_head(path: Path | StoredFile, start: bytes | None = None) -> Shar
         counts: Sequence[int] = (num_chunks, width, num_rows, frame_bytes)
         if not all(type(count) is int and count >= 0 for count in counts) or width < 2:
             raise ValueError(f"shapes {list(counts)}")
-        head_bytes = 8 + reserved + 8 * (num_chunks * width + num_rows)
-        if head_bytes > MAX_HEAD_BYTES or head_bytes + frame_bytes != size:
-            raise ValueError(f"{size} bytes, expected {head_bytes + frame_bytes}")
+        header_bytes = 8 + reserved + 8 * (num_chunks * width + num_rows)
+        if header_bytes > MAX_HEADER_BYTES or header_bytes + frame_bytes != size:
+            raise ValueError(f"{size} bytes, expected {header_bytes + frame_bytes}")
         expected = json.loads(_header_json(num_chunks, width - 1, num_rows, frame_bytes, metadata))
         if header != expected or metadata.get("format") != FORMAT:
             raise ValueError("foreign tensors, offsets or metadata in its header")
-        numbers = np.frombuffer(take(8 + reserved, head_bytes - 8 - reserved), dtype="<i8")
+        numbers = np.frombuffer(take(8 + reserved, header_bytes - 8 - reserved), dtype="<i8")
         if len(numbers) != num_chunks * width + num_rows:
             raise ValueError(f"{len(numbers)} offsets and indices, expected {num_chunks * width + num_rows}")
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
@@ -234,11 +234,11 @@ def read_shard_head(path: Path | StoredFile, start: bytes | None = None) -> Shar
     # Compared, not subtracted: differences of far numbers wrap around.
     if not tiled or bool((ends[1:] < ends[:-1]).any()) or not np.array_equal(offsets[1:, 0], offsets[:-1, -1]):
         raise CacheCorruptError(f"{file} is damaged: its frame offsets do not tile its {frame_bytes} bytes of frames.")
-    return ShardHead(metadata, offsets, numbers[num_chunks * width :], head_bytes)
+    return ShardHeader(metadata, offsets, numbers[num_chunks * width :], header_bytes)
 
 
 def read_chunk_frames(
-    path: Path | StoredFile, head: ShardHead, position: int, largest: Sequence[int] | None = None
+    path: Path | StoredFile, head: ShardHeader, position: int, largest: Sequence[int] | None = None
 ) -> list[Buffer]:
     """Read the frames of one chunk of a shard.
 
@@ -258,7 +258,7 @@ def read_chunk_frames(
         if sizes[number] > most:
             raise ValueError(f"frame {number} takes {sizes[number]} bytes, expected at most {most}")
     length = sum(sizes)
-    data = as_file(path).read(head.head_bytes + int(offsets[0]), length)
+    data = as_file(path).read(head.header_bytes + int(offsets[0]), length)
     if len(data) != length:
         raise ValueError(f"{len(data)} bytes left of {length}")
     bounds = (offsets - offsets[0]).tolist()

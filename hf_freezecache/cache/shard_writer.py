@@ -25,7 +25,7 @@ from ..data.geometry import GEOMETRY_NAME
 from ..data.layout import ChunkLayout
 from ..errors import DataError
 from .fingerprint import Fingerprint
-from .index import ExtraSpec, head_size, shard_metadata, write_shard_head
+from .index import ExtraSpec, header_size, shard_metadata, write_shard_header
 from .schema import (
     MAX_CHUNK_BYTES,
     check_extra,
@@ -154,7 +154,7 @@ class ShardWriter:
         rows = len(self.plan.rows(self.shard))
         chunks = -(-rows // self.plan.layout.chunk_size)
         frames = self.plan.views.num_frames(self.view, hidden_states.shape, hidden_states.dtype) + len(specs)
-        self.file.seek(head_size(chunks, frames, rows, self.metadata))
+        self.file.seek(header_size(chunks, frames, rows, self.metadata))
 
     def _check_readable(self, hidden_states: Tensor, specs: list[ExtraSpec]) -> None:
         """Refuse at the start of a build what no reader would take at its end."""
@@ -234,4 +234,4 @@ class ShardWriter:
         if left:
             self._cut(left)
         self._flush()
-        write_shard_head(self.file, np.array(self.ends, dtype=np.int64), self.plan.rows(self.shard), self.metadata)
+        write_shard_header(self.file, np.array(self.ends, dtype=np.int64), self.plan.rows(self.shard), self.metadata)

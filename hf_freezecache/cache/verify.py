@@ -18,10 +18,10 @@ from .index import (
     CacheIndex,
     file_sha256,
     load_index,
-    part_name,
     shard_name,
+    table_name,
 )
-from .index_tables import check_part
+from .index_tables import check_table
 from .reader import CacheReader
 from .storage import Storage, open_storage
 
@@ -98,20 +98,20 @@ def _content_problems(reader: CacheReader, damaged: Collection[str]) -> dict[str
     for shard, view in itertools.product(range(index.num_shards), range(index.num_views)):
         if view == 0:
             reader._heads.clear()
-        name, part = shard_name(view, shard), part_name(view, shard)
+        name, part = shard_name(view, shard), table_name(view, shard)
         base_is_sound = shard_name(0, shard) not in problems
         columns: dict[str, list[Any]] = {}
         try:
             first = shard * index.shard_chunks
             for chunk in range(first, min(first + index.shard_chunks, reader.layout.num_chunks)):
-                packed = reader.unpack_chunk(view, chunk) if base_is_sound else reader._unpack(view, chunk)
+                packed = reader.entropy_decode_chunk(view, chunk) if base_is_sound else reader._unpack(view, chunk)
                 _append_columns(columns, packed.extras, reader.members(chunk).tolist(), view, shard, chunk)
         except CacheCorruptError as error:
             problems[name] = str(error)
             continue
         if part not in damaged:
             try:
-                check_part(reader.storage.file(part), columns)
+                check_table(reader.storage.file(part), columns)
             except CacheCorruptError as error:
                 problems[part] = str(error)
             except ValueError as error:

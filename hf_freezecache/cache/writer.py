@@ -30,7 +30,7 @@ from ..data.views import (
     ViewKey,
     preserved_random_state,
 )
-from ..distributed.process_group import Processes
+from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheCorruptError,
     DataError,
@@ -52,21 +52,21 @@ from .index import (
     COPIES_NAME,
     INDEX_NAME,
     ExtraSpec,
-    ShardHead,
+    ShardHeader,
     atomic_write,
     fsync_directory,
     load_index,
-    part_name,
     read_chunk_frames,
     read_extra,
-    read_shard_head,
+    read_shard_header,
     save_index,
     shard_name,
+    table_name,
 )
 from .lock import (
-    ALONE,
-    explained,
-    writing,
+    SINGLE_PROCESS,
+    build_lock,
+    os_errors_as_cache_errors,
 )
 from .shard_writer import (
     CachePlan,
@@ -142,12 +142,12 @@ def _finished(directory: Path, plan: CachePlan, view: int, shard: int) -> bool:
 
     Only a resumed build asks; what it keeps gets its hashes afterwards, so damage must be found now.
     """
-    part, path = directory / part_name(view, shard), directory / shard_name(view, shard)
+    part, path = directory / table_name(view, shard), directory / shard_name(view, shard)
     if not part.is_file():
         return False
     rows = plan.rows(shard)
     try:
-        head = read_shard_head(path)
+        head = read_shard_header(path)
         identity = (head.metadata.get("fingerprint"), head.metadata.get("view"), head.metadata.get("shard"))
         if identity != (plan.fingerprint.digest, str(view), str(shard)) or not np.array_equal(
             head.sample_indices, rows
@@ -158,7 +158,7 @@ def _finished(directory: Path, plan: CachePlan, view: int, shard: int) -> bool:
         if not np.array_equal(pq.read_table(part, columns=["sample_index"])["sample_index"].to_numpy(), rows):
             raise ValueError(f"{part} does not list the rows of its shard")
         with path.open("rb") as file:
-            file.seek(head.head_bytes)
+            file.seek(head.header_bytes)
             for ends in head.frame_offsets.tolist():
                 for start, end in itertools.pairwise(ends):
                     check_frame(file.read(end - start))
@@ -204,12 +204,12 @@ class _BaseShard:
     directory: Path
     plan: CachePlan
     shard: int
-    head: ShardHead | None = None
+    head: ShardHeader | None = None
 
     def __call__(self, position: int) -> tuple[Tensor, Tensor]:
         path, plan = self.directory / shard_name(0, self.shard), self.plan
         if self.head is None:
-            self.head = read_shard_head(path)
+            self.head = read_shard_header(path)
         metadata = self.head.metadata
         first = (self.shard * plan.shard_chunks + position) * plan.layout.chunk_size
         samples = min(plan.layout.chunk_size, plan.layout.num_samples - first)
@@ -251,7 +251,7 @@ def build_cache(
     prefix_inputs: frozenset[str] = frozenset(),
     is_input: Callable[[str], bool] = is_image,
     show_progress: bool = False,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     lock_timeout: float = 0.0,
     consume: Callable[[int], None] | None = None,
 ) -> BuildReport:
@@ -273,7 +273,7 @@ def build_cache(
         prefix: (**inputs) -> hidden states (batch, tokens, hidden), without gradients, on any device. Its inputs are
             those parts of a batch that ``is_input`` or ``prefix_inputs`` name.
         batch_size: Images per prefix call.
-        num_workers: Processes that render ahead of the device; 0 renders in this one.
+        num_workers: ProcessGroup that render ahead of the device; 0 renders in this one.
         prefix_inputs: Names of the extras that the prefix takes as arguments, and that are stored as well.
         is_input: Says by name what is only for the prefix, and not stored. Default: ``pixel_values``.
         show_progress: Show a progress bar over all views and samples.
@@ -290,7 +290,7 @@ def build_cache(
     started = time.perf_counter()
     report = BuildReport(cache_dir / plan.name)
     source = _Source(views, collate, prefix, prefix_inputs, is_input)
-    with writing(cache_dir, plan, processes, lock_timeout), preserved_random_state():
+    with build_lock(cache_dir, plan, processes, lock_timeout), preserved_random_state():
         _build(plan, source, batch_size, num_workers, processes, consume, show_progress, report)
     report.seconds = time.perf_counter() - started
     return report
@@ -308,7 +308,7 @@ def _build(
     source: _Source,
     batch_size: int,
     num_workers: int,
-    processes: Processes,
+    processes: ProcessGroup,
     consume: Callable[[int], None] | None,
     show_progress: bool,
     report: BuildReport,
@@ -316,7 +316,7 @@ def _build(
     directory = report.directory
 
     def begin() -> bool:
-        with explained(directory):
+        with os_errors_as_cache_errors(directory):
             if (directory / INDEX_NAME).is_file():  # finished by another run since this one looked
                 return False
             _sweep(directory)
@@ -325,30 +325,30 @@ def _build(
             return True
 
     everything = [(view, shard) for view in range(plan.num_views) for shard in range(plan.num_shards)]
-    if not processes.on_leader(begin):
+    if not processes.on_main_process(begin):
         report.kept_shards = len(everything)
-        report.total_bytes = processes.on_leader(lambda: load_index(directory).total_bytes)
+        report.total_bytes = processes.on_main_process(lambda: load_index(directory).total_bytes)
         return
-    with processes.together(), explained(directory):
-        missing = [unit for unit in processes.share(everything) if not _finished(directory, plan, *unit)]
+    with processes.fail_together(), os_errors_as_cache_errors(directory):
+        missing = [unit for unit in processes.split_between(everything) if not _finished(directory, plan, *unit)]
     pending = {unit for part in processes.gather(missing) for unit in part}
     report.kept_shards = len(everything) - len(pending)
-    if report.kept_shards and processes.is_leader:
+    if report.kept_shards and processes.is_main_process:
         logger.info("Going on with %s: %d of %d shards are finished.", directory, report.kept_shards, len(everything))
     if consume is not None:
-        with processes.together(), explained(directory):
-            for shard in processes.share(sorted(set(range(plan.num_shards)) - {shard for _, shard in pending})):
+        with processes.fail_together(), os_errors_as_cache_errors(directory):
+            for shard in processes.split_between(sorted(set(range(plan.num_shards)) - {shard for _, shard in pending})):
                 consume(shard)
     for units in _shares(plan, pending, processes, by_shard=consume is not None):
-        with processes.together(), explained(directory):
+        with processes.fail_together(), os_errors_as_cache_errors(directory):
             _build_units(plan, units, source, batch_size, num_workers, consume, show_progress, processes, report)
     report.built_shards = sum(processes.gather(report.built_shards))
-    with processes.together(), explained(directory):
-        records = [shard_records(directory, plan, view, shard) for view, shard in processes.share(everything)]
+    with processes.fail_together(), os_errors_as_cache_errors(directory):
+        records = [shard_records(directory, plan, view, shard) for view, shard in processes.split_between(everything)]
     found = [record for part in processes.gather(records) for record in part]
 
     def commit() -> int:
-        with explained(directory):
+        with os_errors_as_cache_errors(directory):
             index = make_index(directory, plan, found)
             _sweep(directory)
             save_index(directory, index)
@@ -356,11 +356,11 @@ def _build(
             fsync_directory(directory.parent)
             return index.total_bytes
 
-    report.total_bytes = processes.on_leader(commit)
+    report.total_bytes = processes.on_main_process(commit)
 
 
 def _shares(
-    plan: CachePlan, pending: set[tuple[int, int]], processes: Processes, by_shard: bool
+    plan: CachePlan, pending: set[tuple[int, int]], processes: ProcessGroup, by_shard: bool
 ) -> list[list[tuple[int, int]]]:
     """Return what this process builds, (view, shard), one list after the other: runs of sample indices.
 
@@ -368,7 +368,7 @@ def _shares(
     cache give way, each is built in all views by one process, one shard after the other.
     """
     if by_shard:
-        mine = set(processes.share(sorted({shard for _, shard in pending})))
+        mine = set(processes.split_between(sorted({shard for _, shard in pending})))
         return [sorted((unit for unit in pending if unit[1] in mine), key=lambda unit: unit[::-1])]
     predicted = plan.num_views > 1 and plan.views.needs_base(1)
     phases = (
@@ -376,7 +376,7 @@ def _shares(
         if predicted
         else [sorted(pending)]
     )
-    return [processes.share(phase) for phase in phases]
+    return [processes.split_between(phase) for phase in phases]
 
 
 def _build_units(
@@ -387,7 +387,7 @@ def _build_units(
     num_workers: int,
     consume: Callable[[int], None] | None,
     show_progress: bool,
-    processes: Processes,
+    processes: ProcessGroup,
     report: BuildReport,
 ) -> None:
     """Write this process's shards, one after the other."""
@@ -411,7 +411,7 @@ def _build_units(
         desc=f"Caching {plan.split_point} frozen blocks"
         + (f" (process 1 of {processes.size})" if processes.size > 1 else ""),
         unit="view",
-        disable=not show_progress or not processes.is_leader,
+        disable=not show_progress or not processes.is_main_process,
     )
     datasets.disable_progress_bars()
     try:
@@ -422,7 +422,7 @@ def _build_units(
                     writer = ShardWriter(file, plan, view, shard, executor, base)
                     index = _map_shard(writer, rendered, source, batch_size, directory / _SCRATCH, bar, report)
                     writer.finish()
-                with atomic_write(directory / part_name(view, shard)) as file:
+                with atomic_write(directory / table_name(view, shard)) as file:
                     index.to_parquet(file)
                 report.built_shards += 1
                 if consume is not None and view == last_views[shard]:

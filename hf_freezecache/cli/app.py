@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..report.wording import (
     codec_words,
-    fidelity_words,
+    distortion_words,
     size_words,
 )
 
@@ -149,7 +149,7 @@ def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
     lines = {
         "further views": f"{how}; {sum(others) / len(others) / first:.0%} of the bytes of the first each",
         "  codec": codec_words(configuration["codec"]),
-        "  fidelity": fidelity_words(calibration) if "fidelity" in calibration else "not measured",
+        "  distortion": distortion_words(calibration) if "distortion" in calibration else "not measured",
     }
     if "sensitivity" in calibration:
         found = _sensitivity(calibration, cache["path"])
@@ -174,7 +174,7 @@ def _lines(cache: dict[str, Any]) -> list[str]:
 
     measured = "exact" if cache["codec"]["name"] == "lossless" else "not measured"
     if cache["calibration"]:
-        measured = fidelity_words(cache["calibration"])
+        measured = distortion_words(cache["calibration"])
     extras = [f"{e['name']} ({e['dtype']}, {e['shape'] or 'one number'})" for e in cache["extras"]]
     rows = {
         "split point": f"{cache['split_point']} frozen blocks",
@@ -182,7 +182,7 @@ def _lines(cache: dict[str, Any]) -> list[str]:
         "images": " x ".join(map(str, cache["image_shape"])) + " (channels x height x width)",
         "hidden states": f"{cache['tokens']} tokens x {cache['hidden']}, {cache['dtype']}",
         "codec": codec_words(cache["codec"]),
-        "fidelity": measured,
+        "distortion": measured,
         **_copies_lines(cache),
         "shards": f"{cache['shards']}, up to {cache['shard_chunks']} chunks of {cache['chunk_size']} samples each",
         "size": f"{size_words(cache['bytes'])} ({cache['bytes']:,} bytes)",

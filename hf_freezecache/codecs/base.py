@@ -142,7 +142,7 @@ class ArrayStep(Step):
         """
         return
 
-    def peak(self, arrays: Mapping[str, Tensor], largest: float) -> float:
+    def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
         """Return a bound of the absolute values that ``decode`` gives, cheaper than to decode; inf or NaN if it knows none.
 
         Args:
@@ -203,8 +203,8 @@ class Codec(ABC):
     A frame is an independent zstd frame with content size and checksum, so that a reader can check sizes before it
     takes memory, and damage shows when a frame is decoded.
 
-    Decoding has two halves: ``unpack``, which workers run, gives arrays of integers whose first axis counts samples;
-    ``restore`` turns a batch of them into hidden states on whatever device it lies.
+    Decoding has two halves: ``entropy_decode``, which workers run, gives arrays of integers whose first axis counts samples;
+    ``dequantize`` turns a batch of them into hidden states on whatever device it lies.
     """
 
     name: ClassVar[str]
@@ -245,7 +245,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def unpack(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def entropy_decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Undo entropy coding and packing.
 
         Args:
@@ -261,10 +261,10 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def restore(
+    def dequantize(
         self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Turn a batch of what ``unpack`` gave into hidden states, on the device where it lies.
+        """Turn a batch of what ``entropy_decode`` gave into hidden states, on the device where it lies.
 
         Args:
             arrays: Name -> (batch, ...).
@@ -288,12 +288,12 @@ class Codec(ABC):
         """
         return
 
-    def peak(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
-        """Return a bound of the absolute values that ``restore`` gives, cheaper than to restore; inf or NaN if it knows none."""
+    def abs_bound(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+        """Return a bound of the absolute values that ``dequantize`` gives, cheaper than to restore; inf or NaN if it knows none."""
         return math.inf
 
     def decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Decode a chunk: ``unpack``, then ``restore`` on the CPU.
+        """Decode a chunk: ``entropy_decode``, then ``dequantize`` on the CPU.
 
         Returns:
             Hidden states of this shape and dtype, on the CPU, in memory of their own.
@@ -301,4 +301,4 @@ class Codec(ABC):
         Raises:
             ValueError: A frame is damaged or of another size than shape and dtype call for.
         """
-        return self.restore(self.unpack(frames, shape, dtype), dtype)
+        return self.dequantize(self.entropy_decode(frames, shape, dtype), dtype)

@@ -79,7 +79,7 @@ class Cast(ArrayStep):
         """See base class."""
         return arrays["values"].to(dtype)
 
-    def peak(self, arrays: Mapping[str, Tensor], largest: float) -> float:
+    def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
         """See base class."""
         return largest
 

@@ -153,7 +153,7 @@ class Pipeline(Codec):
             buffers = [compression.encode(buffer) for buffer in buffers]
         return buffers
 
-    def unpack(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def entropy_decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """See base class. Names are ``"values"``, and ``"<step>.<name>"`` for other arrays."""
         spec = ArraySpec(tuple(shape), dtype)
         expected = self._buffers(spec)
@@ -191,7 +191,7 @@ class Pipeline(Codec):
             inputs.append(step.encoded_specs(ArraySpec((1, 1, 1), inputs[-1]))["values"].dtype)
         return inputs
 
-    def restore(
+    def dequantize(
         self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> Tensor:
         """See base class."""
@@ -207,11 +207,11 @@ class Pipeline(Codec):
         for step in self._arrays:
             step.check(tokens, hidden)
 
-    def peak(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+    def abs_bound(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """See base class."""
         largest, inputs = largest_value(arrays["values"]), self._inputs(dtype)
         for position in reversed(range(len(self._arrays))):
-            largest = self._arrays[position].peak(_own(arrays, position), largest)
+            largest = self._arrays[position].abs_bound(_own(arrays, position), largest)
             if not largest < torch.finfo(inputs[position]).max:
                 return math.inf
         return largest
@@ -271,20 +271,20 @@ class LosslessCodec(Codec):
         """See base class."""
         return self._pipeline.encode(hidden_states)
 
-    def unpack(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def entropy_decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """See base class."""
-        return self._pipeline.unpack(frames, shape, dtype)
+        return self._pipeline.entropy_decode(frames, shape, dtype)
 
-    def restore(
+    def dequantize(
         self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> Tensor:
         """See base class."""
-        return self._pipeline.restore(arrays, dtype, compute_dtype)
+        return self._pipeline.dequantize(arrays, dtype, compute_dtype)
 
     def error_bound(self, hidden_states: Tensor) -> Tensor:
         """See base class."""
         return self._pipeline.error_bound(hidden_states)
 
-    def peak(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+    def abs_bound(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """See base class."""
-        return self._pipeline.peak(arrays, dtype)
+        return self._pipeline.abs_bound(arrays, dtype)

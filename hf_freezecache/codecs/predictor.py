@@ -184,7 +184,7 @@ class Predictor:
                     f"the predictor's {name} is {tuple(tensor.shape)} {tensor.dtype} or not finite, expected {shape} {dtype}"
                 )
 
-    def peak(self, largest: float) -> float:
+    def abs_bound(self, largest: float) -> float:
         """Return a bound of the absolute values that are predicted from base views up to ``largest``."""
         if self.gains is None or self.scale is None or self.mean is None:
             return math.inf

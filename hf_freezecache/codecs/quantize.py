@@ -87,7 +87,7 @@ class Quantize(ArrayStep):
         values = arrays["values"].transpose(1, 2).to(compute_dtype) * scale[:, None].to(compute_dtype)
         return values.to(dtype).contiguous()
 
-    def peak(self, arrays: Mapping[str, Tensor], largest: float) -> float:
+    def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
         """See base class."""
         return largest * largest_value(arrays["scale"])
 

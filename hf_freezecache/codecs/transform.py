@@ -32,7 +32,7 @@ _LEAST_WEIGHT = 1e-4
 #: Tokens up to which the DCT is undone by one matrix of all frequencies: more arithmetic than rows and columns apart, but in
 #: one product, which for 196 tokens takes half the time (measured on a CPU in bf16).
 _DENSE_TOKENS = 1024
-#: Step of ``codec="transform"`` when nobody asks for a rate or a fidelity, in root-mean-square values of the centred states.
+#: Step of ``codec="transform"`` when nobody asks for a rate or a distortion, in root-mean-square values of the centred states.
 DEFAULT_RELATIVE_STEP = 0.5
 _LARGEST = 32767
 #: Samples whose largest value is within this many steps are not decoded again to check the bound: some 400 products of that
@@ -369,7 +369,7 @@ class Transform(ArrayStep):
         longest, mean = self._lengths
         return 1.01 * (longest * largest * math.sqrt(math.prod(self._grids()) * hidden) + mean)
 
-    def peak(self, arrays: Mapping[str, Tensor], largest: float) -> float:
+    def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
         """See base class."""
         bounds = [self._peak(largest, arrays["prefix"].shape[2]), largest_value(arrays["prefix"])]
         if "exact" in arrays:

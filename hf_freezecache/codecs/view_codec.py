@@ -95,7 +95,7 @@ class CopyCodec:
         """
         return self.codec.encode(self.residual(views, base, geometry))
 
-    def restore(
+    def dequantize(
         self,
         arrays: Mapping[str, Tensor],
         base: Tensor | None,
@@ -103,12 +103,12 @@ class CopyCodec:
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Turn what ``codec.unpack`` gave of views into hidden states, where it lies.
+        """Turn what ``codec.entropy_decode`` gave of views into hidden states, where it lies.
 
         Returns:
             (batch, tokens, hidden).
         """
-        states = self.codec.restore(arrays, dtype, compute_dtype)
+        states = self.codec.dequantize(arrays, dtype, compute_dtype)
         if self.predictor is None:
             return states
         assert base is not None
@@ -127,7 +127,7 @@ def _parts(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 class ViewCodec:
     """Decodes the views of a cache.
 
-    A packed batch holds, by name: what ``base.unpack`` gave of base views; under ``COPY`` what ``copies.codec.unpack`` gave
+    A packed batch holds, by name: what ``base.entropy_decode`` gave of base views; under ``COPY`` what ``copies.codec.entropy_decode`` gave
     of others; ``geometry`` (batch, 2, 5) where there is a predictor; ``is_copy`` (batch,) bool. What a sample does not have
     is zero.
 
@@ -170,15 +170,15 @@ class ViewCodec:
         """Return the number of frames of hidden states per chunk of (samples, tokens, hidden)."""
         return len(self.codec(view).max_frame_bytes(shape, dtype))
 
-    def unpack(
+    def entropy_decode(
         self, view: int, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Undo entropy coding and packing of one view; see ``Codec.unpack``.
+        """Undo entropy coding and packing of one view; see ``Codec.entropy_decode``.
 
         Raises:
-            ValueError: As ``Codec.unpack``.
+            ValueError: As ``Codec.entropy_decode``.
         """
-        arrays = self.codec(view).unpack(frames, shape, dtype)
+        arrays = self.codec(view).entropy_decode(frames, shape, dtype)
         if view == 0 or self.copies is None:
             return arrays
         copies = {COPY + name: array for name, array in arrays.items()}
@@ -196,26 +196,26 @@ class ViewCodec:
             if self.copies.predictor is not None:
                 self.copies.predictor.check(tokens, hidden)
 
-    def peak(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
-        """Return a bound of the absolute values that ``restore`` gives, cheaper than to restore; inf or NaN if it knows none."""
+    def abs_bound(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+        """Return a bound of the absolute values that ``dequantize`` gives, cheaper than to restore; inf or NaN if it knows none."""
         copies, own = _parts(arrays)
-        base = self.base.peak(own, dtype) if own else 0.0
+        base = self.base.abs_bound(own, dtype) if own else 0.0
         if not copies:
             return base
         assert self.copies is not None
-        residual = self.copies.codec.peak(copies, dtype)
-        copy = residual + (self.copies.predictor.peak(base) if self.copies.predictor is not None else 0.0)
+        residual = self.copies.codec.abs_bound(copies, dtype)
+        copy = residual + (self.copies.predictor.abs_bound(base) if self.copies.predictor is not None else 0.0)
         # Of both: a packed batch may hold samples of either. ``max`` would pass over NaN.
         return copy if math.isnan(copy) else max(base, copy)
 
-    def restore(
+    def dequantize(
         self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Turn a packed batch into hidden states, on the device where it lies; see ``Codec.restore``."""
+        """Turn a packed batch into hidden states, on the device where it lies; see ``Codec.dequantize``."""
         copies, own = _parts(arrays)
         if not copies:
-            return self.base.restore(own, dtype, compute_dtype)
+            return self.base.dequantize(own, dtype, compute_dtype)
         assert self.copies is not None
-        base = self.base.restore(own, dtype, compute_dtype) if own else None
-        states = self.copies.restore(copies, base, arrays.get("geometry"), dtype, compute_dtype)
+        base = self.base.dequantize(own, dtype, compute_dtype) if own else None
+        states = self.copies.dequantize(copies, base, arrays.get("geometry"), dtype, compute_dtype)
         return states if base is None else torch.where(arrays["is_copy"][:, None, None], states, base)

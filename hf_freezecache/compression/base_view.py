@@ -37,7 +37,7 @@ from ..model.split import (
     Split,
     token_grid,
 )
-from .distortion import FidelityMeter
+from .distortion import DistortionMeter
 from .step_search import Calibration, calibrate, fit_codec, rate_at
 
 __all__ = ["CodecChooser", "Runner", "Sample", "check_rows", "is_weighted", "promoted", "requested_codec"]
@@ -51,7 +51,7 @@ _PROMOTED_BITS = 1.1
 
 
 def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> tuple[Codec, float | None, float | None]:
-    """Return the codec that a user asks for at a split point, its fidelity budget, and its rate in bits per element.
+    """Return the codec that a user asks for at a split point, its distortion budget, and its rate in bits per element.
 
     Raises:
         UnsupportedSetupError: No such codec, or the compression schedule cannot be read.
@@ -73,7 +73,7 @@ def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> t
             f"compression={config.compression!r} needs a codec with 'transform', whose step can be chosen; codec="
             f"{config.codec!r} has none."
         )
-    return codec, config.fidelity if config.codec == "auto" else None, rate
+    return codec, config.max_distortion if config.codec == "auto" else None, rate
 
 
 def is_weighted(codec: Codec) -> bool:
@@ -125,7 +125,7 @@ def promoted(
         run: Runs a function on the training device.
         split: The later split.
         source: The earlier cache.
-        packed: Packed batch of it, for ``ViewCodec.restore``.
+        packed: Packed batch of it, for ``ViewCodec.dequantize``.
         extras: Further inputs of the model.
 
     Returns:
@@ -137,8 +137,8 @@ def promoted(
     def advance(packed: dict[str, Tensor], **extras: Tensor) -> Tensor:
         # In full precision whatever the autocast: what follows is stored.
         with torch.autocast(next(iter(packed.values())).device.type, enabled=False):
-            states = source.views.restore(packed, source.dtype)
-        return earlier.between(states, split.split_point, **extras)
+            states = source.views.dequantize(packed, source.dtype)
+        return earlier.run_blocks(states, split.split_point, **extras)
 
     return run(advance, packed=packed, **extras)  # type: ignore[no-any-return]
 
@@ -240,24 +240,26 @@ class CodecChooser:
         for start in range(0, len(items), self.batch_size):
             yield slice(start, start + self.batch_size)
 
-    def meter(self, split: Split, sample: Sample, start: int) -> FidelityMeter:
+    def meter(self, split: Split, sample: Sample, start: int) -> DistortionMeter:
         """Return the meter of the images of a sample from ``start`` on."""
         extras = {name: value[start:] for name, value in sample.extras.items()}
 
         def outputs(states: Tensor) -> tuple[Tensor, Tensor]:
             found = [
-                self.run(split.outputs, hidden_states=states[part], **{n: v[part] for n, v in extras.items()})
+                self.run(
+                    split.logits_and_features, hidden_states=states[part], **{n: v[part] for n, v in extras.items()}
+                )
                 for part in self._batches(range(len(states)))
             ]
             return torch.cat([f[0].cpu() for f in found]), torch.cat([f[1].cpu() for f in found])
 
-        return FidelityMeter(sample.states[start:], outputs, self.data.classes)
+        return DistortionMeter(sample.states[start:], outputs, self.data.classes)
 
     def measure(self, split: Split, reader: CacheReader) -> dict[str, float | None]:
         """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
 
         Returns:
-            ``fidelity``, ``agreement`` and ``relative_error``, on the images that calibration measures on; and the same of
+            ``distortion``, ``agreement`` and ``relative_error``, on the images that calibration measures on; and the same of
             views beyond the first, under ``copy_...``, if these have a codec of their own.
 
         Raises:
@@ -270,8 +272,8 @@ class CodecChooser:
             sample = self.sample(split, keys[len(keys) // 2 :])
             stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
             meter = self.meter(split, sample, 0)
-            fidelity, agreement = meter(stored)
-            own = {"fidelity": fidelity, "agreement": agreement, "relative_error": meter.relative_error(stored)}
+            distortion, agreement = meter(stored)
+            own = {"max_distortion": distortion, "agreement": agreement, "relative_error": meter.relative_error(stored)}
             found |= {prefix + name: value for name, value in own.items()}
         return found
 
@@ -296,7 +298,7 @@ class CodecChooser:
         split: Split,
         source: CacheReader,
         sample: Sample,
-        meter: FidelityMeter,
+        meter: DistortionMeter,
         codec: Codec,
         report: Calibration,
         fit: tuple[Codec, int, tuple[int, int], Tensor | None],
@@ -306,42 +308,42 @@ class CodecChooser:
         name = f"cache of split point {source.index.split_point}"
         middle, states = sample.middle, self.promoted(split, source, sample)
         alone, _ = meter(states[middle:])
-        limit = self.config.fidelity
+        limit = self.config.max_distortion
         sources = {
-            "images": {"fidelity": report.fidelity, "relative_error": report.relative_error},
-            name: {"fidelity": alone, "relative_error": meter.relative_error(states[middle:])},
+            "images": {"distortion": report.distortion, "relative_error": report.relative_error},
+            name: {"distortion": alone, "relative_error": meter.relative_error(states[middle:])},
         }
         take, budget = None, settings["budget"]
-        if alone <= limit or self.config.promote == "always":
+        if alone <= limit or self.config.build_from == "previous_cache":
             requested, prefix_tokens, grid, gradients = fit
             fitted = fit_codec(requested, states[:middle], prefix_tokens, grid, gradients)
-            if self.config.promote == "always" and budget is not None:
+            if self.config.build_from == "previous_cache" and budget is not None:
                 # No step can undo what the earlier cache lost: spend as much again.
                 settings = {**settings, "budget": max(budget, 2 * alone)}
             other, other_report = calibrate(
                 fitted, meter, report.num_fit, states=states[middle:], fallback=False, **settings
             )
-            sources[name] = {"fidelity": other_report.fidelity, "relative_error": other_report.relative_error}
-            cheap = other_report.fidelity <= limit and (
+            sources[name] = {"distortion": other_report.distortion, "relative_error": other_report.relative_error}
+            cheap = other_report.distortion <= limit and (
                 other_report.bits_per_element <= _PROMOTED_BITS * report.bits_per_element
             )
-            if cheap or self.config.promote == "always":
+            if cheap or self.config.build_from == "previous_cache":
                 take = (other, dataclasses.replace(other_report, source=name, budget=budget))
-            if take is not None and other_report.fidelity > limit:
+            if take is not None and other_report.distortion > limit:
                 logger.warning(
-                    "promote='always': states from the %s have a fidelity of %.3g, over the budget of %g.",
+                    "build_from='previous_cache': states from the %s have a distortion of %.3g, over the budget of %g.",
                     name,
-                    other_report.fidelity,
+                    other_report.distortion,
                     limit,
                 )
         for which, errors in sources.items():
-            logger.info("States from the %s: fidelity %.3g, relative error %.3g.", which, *errors.values())
+            logger.info("States from the %s: distortion %.3g, relative error %.3g.", which, *errors.values())
         if take is None:
-            logger.info("The %s is not both within a fidelity of %g and small: going from the images.", name, limit)
+            logger.info("The %s is not both within a distortion of %g and small: going from the images.", name, limit)
             return codec, dataclasses.replace(report, sources=sources), None
         return take[0], dataclasses.replace(take[1], sources=sources), source
 
-    def gradients(self, split: Split, sample: Sample, meter: FidelityMeter) -> Tensor:
+    def gradients(self, split: Split, sample: Sample, meter: DistortionMeter) -> Tensor:
         """Return how the output moves with the states of the images to fit on.
 
         For logits: gradients of the log-likelihood of labels drawn from the model's own prediction, whose second moment is
@@ -352,7 +354,7 @@ class CodecChooser:
         def gradient(hidden_states: Tensor, **extras: Tensor) -> Tensor:
             with torch.enable_grad():
                 states = hidden_states.detach().clone().requires_grad_(True)
-                logits, features = split.outputs(states, **extras)
+                logits, features = split.logits_and_features(states, **extras)
                 if meter.uses_logits:
                     scores = logits.float().log_softmax(-1)
                     labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
@@ -374,7 +376,7 @@ class CodecChooser:
 
 def _words(report: Calibration) -> str:
     return (
-        f"{report.bits_per_element:.2f} bits per element, fidelity {report.fidelity:.3g} ({report.measure}"
+        f"{report.bits_per_element:.2f} bits per element, distortion {report.distortion:.3g} ({report.measure}"
         f"{'' if report.budget is None else f', budget {report.budget:g}'}), "
         f"{'' if report.agreement is None else f'agreement {report.agreement:.1%}, '}relative error "
         f"{report.relative_error:.3f}, from the {report.source}, on {report.num_test} images (fitted on {report.num_fit} "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DataError
 
-__all__ = ["FidelityMeter"]
+__all__ = ["DistortionMeter"]
 
 #: Suffix of a calibration: (samples, tokens, hidden) -> first output and final features, both (samples, ...), on the CPU.
 Outputs = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -20,7 +20,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
 
 
-class FidelityMeter:
+class DistortionMeter:
     """Measures how far decoded states lead the suffix astray.
 
     Args:
@@ -56,23 +56,23 @@ class FidelityMeter:
             self.measure = f"logits and {self.measure}"
 
     def __call__(self, states: Tensor) -> tuple[float, float | None]:
-        """Return (fidelity, agreement) of states that stand in for the exact ones.
+        """Return (distortion, agreement) of states that stand in for the exact ones.
 
-        The fidelity is infinite where they make the output NaN or infinite.
+        The distortion is infinite where they make the output NaN or infinite.
         """
         logits, features = (tensor.double() for tensor in self._outputs(states))
         agreement = None
         if logits.shape[-1] > 1:
             agreement = float((logits.argmax(-1) == self._logits.argmax(-1)).double().mean())
         if len(self._spread):
-            fidelity = ((features - self._features)[:, self._varies].square() / self._spread).mean()
+            distortion = ((features - self._features)[:, self._varies].square() / self._spread).mean()
         else:
-            fidelity = torch.tensor(self.relative_error(states) ** 2, dtype=torch.float64)
+            distortion = torch.tensor(self.relative_error(states) ** 2, dtype=torch.float64)
         if self.uses_logits:
             exact = self._log_probabilities
-            fidelity = torch.maximum(fidelity, (exact.exp() * (exact - logits.log_softmax(-1))).sum(-1).mean())
+            distortion = torch.maximum(distortion, (exact.exp() * (exact - logits.log_softmax(-1))).sum(-1).mean())
         # A sum of rounding errors around zero is zero.
-        return max(float(fidelity), 0.0) if bool(torch.isfinite(fidelity)) else math.inf, agreement
+        return max(float(distortion), 0.0) if bool(torch.isfinite(distortion)) else math.inf, agreement
 
     def relative_error(self, states: Tensor) -> float:
         """Return the root-mean-square error of states over the root-mean-square of the exact ones."""

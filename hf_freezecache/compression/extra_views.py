@@ -36,12 +36,12 @@ from .base_view import (
     is_weighted,
     requested_codec,
 )
-from .distortion import FidelityMeter
+from .distortion import DistortionMeter
 from .sensitivity import (
     Sensitivity,
     measure_sensitivity,
 )
-from .step_search import Calibration, calibrate, coded, fit_codec
+from .step_search import Calibration, calibrate, fit_codec, roundtrip
 
 __all__ = ["choose_copies", "keeps_copies"]
 
@@ -90,15 +90,15 @@ class _Choice:
 
 
 def keeps_copies(chooser: CodecChooser, split: Split, source: CacheReader) -> bool:
-    """Say whether views beyond the first, computed from an earlier cache, leave half of the fidelity asked for of them.
+    """Say whether views beyond the first, computed from an earlier cache, leave half of the distortion asked for of them.
 
     No codec can give back what that cache has lost: where it has used up the budget, the images are the better source.
     """
     sample = chooser.calibration_sample(split, copies=True)
     middle = sample.middle
     alone, _ = chooser.meter(split, sample, middle)(chooser.promoted(split, source, sample)[middle:])
-    limit = chooser.config.copy_fidelity or chooser.config.fidelity
-    logger.info("Further views from the cache of split point %d: fidelity %.3g.", source.index.split_point, alone)
+    limit = chooser.config.copy_distortion or chooser.config.max_distortion
+    logger.info("Further views from the cache of split point %d: distortion %.3g.", source.index.split_point, alone)
     return alone <= limit / 2
 
 
@@ -126,7 +126,7 @@ def choose_copies(
     given = (base_sample.states, sample.states)
     if source is not None:
         given = (chooser.promoted(split, source, base_sample), chooser.promoted(split, source, sample))
-    decoded, _ = coded(base.codec, given[0], config.chunk_size)
+    decoded, _ = roundtrip(base.codec, given[0], config.chunk_size)
     views = _Views(decoded, given[1], torch.stack([base_sample.geometry, sample.geometry], 1))
     meter = chooser.meter(split, sample, sample.middle)
     prefix_tokens, grid = chooser.token_grid(split, sample)
@@ -137,8 +137,8 @@ def choose_copies(
         budget = max(budget, 2 * alone)
         if budget > asked:
             logger.warning(
-                "Further views from the cache of split point %d have a fidelity of %.3g already; a budget of %g cannot be kept, "
-                "%.3g is aimed at. Set promote='auto' to compute them from the images.",
+                "Further views from the cache of split point %d have a distortion of %.3g already; a budget of %g cannot be kept, "
+                "%.3g is aimed at. Set build_from='auto' to compute them from the images.",
                 source.index.split_point,
                 alone,
                 asked,
@@ -151,9 +151,9 @@ def choose_copies(
 
     search = _Search(views, meter, requested, prefix_tokens, grid, gradients, config.chunk_size, budget, rate)
     direct = search.direct()
-    if config.copy_budget is None and rate is not None and direct.report.fidelity < config.fidelity:
-        # There is room for more than the first view has: its fidelity is enough.
-        budget, rate = config.fidelity, None
+    if config.copy_budget is None and rate is not None and direct.report.distortion < config.max_distortion:
+        # There is room for more than the first view has: its distortion is enough.
+        budget, rate = config.max_distortion, None
         search = dataclasses.replace(search, budget=budget, rate=None)
         direct = search.direct()
     tried = {"direct": direct}
@@ -177,7 +177,7 @@ def choose_copies(
     report = chosen.report.to_dict()
     report["storage"] = chosen.storage
     report["tried"] = {
-        name: {"bits_per_element": choice.report.bits_per_element, "fidelity": choice.report.fidelity}
+        name: {"bits_per_element": choice.report.bits_per_element, "distortion": choice.report.distortion}
         for name, choice in tried.items()
     }
     sensitivity = measure_sensitivity(
@@ -192,16 +192,16 @@ def choose_copies(
     if source is not None:
         report["source"] = f"cache of split point {source.index.split_point}"
     logger.info(
-        "Calibrated copies in %.1f s at split point %d: %s, %.2f bits per element at a fidelity of %.3g (%s); stored directly "
+        "Calibrated copies in %.1f s at split point %d: %s, %.2f bits per element at a distortion of %.3g (%s); stored directly "
         "%.2f at %.3g; similarity to what the base view predicts %.2f.",
         time.perf_counter() - started,
         split.split_point,
         chosen.storage,
         chosen.report.bits_per_element,
-        chosen.report.fidelity,
+        chosen.report.distortion,
         f"budget {budget:g}" if budget is not None else f"budget {rate:g} bits",
         direct.report.bits_per_element,
-        direct.report.fidelity,
+        direct.report.distortion,
         sensitivity.overall,
     )
     return CodecState(chosen.codec, report)
@@ -210,7 +210,7 @@ def choose_copies(
 def _budgets(
     config: CacheConfig, base: Mapping[str, Any], states: Tensor, rows: int
 ) -> tuple[float | None, float | None]:
-    """Return fidelity and bits per element that views beyond the first are given; one of them is ``None``.
+    """Return distortion and bits per element that views beyond the first are given; one of them is ``None``.
 
     By default they share what the first view takes, less what comes with them: the predictor once, and rows of the index.
 
@@ -220,10 +220,10 @@ def _budgets(
         states: (samples, tokens, hidden), for the shape.
         rows: Rows of the data set.
     """
-    if config.copy_fidelity is not None or config.copy_budget is not None:
-        return config.copy_fidelity, config.copy_budget
+    if config.copy_distortion is not None or config.copy_budget is not None:
+        return config.copy_distortion, config.copy_budget
     if "bits_per_element" not in base:  # the first view is lossless: as many bytes would be far too many
-        return config.fidelity, None
+        return config.max_distortion, None
     _, tokens, hidden = states.shape
     others = config.num_views - 1
     overhead = 8 * ((hidden + 2 * tokens) / (tokens * rows) + others * _ROW_BYTES / (tokens * hidden))
@@ -233,16 +233,16 @@ def _budgets(
 
 
 def _cost(report: Calibration, budget: float | None) -> tuple[bool, float]:
-    """Return what to keep low: bits at a given fidelity, fidelity at given bits."""
+    """Return what to keep low: bits at a given distortion, distortion at given bits."""
     if budget is None:
-        return False, report.fidelity
-    return report.fidelity > budget, report.bits_per_element
+        return False, report.distortion
+    return report.distortion > budget, report.bits_per_element
 
 
 @dataclass
 class _Search:
     views: _Views
-    meter: FidelityMeter
+    meter: DistortionMeter
     requested: Codec
     prefix_tokens: int
     grid: tuple[int, int]
@@ -322,7 +322,7 @@ class _Search:
             return Pipeline((select, plain, Pack(), Zstd(matches="skip")))
 
         def bits(share: float) -> float:
-            return coded(build(share), residuals[middle:], self.chunk_size)[1]
+            return roundtrip(build(share), residuals[middle:], self.chunk_size)[1]
 
         def measured(share: float) -> Calibration:
             _, report = calibrate(
@@ -347,14 +347,14 @@ class _Search:
 
             def enough(share: float) -> bool:
                 reports[share] = measured(share)
-                return self.budget is not None and reports[share].fidelity <= self.budget
+                return self.budget is not None and reports[share].distortion <= self.budget
 
             share = _bisect(enough, largest=False)
             report = reports.get(share) or measured(share)
-            if report.fidelity > self.budget:
+            if report.distortion > self.budget:
                 logger.warning(
-                    "copies='sensitive': with all channels and tokens the fidelity is %.3g, over the budget of %g.",
-                    report.fidelity,
+                    "copies='sensitive': with all channels and tokens the distortion is %.3g, over the budget of %g.",
+                    report.distortion,
                     self.budget,
                 )
         return _Choice("sensitive", CopyCodec(build(share), predictor), report)

@@ -1,4 +1,4 @@
-"""Finds the cheapest codec setting that meets a fidelity budget, or a rate, at one split point.
+"""Finds the cheapest codec setting that meets a distortion budget, or a rate, at one split point.
 
 Half of the calibration images fit the codec, the other half measure how far decoded states lead the suffix astray:
 
@@ -8,7 +8,7 @@ Half of the calibration images fit the codec, the other half measure how far dec
     Mean squared error of the final features, each in units of its variance over the images.
 
 Where the head's predictions say something (their mutual information with the image is at least 0.5 nats, or half of what is
-possible with two classes), the larger of the two is the fidelity, under the name ``"logits and features"``; while the head is
+possible with two classes), the larger of the two is the distortion, under the name ``"logits and features"``; while the head is
 still random, and for outputs that are no logits of classes, it is ``"features"`` alone. Features that are the same for all
 images are left out; if all are, the squared relative error of the states takes their place, as ``"states"``.
 
@@ -39,9 +39,9 @@ from ..codecs import (
 from ..errors import (
     UnsupportedSetupError,
 )
-from .distortion import FidelityMeter
+from .distortion import DistortionMeter
 
-__all__ = ["Calibration", "calibrate", "coded", "fit_codec", "rate_at"]
+__all__ = ["Calibration", "calibrate", "fit_codec", "rate_at", "roundtrip"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,11 @@ class Calibration:
     """What a codec was chosen for, and what it was measured to cost, on images that it was not fitted on.
 
     Attributes:
-        chosen_by: ``"fidelity"``, ``"rate"`` or ``"user"``.
+        chosen_by: ``"distortion"``, ``"rate"`` or ``"user"``.
         measure: ``"logits and features"``, ``"features"``, or the same with ``"states"``, see module.
-        budget: The fidelity asked for, or ``None``.
+        budget: The distortion asked for, or ``None``.
         target_bits: The bits per element asked for, or ``None``.
-        fidelity: What was measured, nats per image or the unit of the features.
+        distortion: What was measured, nats per image or the unit of the features.
         agreement: Share of images whose largest output stays the same; ``None`` for a single output.
         relative_error: Root-mean-square error of the decoded states over the root-mean-square of the exact ones.
         worst_error: The largest such ratio of any single image.
@@ -71,7 +71,7 @@ class Calibration:
         num_test: Images that it was measured on.
         trials: Settings that were tried.
         source: Where the states come from: ``"images"``, or ``"cache of split point k"``.
-        sources: Fidelity and relative error of all sources that were compared, after the new codec; of an earlier cache
+        sources: Distortion and relative error of all sources that were compared, after the new codec; of an earlier cache
             that already exceeds the budget, before it.
     """
 
@@ -79,7 +79,7 @@ class Calibration:
     measure: str
     budget: float | None
     target_bits: float | None
-    fidelity: float
+    distortion: float
     agreement: float | None
     relative_error: float
     worst_error: float
@@ -134,7 +134,7 @@ def fit_codec(
         raise UnsupportedSetupError(f"The codec could not be fitted: {error}.") from error
 
 
-def coded(codec: Codec, states: Tensor, chunk_size: int) -> tuple[Tensor, float]:
+def roundtrip(codec: Codec, states: Tensor, chunk_size: int) -> tuple[Tensor, float]:
     """Return decoded states, and bits per element."""
     decoded, stored = [], 0
     for start in range(0, len(states), chunk_size):
@@ -148,7 +148,7 @@ def coded(codec: Codec, states: Tensor, chunk_size: int) -> tuple[Tensor, float]
 @dataclass(frozen=True)
 class _Trial:
     codec: Codec
-    fidelity: float
+    distortion: float
     agreement: float | None
     relative_error: float
     worst_error: float
@@ -157,7 +157,7 @@ class _Trial:
 
 def calibrate(
     codec: Codec,
-    meter: FidelityMeter,
+    meter: DistortionMeter,
     num_fit: int,
     *,
     chunk_size: int,
@@ -169,7 +169,7 @@ def calibrate(
 ) -> tuple[Codec, Calibration]:
     """Choose the step of a fitted codec, and measure it.
 
-    With ``budget`` the largest step is sought whose fidelity is within it. Where that takes more than 6 bits per element, or
+    With ``budget`` the largest step is sought whose distortion is within it. Where that takes more than 6 bits per element, or
     no step is fine enough, int8 is tried as well, and lossless if int8 is too coarse. With ``target_bits`` the smallest step
     is sought that needs no more. With neither, the codec is only measured.
 
@@ -179,7 +179,7 @@ def calibrate(
         num_fit: Images that it was fitted on, for the report.
         chunk_size: Samples per chunk, on which the rate depends.
         states: What is to be encoded in place of the exact states: those from an earlier lossy cache.
-        budget: Fidelity, see ``Calibration``.
+        budget: Distortion, see ``Calibration``.
         target_bits: Bits per element of the encoded samples.
         offset: Added to what is decoded: what was predicted of the states, if ``states`` are residuals.
         fallback: Whether lossless may be the answer; if not, the finest setting that was tried is, though over budget.
@@ -194,7 +194,7 @@ def calibrate(
     trials: list[_Trial] = []
 
     def attempt(candidate: Codec) -> _Trial:
-        decoded, bits = coded(candidate, given, chunk_size)
+        decoded, bits = roundtrip(candidate, given, chunk_size)
         decoded = decoded if offset is None else decoded + offset
         trial = _Trial(candidate, *meter(decoded), meter.relative_error(decoded), meter.worst_error(decoded), bits)
         logger.debug("Calibration: %s", trial)
@@ -203,7 +203,7 @@ def calibrate(
 
     try:
         if budget is not None:
-            best = _by_fidelity(codec, budget, attempt, trials, fallback)
+            best = _by_distortion(codec, budget, attempt, trials, fallback)
         elif target_bits is not None:
             best = _by_rate(codec, target_bits, attempt, trials)
         else:
@@ -211,11 +211,11 @@ def calibrate(
     except ValueError as error:
         raise UnsupportedSetupError(f"The codec could not encode the calibration images: {error}.") from error
     report = Calibration(
-        chosen_by="fidelity" if budget is not None else "user" if target_bits is None else "rate",
+        chosen_by="distortion" if budget is not None else "user" if target_bits is None else "rate",
         measure=meter.measure,
         budget=budget,
         target_bits=target_bits,
-        fidelity=best.fidelity,
+        distortion=best.distortion,
         agreement=best.agreement,
         relative_error=best.relative_error,
         worst_error=best.worst_error,
@@ -230,7 +230,7 @@ def calibrate(
 def _step(codec: Codec) -> Transform:
     step = _transform(codec)
     if step is None or step.step is None:
-        raise UnsupportedSetupError("A rate or a fidelity can be sought for pipelines with 'transform' only.")
+        raise UnsupportedSetupError("A rate or a distortion can be sought for pipelines with 'transform' only.")
     return step
 
 
@@ -282,33 +282,33 @@ def _search(
     return good
 
 
-def _by_fidelity(
+def _by_distortion(
     codec: Codec, budget: float, attempt: Callable[[Codec], _Trial], trials: list[_Trial], fallback: bool
 ) -> _Trial:
     aim = (1 + _CLOSE) / 2 * budget
     good = _search(
         codec,
         attempt,
-        lambda trial: trial.fidelity / budget,
+        lambda trial: trial.distortion / budget,
         # Distortion grows with the square of the step, until it saturates.
         lambda trial: (
-            0.5 * math.log2(aim / trial.fidelity)
-            if 0 < trial.fidelity < math.inf
-            else math.copysign(3.0, -trial.fidelity)
+            0.5 * math.log2(aim / trial.distortion)
+            if 0 < trial.distortion < math.inf
+            else math.copysign(3.0, -trial.distortion)
         ),
         coarser_is_worse=True,
     )
     # A channel's own step cannot beat a basis at rates below int8's, some 6.5 bits.
     if not good or min(trial.bits for trial in good) > _INT8_BITS:
         int8 = attempt(PRESETS["int8"])
-        good += [int8] if int8.fidelity <= budget else []
+        good += [int8] if int8.distortion <= budget else []
     if not good and not fallback:
-        return min(trials, key=lambda trial: trial.fidelity)
+        return min(trials, key=lambda trial: trial.distortion)
     if not good:
         logger.warning(
-            "No lossy setting is within a fidelity of %g at this split point (int8 has %.3g): the cache is lossless.",
+            "No lossy setting is within a distortion of %g at this split point (int8 has %.3g): the cache is lossless.",
             budget,
-            int8.fidelity,
+            int8.distortion,
         )
         return attempt(PRESETS["lossless"])
     return min(good, key=lambda trial: trial.bits)

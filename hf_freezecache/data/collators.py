@@ -56,7 +56,7 @@ def _check_label_values(batch: dict[str, Any], label_names: Sequence[str] | None
                 )
 
 
-#: Prefix of the names of what ``Codec.unpack`` gave, in items and batches.
+#: Prefix of the names of what ``Codec.entropy_decode`` gave, in items and batches.
 PACKED = "packed."
 
 
@@ -74,6 +74,6 @@ def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def split_packed(batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what ``ViewCodec.restore`` takes of a batch, and the rest of the batch."""
+    """Return what ``ViewCodec.dequantize`` takes of a batch, and the rest of the batch."""
     packed = {name.removeprefix(PACKED): value for name, value in batch.items() if name.startswith(PACKED)}
     return packed, {name: value for name, value in batch.items() if not name.startswith(PACKED)}

@@ -39,7 +39,7 @@ class ChunkSampler(Sampler[ViewKey]):
         view_seed: Seed of the choice of views.
         num_views: Stored views, or 0 for a new view in every epoch.
         window: Chunks whose samples are mixed.
-        placement: Part that each process reads, in the order of ranks.
+        group_of_rank: Part that each process reads, in the order of ranks.
         batch_size: Samples per batch of one process. Matters to several processes only.
         drop_last: Leave samples out in place of filling up. Matters to several processes only.
 
@@ -54,7 +54,7 @@ class ChunkSampler(Sampler[ViewKey]):
         view_seed: int,
         num_views: int,
         window: int,
-        placement: Sequence[int] = (0,),
+        group_of_rank: Sequence[int] = (0,),
         batch_size: int = 1,
         drop_last: bool = False,
     ) -> None:
@@ -63,17 +63,17 @@ class ChunkSampler(Sampler[ViewKey]):
         self.view_seed = view_seed
         self.num_views = num_views
         self.window = window
-        self.placement = tuple(placement)
+        self.group_of_rank = tuple(group_of_rank)
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.epoch = 0
         #: Batches of one process in an epoch; 0 if there is but one, whose last batch may be short.
-        self.num_batches = self._count_batches() if len(self.placement) > 1 else 0
+        self.num_batches = self._count_batches() if len(self.group_of_rank) > 1 else 0
 
     def _count_batches(self) -> int:
         longest, shortest = 0, None
         for part, layout in enumerate(self.layouts):
-            readers, size = self.placement.count(part), layout.chunk_size
+            readers, size = self.group_of_rank.count(part), layout.chunk_size
             whole, left = divmod(layout.num_chunks, readers)
             if whole == 0:
                 raise UnsupportedSetupError(
@@ -101,18 +101,18 @@ class ChunkSampler(Sampler[ViewKey]):
     def __len__(self) -> int:
         """Return the number of samples, those that come twice included."""
         if self.num_batches:
-            return self.num_batches * self.batch_size * len(self.placement)
+            return self.num_batches * self.batch_size * len(self.group_of_rank)
         return self.layouts[0].num_samples
 
     def __iter__(self) -> Iterator[ViewKey]:
         """Yield the keys of one epoch."""
-        if len(self.placement) == 1:
+        if len(self.group_of_rank) == 1:
             generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch])
             chunks = generator.permutation(self.layouts[0].num_chunks)
             windows = [chunks[start : start + self.window] for start in range(0, len(chunks), self.window)]
             yield from itertools.chain.from_iterable(self._mix(self.layouts[0], windows, generator))
             return
-        streams = [self._stream(rank) for rank in range(len(self.placement))]
+        streams = [self._stream(rank) for rank in range(len(self.group_of_rank))]
         for _ in range(self.num_batches):
             for stream in streams:
                 yield from itertools.islice(stream, self.batch_size)
@@ -132,7 +132,7 @@ class ChunkSampler(Sampler[ViewKey]):
 
     def _deal(self, part: int) -> npt.NDArray[np.int64]:
         """Return the chunks of a part in this epoch's order; the processes that read it take them in turn."""
-        layout, readers = self.layouts[part], self.placement.count(part)
+        layout, readers = self.layouts[part], self.group_of_rank.count(part)
         chunks = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch, part]).permutation(layout.num_chunks)
         # The short chunk goes to a process that has one chunk more, lest others wait for longer than need be.
         place = int(np.flatnonzero(chunks == layout.num_chunks - 1)[0])
@@ -144,8 +144,8 @@ class ChunkSampler(Sampler[ViewKey]):
 
     def _stream(self, rank: int) -> Iterator[ViewKey]:
         """Yield the keys of one process, without end: after its own samples, those of its last window again."""
-        part = self.placement[rank]
-        peers = [other for other, its_part in enumerate(self.placement) if its_part == part]
+        part = self.group_of_rank[rank]
+        peers = [other for other, its_part in enumerate(self.group_of_rank) if its_part == part]
         chunks = self._deal(part)[peers.index(rank) :: len(peers)]
         # Windows of about one length: what fills the end comes from the last one, which must not be a rest of few.
         windows = np.array_split(chunks, -(-len(chunks) // self.window))

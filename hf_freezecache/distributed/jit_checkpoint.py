@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .process_group import Processes
+from .process_group import ProcessGroup
 
 __all__ = ["AgreedCheckpoint"]
 
@@ -23,7 +23,7 @@ class AgreedCheckpoint(TrainerCallback):  # type: ignore[misc]
         processes: All processes of the run.
     """
 
-    def __init__(self, jit: Any, processes: Processes) -> None:
+    def __init__(self, jit: Any, processes: ProcessGroup) -> None:
         self.processes = processes
         self.asked = False
         self.manager = jit.jit_manager

@@ -28,7 +28,7 @@ from ..errors import (
     UnsupportedSetupError,
 )
 
-__all__ = ["KIND", "bars", "cause_of", "explained", "hub_api", "is_repo_id", "shown"]
+__all__ = ["KIND", "cause_of", "hub_api", "hub_errors", "is_repo_id", "progress_bars", "wants_progress"]
 
 #: Of the repositories that caches lie in.
 KIND = "dataset"
@@ -88,7 +88,7 @@ def _refusal(error: BaseException, doing: str, repo_id: str, revision: str | Non
 
 
 @contextmanager
-def explained(doing: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(doing: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Turn errors of the Hub into ones that say what was wrong and what to do; others pass.
 
     Args:
@@ -105,19 +105,19 @@ def explained(doing: str, repo_id: str, revision: str | None = None) -> Iterator
     except FreezeCacheError:
         raise
     except Exception as error:
-        explained = _refusal(error, doing, repo_id, revision)
-        if explained is None:
+        hub_errors = _refusal(error, doing, repo_id, revision)
+        if hub_errors is None:
             raise
-        raise explained from error
+        raise hub_errors from error
 
 
-def shown(show_progress: bool | None) -> bool:
+def wants_progress(show_progress: bool | None) -> bool:
     """Say whether to show progress bars: as asked, else as ``huggingface_hub`` is set."""
     return not are_progress_bars_disabled() if show_progress is None else show_progress
 
 
 @contextmanager
-def bars(show: bool) -> Iterator[None]:
+def progress_bars(show: bool) -> Iterator[None]:
     """Keep the Hub's own progress bars, or switch them off for a while."""
     if show or are_progress_bars_disabled():
         yield

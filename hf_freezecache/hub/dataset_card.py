@@ -17,12 +17,12 @@ from yaml import YAMLError
 from ..cache.fingerprint import Fingerprint
 from ..cache.index import (
     CacheIndex,
-    part_name,
+    table_name,
 )
 from ..codecs import DTYPES
 from ..report.wording import (
     codec_words,
-    fidelity_words,
+    distortion_words,
     size_words,
 )
 from .provenance import (
@@ -51,12 +51,12 @@ def _config_name(view: int) -> str:
 
 def _features(directory: Path, index: CacheIndex, origin: Origin) -> datasets.Features:
     """Return the columns of the index, with the names of the classes where they fit."""
-    features = datasets.Features.from_arrow_schema(pq.read_schema(directory / part_name(0, 0)))
+    features = datasets.Features.from_arrow_schema(pq.read_schema(directory / table_name(0, 0)))
     names = origin.label_names
     unique = names and len(set(names)) == len(names)
     if names and unique and isinstance(features.get("labels"), datasets.Value) and features["labels"].dtype == "int64":
         columns = [
-            pq.read_table(directory / part_name(view, shard), columns=["labels"])["labels"].to_numpy()
+            pq.read_table(directory / table_name(view, shard), columns=["labels"])["labels"].to_numpy()
             for view in range(index.num_views)
             for shard in range(index.num_shards)
         ]
@@ -173,14 +173,14 @@ def _facts(index: CacheIndex, origin: Origin) -> dict[str, str]:
         "hidden states": f"{tokens} tokens x {hidden}, {str(DTYPES[index.dtype]).removeprefix('torch.')}",
         "beside them": ", ".join(f"`{extra.name}` ({extra.dtype})" for extra in index.extras) or "nothing",
         "codec": codec_words(index.codec),
-        "fidelity": fidelity_words(index.calibration) if index.calibration else "exact",
+        "distortion": distortion_words(index.calibration) if index.calibration else "exact",
     }
     if index.codec["name"] != "lossless" and not index.calibration:
-        rows["fidelity"] = "not measured"
+        rows["distortion"] = "not measured"
     if index.copies is not None and index.copies_calibration is not None:
         rows["codec of further views"] = codec_words(index.copies["configuration"].get("codec", index.copies))
-        if "fidelity" in index.copies_calibration:
-            rows["fidelity of further views"] = fidelity_words(index.copies_calibration)
+        if "distortion" in index.copies_calibration:
+            rows["distortion of further views"] = distortion_words(index.copies_calibration)
     total = index.total_bytes
     rows["size"] = (
         f"{size_words(total)} ({total:,} bytes) in {index.num_shards * index.num_views} shards; "

@@ -36,11 +36,11 @@ from ..errors import (
 )
 from .client import (
     KIND,
-    bars,
     cause_of,
-    explained,
     hub_api,
-    shown,
+    hub_errors,
+    progress_bars,
+    wants_progress,
 )
 from .provenance import MAX_BYTES
 
@@ -158,8 +158,8 @@ def fetch_cache(
         HubError: The Hub could not be reached, has no such repository or revision, or refused.
         IndexError: The cache has no such view or shard.
     """
-    selection, show = selection or Selection(), shown(show_progress)
-    with explained(f"Fetching {repo_id}", repo_id, revision), bars(show):
+    selection, show = selection or Selection(), wants_progress(show_progress)
+    with hub_errors(f"Fetching {repo_id}", repo_id, revision), progress_bars(show):
         try:
             sha, index, names, beside = _fetch_index(repo_id, revision, token, selection)
         except OfflineModeIsEnabled:
@@ -214,8 +214,8 @@ def pull_cache(
     selection = Selection.of(views, shards)
     place = Path(directory).resolve()  # a path that leads back from a folder that is not there yet leads somewhere else
     scratch = scratch_of(place, "freezecache-pull")
-    show = shown(show_progress)
-    with explained(f"Pulling {repo_id}", repo_id, revision), bars(show):
+    show = wants_progress(show_progress)
+    with hub_errors(f"Pulling {repo_id}", repo_id, revision), progress_bars(show):
         sha, index, names, beside = _fetch_index(repo_id, revision, token, selection)
         report = PullReport(repo_id, sha, Path(directory), len(names) + 1)
         lacking = [*names, INDEX_NAME]

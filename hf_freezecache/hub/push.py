@@ -32,10 +32,10 @@ from ..errors import (
 )
 from .client import (
     KIND,
-    bars,
-    explained,
     hub_api,
-    shown,
+    hub_errors,
+    progress_bars,
+    wants_progress,
 )
 from .dataset_card import (
     FoundCard,
@@ -188,8 +188,8 @@ def push_cache(
     index = load_index(directory)
     _check_limits(index, directory)
     api = hub_api(token)
-    show = shown(show_progress)
-    with explained(f"Pushing {directory}", repo_id, revision), bars(False):
+    show = wants_progress(show_progress)
+    with hub_errors(f"Pushing {directory}", repo_id, revision), progress_bars(False):
         repo_id, is_private = _make_repo(api, repo_id, private, revision)
         report = PushReport(repo_id, f"{api.endpoint}/datasets/{repo_id}", private=is_private)
         report.revision = str(api.repo_info(repo_id, repo_type=KIND, revision=revision).sha)

@@ -347,7 +347,7 @@ class Split:
         with self.injecting(hidden_states):
             return self.model(pixel_values=self.placeholder(len(hidden_states)), **extra)
 
-    def between(self, hidden_states: Tensor, stop: int, **extra: Any) -> Tensor:
+    def run_blocks(self, hidden_states: Tensor, stop: int, **extra: Any) -> Tensor:
         """Run blocks ``[k:stop]``.
 
         Args:
@@ -380,7 +380,7 @@ class Split:
             handle.remove()
         raise AssertionError("the forward ended without reaching the block")
 
-    def outputs(self, hidden_states: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
+    def logits_and_features(self, hidden_states: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Run the suffix, and also return what its head saw.
 
         Args:

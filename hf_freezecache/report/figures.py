@@ -27,7 +27,7 @@ Figures = dict[str, Any]
 
 _STAGE_LOGS = (
     *("trainable_parameters", "cache_bytes", "cache_bytes_per_image", "bits_per_element", "build_seconds"),
-    *("built_shards", "fidelity", "agreement", "relative_error", "copy_fidelity", "copy_agreement"),
+    *("built_shards", "distortion", "agreement", "relative_error", "copy_distortion", "copy_agreement"),
     *("copy_relative_error", "similarity"),
 )
 #: Evaluation figures that are no metric of the model.

@@ -22,6 +22,63 @@ _STATE_NAME = "trainer_state.json"
 
 
 @dataclass
+class Decision:
+    """What one stage did, and why. It is made once, when the stage begins; log, record, card, report and cost read it.
+
+    Attributes:
+        stage: Index of the stage in the schedule, from 0.
+        start_epoch: First epoch of the stage, from 0.
+        split_point: Number of frozen blocks.
+        trained_from: ``"cache"``, or ``"images"`` if the frozen blocks run in every step.
+        reason: Why, in one sentence.
+        cache: ``"built"``, ``"found"``, or ``"none"``.
+        built_from: Where a cache that this run built has its hidden states from: ``"images"``, or
+            ``"cache of split point k"``. Empty if nothing was built.
+        calibrated: Whether this run chose the codec by measurement.
+        num_views: Stored views per image; 0 without a cache.
+        codec: The base view's codec, as ``Codec.to_dict`` gives it.
+        dtype: Dtype of the hidden states.
+        calibration: How the codec of the base view was chosen, or ``None``.
+        copies_calibration: The same of further views, if they have a codec of their own.
+        cache_bytes: Bytes of all files of the cache.
+        cache_bytes_per_image: The same per image.
+        bits_per_element: All files counted.
+        built_shards: Shards that this run wrote.
+        distortion: What the stored states cost with this run's suffix: ``distortion``, ``agreement``, ``relative_error``,
+            and the same of further views under ``copy_...``; empty if lossless.
+        trainable_parameters: Number of parameters that the stage trains.
+        released_optimizer_bytes: Bytes of optimizer state that freezing released.
+        predicted: Predicted cost of the stage in block passes per image, over all its epochs: ``cached_passes`` with a
+            cache, its building included, and ``live_passes`` without one. One forward of one block is one pass, a
+            backward two.
+        build_seconds: Seconds that finding, calibrating and building took.
+    """
+
+    stage: int
+    start_epoch: int
+    split_point: int
+    trained_from: str = "images"
+    reason: str = ""
+    cache: str = "none"
+    built_from: str = ""
+    calibrated: bool = False
+    num_views: int = 0
+    codec: dict[str, Any] = field(default_factory=dict)
+    dtype: str = ""
+    calibration: dict[str, Any] | None = None
+    copies_calibration: dict[str, Any] | None = None
+    cache_bytes: int = 0
+    cache_bytes_per_image: float = 0.0
+    bits_per_element: float = 0.0
+    built_shards: int = 0
+    distortion: dict[str, float | None] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    released_optimizer_bytes: int = 0
+    predicted: dict[str, float] = field(default_factory=dict)
+    build_seconds: float = 0.0
+
+
+@dataclass
 class RunRecord:
     """A run as far as it came. Holds no paths and no images.
 

@@ -1,10 +1,10 @@
-"""Sizes, codecs and fidelity in words, for the command line and for cards."""
+"""Sizes, codecs and distortion in words, for the command line and for cards."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["codec_words", "fidelity_words", "size_words"]
+__all__ = ["codec_words", "distortion_words", "size_words"]
 
 
 def size_words(num_bytes: float) -> str:
@@ -29,11 +29,11 @@ def codec_words(codec: dict[str, Any]) -> str:
     return " > ".join(words)
 
 
-def fidelity_words(calibration: dict[str, Any]) -> str:
+def distortion_words(calibration: dict[str, Any]) -> str:
     """Return what calibration measured of a lossy codec, in one line."""
     agreement = "" if calibration["agreement"] is None else f"agreement {calibration['agreement']:.1%}, "
     return (
-        f"{calibration['fidelity']:.3g} ({calibration['measure']}), {agreement}relative error "
+        f"{calibration['distortion']:.3g} ({calibration['measure']}), {agreement}relative error "
         f"{calibration['relative_error']:.3f}, on {calibration['num_test']} held-out images, states from the "
         f"{calibration['source']}"
     )

@@ -18,7 +18,7 @@ from ..data.views import (
     ViewDataset,
     seeded,
 )
-from ..distributed.process_group import Processes
+from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheWriteError,
     DataError,
@@ -155,7 +155,7 @@ def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -
         return
 
 
-def check_same_rows(dataset: Any, processes: Processes, num_rows: int = 16) -> None:
+def check_same_rows(dataset: Any, processes: ProcessGroup, num_rows: int = 16) -> None:
     """Refuse data sets that differ between processes: each builds shards of one cache, from rows it finds by number.
 
     Collective. Of a ``datasets.Dataset`` the content of a few rows is compared, of others only the length.

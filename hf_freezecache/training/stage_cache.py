@@ -22,11 +22,11 @@ from ..cache.codec_state import (
 )
 from ..cache.commit import explain_miss
 from ..cache.fingerprint import Fingerprint
-from ..cache.index import CODEC_NAME, CONSUMED_NAME, COPIES_NAME, FORMAT_VERSION, INDEX_NAME, part_name, shard_name
+from ..cache.index import CODEC_NAME, CONSUMED_NAME, COPIES_NAME, FORMAT_VERSION, INDEX_NAME, shard_name, table_name
 from ..cache.lock import (
-    ALONE,
-    explained,
-    writing,
+    SINGLE_PROCESS,
+    build_lock,
+    os_errors_as_cache_errors,
 )
 from ..cache.reader import CacheReader
 from ..cache.shard_writer import (
@@ -53,7 +53,7 @@ from ..data.views import (
     preserved_random_state,
 )
 from ..dataset import CachedDataset
-from ..distributed.process_group import Processes
+from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheCorruptError,
     CacheMismatchError,
@@ -77,12 +77,12 @@ class StageCache:
         run: Runs a function on the training device.
         mixed_precision: The run's autocast: ``"no"``, ``"bf16"`` or ``"fp16"``.
         batch_size: Images per prefix call.
-        num_workers: Processes that render.
+        num_workers: ProcessGroup that render.
         show_progress: Whether to show progress bars.
         split_points: Of all stages of the run.
         processes: Those that share the folder of caches. ``check`` and ``open`` are collective.
         previous: The cache that was opened last, if any.
-        measured: What its states cost: fidelity, agreement, relative error; empty if lossless.
+        measured: What its states cost: distortion, agreement, relative error; empty if lossless.
     """
 
     config: CacheConfig
@@ -93,7 +93,7 @@ class StageCache:
     num_workers: int
     show_progress: bool
     split_points: tuple[int, ...]
-    processes: Processes = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
     previous: CacheReader | None = None
     measured: dict[str, float | None] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class StageCache:
         Raises:
             UnsupportedSetupError: Data or code cannot be hashed, or there are too few rows for a lossy codec.
         """
-        self.processes.on_leader(self.hash_data)
+        self.processes.on_main_process(self.hash_data)
         lossless = requested_codec(self.config, max(self.split_points), max(self.split_points))[0].lossless
         if not lossless or self.config.copies_apart:
             check_rows(self.data.layout.num_samples)
@@ -148,12 +148,12 @@ class StageCache:
         codec, budget, rate = requested_codec(self.config, split.split_point, split.num_blocks)
         request: dict[str, Any] = codec.to_dict()
         if not codec.lossless:
-            request |= {"fidelity": budget, "rate": rate, "calibration samples": self.config.calibration_samples}
+            request |= {"distortion": budget, "rate": rate, "calibration samples": self.config.calibration_samples}
             earlier = [point for point in self.split_points if 0 < point < split.split_point]
-            if self.config.promote != "never" and earlier:
+            if self.config.build_from != "images" and earlier:
                 # States may come from a lossy cache of an earlier stage.
                 rates = [requested_codec(self.config, point, split.num_blocks)[2] for point in earlier]
-                request["promote"] = [self.config.promote, self.config.fidelity, earlier, rates]
+                request["build from"] = [self.config.build_from, self.config.max_distortion, earlier, rates]
         return json.dumps(request, sort_keys=True)
 
     def _copies_request(self) -> dict[str, str]:
@@ -163,11 +163,11 @@ class StageCache:
             return {}
         request = {
             "copies": config.copies,
-            "fidelity": config.copy_fidelity,
+            "distortion": config.copy_distortion,
             "budget": config.copy_budget,
-            "first view's fidelity": config.fidelity,
+            "first view's distortion": config.max_distortion,
             "samples": config.calibration_samples,
-            "promote": config.promote,
+            "build from": config.build_from,
             "weight": config.gradient_weight,
         }
         return {"copies": json.dumps(request, sort_keys=True)}
@@ -185,7 +185,7 @@ class StageCache:
         """
         started = time.perf_counter()
         cache_dir, config, processes = Path(self.config.cache_dir), self.config, self.processes
-        fingerprint = Fingerprint(processes.on_leader(lambda: self.fingerprint(split).parts))
+        fingerprint = Fingerprint(processes.on_main_process(lambda: self.fingerprint(split).parts))
         codec, _, _ = requested_codec(config, split.split_point, split.num_blocks)
         plan = CachePlan(
             fingerprint,
@@ -204,12 +204,12 @@ class StageCache:
                 self._spot_check(split, reader)
                 return self._measure(split, reader)
 
-            self.measured = processes.on_leader(check)
+            self.measured = processes.on_main_process(check)
             logger.info("Using the cache %s.", directory)
             self.previous = reader
             kept = reader.index.num_shards * config.num_views
             return reader, BuildReport(directory, reader.index.total_bytes, kept_shards=kept)
-        if processes.is_leader:
+        if processes.is_main_process:
             self._announce(directory, fingerprint)
         source = self._promotable(split)
         self.measured = {}
@@ -217,12 +217,12 @@ class StageCache:
             plan, used = self._fitted(split, plan, source)
             source = source if used else None
             for prefix, found in (("", plan.calibration or {}), ("copy_", plan.copies_calibration or {})):
-                names = ("fidelity", "agreement", "relative_error")
+                names = ("distortion", "agreement", "relative_error")
                 self.measured |= {prefix + name: found[name] for name in names if name in found}
         report = self._build(split, plan, source)
         report.seconds = time.perf_counter() - started
         reader = self._reader(directory, fingerprint)
-        say = logger.info if processes.is_leader else logger.debug
+        say = logger.info if processes.is_main_process else logger.debug
         say(
             "Cached %d views in %.1f s (%.1f s %s, %.1f s in the prefix): %.1f MiB, %.2f bits per element, in %s.",
             self.data.layout.num_samples * config.num_views,
@@ -238,7 +238,7 @@ class StageCache:
         return reader, report
 
     def _reader(self, directory: Path, fingerprint: Fingerprint, **settings: Any) -> CacheReader:
-        with self.processes.together():
+        with self.processes.fail_together():
             return CacheReader(directory, fingerprint, **settings)
 
     @staticmethod
@@ -265,7 +265,7 @@ class StageCache:
         elif self.config.copies_apart:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
             views, collate = GeometryViews(views), GeometryCollator(collate, GEOMETRY_NAME)
-        consume = None if source is None or not self.config.low_disk else self._consumer(source)
+        consume = None if source is None or not self.config.consume_previous_cache else self._consumer(source)
         return build_cache(
             Path(self.config.cache_dir),
             plan,
@@ -292,25 +292,26 @@ class StageCache:
         self.previous = None
 
         def retire() -> None:
-            with explained(directory):
+            with os_errors_as_cache_errors(directory):
                 if (directory / INDEX_NAME).is_file():
                     logger.warning(
-                        "low_disk=True: the cache %s gives way to the one that is computed from it.", directory
+                        "consume_previous_cache=True: the cache %s gives way to the one that is computed from it.",
+                        directory,
                     )
                     (directory / INDEX_NAME).replace(directory / CONSUMED_NAME)
 
-        self.processes.on_leader(retire)
+        self.processes.on_main_process(retire)
 
         def consume(shard: int) -> None:
             for view in range(source.index.num_views):
-                for name in (part_name(view, shard), shard_name(view, shard)):
+                for name in (table_name(view, shard), shard_name(view, shard)):
                     (directory / name).unlink(missing_ok=True)
 
         return consume
 
     def _promotable(self, split: Split) -> CacheReader | None:
         """Return the cache of the stage before, if later states can be computed from it. Collective."""
-        if self.config.promote == "never":
+        if self.config.build_from == "images":
             return None
         previous = self.previous or self._earlier(split)
         if previous is None or not 0 < previous.index.split_point < split.split_point:
@@ -332,7 +333,7 @@ class StageCache:
             directory = Path(self.config.cache_dir) / cache_name(earlier.split_point, fingerprint)
             settings: dict[str, Any] = {}
             if not (directory / INDEX_NAME).is_file():
-                if not self.config.low_disk or not (directory / CONSUMED_NAME).is_file():
+                if not self.config.consume_previous_cache or not (directory / CONSUMED_NAME).is_file():
                     return None
                 settings = {"index_name": CONSUMED_NAME, "check_files": False}
             try:
@@ -342,7 +343,7 @@ class StageCache:
                 return None
             return fingerprint.parts, directory, settings
 
-        found = self.processes.on_leader(find)
+        found = self.processes.on_main_process(find)
         return None if found is None else self._reader(found[1], Fingerprint(found[0]), **found[2])
 
     def _chooser(self) -> CodecChooser:
@@ -357,12 +358,12 @@ class StageCache:
         directory = cache_dir / plan.name
 
         def fit() -> tuple[CachePlan, bool]:
-            with explained(directory):
+            with os_errors_as_cache_errors(directory):
                 found = self._unfinished(plan, directory, source)
                 return self._choose(split, plan, directory, source) if found is None else found
 
-        with writing(cache_dir, plan, self.processes, self.config.lock_timeout):
-            return self.processes.on_leader(fit)
+        with build_lock(cache_dir, plan, self.processes, self.config.lock_timeout):
+            return self.processes.on_main_process(fit)
 
     def _choose(
         self, split: Split, plan: CachePlan, directory: Path, source: CacheReader | None
@@ -370,7 +371,7 @@ class StageCache:
         with preserved_random_state():
             chooser = self._chooser()
             apart = self.config.copies_apart
-            if apart and source is not None and self.config.promote == "auto":
+            if apart and source is not None and self.config.build_from == "auto":
                 source = source if keeps_copies(chooser, split, source) else None
             if plan.codec.lossless:
                 state: CodecState[Codec] = CodecState(plan.codec, {})
@@ -426,22 +427,22 @@ class StageCache:
         for prefix, report in reports.items():
             if not report:
                 continue
-            fidelity, budget = measured[prefix + "fidelity"], report.get("budget")
+            distortion, budget = measured[prefix + "distortion"], report.get("budget")
             what = "views beyond the first" if prefix else "its states"
             logger.info(
-                "With this run's suffix the fidelity of %s is %.3g, relative error %.3f.",
+                "With this run's suffix the distortion of %s is %.3g, relative error %.3f.",
                 what,
-                fidelity,
+                distortion,
                 measured[prefix + "relative_error"],
             )
-            if budget is not None and fidelity is not None and fidelity > 1.5 * budget:
+            if budget is not None and distortion is not None and distortion > 1.5 * budget:
                 logger.warning(
-                    "The cache %s was calibrated with another suffix (fidelity of %s %.3g): with this one it is %.3g, over the "
+                    "The cache %s was calibrated with another suffix (distortion of %s %.3g): with this one it is %.3g, over the "
                     "budget of %g. Delete the folder to build a finer one.",
                     reader.directory,
                     what,
-                    report["fidelity"],
-                    fidelity,
+                    report["distortion"],
+                    distortion,
                     budget,
                 )
         return measured

@@ -7,7 +7,7 @@ For each seed the rows of all splits of a data set are cut anew: so many to trai
 arms of a seed share rows, initial head and order; differences are paired. One schedule, one learning rate for all.
 
 Arms: ``live`` frozen without a cache, every epoch a new view (the ceiling); ``one`` view, the evaluation's rendering;
-``K:STORAGE[:fidelity=F|bits=SHARE]`` K views with ``copies=STORAGE``, each at the fidelity of the first, at another, or with
+``K:STORAGE[:distortion=F|bits=SHARE]`` K views with ``copies=STORAGE``, each at the distortion of the first, at another, or with
 all but the first together in ``SHARE`` times the bytes of the one-view cache; ``default[-K]``: K views, copies as they are by
 default; any with ``:features=NAME:NUMBER``. ``finetune``: nothing frozen, the epochs of the others. An arm ending in ``+`` is
 trained for as many epochs as fit, with its build, in the wall-clock of ``finetune`` of the same seed; run those alone on the
@@ -92,12 +92,12 @@ def settings(arm: str, one_view_bits: list[float]) -> dict[str, Any]:
     found |= {"num_views": int(count), "copies": storage}
     for entry in budget:
         key, _, value = entry.partition("=")
-        if key == "fidelity":
-            found["copy_fidelity"] = float(value)
+        if key == "distortion":
+            found["copy_distortion"] = float(value)
         else:
             found["copy_budget"] = float(value) * min(one_view_bits) / (int(count) - 1)
     if storage != "full" and not budget:
-        found["copy_fidelity"] = CacheConfig.fidelity
+        found["copy_distortion"] = CacheConfig.distortion
     return found
 
 
@@ -139,7 +139,7 @@ def train_once(
         "build_seconds": round(sum(stage.get("build_seconds", 0.0) for stage in stages), 1),
         "bytes_per_image": [round(stage.get("cache_bytes_per_image", 0.0)) for stage in stages],
         "bits": [stage.get("bits_per_element", 0.0) for stage in stages],
-        "copy_fidelity": [stage.get("copy_fidelity") for stage in stages],
+        "copy_distortion": [stage.get("copy_distortion") for stage in stages],
     }
 
 

@@ -72,7 +72,7 @@ def load(folder: str, seed: int, folds: int) -> tuple[datasets.Dataset, datasets
 def codec_settings(arm: str) -> dict[str, Any]:
     """``auto:0.002:0.5`` -> settings of ``CacheConfig``."""
     codec, *numbers = arm.split(":")
-    names = ("fidelity", "gradient_weight")
+    names = ("distortion", "gradient_weight")
     return {"codec": codec, **{name: float(number) for name, number in zip(names, numbers, strict=False)}}
 
 

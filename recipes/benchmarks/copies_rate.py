@@ -1,4 +1,4 @@
-"""What a further view costs beside the first, at equal fidelity: stored as the residual of its prediction, or directly.
+"""What a further view costs beside the first, at equal distortion: stored as the residual of its prediction, or directly.
 
     python recipes/benchmarks/copies_rate.py --model facebook/deit-tiny-patch16-224 --data imagenette224 --json record.json
 
@@ -38,7 +38,7 @@ from hf_freezecache.codecs import (
     Zstd,
 )
 from hf_freezecache.codecs.predictor import WHOLE
-from hf_freezecache.compression.step_search import coded
+from hf_freezecache.compression.step_search import roundtrip
 from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.model.split import Split
 
@@ -60,7 +60,11 @@ class Suffix:
 
     def logs(self, states: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self.split.outputs(part)[0] for part in states.split(CHUNK)]).double().log_softmax(-1)
+            return (
+                torch.cat([self.split.logits_and_features(part)[0] for part in states.split(CHUNK)])
+                .double()
+                .log_softmax(-1)
+            )
 
     def kl(self, exact: Tensor, states: Tensor) -> float:
         return float((exact.exp() * (exact - self.logs(states))).sum(-1).mean())
@@ -69,7 +73,7 @@ class Suffix:
         generator, found = torch.Generator().manual_seed(0), []
         for part in states.split(CHUNK):
             leaf = part.clone().requires_grad_(True)
-            scores = self.split.outputs(leaf)[0].log_softmax(-1)
+            scores = self.split.logits_and_features(leaf)[0].log_softmax(-1)
             labels = torch.multinomial(scores.detach().exp(), 1, generator=generator)
             found.append(torch.autograd.grad(scores.gather(1, labels).sum(), leaf)[0])
         return torch.cat(found)
@@ -82,7 +86,7 @@ def search(
     assert transform.step is not None
     position, tried = math.log2(transform.step), []
     for _ in range(9):
-        decoded, bits = coded(codec(transform.with_step(2**position)), given, CHUNK)
+        decoded, bits = roundtrip(codec(transform.with_step(2**position)), given, CHUNK)
         found = max(kl(decoded + offset), 1e-9)
         tried.append((math.log(found), bits, position))
         if abs(math.log2(found / target)) < 0.04:
@@ -118,7 +122,7 @@ def compare(
     _, own_step, transform, residual, predicted, pull, full = best
     own = transform.with_step(own_step)
     _, residual_bits = search(own, residual[third], predicted[third], measured_on, target)
-    promised, _ = coded(codec(own), residual[third], CHUNK)
+    promised, _ = roundtrip(codec(own), residual[third], CHUNK)
     left = residual[third][:, PREFIX:].square().sum()
     spread = (view[third][:, PREFIX:] - view[first][:, PREFIX:].mean(0)).square().sum()
     return {
@@ -170,13 +174,13 @@ def main() -> None:
             states[name] = tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
     for split_point in map(int, args.split_points.split(",")):
         suffix = Suffix(model, split_point)
-        for fidelity in args.bases.split(","):
+        for distortion in args.bases.split(","):
             base = states["base"][split_point]
-            if fidelity != "exact":
+            if distortion != "exact":
                 fitted = Transform().fit(base[first], PREFIX, GRID)
                 kl = partial(suffix.kl, suffix.logs(base[second]))
-                step, _ = search(fitted, base[second], 0.0, kl, float(fidelity))
-                base, _ = coded(codec(fitted.with_step(step)), base, CHUNK)
+                step, _ = search(fitted, base[second], 0.0, kl, float(distortion))
+                base, _ = roundtrip(codec(fitted.with_step(step)), base, CHUNK)
             for name in moving:
                 view, place = states[name][split_point], geometry[name]
                 for weight in map(float, args.weights.split(",")):
@@ -185,7 +189,7 @@ def main() -> None:
                     def fit(sample: Tensor, w: float = weight, g: Any = gradients) -> Transform:
                         return Transform(gradient_weight=w).fit(sample[first], PREFIX, GRID, g)
 
-                    key = f"k={split_point} base={fidelity} {name} weight={weight:g}"
+                    key = f"k={split_point} base={distortion} {name} weight={weight:g}"
                     results[key] = compare(suffix, base, view, place, (first, second, third), fit, args.kl)
                     found = results[key]
                     print(

@@ -125,7 +125,7 @@ def read_all(cache: Path) -> list[dict[str, torch.Tensor]]:
         for chunk in range(reader.layout.num_chunks):
             batch = collate_cached(dataset.__getitems__([(int(row), view) for row in reader.members(chunk)]))
             arrays, extras = split_packed(batch)
-            batches.append({"hidden_states": reader.views.restore(arrays, reader.dtype), **extras})
+            batches.append({"hidden_states": reader.views.dequantize(arrays, reader.dtype), **extras})
     return batches
 
 

@@ -47,9 +47,9 @@ from hf_freezecache.codecs import (
     Codec,
     make_codec,
 )
-from hf_freezecache.compression.distortion import FidelityMeter
+from hf_freezecache.compression.distortion import DistortionMeter
 from hf_freezecache.compression.step_search import calibrate, fit_codec
-from hf_freezecache.config import DEFAULT_FIDELITY
+from hf_freezecache.config import DEFAULT_MAX_DISTORTION
 from hf_freezecache.data.collators import collate_cached, split_packed
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
@@ -125,7 +125,7 @@ class Bench:
 
     @functools.cached_property
     def codec(self) -> Codec:
-        """The codec; fitted, for ``auto`` to the default fidelity, on 128 images and measured on 128 others."""
+        """The codec; fitted, for ``auto`` to the default distortion, on 128 images and measured on 128 others."""
         codec = make_codec("transform" if self.args.codec == "auto" else self.args.codec)
         if codec.lossless:
             return codec
@@ -135,13 +135,15 @@ class Bench:
 
         def outputs(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.no_grad(), self.autocast():
-                parts = [self.split.outputs(part.to(self.device)) for part in states.split(self.args.batch_size)]
+                parts = [
+                    self.split.logits_and_features(part.to(self.device)) for part in states.split(self.args.batch_size)
+                ]
             return torch.cat([a.cpu() for a, _ in parts]), torch.cat([b.cpu() for _, b in parts])
 
         grid = token_grid(states.shape[1], (3, 224, 224), self.model.config)
         codec = fit_codec(codec, states[:middle], *grid)
-        budget = DEFAULT_FIDELITY if self.args.codec == "auto" else None
-        return calibrate(codec, FidelityMeter(states[middle:], outputs), middle, chunk_size=32, budget=budget)[0]
+        budget = DEFAULT_MAX_DISTORTION if self.args.codec == "auto" else None
+        return calibrate(codec, DistortionMeter(states[middle:], outputs), middle, chunk_size=32, budget=budget)[0]
 
     def build(self, folder: Path) -> Any:
         return build_cache(
@@ -180,13 +182,13 @@ class Bench:
             return self.endless(self.loader(CachedDataset(reader, packed=True), collate_cached))
         kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
         if arm == "limit":
-            kept = [{"hidden_states": self.restore(batch), "labels": batch["labels"]} for batch in kept]
+            kept = [{"hidden_states": self.dequantize(batch), "labels": batch["labels"]} for batch in kept]
         return itertools.cycle(kept)
 
-    def restore(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def dequantize(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         packed, _ = split_packed(batch)
         with torch.no_grad():
-            return self.stored.restore(packed, torch.float32, None if self.args.fp32 else torch.bfloat16)
+            return self.stored.dequantize(packed, torch.float32, None if self.args.fp32 else torch.bfloat16)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         """Train on one batch."""
@@ -194,7 +196,7 @@ class Bench:
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         labels, hidden_states = batch["labels"], batch.get("hidden_states")
         if "packed.values" in batch:
-            hidden_states = self.restore(batch)
+            hidden_states = self.dequantize(batch)
         with self.autocast():
             if hidden_states is None:
                 loss = self.model(pixel_values=batch["pixel_values"], labels=labels).loss
@@ -216,7 +218,7 @@ class Bench:
             if train:
                 self.step(batch)
             else:
-                self.restore({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
+                self.dequantize({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
         self.finish()
         return steps * self.args.batch_size / (time.perf_counter() - started)
 

@@ -72,8 +72,13 @@ PHASES = ("start", "step", "stage change", "build", "promotion", "checkpoint", "
 #: What a cache is to be in a chain of trials.
 KINDS: dict[str, dict[str, Any]] = {
     "lossless": {},
-    "lossy": {"codec": "auto", "promote": "always", "calibration_samples": 16},
-    "low disk": {"codec": "auto", "promote": "always", "calibration_samples": 16, "low_disk": True},
+    "lossy": {"codec": "auto", "build_from": "previous_cache", "calibration_samples": 16},
+    "low disk": {
+        "codec": "auto",
+        "build_from": "previous_cache",
+        "calibration_samples": 16,
+        "consume_previous_cache": True,
+    },
 }
 #: Longest time that one start may take; a start that hangs is a failure.
 PATIENCE = 120.0

@@ -89,7 +89,7 @@ def of_library(codec: Codec, **settings: Any) -> Coder:
     state = sum(len(compress_frame(b"".join(Planes().encode(t)), 9)) for t in codec.tensors().values())
     return Coder(
         codec.encode,
-        lambda frames, shape: codec.restore(codec.unpack(frames, shape, torch.float32), torch.float32),
+        lambda frames, shape: codec.dequantize(codec.entropy_decode(frames, shape, torch.float32), torch.float32),
         settings,
         state + len(json.dumps(codec.to_dict())),
     )

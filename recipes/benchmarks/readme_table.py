@@ -116,7 +116,7 @@ def accuracy_lines(data: str, arms: dict[str, Any], config: dict[str, Any], reco
         budget, _, weight = arm.removeprefix("auto:").partition(":")
         difference, stages = result["difference"], result["runs"][0]["stages"]
         lines.append(
-            f"  * `auto`, fidelity {budget}{f', gradient weight {weight}' if weight else ''}: {difference['mean']:+.2f} points "
+            f"  * `auto`, distortion {budget}{f', gradient weight {weight}' if weight else ''}: {difference['mean']:+.2f} points "
             f"({difference['min']:+.2f} to {difference['max']:+.2f}), loss {result['loss_difference']['mean']:+.4f}, at "
             + " and ".join(f"{stage['bits_per_element']:.1f}" for stage in stages)
             + " bits per element"
@@ -203,7 +203,7 @@ def arm_words(arm: str) -> str:
     else:
         count, storage, *budget = name.split(":")
         text = f'{count}, `copies="{storage}"`' + (
-            ", together in the bytes of one" if budget else ", fidelity of the first"
+            ", together in the bytes of one" if budget else ", distortion of the first"
         )
     return f"{text}, `{features}`" if features else text
 

@@ -31,9 +31,9 @@ from hf_freezecache.cache.index import (
     FileRecord,
     file_sha256,
     load_index,
-    part_name,
     save_index,
     shard_name,
+    table_name,
 )
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.shard_writer import CachePlan
@@ -49,7 +49,13 @@ from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import CacheCorruptError
 
 GOLDEN_CACHE = Path(__file__).parents[1] / "golden" / "v1" / "k02-61fcedc61c1e8f04"
-CALIBRATION = {"chosen_by": "fidelity", "fidelity": 0.0625, "source": "images", "sources": {}, "target_bits": None}
+CALIBRATION = {
+    "chosen_by": "distortion",
+    "max_distortion": 0.0625,
+    "source": "images",
+    "sources": {},
+    "target_bits": None,
+}
 GRID = (2, 2)
 ORDER = [2, 5, 1, 3, 7, 4, 0, 6]  # the chunks are rows 2 5 1, rows 3 7 4 and rows 0 6
 FINGERPRINT = tiny_cache.make_plan().fingerprint.digest
@@ -307,7 +313,7 @@ def test_a_lossy_cache_names_its_state_and_keeps_its_calibration(cache, codec) -
     assert index.codec == codec.to_dict()
     assert index.files.keys() == {
         CODEC_NAME,
-        *(name(view, shard) for name in (part_name, shard_name) for view in range(2) for shard in range(2)),
+        *(name(view, shard) for name in (table_name, shard_name) for view in range(2) for shard in range(2)),
     }
     assert index.files[CODEC_NAME].bytes == (cache / CODEC_NAME).stat().st_size
     assert load_state(cache / CODEC_NAME, FINGERPRINT).calibration == CALIBRATION
@@ -450,7 +456,7 @@ def test_packed_items_restore_to_the_decoded_ones(tmp_path, codec, states, prese
         collated = collate_cached(packed.__getitems__(batch))
         arrays, extras = split_packed(collated)
         assert {PACKED + name for name in arrays} | extras.keys() == collated.keys()
-        restored = reader.codec.restore(arrays, reader.dtype)
+        restored = reader.codec.dequantize(arrays, reader.dtype)
         assert restored.dtype == expected["hidden_states"].dtype
         assert torch.equal(restored, expected.pop("hidden_states"))
         assert extras.keys() == expected.keys() == {"labels", "mask", "weights"}

@@ -32,11 +32,11 @@ from hf_freezecache.cache.index import (
     atomic_write,
     file_sha256,
     load_index,
-    part_name,
-    read_shard_head,
+    read_shard_header,
     save_index,
     shard_name,
-    write_shard_head,
+    table_name,
+    write_shard_header,
 )
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
@@ -56,7 +56,7 @@ ORDER = [2, 5, 1, 3, 7, 4, 0, 6]
 DRAWS = [[655, 1629, 1531, 387, 427, 1440, 1015, 1159], [1575, 1753, 605, 1792, 1446, 1795, 874, 123]]
 FILES = [
     INDEX_NAME,
-    *(name(view, shard) for name in (part_name, shard_name) for view in range(2) for shard in range(2)),
+    *(name(view, shard) for name in (table_name, shard_name) for view in range(2) for shard in range(2)),
 ]
 
 
@@ -160,10 +160,10 @@ def test_todays_writer_writes_the_golden_cache(tmp_path) -> None:
     same_zstd = recorded["zstd"] == current["zstd"]
     for name in FILES:
         if name.endswith(".safetensors") and not same_zstd:
-            ours, theirs = read_shard_head(directory / name), read_shard_head(GOLDEN_CACHE / name)
+            ours, theirs = read_shard_header(directory / name), read_shard_header(GOLDEN_CACHE / name)
             assert ours.metadata == theirs.metadata
             assert np.array_equal(ours.sample_indices, theirs.sample_indices)
-            assert ours.head_bytes == theirs.head_bytes
+            assert ours.header_bytes == theirs.header_bytes
             assert ours.frame_offsets.shape == theirs.frame_offsets.shape
         elif name.endswith(".safetensors") or recorded == current:
             assert written[name] == golden[name], name
@@ -222,7 +222,7 @@ def test_a_shard_is_a_safetensors_file_of_zstd_frames() -> None:
 
 
 def test_index_parts_name_every_row() -> None:
-    tables = [pq.read_table(GOLDEN_CACHE / part_name(view, shard)) for view in range(2) for shard in range(2)]
+    tables = [pq.read_table(GOLDEN_CACHE / table_name(view, shard)) for view in range(2) for shard in range(2)]
     rows = [row for table in tables for row in table.to_pylist()]
     assert rows == [
         {
@@ -442,8 +442,8 @@ def test_every_flipped_bit_of_a_shard_is_found_or_harmless(cache) -> None:
                 assert torch.equal(decoded.hidden_states[position], expected_state(row, 1)), bit
                 assert decoded.extras["labels"][position].item() == row % 3, bit
                 assert decoded.extras["weights"][position].tolist() == [row / 8, -row / 4], bit
-    head_bytes, total_bytes = load_index(cache).files[shard_name(1, 1)].head_bytes, len(patched.raw)
-    assert found > 8 * head_bytes + 0.97 * 8 * (total_bytes - head_bytes)
+    header_bytes, total_bytes = load_index(cache).files[shard_name(1, 1)].header_bytes, len(patched.raw)
+    assert found > 8 * header_bytes + 0.97 * 8 * (total_bytes - header_bytes)
     touch_all(cache)
 
 
@@ -554,15 +554,15 @@ OFFSETS, INDICES = [0, 2, 5, 5, 5, 10], [4, 2, 0, 1, 3]
 def test_heads_round_trip_and_are_valid_safetensors(tmp_path) -> None:
     path = tmp_path / "shard.safetensors"
     with path.open("wb") as file:
-        file.seek(format_module.head_size(2, 2, 5, METADATA))
+        file.seek(format_module.header_size(2, 2, 5, METADATA))
         file.write(b"0123456789")
-        write_shard_head(file, np.array(OFFSETS).reshape(2, 3), np.array(INDICES), METADATA)
-    head = read_shard_head(path)
+        write_shard_header(file, np.array(OFFSETS).reshape(2, 3), np.array(INDICES), METADATA)
+    head = read_shard_header(path)
     assert head.metadata == METADATA
     assert head.frame_offsets.tolist() == [OFFSETS[:3], OFFSETS[3:]]
     assert head.sample_indices.tolist() == INDICES
-    assert path.read_bytes()[head.head_bytes :] == b"0123456789"
-    assert head.head_bytes % 8 == 0
+    assert path.read_bytes()[head.header_bytes :] == b"0123456789"
+    assert head.header_bytes % 8 == 0
     with safe_open(path, framework="np") as file:
         assert file.metadata() == METADATA
         assert file.get_tensor("frames").tobytes() == b"0123456789"
@@ -571,7 +571,7 @@ def test_heads_round_trip_and_are_valid_safetensors(tmp_path) -> None:
 def test_a_plain_head_is_read(tmp_path) -> None:
     path = tmp_path / "shard.safetensors"
     write_shard(path, header_of(), OFFSETS + INDICES, b"0123456789")
-    assert read_shard_head(path).frame_offsets.tolist() == [OFFSETS[:3], OFFSETS[3:]]
+    assert read_shard_header(path).frame_offsets.tolist() == [OFFSETS[:3], OFFSETS[3:]]
 
 
 @pytest.mark.parametrize(
@@ -592,7 +592,7 @@ def test_offsets_that_do_not_tile_the_frames_are_refused(tmp_path, offsets, reas
     path = tmp_path / "shard.safetensors"
     write_shard(path, header_of(), offsets + INDICES, b"0123456789")
     with pytest.raises(CacheCorruptError, match="do not tile"):
-        read_shard_head(path)
+        read_shard_header(path)
 
 
 @pytest.mark.parametrize(
@@ -630,7 +630,7 @@ def test_heads_that_are_no_heads_are_refused(tmp_path, header) -> None:
     path = tmp_path / "shard.safetensors"
     write_shard(path, header, OFFSETS + INDICES, b"0123456789")
     with pytest.raises(CacheCorruptError) as caught:
-        read_shard_head(path)
+        read_shard_header(path)
     assert str(path) in str(caught.value)
 
 
@@ -641,7 +641,7 @@ def test_a_header_that_claims_another_size_is_refused_unread(tmp_path, claimed) 
     raw = path.read_bytes()
     path.write_bytes(struct.pack("<Q", claimed) + raw[8:])
     with pytest.raises(CacheCorruptError, match="is damaged"):
-        read_shard_head(path)
+        read_shard_header(path)
 
 
 def test_no_flipped_bit_of_a_head_gives_another_error_than_ours(tmp_path) -> None:
@@ -650,21 +650,21 @@ def test_no_flipped_bit_of_a_head_gives_another_error_than_ours(tmp_path) -> Non
     shutil.copy(GOLDEN_CACHE / shard_name(0, 1), path)
     refused = 0
     with Patched(path) as patched:
-        for _ in patched.flips(read_shard_head(path).head_bytes):
+        for _ in patched.flips(read_shard_header(path).header_bytes):
             try:
-                read_shard_head(path)
+                read_shard_header(path)
             except CacheCorruptError:
                 refused += 1
     assert refused > 1000
     for length in range(0, len(patched.raw), 7):
         path.write_bytes(patched.raw[:length])
         with pytest.raises(CacheCorruptError):
-            read_shard_head(path)
+            read_shard_header(path)
 
 
 def test_a_missing_shard_is_no_python_error(tmp_path) -> None:
     with pytest.raises(CacheCorruptError, match="is missing"):
-        read_shard_head(tmp_path / "shard.safetensors")
+        read_shard_header(tmp_path / "shard.safetensors")
 
 
 # ---- Writing ----

@@ -12,7 +12,7 @@ import torch
 from support import tiny_copies
 
 from hf_freezecache.cache.codec_state import load_copies
-from hf_freezecache.cache.index import COPIES_NAME, INDEX_NAME, part_name, read_shard_head, shard_name
+from hf_freezecache.cache.index import COPIES_NAME, INDEX_NAME, read_shard_header, shard_name, table_name
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs.view_codec import COPY
@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "v1-copies"
 GOLDEN_CACHE = GOLDEN / "k02-c9721ff71de814c4"
 #: The permutation of five rows by seed 3. Written down, not computed.
 ORDER = [2, 1, 3, 4, 0]
-FILES = [INDEX_NAME, COPIES_NAME, *(name(view, 0) for name in (part_name, shard_name) for view in range(3))]
+FILES = [INDEX_NAME, COPIES_NAME, *(name(view, 0) for name in (table_name, shard_name) for view in range(3))]
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -64,8 +64,8 @@ def test_todays_reader_reads_the_golden_copies() -> None:
 def test_the_golden_copies_hold_what_is_not_predicted(view) -> None:
     """By hand: true channels less (1, 1, 0) times what the base has at this place, less a quarter; the first token whole."""
     reader = CacheReader(GOLDEN_CACHE)
-    packed = reader.unpack_chunk(view, 0)
-    residual = reader.views.copies.codec.restore(
+    packed = reader.entropy_decode_chunk(view, 0)
+    residual = reader.views.copies.codec.dequantize(
         {name.removeprefix(COPY): array for name, array in packed.arrays.items() if name.startswith(COPY)}, reader.dtype
     )
     for row, found in zip(ORDER[:2], residual.tolist(), strict=True):
@@ -94,7 +94,7 @@ def test_todays_writer_writes_the_golden_copies(tmp_path) -> None:
             if name == COPIES_NAME:
                 assert load_copies(directory / name).codec == load_copies(GOLDEN_CACHE / name).codec
                 continue
-            ours, theirs = read_shard_head(directory / name), read_shard_head(GOLDEN_CACHE / name)
+            ours, theirs = read_shard_header(directory / name), read_shard_header(GOLDEN_CACHE / name)
             assert ours.metadata == theirs.metadata
         elif name.endswith(".safetensors") or recorded == current:
             assert written[name] == golden[name], name

@@ -17,8 +17,8 @@ from support import hostile
 
 from hf_freezecache.cache.index import (
     INDEX_NAME,
-    part_name,
     shard_name,
+    table_name,
 )
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
@@ -177,7 +177,7 @@ def test_a_cache_deleted_while_in_use_says_what_to_do(opened) -> None:
 
 def test_a_file_that_shrinks_while_in_use_is_damage(opened) -> None:
     opened._chunks.clear()
-    os.truncate(opened.reader.directory / shard_name(0, 0), opened.reader._heads[0, 0].head_bytes + 10)
+    os.truncate(opened.reader.directory / shard_name(0, 0), opened.reader._heads[0, 0].header_bytes + 10)
     with pytest.raises(CacheCorruptError, match=r"shard-00000.safetensors is damaged in chunk 0: \d+ bytes left of"):
         opened[2]
 
@@ -233,7 +233,7 @@ def test_large_values_of_honest_caches_are_read(tmp_path, dtype, codec) -> None:
     cache = tiny_cache.build(tmp_path, plan, prefix=states).directory
     hostile.read_all(cache)
     assert verify_cache(cache) == []
-    assert part_name(0, 0) in CacheReader(cache).index.files
+    assert table_name(0, 0) in CacheReader(cache).index.files
 
 
 @pytest.mark.parametrize("name", ["shard_that_is_a_pipe", "index_that_is_a_pipe", "shard_that_is_a_folder"])

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from hf_freezecache.cache.index import (
     INDEX_NAME,
     load_index,
-    part_name,
     shard_name,
+    table_name,
 )
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.storage import (
@@ -118,7 +118,7 @@ def test_unknown_protocols_are_refused(url) -> None:
     assert url in verify_cache(url)[0]
 
 
-@pytest.mark.parametrize("name", [shard_name(1, 0), part_name(0, 1)])
+@pytest.mark.parametrize("name", [shard_name(1, 0), table_name(0, 1)])
 def test_missing_damaged_and_foreign_files_are_named(memory, sound, name) -> None:
     upload(sound["lossless"], memory)
     raw = memory.cat_file(f"/bucket/cache/{name}")
@@ -224,8 +224,8 @@ def test_a_chunk_fetches_its_own_range_and_the_head_once(counted, larger) -> Non
     offsets, record = reader._heads[0, 0].frame_offsets[3], reader.index.files[shard_name(0, 0)]
     own = int(offsets[-1] - offsets[0])
     assert counted.sent == [
-        (shard.name, 0, record.head_bytes),
-        (shard.name, record.head_bytes + int(offsets[0]), own),
+        (shard.name, 0, record.header_bytes),
+        (shard.name, record.header_bytes + int(offsets[0]), own),
     ]
     assert own < shard.stat().st_size / 15
     assert shard.stat().st_size > 200_000

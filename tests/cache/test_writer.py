@@ -171,7 +171,7 @@ def test_a_cache_that_another_live_process_writes_is_left_alone(train_dataset, t
 
 def test_full_disk_keeps_finished_shards(train_dataset, monkeypatch) -> None:
     written = []
-    genuine = shard_module.write_shard_head
+    genuine = shard_module.write_shard_header
 
     def failing(file, *args):
         written.append(file.name)
@@ -180,7 +180,7 @@ def test_full_disk_keeps_finished_shards(train_dataset, monkeypatch) -> None:
         return genuine(file, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_module, "write_shard_head", failing)
+        patch.setattr(shard_module, "write_shard_header", failing)
         with pytest.raises(CacheWriteError, match=r"No space left on device.*MiB are free.*finished shards are kept"):
             build(train_dataset)
     assert not list(only_cache().rglob("*.tmp"))

@@ -142,10 +142,10 @@ def check_round_trip(codec: Codec, hidden_states: torch.Tensor) -> torch.Tensor:
         error = rms(decoded.double() - hidden_states.double())
         assert bool((error <= bound).all()), (error, bound)
     # Samples of one chunk can be picked before they are restored.
-    arrays = codec.unpack(frames, shape, dtype)
+    arrays = codec.entropy_decode(frames, shape, dtype)
     assert all(len(array) == shape[0] for array in arrays.values())
     rows = torch.arange(shape[0]).flip(0)[::2]
-    picked = codec.restore({name: array[rows] for name, array in arrays.items()}, dtype)
+    picked = codec.dequantize({name: array[rows] for name, array in arrays.items()}, dtype)
     if codec.lossless:
         assert bits(picked) == bits(decoded[rows])
     else:
@@ -338,8 +338,8 @@ def test_arithmetic_in_bf16_is_close(name) -> None:
     """The arithmetic of a run's autocast, and the rounding of bf16 with it."""
     codec = codec_for(name, 5, 4)
     hidden_states = torch.randn(4, 5, 4).cumsum(2)
-    arrays = codec.unpack(codec.encode(hidden_states), hidden_states.shape, torch.float32)
-    exact, rough = codec.restore(arrays, torch.float32), codec.restore(arrays, torch.float32, torch.bfloat16)
+    arrays = codec.entropy_decode(codec.encode(hidden_states), hidden_states.shape, torch.float32)
+    exact, rough = codec.dequantize(arrays, torch.float32), codec.dequantize(arrays, torch.float32, torch.bfloat16)
     assert rough.dtype == torch.float32
     assert bool((rms(rough - exact) <= 0.02 * rms(exact)).all())
 
@@ -389,7 +389,7 @@ every_content = pytest.mark.parametrize("content", SMALL)
 def unpacked_or_refused(codec: Codec, frames: list[bytes], like: torch.Tensor) -> dict[str, bytes] | None:
     """Any other exception than ``ValueError`` fails the test."""
     try:
-        arrays = codec.unpack(frames, like.shape, like.dtype)
+        arrays = codec.entropy_decode(frames, like.shape, like.dtype)
     except ValueError:
         return None
     return {name: bits(array) for name, array in arrays.items()}
@@ -442,7 +442,7 @@ def test_wrong_numbers_and_sizes_of_frames_are_refused(name) -> None:
     frames = codec.encode(hidden_states)
     for others in (frames[:-1], [*frames, frames[0]], []):
         with pytest.raises(ValueError, match=f"{len(others)} frames, expected {len(frames)}"):
-            codec.unpack(others, hidden_states.shape, torch.float32)
+            codec.entropy_decode(others, hidden_states.shape, torch.float32)
     for shape in ((2, 2, 2), (2, 2, 4), (2, 3, 3), (0, 2, 3), (1, 2, 3), (3, 2, 3)):
         assert unpacked_or_refused(codec, frames, hidden_states.new_zeros(shape)) is None, shape
     if len(codec.max_frame_bytes(hidden_states.shape, torch.float64)) != len(frames):
@@ -459,7 +459,7 @@ def test_frames_that_hold_too_much_are_refused(name) -> None:
     for number, limit in enumerate(limits):
         bomb = compress_frame(bytes(limit), 1)
         with pytest.raises(ValueError, match=r"zstd frame claims \d+ bytes, expected at most \d+"):
-            codec.unpack([*frames[:number], bomb, *frames[number + 1 :]], hidden_states.shape, torch.float32)
+            codec.entropy_decode([*frames[:number], bomb, *frames[number + 1 :]], hidden_states.shape, torch.float32)
 
 
 @every_codec

@@ -59,7 +59,7 @@ def test_todays_code_reads_the_configuration(name) -> None:
 @every_codec
 def test_todays_code_decodes_the_frames(name) -> None:
     codec, states, frames = stored(name)
-    unpacked = codec.unpack(frames, states.shape, states.dtype)
+    unpacked = codec.entropy_decode(frames, states.shape, states.dtype)
     expected = load_file(GOLDEN / name / "unpacked.safetensors")
     assert unpacked.keys() == expected.keys()
     for key, array in expected.items():

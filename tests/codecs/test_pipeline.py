@@ -225,7 +225,7 @@ def test_without_its_tensors_a_transform_is_not_fitted() -> None:
         for call in (
             lambda codec: codec.encode(smooth_states(2)),
             lambda codec: codec.max_frame_bytes((2, TOKENS, HIDDEN), torch.float32),
-            lambda codec: codec.unpack([], (2, TOKENS, HIDDEN), torch.float32),
+            lambda codec: codec.entropy_decode([], (2, TOKENS, HIDDEN), torch.float32),
             lambda codec: codec.error_bound(smooth_states(2)),
         ):
             with pytest.raises(ValueError, match="'transform' has not been fitted"):
@@ -444,7 +444,7 @@ def test_transform_of_any_hidden_size_stays_in_its_bound(hidden, samples, gradie
         states = smooth_states(5, seed=7, hidden=hidden)
         # The encoder checks the bound too, and keeps what breaks it: nothing does. With the largest weights a component
         # reaches 515, and three by three of them outgrow 16 bits of the small step from 324 on.
-        kept = codec.unpack(codec.encode(states), states.shape, states.dtype).keys() - {"values", "0.prefix"}
+        kept = codec.entropy_decode(codec.encode(states), states.shape, states.dtype).keys() - {"values", "0.prefix"}
         assert not kept or (gradient_weight == 1.0 and step == 0.03)
         assert bool((rms(decode(codec, states) - states) <= codec.error_bound(states)).all())
 
@@ -591,7 +591,7 @@ def test_token_outliers_are_kept_exactly_and_spoil_no_other_token(dtype, largest
     assert torch.equal(decoded[3, 5], spoilt[3, 5])
     spoilt[2, 4], spoilt[3, 5] = decoded[2, 4], decoded[3, 5] = states[2, 4], states[3, 5]
     assert bool((rms(decoded - spoilt) <= bound).all())
-    arrays = codec.unpack(codec.encode(states), states.shape, dtype)
+    arrays = codec.entropy_decode(codec.encode(states), states.shape, dtype)
     assert arrays.keys() == {"values", "0.prefix"}
 
 
@@ -647,11 +647,13 @@ def test_chunks_with_and_without_exact_tokens_make_the_same_rows() -> None:
     plain, spoilt = smooth_states(3, seed=4), smooth_states(3, seed=4)
     spoilt[0, 4] = 1e20
     codec = pipeline(fitted())
-    without, given_ = (codec.unpack(codec.encode(states), states.shape, states.dtype) for states in (plain, spoilt))
+    without, given_ = (
+        codec.entropy_decode(codec.encode(states), states.shape, states.dtype) for states in (plain, spoilt)
+    )
     assert given_.keys() - without.keys() == {"0.exact", "0.is_exact"}
     rows = {name: array[1:] for name, array in given_.items()}
-    expected = codec.restore({name: array[1:] for name, array in without.items()}, torch.float32)
-    torch.testing.assert_close(codec.restore(rows, torch.float32), expected, rtol=1e-5, atol=1e-5)
+    expected = codec.dequantize({name: array[1:] for name, array in without.items()}, torch.float32)
+    torch.testing.assert_close(codec.dequantize(rows, torch.float32), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_transforms_are_values() -> None:

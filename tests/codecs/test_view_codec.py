@@ -28,8 +28,8 @@ from hf_freezecache.codecs import (
 from hf_freezecache.codecs.base import ArraySpec
 from hf_freezecache.codecs.predictor import WHOLE, move_tokens
 from hf_freezecache.compression.step_search import (
-    coded,
     fit_codec,
+    roundtrip,
 )
 from hf_freezecache.data.collators import PACKED, collate_cached, split_packed
 from hf_freezecache.errors import UnsupportedSetupError
@@ -232,14 +232,14 @@ def test_a_base_that_says_nothing_predicts_nothing_and_costs_nothing(full) -> No
     residual = copies.residual(views, base, geometry)
     own = fit_codec(transform, residual[:400], PREFIX, GRID)
     own = Pipeline((own.steps[0].with_step(step), *own.steps[1:]))
-    _, bits = coded(direct, views[400:], 100)
-    _, residual_bits = coded(own, residual[400:], 100)
+    _, bits = roundtrip(direct, views[400:], 100)
+    _, residual_bits = roundtrip(own, residual[400:], 100)
     assert residual_bits == pytest.approx(bits, rel=0.02)
     # And where it says a lot, much is saved.
     base, geometry, views = related(600, error=0.05)
     predictor = Predictor(0.0, True, PREFIX, GRID).fit(base[:400], geometry[:400], views[:400])
     residual = CopyCodec(transform, predictor).residual(views, base, geometry)
-    assert coded(own, residual[400:], 100)[1] < 0.8 * coded(own, views[400:], 100)[1]
+    assert roundtrip(own, residual[400:], 100)[1] < 0.8 * roundtrip(own, views[400:], 100)[1]
 
 
 def test_constant_and_nonfinite_states() -> None:
@@ -295,11 +295,11 @@ def packed_chunk(codec: ViewCodec, base: Tensor, geometry: Tensor, views: Tensor
     """What a reader unpacks of a chunk of a view."""
     base_frames = codec.encode(0, base)
     if view == 0:
-        return codec.unpack(0, base_frames, base.shape, base.dtype)
+        return codec.entropy_decode(0, base_frames, base.shape, base.dtype)
     frames = codec.encode(view, views, decoded(codec.base, base), geometry)
-    arrays = codec.unpack(view, frames, views.shape, views.dtype)
+    arrays = codec.entropy_decode(view, frames, views.shape, views.dtype)
     if codec.needs_base(view):
-        arrays = {**codec.unpack(0, base_frames, base.shape, base.dtype), **arrays, "geometry": geometry}
+        arrays = {**codec.entropy_decode(0, base_frames, base.shape, base.dtype), **arrays, "geometry": geometry}
     return arrays
 
 
@@ -311,7 +311,7 @@ def test_views_come_back_within_the_bound_of_their_own_codec(kind, base_name, dt
     copies = copy_codec(kind, dtype)
     codec = ViewCodec(base_codec(base_name), copies)
     base, geometry, views = related(12, seed=20, dtype=dtype)
-    found = codec.restore(packed_chunk(codec, base, geometry, views, 2), dtype)
+    found = codec.dequantize(packed_chunk(codec, base, geometry, views, 2), dtype)
     assert found.dtype == dtype
     residual = copies.residual(views, decoded(codec.base, base), geometry)
     rounding = torch.finfo(dtype).eps * 4 * views.double().abs().max() + 1e-5
@@ -320,7 +320,7 @@ def test_views_come_back_within_the_bound_of_their_own_codec(kind, base_name, dt
     # The bound says something: the base view itself, or another view, is far outside.
     assert bool((rms(base.double() - views.double()) > bound).all())
     torch.testing.assert_close(
-        codec.restore(packed_chunk(codec, base, geometry, views, 0), dtype), decoded(codec.base, base)
+        codec.dequantize(packed_chunk(codec, base, geometry, views, 0), dtype), decoded(codec.base, base)
     )
 
 
@@ -340,7 +340,7 @@ def test_nothing_selected_decodes_to_the_prediction_and_never_to_tokens_of_the_b
     base, geometry, views = related(12, seed=20)
     copies = selection((), 0)
     codec = ViewCodec(LosslessCodec(), copies)
-    found = codec.restore(packed_chunk(codec, base, geometry, views, 1), base.dtype)
+    found = codec.dequantize(packed_chunk(codec, base, geometry, views, 1), base.dtype)
     predicted = copies.predictor(base, geometry)
     torch.testing.assert_close(found[:, PREFIX:], predicted[:, PREFIX:], rtol=0, atol=0.01)
     # Prefix tokens are not predicted, but stored.
@@ -358,7 +358,7 @@ def test_what_is_selected_is_that_of_the_true_view_and_the_rest_is_predicted(cha
     base, geometry, views = related(3, seed=20)
     copies = selection(tuple(sorted(channels)), tokens)
     codec = ViewCodec(LosslessCodec(), copies)
-    found = codec.restore(packed_chunk(codec, base, geometry, views, 1), base.dtype)
+    found = codec.dequantize(packed_chunk(codec, base, geometry, views, 1), base.dtype)
     predicted = copies.predictor(base, geometry)
     kept = copies.codec.steps[0].encode(views - predicted)["values"] != 0
     kept[:, :PREFIX] = True
@@ -397,7 +397,7 @@ def test_a_mixed_batch_restores_each_sample_as_it_would_alone(case, keys, comput
     def restored(batch) -> Tensor:
         packed, rest = split_packed(collate_cached(batch))
         assert rest == {}
-        return codec.restore(packed, torch.float32, compute_dtype)
+        return codec.dequantize(packed, torch.float32, compute_dtype)
 
     together = restored([chunks[view][row] for row, view in keys])
     alone = torch.cat([restored([chunks[view][row]]) for row, view in keys])
@@ -411,20 +411,20 @@ def test_restoring_in_bf16(kind) -> None:
     codec = ViewCodec(base_codec("transform"), copy_codec(kind))
     base, geometry, views = related(6, seed=30)
     packed = packed_chunk(codec, base, geometry, views, 1)
-    exact = codec.restore(packed, torch.float32)
-    rough = codec.restore(packed, torch.float32, torch.bfloat16)
+    exact = codec.dequantize(packed, torch.float32)
+    rough = codec.dequantize(packed, torch.float32, torch.bfloat16)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.03, atol=0.06)
     assert not torch.equal(rough, exact)
-    torch.testing.assert_close(codec.restore(packed, torch.bfloat16).float(), exact, rtol=0.03, atol=0.06)
+    torch.testing.assert_close(codec.dequantize(packed, torch.bfloat16).float(), exact, rtol=0.03, atol=0.06)
 
 
 def test_restoring_compiles_in_one_graph() -> None:
     codec = ViewCodec(base_codec("transform"), copy_codec("residual"))
     base, geometry, views = related(6, seed=30)
     packed = packed_chunk(codec, base, geometry, views, 1)
-    compiled = torch.compile(codec.restore, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(packed, torch.float32), codec.restore(packed, torch.float32))
+    compiled = torch.compile(codec.dequantize, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(packed, torch.float32), codec.dequantize(packed, torch.float32))
 
 
 def test_only_a_cache_of_exact_views_is_lossless() -> None:
@@ -444,8 +444,8 @@ def test_without_a_codec_of_copies_all_views_are_alike() -> None:
     assert codec.encode(1, views) == codec.base.encode(views)
     assert not codec.needs_base(1)
     assert codec.stored_dict(1) == codec.base.to_dict()
-    packed = codec.unpack(1, codec.encode(1, views), views.shape, views.dtype)
-    assert torch.equal(codec.restore(packed, views.dtype), decoded(codec.base, views))
+    packed = codec.entropy_decode(1, codec.encode(1, views), views.shape, views.dtype)
+    assert torch.equal(codec.dequantize(packed, views.dtype), decoded(codec.base, views))
     assert not torch.equal(base, views)
 
 

@@ -21,7 +21,7 @@ from hf_freezecache.codecs import (
     Transform,
     Zstd,
 )
-from hf_freezecache.compression.distortion import FidelityMeter
+from hf_freezecache.compression.distortion import DistortionMeter
 from hf_freezecache.compression.step_search import CURVES, calibrate, fit_codec, parse_rates, rate_at
 from hf_freezecache.errors import (
     DataError,
@@ -57,8 +57,8 @@ def suffix_of(classes: int = 5, confidence: float = 0.0) -> Callable[[Tensor], t
     return outputs
 
 
-def meter_of(samples: int = 16, **suffix: float) -> FidelityMeter:
-    return FidelityMeter(states_of(samples, seed=2), suffix_of(**suffix))  # type: ignore[arg-type]
+def meter_of(samples: int = 16, **suffix: float) -> DistortionMeter:
+    return DistortionMeter(states_of(samples, seed=2), suffix_of(**suffix))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_logits_count_where_they_say_something(classes, confidence, measure) -> 
 def test_the_bound_is_half_a_nat_or_half_of_what_two_classes_allow(counts, measure) -> None:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     logits = 40.0 * torch.nn.functional.one_hot(labels, len(counts))
-    meter = FidelityMeter(torch.zeros(len(labels), 1, 1), lambda states: (logits, logits))
+    meter = DistortionMeter(torch.zeros(len(labels), 1, 1), lambda states: (logits, logits))
     shares = [count / len(labels) for count in counts if count]
     assert meter.information == pytest.approx(-sum(share * math.log(share) for share in shares))
     assert meter.measure == measure
@@ -113,11 +113,11 @@ def test_the_bound_is_half_a_nat_or_half_of_what_two_classes_allow(counts, measu
 
 def test_outputs_that_are_no_classes_are_not_compared_as_classes() -> None:
     exact, outputs = states_of(16, seed=2), suffix_of(confidence=10.0)
-    assert FidelityMeter(exact, outputs, classes=False).measure == "features"
-    maps = FidelityMeter(exact, lambda states: (states, states.flatten(1)))
+    assert DistortionMeter(exact, outputs, classes=False).measure == "features"
+    maps = DistortionMeter(exact, lambda states: (states, states.flatten(1)))
     assert maps.measure == "features"
-    fidelity, agreement = maps(exact)
-    assert (fidelity, agreement) == (0.0, 1.0)
+    distortion, agreement = maps(exact)
+    assert (distortion, agreement) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 10.0])
@@ -131,7 +131,7 @@ def test_relative_error_is_that_of_the_states() -> None:
     meter = meter_of()
     assert meter.relative_error(meter.exact * 1.25) == pytest.approx(0.25, rel=1e-6)
     assert meter.relative_error(torch.zeros_like(meter.exact)) == pytest.approx(1.0)
-    assert FidelityMeter(torch.zeros(2, 1, 1), lambda s: (s.flatten(1), s.flatten(1))).relative_error(
+    assert DistortionMeter(torch.zeros(2, 1, 1), lambda s: (s.flatten(1), s.flatten(1))).relative_error(
         torch.zeros(2, 1, 1)
     ) == pytest.approx(0.0)
 
@@ -145,15 +145,15 @@ def test_the_fidelity_is_the_larger_of_both(larger) -> None:
         distance = (states[:, 0, :1] - torch.arange(4.0)).abs()
         return -8.0 * distance, states[:, 0, 1:]
 
-    meter = FidelityMeter(exact, outputs)
+    meter = DistortionMeter(exact, outputs)
     assert meter.measure == "logits and features"
     moved = exact + torch.tensor([0.4, 0.1] if larger == "logits" else [0.01, 0.5])
     log_p, log_q = (outputs(states)[0].double().log_softmax(-1) for states in (exact, moved))
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     error = 0.01 if larger == "logits" else 0.25  # the feature's variance is 1
     assert (kl > error) == (larger == "logits")
-    fidelity, agreement = meter(moved)
-    assert fidelity == pytest.approx(max(kl, error), rel=1e-5)
+    distortion, agreement = meter(moved)
+    assert distortion == pytest.approx(max(kl, error), rel=1e-5)
     assert agreement == 1.0
     # Image 3 is nearest to class 3 whatever is added; the others now belong to the next class.
     assert meter(exact + torch.tensor([0.9, 0.0]))[1] == 0.25
@@ -161,21 +161,21 @@ def test_the_fidelity_is_the_larger_of_both(larger) -> None:
 
 def test_features_count_in_units_of_their_variance() -> None:
     exact = torch.tensor([[[-1.0, -100.0]], [[1.0, 100.0]]])
-    meter = FidelityMeter(exact, lambda states: (torch.zeros(2, 1), states.flatten(1)))
+    meter = DistortionMeter(exact, lambda states: (torch.zeros(2, 1), states.flatten(1)))
     assert meter(exact + torch.tensor([0.5, 0.0]))[0] == pytest.approx(0.125)
     assert meter(exact + torch.tensor([0.0, 50.0]))[0] == pytest.approx(0.125)
 
 
 def test_constant_features_are_left_out() -> None:
     exact = torch.tensor([[[-1.0, 3.0, 0.0]], [[1.0, 3.0, 0.0]]])
-    meter = FidelityMeter(exact, lambda states: (torch.zeros(2, 1), states.flatten(1)))
+    meter = DistortionMeter(exact, lambda states: (torch.zeros(2, 1), states.flatten(1)))
     assert meter(exact + torch.tensor([0.5, 9.0, 9.0]))[0] == pytest.approx(0.25)
 
 
 def test_outputs_that_never_change_leave_the_states_to_judge_by() -> None:
     """Otherwise anything would do."""
     exact = states_of(4)
-    meter = FidelityMeter(exact, lambda states: (torch.zeros(len(states), 3), torch.ones(len(states), 5)))
+    meter = DistortionMeter(exact, lambda states: (torch.zeros(len(states), 3), torch.ones(len(states), 5)))
     assert meter.measure == "states"
     assert meter(exact * 1.1)[0] == pytest.approx(0.01, rel=1e-3)
     assert meter(exact)[0] == 0.0
@@ -191,17 +191,17 @@ def test_outputs_that_are_not_finite(value) -> None:
         return logits, logits
 
     with pytest.raises(DataError, match=r"NaN or infinite for 1 of 6 calibration images, at positions \[3\]"):
-        FidelityMeter(exact, outputs)
-    meter = FidelityMeter(exact, lambda states: (states.flatten(1)[:, :4], states.flatten(1)[:, :4]))
+        DistortionMeter(exact, outputs)
+    meter = DistortionMeter(exact, lambda states: (states.flatten(1)[:, :4], states.flatten(1)[:, :4]))
     assert meter(exact.clone().index_fill_(0, torch.tensor([2]), value))[0] == math.inf
 
 
 def test_a_single_output_has_no_agreement() -> None:
-    meter = FidelityMeter(states_of(4), lambda states: (states.flatten(1)[:, :1], states.flatten(1)))
+    meter = DistortionMeter(states_of(4), lambda states: (states.flatten(1)[:, :1], states.flatten(1)))
     assert meter(meter.exact)[1] is None
 
 
-# ---- Calibration to a fidelity ----
+# ---- Calibration to a distortion ----
 
 
 @pytest.mark.parametrize("confidence", [0.0, 3.0])
@@ -209,9 +209,9 @@ def test_a_single_output_has_no_agreement() -> None:
 def test_a_budget_is_kept_and_used(fitted, confidence, budget) -> None:
     meter = meter_of(64, confidence=confidence)
     codec, report = calibrate(fitted, meter, 16, chunk_size=64, budget=budget)
-    assert 0.8 * budget <= report.fidelity <= budget
+    assert 0.8 * budget <= report.distortion <= budget
     assert (report.chosen_by, report.measure, report.budget, report.target_bits) == (
-        "fidelity",
+        "distortion",
         meter.measure,
         budget,
         None,
@@ -220,7 +220,7 @@ def test_a_budget_is_kept_and_used(fitted, confidence, budget) -> None:
     # The report is about the codec that is returned.
     frames = codec.encode(meter.exact)
     decoded = codec.decode(frames, meter.exact.shape, meter.exact.dtype)
-    assert (report.fidelity, report.agreement) == meter(decoded)
+    assert (report.distortion, report.agreement) == meter(decoded)
     assert report.relative_error == meter.relative_error(decoded)
     assert report.bits_per_element == 8 * sum(map(len, frames)) / meter.exact.numel()
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
@@ -242,7 +242,7 @@ def test_the_search_ends_soon_from_far_away(fitted) -> None:
     for factor in (1e-3, 1e3):
         far = Pipeline((fitted.steps[0].with_step(step_of(fitted) * factor), *fitted.steps[1:]))
         _, report = calibrate(far, meter, 16, chunk_size=CHUNK, budget=0.1)
-        assert 0.8 * 0.1 <= report.fidelity <= 0.1
+        assert 0.8 * 0.1 <= report.distortion <= 0.1
         assert report.trials <= 10
 
 
@@ -253,10 +253,12 @@ def test_int8_is_taken_where_a_step_needs_more(caplog) -> None:
     signs = torch.randint(0, 2, (2, 32, TOKENS, HIDDEN), generator=generator) * 2.0 - 1.0
     sample, exact = signs * sizes * (1 + 0.1 * torch.rand(signs.shape, generator=generator))
     codec = fit_codec(PRESETS["transform"], sample, 1, GRID)
-    meter = FidelityMeter(exact, lambda states: (torch.zeros(len(states), 1), states.flatten(1) / sizes.repeat(TOKENS)))
+    meter = DistortionMeter(
+        exact, lambda states: (torch.zeros(len(states), 1), states.flatten(1) / sizes.repeat(TOKENS))
+    )
     chosen, report = calibrate(codec, meter, 32, chunk_size=32, budget=3e-5)
     assert chosen == PRESETS["int8"]
-    assert 0 < report.fidelity <= 3e-5
+    assert 0 < report.distortion <= 3e-5
     assert caplog.text == ""
 
 
@@ -269,8 +271,8 @@ def test_lossless_where_nothing_is_within_the_budget(caplog, offset) -> None:
     with caplog.at_level(logging.WARNING):
         chosen, report = calibrate(codec, meter, 16, chunk_size=CHUNK, states=other, budget=1e-3)
     assert chosen == PRESETS["lossless"]
-    assert "No lossy setting is within a fidelity of 0.001 at this split point (int8 has " in caplog.text
-    assert (report.fidelity, report.agreement) == meter(other)
+    assert "No lossy setting is within a distortion of 0.001 at this split point (int8 has " in caplog.text
+    assert (report.distortion, report.agreement) == meter(other)
     assert report.relative_error == meter.relative_error(other)
 
 
@@ -302,7 +304,7 @@ def test_without_a_fallback_the_finest_setting_is_taken(fitted) -> None:
         fitted, meter, 16, chunk_size=CHUNK, states=states_of(16, seed=3), budget=1e-3, fallback=False
     )
     assert not chosen.lossless
-    assert report.fidelity > 1e-3
+    assert report.distortion > 1e-3
     assert report.worst_error >= report.relative_error
 
 
@@ -313,7 +315,7 @@ def test_without_a_target_the_codec_is_only_measured(fitted, codec) -> None:
     chosen, report = calibrate(given, meter, 5, chunk_size=7)
     assert chosen is given
     assert (report.chosen_by, report.trials, report.num_fit) == ("user", 1, 5)
-    assert (report.fidelity == 0) == (codec == "lossless")
+    assert (report.distortion == 0) == (codec == "lossless")
     frames = [frame for start in (0, 7, 14) for frame in given.encode(meter.exact[start : start + 7])]
     assert report.bits_per_element == 8 * sum(map(len, frames)) / meter.exact.numel()
 
@@ -322,11 +324,11 @@ def test_given_states_are_encoded_and_compared_with_the_exact_ones(fitted) -> No
     meter = meter_of()
     given = meter.exact + 0.05 * states_of(16, seed=4)
     _, report = calibrate(PRESETS["lossless"], meter, 16, chunk_size=CHUNK, states=given)
-    assert (report.fidelity, report.agreement) == meter(given)
+    assert (report.distortion, report.agreement) == meter(given)
     assert report.relative_error == meter.relative_error(given) > 0
-    alone = report.fidelity
+    alone = report.distortion
     _, report = calibrate(fitted, meter, 16, chunk_size=CHUNK, states=given, budget=4 * alone)
-    assert 0.8 * 4 * alone <= report.fidelity <= 4 * alone
+    assert 0.8 * 4 * alone <= report.distortion <= 4 * alone
 
 
 @pytest.mark.parametrize("target", [{"budget": 0.1}, {"target_bits": 2.0}])

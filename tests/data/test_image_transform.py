@@ -20,8 +20,6 @@ from PIL import Image
 from support.tiny import PROCESSOR
 from transformers.models import vit
 
-import hf_freezecache.data.seeding
-import hf_freezecache.data.views
 from hf_freezecache.data.geometry import ViewParameters, recorded
 from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.data.views import (
@@ -602,9 +600,3 @@ def test_a_processor_of_another_kind_is_refused(settings) -> None:
     ):
         ImageTransform.from_processor(processor, train=True)
     assert ImageTransform.from_processor(processor, train=True, size=8).size == (8, 8)
-
-
-def test_seeding_is_still_found_where_it_was() -> None:
-    for name in hf_freezecache.seeding.__all__:
-        assert getattr(hf_freezecache.views, name) is getattr(hf_freezecache.seeding, name)
-        assert name in hf_freezecache.views.__all__

@@ -16,7 +16,7 @@ from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.dataset import CachedDataset
-from hf_freezecache.distributed.process_group import Processes
+from hf_freezecache.distributed.process_group import ProcessGroup
 from hf_freezecache.errors import UnsupportedSetupError
 
 
@@ -25,14 +25,14 @@ def make(
     chunk: int,
     window: int,
     batch: int,
-    placement: tuple[int, ...],
+    group_of_rank: tuple[int, ...],
     seed: int = 0,
     drop_last: bool = False,
     num_views: int = 2,
 ) -> ChunkSampler:
-    shares = Processes(placement=placement, parts=max(placement) + 1).rows_of_parts(rows)
+    shares = ProcessGroup(group_of_rank=group_of_rank, num_groups=max(group_of_rank) + 1).rows_of_groups(rows)
     layouts = [ChunkLayout.of_rows(rows, chunk, seed, *share) for share in shares]
-    return ChunkSampler(layouts, seed, seed + 1, num_views, window, placement, batch, drop_last)
+    return ChunkSampler(layouts, seed, seed + 1, num_views, window, group_of_rank, batch, drop_last)
 
 
 def dealt(sampler: ChunkSampler, batch: int, processes: int, drop_last: bool = False) -> list[list[list[tuple]]]:
@@ -94,18 +94,20 @@ def test_dropping_the_last_batch_repeats_nothing(rows, processes, chunk, window,
     assert max(Counter(row for row, _ in keys).values()) == 1
 
 
-@given(rows=st.integers(12, 90), placement=st.sampled_from([(0, 1), (0, 0, 1), (0, 0, 1, 1), (0, 1, 2)]), **SHAPES)
-def test_a_machine_trains_on_its_own_rows(rows, placement, chunk, window, batch, seed, epoch) -> None:
+@given(rows=st.integers(12, 90), group_of_rank=st.sampled_from([(0, 1), (0, 0, 1), (0, 0, 1, 1), (0, 1, 2)]), **SHAPES)
+def test_a_machine_trains_on_its_own_rows(rows, group_of_rank, chunk, window, batch, seed, epoch) -> None:
     try:
-        sampler = make(rows, chunk, window, batch, placement, seed)
+        sampler = make(rows, chunk, window, batch, group_of_rank, seed)
     except UnsupportedSetupError:
         return
     sampler.set_epoch(epoch)
-    streams = dealt(sampler, batch, len(placement))
+    streams = dealt(sampler, batch, len(group_of_rank))
     # Machines with more processes have more rows: nobody's rows come more often than it takes to fill the end.
-    assert len(sampler) - rows <= len(placement) * (2 * chunk + batch)
+    assert len(sampler) - rows <= len(group_of_rank) * (2 * chunk + batch)
     for part, layout in enumerate(sampler.layouts):
-        own = {row for rank, stream in enumerate(streams) if placement[rank] == part for k in stream for row, _ in k}
+        own = {
+            row for rank, stream in enumerate(streams) if group_of_rank[rank] == part for k in stream for row, _ in k
+        }
         assert own == set(layout.order.tolist())
     assert sorted(row for layout in sampler.layouts for row in layout.order.tolist()) == list(range(rows))
 
@@ -139,18 +141,21 @@ def test_orders_change_with_epoch_and_process() -> None:
 
 def test_parts_are_those_of_one_permutation() -> None:
     whole = ChunkLayout(11, 4, 3)
-    parts = [ChunkLayout.of_rows(11, 4, 3, *rows) for rows in Processes(placement=(0, 1, 2), parts=3).rows_of_parts(11)]
+    parts = [
+        ChunkLayout.of_rows(11, 4, 3, *rows)
+        for rows in ProcessGroup(group_of_rank=(0, 1, 2), num_groups=3).rows_of_groups(11)
+    ]
     assert np.array_equal(np.concatenate([part.order for part in parts]), whole.order)
     assert [part.num_samples for part in parts] == [3, 4, 4]
     for part in parts:
         assert np.array_equal(np.flatnonzero(part.position >= 0), np.sort(part.order))
         assert np.array_equal(part.order[part.position[part.order]], part.order)
     assert ChunkLayout.of_rows(11, 4, 3, 0, 11) == whole
-    assert Processes(placement=(0, 0, 0, 1), parts=2).rows_of_parts(100) == [(0, 75), (75, 100)]
+    assert ProcessGroup(group_of_rank=(0, 0, 0, 1), num_groups=2).rows_of_groups(100) == [(0, 75), (75, 100)]
 
 
 @given(st.lists(st.integers()), st.integers(1, 9))
 def test_processes_share_runs_of_one_length(items, size) -> None:
-    shares = [Processes(rank, size).share(items) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).split_between(items) for rank in range(size)]
     assert [item for share in shares for item in share] == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

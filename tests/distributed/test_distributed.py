@@ -208,7 +208,7 @@ def test_or_all_train_on_without_a_cache(two) -> None:
 
 def test_a_cache_gives_way_to_the_next_without_changing_it(two, folder: Path) -> None:
     for found in two:
-        assert found["lossy"]["low_disk"]["digest"] == found["lossy"]["plain"]["digest"]
+        assert found["lossy"]["consume_previous_cache"]["digest"] == found["lossy"]["plain"]["digest"]
     plain, low = hashes(folder / "plain"), hashes(folder / "low")
     assert {name for name in low if name.startswith("k01") and "/view-" in name} == set()
     deep = {name: digest for name, digest in plain.items() if name.startswith("k03")}

@@ -66,11 +66,11 @@ def write_codec(name: str) -> None:
         codec = Pipeline((Transform(gradient_weight=0.5).fit(sample[:12], 1, (3, 3), sample[:12]), *codec.steps[1:]))
         states[1, 4, 2], states[2, 0, 0] = 1e20, 1e6
     frames = codec.encode(states)
-    unpacked = codec.unpack(frames, states.shape, states.dtype)
+    unpacked = codec.entropy_decode(frames, states.shape, states.dtype)
     if not codec.lossless:
         # Nothing lies so near the edge of rounding that other processors might decide otherwise.
         for factor in (1 - 1e-6, 1 + 1e-6):
-            moved = codec.unpack(codec.encode(states * factor), states.shape, states.dtype)
+            moved = codec.entropy_decode(codec.encode(states * factor), states.shape, states.dtype)
             assert torch.equal(moved["values"], unpacked["values"]), name
     as_arrays = [torch.frombuffer(bytearray(frame), dtype=torch.uint8) for frame in frames]
     with tempfile.TemporaryDirectory() as temporary:

@@ -44,7 +44,7 @@ def lossy(tmp_path_factory: pytest.TempPathFactory, images: datasets.Dataset) ->
         tiny_vit(),
         images.with_transform(TinyTransform(augment=True)),
         schedule="0:2",
-        cache={"cache_dir": str(folder), "num_views": 2, "codec": "auto", "copies": "residual", "fidelity": 0.1},
+        cache={"cache_dir": str(folder), "num_views": 2, "codec": "auto", "copies": "residual", "max_distortion": 0.1},
         output_dir=str(folder / "out"),
     )
     return Path(trainer.build_cache().reader.directory)
@@ -83,7 +83,7 @@ def test_a_card_says_what_it_was_told(plain) -> None:
         "| samples | 24 |",
         "| views | 2 renderings of each image",
         "| codec | lossless (level 1) |",
-        "| fidelity | exact |",
+        "| distortion | exact |",
         f"({index.total_bytes:,} bytes) in 8 shards",
         f"| `prefix weights` | `{index.fingerprint['prefix weights']}` |",
         'CachedDataset.from_pretrained("user/cache")',
@@ -121,8 +121,8 @@ def test_a_lossy_cache_states_its_fidelity(lossy) -> None:
     index, text = load_index(lossy), render(lossy, None)
     assert index.calibration is not None
     assert index.copies_calibration is not None
-    assert f"| fidelity | {index.calibration['fidelity']:.3g} (" in text
-    assert f"| fidelity of further views | {index.copies_calibration['fidelity']:.3g} (" in text
+    assert f"| distortion | {index.calibration['distortion']:.3g} (" in text
+    assert f"| distortion of further views | {index.copies_calibration['distortion']:.3g} (" in text
     assert "held-out images" in text
 
 

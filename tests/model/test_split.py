@@ -500,7 +500,7 @@ def test_blocks_between_two_split_points_give_the_later_prefix(family, overrides
         prefixes = [split_model(model, k).prefix(batch["pixel_values"]) for k in range(NUM_BLOCKS + 1)]
         for start in range(NUM_BLOCKS):
             for stop in range(start + 1, NUM_BLOCKS + 1):
-                found = split_model(model, start).between(prefixes[start], stop)
+                found = split_model(model, start).run_blocks(prefixes[start], stop)
                 assert torch.equal(found, prefixes[stop]), (start, stop)
 
 
@@ -514,13 +514,13 @@ def test_blocks_between_know_the_size_of_the_images(family) -> None:
         earlier, expected = (split_model(model, k).prefix(pixel_values, **extra) for k in (1, 3))
         split = split_model(model, 1)
         split.image_shape = (3, 16, 24)
-        assert torch.equal(split.between(earlier, 3, **extra), expected)
+        assert torch.equal(split.run_blocks(earlier, 3, **extra), expected)
 
 
 @pytest.mark.parametrize("stop", [-1, 0, 1, 2, NUM_BLOCKS + 1])
 def test_blocks_between_must_lie_behind_the_split_point(stop) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"from block 2 to {stop}; expected 3 to {NUM_BLOCKS}"):
-        split_model(tiny_vit(), 2).between(torch.zeros(3, 17, 16), stop)
+        split_model(tiny_vit(), 2).run_blocks(torch.zeros(3, 17, 16), stop)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -530,12 +530,12 @@ def test_model_is_unchanged_after_between_and_outputs(family) -> None:
     before = snapshot(model)
     with torch.no_grad():
         hidden_states = split_model(model, 1).prefix(batch["pixel_values"])
-        split_model(model, 1).between(hidden_states, 3)
-        split_model(model, 1).outputs(hidden_states)
+        split_model(model, 1).run_blocks(hidden_states, 3)
+        split_model(model, 1).logits_and_features(hidden_states)
         with pytest.raises(RuntimeError):
-            split_model(model, 1).between(torch.zeros(3, 17, 5), 3)
+            split_model(model, 1).run_blocks(torch.zeros(3, 17, 5), 3)
         with pytest.raises(RuntimeError):
-            split_model(model, 1).outputs(torch.zeros(3, 17, 5))
+            split_model(model, 1).logits_and_features(torch.zeros(3, 17, 5))
     assert_same_snapshot(before, snapshot(model))
 
 
@@ -548,7 +548,7 @@ def test_outputs_are_the_logits_and_what_the_head_makes_them_of(family, split_po
     model, batch = tiny_model(family).eval(), batch_of()
     split = split_model(model, split_point)
     with torch.no_grad():
-        logits, features = split.outputs(split.prefix(batch["pixel_values"]))
+        logits, features = split.logits_and_features(split.prefix(batch["pixel_values"]))
         assert torch.equal(logits, model(batch["pixel_values"]).logits)
         assert features.dim() == 2
         assert torch.equal(model.classifier(features), logits)
@@ -558,7 +558,7 @@ def test_without_a_head_the_output_stands_for_the_features() -> None:
     model, pixel_values = ViTModel(tiny_vit().config, add_pooling_layer=False).eval(), batch_of()["pixel_values"]
     split = split_model(model, 2)
     with torch.no_grad():
-        output, features = split.outputs(split.prefix(pixel_values))
+        output, features = split.logits_and_features(split.prefix(pixel_values))
         assert torch.equal(output, model(pixel_values).last_hidden_state)
     assert torch.equal(features, output.flatten(1))
 
@@ -568,7 +568,7 @@ def test_the_last_layer_of_a_deep_head_is_the_head() -> None:
     model.head = nn.Sequential(nn.Linear(8, NUM_CLASSES), nn.Tanh(), nn.Linear(NUM_CLASSES, NUM_CLASSES))
     split, pixel_values = split_model(model, 1), torch.randn(5, 3, 4, 8)
     with torch.no_grad():
-        output, features = split.outputs(split.prefix(pixel_values))
+        output, features = split.logits_and_features(split.prefix(pixel_values))
         assert torch.equal(output, model(pixel_values))
         assert torch.equal(model.head[2](features), output)
         assert features.abs().max() < 1
@@ -591,7 +591,7 @@ def test_embeddings_are_not_taken_for_the_head() -> None:
     split = split_model(HeadlessViT(), 1)
     pixel_values = torch.randn(5, 3, 4, 8)
     with torch.no_grad():
-        output, features = split.outputs(split.prefix(pixel_values))
+        output, features = split.logits_and_features(split.prefix(pixel_values))
     assert torch.equal(features, output)
 
 

@@ -560,7 +560,7 @@ def test_every_reporting_callback_gets_the_figures(train_dataset) -> None:
     ).train()
     names = {name.removeprefix("freezecache/") for name in Board.logged if name.startswith("freezecache/")}
     assert names >= {
-        *("split_point", "cache_bytes", "bits_per_element", "fidelity", "similarity", "train_images_per_second"),
+        *("split_point", "cache_bytes", "bits_per_element", "distortion", "similarity", "train_images_per_second"),
         *("epoch_seconds", "cumulative_seconds", "no_freezing_seconds_estimated"),
     }
     assert all(isinstance(Board.logged[f"freezecache/{name}"], (int, float)) for name in names)

@@ -35,8 +35,8 @@ from hf_freezecache.cache.codec_state import (
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.index import (
     file_sha256,
-    part_name,
     shard_name,
+    table_name,
 )
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs import (
@@ -118,7 +118,7 @@ def read_all(cache: Path) -> None:
                 if packed:
                     arrays, _ = split_packed(batch)
                     assert any(key.startswith(PACKED) for key in batch)
-                    batch["hidden_states"] = dataset.reader.views.restore(arrays, dataset.reader.dtype)
+                    batch["hidden_states"] = dataset.reader.views.dequantize(arrays, dataset.reader.dtype)
                 assert bool(torch.isfinite(batch["hidden_states"]).all()), (
                     "hidden states that are not finite in a batch"
                 )
@@ -142,7 +142,7 @@ def seal(cache: Path, document: dict[str, Any] | None = None, records: bool = Tr
         record.update(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
         if name.startswith("view"):
             head = head_bytes_of(raw)
-            record.update(head_bytes=head, head_sha256=hashlib.sha256(raw[:head]).hexdigest())
+            record.update(header_bytes=head, head_sha256=hashlib.sha256(raw[:head]).hexdigest())
     document.pop("checksum", None)
     document["checksum"] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
     (cache / "index.json").write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
@@ -308,7 +308,7 @@ def replace_by(path: Path, make: Callable[[Path], Any]) -> None:
 
 
 def edit_part(cache: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> None:
-    path = cache / part_name(0, 0)
+    path = cache / table_name(0, 0)
     table = pq.read_table(path)
     place = table.schema.names.index(column)
     values = pa.array(change(table[column].to_pylist()))
@@ -352,7 +352,7 @@ _index_case("index_with_an_unknown_codec", codec={"name": "zip", "configuration"
 _index_case("index_of_another_format_version", format_version=2)
 _index_case("index_of_a_boolean_format_version", format_version=True)
 _index_case("index_with_a_text_for_files", files="all")
-_index_case("index_with_nan_in_its_calibration", base="int8", calibration={"fidelity": float("nan")})
+_index_case("index_with_nan_in_its_calibration", base="int8", calibration={"distortion": float("nan")})
 for _name, _extra in {
     "of_an_unknown_dtype": {"name": "labels", "dtype": "nn", "shape": []},
     "of_a_quantized_dtype": {"name": "labels", "dtype": "qint32", "shape": []},
@@ -485,7 +485,7 @@ def index_with_files_of_exabytes(cache: Path) -> None:
 @case()
 def index_with_a_head_larger_than_its_shard(cache: Path) -> None:
     document = document_of(cache)
-    document["files"][shard_name(0, 0)]["head_bytes"] = 2**40
+    document["files"][shard_name(0, 0)]["header_bytes"] = 2**40
     seal(cache, document, records=False)
 
 
@@ -516,7 +516,7 @@ def shard_that_links_out_of_the_cache(cache: Path) -> None:
 
 @case()
 def part_that_links_out_of_the_cache(cache: Path) -> None:
-    path = cache / part_name(0, 0)
+    path = cache / table_name(0, 0)
     path.rename(cache.parent / "elsewhere")
     path.symlink_to("../../../elsewhere")
 
@@ -592,7 +592,7 @@ def folder_that_is_a_file(cache: Path) -> None:
 def head_that_claims_2_to_the_63(cache: Path) -> None:
     path = cache / shard_name(0, 0)
     raw = path.read_bytes()
-    head = document_of(cache)["files"][shard_name(0, 0)]["head_bytes"]
+    head = document_of(cache)["files"][shard_name(0, 0)]["header_bytes"]
     path.write_bytes(struct.pack("<Q", 2**63) + raw[8:])
     document = document_of(cache)
     for limit, name in ((None, "sha256"), (head, "head_sha256")):
@@ -609,7 +609,7 @@ def _long_header(cache: Path, junk: bytes) -> None:
     path.write_bytes(raw)
     document = document_of(cache)
     head = len(raw) - (len(raw) - 8 - len(header))
-    record = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "head_bytes": head}
+    record = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "header_bytes": head}
     document["files"][shard_name(0, 0)] = {**record, "head_sha256": hashlib.sha256(raw[:head]).hexdigest()}
     seal(cache, document, records=False)
 
@@ -1100,7 +1100,7 @@ def part_with_nothing(cache: Path) -> None:
 
 @case(only_verified=True)
 def part_with_a_column_too_many(cache: Path) -> None:
-    path = cache / part_name(0, 0)
+    path = cache / table_name(0, 0)
     table = pq.read_table(path)
     pq.write_table(table.append_column("notes", pa.array(["x"] * len(table))), path)
     seal(cache)
@@ -1109,7 +1109,7 @@ def part_with_a_column_too_many(cache: Path) -> None:
 @case(only_verified=True)
 def part_of_fifty_million_rows(cache: Path) -> None:
     """A few kilobytes of repetitions."""
-    path = cache / part_name(0, 0)
+    path = cache / table_name(0, 0)
     schema = pq.read_schema(path)
     table = pa.table({name: np.zeros(50_000 * 100, np.int64) for name in schema.names})
     pq.write_table(table, path, compression="zstd")
@@ -1118,13 +1118,13 @@ def part_of_fifty_million_rows(cache: Path) -> None:
 
 @case(only_verified=True)
 def part_that_is_no_parquet(cache: Path) -> None:
-    (cache / part_name(0, 0)).write_bytes(b"PAR1" + bytes(64) + b"\xff\xff\xff\x7fPAR1")
+    (cache / table_name(0, 0)).write_bytes(b"PAR1" + bytes(64) + b"\xff\xff\xff\x7fPAR1")
     seal(cache)
 
 
 @case(only_verified=True)
 def part_of_another_view(cache: Path) -> None:
-    (cache / part_name(0, 0)).write_bytes((cache / part_name(1, 0)).read_bytes())
+    (cache / table_name(0, 0)).write_bytes((cache / table_name(1, 0)).read_bytes())
     seal(cache)
 
 

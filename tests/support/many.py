@@ -125,10 +125,10 @@ def parity() -> dict[str, Any]:
 
 def lossy() -> dict[str, Any]:
     """A lossy cache with copies, promoted shard by shard; and the same without making room."""
-    cache = {"codec": "auto", "promote": "always", "chunk_size": 4}
+    cache = {"codec": "auto", "build_from": "previous_cache", "chunk_size": 4}
     return {
         "plain": run(cache={**cache, "cache_dir": "plain"}),
-        "low_disk": run(cache={**cache, "cache_dir": "low", "low_disk": True}),
+        "consume_previous_cache": run(cache={**cache, "cache_dir": "low", "consume_previous_cache": True}),
     }
 
 
@@ -138,7 +138,7 @@ def build() -> dict[str, Any]:
     processes = os.environ.get("WORLD_SIZE", "1")
     caches = {
         "lossless": {"cache_dir": f"lossless-{processes}"},
-        "lossy": {"cache_dir": f"lossy-{processes}", "codec": "auto", "promote": "always"},
+        "lossy": {"cache_dir": f"lossy-{processes}", "codec": "auto", "build_from": "previous_cache"},
     }
     return {name: run(**settings, cache={**cache, "chunk_size": 4}) for name, cache in caches.items()}
 

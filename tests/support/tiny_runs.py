@@ -47,7 +47,7 @@ def log_history(unfrozen: bool = True) -> list[dict[str, Any]]:
         {"epoch": 1.5, "step": 15, "loss": 1.0},
         eval_log(2, 0.8, 0.9, 20),
         epoch_log(2, 10.0, 10.0, 20.0),
-        stage_log(2, 6, **CACHE, fidelity=0.002, similarity=0.4),
+        stage_log(2, 6, **CACHE, distortion=0.002, similarity=0.4),
         {"epoch": 2.5, "step": 25, "loss": 0.5},
         eval_log(3, 0.7, 0.8, 30),
         epoch_log(3, 20.0, 5.0, 29.0),
@@ -64,7 +64,13 @@ def record(unfrozen: bool = True, **settings: Any) -> RunRecord:
         "model": {"class": "ViTForImageClassification", "num_blocks": 12, "parameters": 1000},
         "data": {"train_images": 100, "image_shape": [3, 16, 16]},
         "freezing": {"schedule": "0:0,2:6", "policy": None},
-        "cache": {"mode": "always", "num_views": 2, "codec": "auto", "fidelity": 0.002, "feature_augmentation": None},
+        "cache": {
+            "mode": "always",
+            "num_views": 2,
+            "codec": "auto",
+            "max_distortion": 0.002,
+            "feature_augmentation": None,
+        },
         "planned_stages": [
             {"start_epoch": 0, "split_point": 0 if unfrozen else 3},
             {"start_epoch": 2, "split_point": 6},

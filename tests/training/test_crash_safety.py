@@ -268,8 +268,8 @@ def disk_use(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors*") if path.is_file())
 
 
-@pytest.mark.parametrize("low_disk", [False, True])
-def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, low_disk: bool) -> None:
+@pytest.mark.parametrize("consume_previous_cache", [False, True])
+def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, consume_previous_cache: bool) -> None:
     import hf_freezecache.cache.writer as writer
 
     peaks, written = [], writer.ShardWriter.finish
@@ -280,12 +280,12 @@ def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, low_disk: bool) -> Non
         peaks.append(disk_use(Path("caches")))
 
     monkeypatch.setattr(writer.ShardWriter, "finish", finish)
-    trainer = trainer_on(cache={"low_disk": low_disk, "chunk_size": 2})
+    trainer = trainer_on(cache={"consume_previous_cache": consume_previous_cache, "chunk_size": 2})
     trainer.train()
     (new,) = Path("caches").glob("k03*/index.json")
     reader = CacheReader(new.parent)
     one = max(record.bytes for name, record in reader.index.files.items() if name.startswith("view"))
-    if low_disk:
+    if consume_previous_cache:
         assert not list(Path("caches").glob("k01*/view*/*.safetensors"))
         assert max(peaks) <= disk_use(new.parent) * 1.05 + 2 * one * reader.index.num_views
     else:
@@ -306,7 +306,7 @@ def test_a_promotion_that_fails_half_way_stops_no_later_stage(monkeypatch, caplo
         finish(self)
 
     monkeypatch.setattr(writer.ShardWriter, "finish", full)
-    trainer = trainer_on(cache={"mode": "auto", "low_disk": True}, **settings)
+    trainer = trainer_on(cache={"mode": "auto", "consume_previous_cache": True}, **settings)
     trainer.train()
     assert "training on without a cache" in caplog.text
     assert list(Path("caches").glob("k03*/index.json"))  # the last stage has a cache again, from the images
@@ -321,10 +321,10 @@ def test_caches_are_written_to_folders_only() -> None:
 def test_going_back_builds_what_gave_way_anew() -> None:
     plain = trainer_on(cache={"cache_dir": "plain"}, output_dir="plain-out", **SAVING)
     plain.train()
-    first = trainer_on(cache={"low_disk": True}, **SAVING)
+    first = trainer_on(cache={"consume_previous_cache": True}, **SAVING)
     first.train()
     assert_same(parameters(first), parameters(plain))
-    back = trainer_on(cache={"low_disk": True}, **SAVING)
+    back = trainer_on(cache={"consume_previous_cache": True}, **SAVING)
     back.train("out/checkpoint-4")
     assert_same(parameters(back), parameters(plain))
 
@@ -347,7 +347,7 @@ def test_an_interrupted_giving_way_goes_on(monkeypatch) -> None:
 
         return stop
 
-    trainer = trainer_on(cache={"low_disk": True}, **SAVING)
+    trainer = trainer_on(cache={"consume_previous_cache": True}, **SAVING)
     with monkeypatch.context() as patched:
         patched.setattr(caching.StageCache, "_consumer", breaking)
         with pytest.raises(KeyboardInterrupt):
@@ -355,7 +355,7 @@ def test_an_interrupted_giving_way_goes_on(monkeypatch) -> None:
     (source,) = Path("caches").glob("k01*")
     assert not (source / "index.json").exists()
     assert len(list(source.glob("view-00/*"))) == 2
-    again = trainer_on(cache={"low_disk": True}, **SAVING)
+    again = trainer_on(cache={"consume_previous_cache": True}, **SAVING)
     again.train(resume_from_checkpoint=True)
     assert_same(parameters(again), parameters(plain))
     assert not list(source.glob("view*/*"))  # what its codec was is kept: going back gives the same states

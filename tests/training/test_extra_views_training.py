@@ -162,7 +162,7 @@ def residual(pictures, tmp_path_factory) -> Run:
     torch.set_num_threads(1)
     trainer = run(
         pictures,
-        {"copies": "residual", "copy_fidelity": 0.01, "cache_dir": str(folder)},
+        {"copies": "residual", "copy_distortion": 0.01, "cache_dir": str(folder)},
         output_dir=str(folder / "out"),
     )
     return Run(trainer, folder, cache_of(1, folder), CacheReader(cache_of(1, folder)))
@@ -174,12 +174,12 @@ def residual(pictures, tmp_path_factory) -> Run:
 @pytest.mark.parametrize(
     ("settings", "storage"),
     [
-        ({"copies": "residual", "copy_fidelity": 0.01}, {"residual", "direct"}),
-        ({"copies": "sensitive", "copy_fidelity": 0.05}, {"sensitive"}),
+        ({"copies": "residual", "copy_distortion": 0.01}, {"residual", "direct"}),
+        ({"copies": "sensitive", "copy_distortion": 0.05}, {"sensitive"}),
         ({"copies": "sensitive", "copy_budget": 6.0}, {"sensitive"}),
         ({"copies": "auto", "copy_budget": 3.0}, {"residual", "direct", "sensitive"}),
-        ({"copies": "full", "copy_fidelity": 0.01}, {"direct"}),
-        ({"copies": "residual", "codec": "lossless", "copy_fidelity": 0.01}, {"residual", "direct"}),
+        ({"copies": "full", "copy_distortion": 0.01}, {"direct"}),
+        ({"copies": "residual", "codec": "lossless", "copy_distortion": 0.01}, {"residual", "direct"}),
         ({"copies": "residual", "codec": "int8", "copy_budget": 3.0}, {"residual", "direct"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
@@ -197,11 +197,11 @@ def test_every_way_of_storing_copies_trains_and_holds_true_views(pictures, setti
         assert report["target_bits"] == settings["copy_budget"]
         assert report["bits_per_element"] <= settings["copy_budget"]
     else:
-        assert report["budget"] == settings["copy_fidelity"]
-        assert report["fidelity"] <= settings["copy_fidelity"]
+        assert report["budget"] == settings["copy_distortion"]
+        assert report["distortion"] <= settings["copy_distortion"]
     stored = {spec.name for spec in reader.index.extras}
     assert stored == {"labels", GEOMETRY_NAME}
-    assert stages(trainer)[0]["freezecache/copy_fidelity"] == pytest.approx(report["fidelity"], rel=1e-4)
+    assert stages(trainer)[0]["freezecache/copy_distortion"] == pytest.approx(report["distortion"], rel=1e-4)
     assert verify_cache(cache_of(1)) == []
     views = views_of(pictures)
     if reader.index.calibration is None:  # a lossless base view
@@ -233,24 +233,26 @@ def test_by_default_all_copies_together_take_no_more_than_the_base_view(pictures
 def test_auto_never_costs_more_than_storing_views_directly(pictures) -> None:
     """Also where nobody knows how an opaque transform crops; what is chosen is the best of what was measured."""
     for opaque, cache in (
-        (True, {"copy_fidelity": 0.01}),
+        (True, {"copy_distortion": 0.01}),
         (True, {"copy_budget": 3.0}),
-        (False, {"copy_fidelity": 0.01}),
+        (False, {"copy_distortion": 0.01}),
     ):
         folder = f"caches-{opaque}-{next(iter(cache))}"
         run(pictures, {**cache, "cache_dir": folder}, opaque=opaque)
         report = load_index(cache_of(1, folder)).copies_calibration
         tried, chosen = report["tried"], report["tried"][report["storage"]]
         assert chosen["bits_per_element"] == report["bits_per_element"]
-        cost = "bits_per_element" if "copy_fidelity" in cache else "fidelity"
+        cost = "bits_per_element" if "copy_distortion" in cache else "distortion"
         assert all(
-            chosen[cost] <= other[cost] for other in tried.values() if other["fidelity"] <= 0.01 or cost == "fidelity"
+            chosen[cost] <= other[cost]
+            for other in tried.values()
+            if other["distortion"] <= 0.01 or cost == "distortion"
         )
         assert chosen[cost] <= tried["direct"][cost]
 
 
 def test_an_opaque_transform_is_stored_as_measured(pictures) -> None:
-    trainer = run(pictures, {"copies": "residual", "copy_fidelity": 0.01}, opaque=True)
+    trainer = run(pictures, {"copies": "residual", "copy_distortion": 0.01}, opaque=True)
     reader = CacheReader(cache_of(1))
     report = reader.index.copies_calibration
     assert report["storage"] in {"direct", "residual"}
@@ -299,17 +301,17 @@ def test_inspect_and_verify_take_a_cache_with_copies(residual) -> None:
 
 
 def test_a_second_run_reuses_the_cache_and_another_budget_does_not(pictures, residual) -> None:
-    settings = {"copies": "residual", "copy_fidelity": 0.01, "cache_dir": str(residual.folder)}
+    settings = {"copies": "residual", "copy_distortion": 0.01, "cache_dir": str(residual.folder)}
     before = files_of(residual.directory)
     second = run(pictures, settings)
     assert built(second) == [0]
     assert second.losses == residual.trainer.losses
     assert files_of(residual.directory) == before
     first_stage, second_stage = stages(residual.trainer)[0], stages(second)[0]
-    for name in ("fidelity", "copy_fidelity", "copy_relative_error"):
+    for name in ("distortion", "copy_distortion", "copy_relative_error"):
         assert second_stage[f"freezecache/{name}"] == pytest.approx(first_stage[f"freezecache/{name}"], rel=1e-3)
     copied = shutil.copytree(residual.folder, "caches")
-    for other in ({"copy_fidelity": 0.1}, {"copies": "sensitive"}):
+    for other in ({"copy_distortion": 0.1}, {"copies": "sensitive"}):
         assert built(run(pictures, {**settings, **other, "cache_dir": str(copied)})) == [12]
 
 
@@ -321,7 +323,7 @@ def test_a_second_run_reuses_the_cache_and_another_budget_does_not(pictures, res
 def test_a_killed_build_goes_on_with_its_codecs_and_ends_in_the_same_bytes(
     pictures, residual, renderings, base_shards, copy_shards, monkeypatch
 ) -> None:
-    settings = {"copies": "residual", "copy_fidelity": 0.01}
+    settings = {"copies": "residual", "copy_distortion": 0.01}
     render, done = ImageTransform.__call__, []
 
     def stopped(self, batch):
@@ -360,14 +362,14 @@ def test_a_damaged_state_of_copies_is_calibrated_again(pictures, residual) -> No
     raw = bytearray((directory / COPIES_NAME).read_bytes())
     raw[-5] ^= 1
     (directory / COPIES_NAME).write_bytes(raw)
-    again = run(pictures, {"copies": "residual", "copy_fidelity": 0.01})
+    again = run(pictures, {"copies": "residual", "copy_distortion": 0.01})
     assert files_of(directory) == files_of(residual.directory)
     assert again.losses == residual.trainer.losses
 
 
 def test_shards_of_another_codec_are_built_anew(pictures, residual, monkeypatch) -> None:
     """Calibrated again, with another outcome: copies go; base shards stay."""
-    settings = {"copies": "residual", "copy_fidelity": 0.01}
+    settings = {"copies": "residual", "copy_distortion": 0.01}
     directory = Path("caches") / residual.directory.name
     shutil.copytree(residual.directory, directory)
     chosen = residual.reader.index.copies["configuration"]["predictor"]
@@ -387,7 +389,7 @@ def test_shards_of_another_codec_are_built_anew(pictures, residual, monkeypatch)
 
 
 def test_resume_in_a_stage_with_copies_is_bit_identical(pictures, residual) -> None:
-    cache = {"copies": "residual", "copy_fidelity": 0.01, "cache_dir": str(residual.folder)}
+    cache = {"copies": "residual", "copy_distortion": 0.01, "cache_dir": str(residual.folder)}
     settings = {"num_train_epochs": 3, "save_strategy": "epoch", "cache": cache}
     whole = run(pictures, **settings, save_only_model=False)
     again = trainer_of(pictures, **settings)
@@ -397,14 +399,14 @@ def test_resume_in_a_stage_with_copies_is_bit_identical(pictures, residual) -> N
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("promote", ["always", "never"])
-def test_promotion_to_a_later_stage(pictures, promote) -> None:
+@pytest.mark.parametrize("build_from", ["previous_cache", "images"])
+def test_promotion_to_a_later_stage(pictures, build_from) -> None:
     """Copies that are residuals in both stages."""
-    cache = {"copies": "residual", "copy_fidelity": 0.1, "promote": promote, "fidelity": 0.01}
+    cache = {"copies": "residual", "copy_distortion": 0.1, "build_from": build_from, "max_distortion": 0.01}
     settings = {"cache": cache, "schedule": "0:1,1:2", "num_train_epochs": 2, "training": MILD}
     trainer = run(pictures, **settings)
     first, second = (CacheReader(cache_of(k)) for k in (1, 2))
-    source = "cache of split point 1" if promote == "always" else "images"
+    source = "cache of split point 1" if build_from == "previous_cache" else "images"
     assert second.index.calibration["source"] == source
     assert second.index.copies_calibration["source"] == source
     assert first.views.needs_base(1)
@@ -420,7 +422,7 @@ def test_promotion_to_a_later_stage(pictures, promote) -> None:
 
 
 def test_bf16_training_from_copies(pictures, residual) -> None:
-    trainer = run(pictures, {"copies": "residual", "copy_fidelity": 0.01}, bf16=True)
+    trainer = run(pictures, {"copies": "residual", "copy_distortion": 0.01}, bf16=True)
     torch.testing.assert_close(torch.tensor(trainer.losses), torch.tensor(residual.trainer.losses), rtol=0.1, atol=0.1)
 
 
@@ -432,16 +434,16 @@ def test_bf16_training_from_copies(pictures, residual) -> None:
     [
         ({"copies": "some"}, "copies must be"),
         (
-            {"copies": "residual", "copy_fidelity": 0.1, "copy_budget": 1.0},
-            "Both copy_fidelity=0.1 and copy_budget=1.0",
+            {"copies": "residual", "copy_distortion": 0.1, "copy_budget": 1.0},
+            "Both copy_distortion=0.1 and copy_budget=1.0",
         ),
         (
             {"copies": "auto", "codec": "lossless", "copy_budget": 1.0},
             "copy_budget=1.0 is for views that are stored apart",
         ),
-        ({"copies": "auto", "codec": "int8", "copy_fidelity": 0.1}, "copy_fidelity=0.1 is for views"),
+        ({"copies": "auto", "codec": "int8", "copy_distortion": 0.1}, "copy_distortion=0.1 is for views"),
         ({"copies": "residual", "num_views": 1, "copy_budget": 1.0}, "at least two views"),
-        ({"copies": "residual", "copy_fidelity": 0.0}, "copy_fidelity must be a positive number, got 0.0"),
+        ({"copies": "residual", "copy_distortion": 0.0}, "copy_distortion must be a positive number, got 0.0"),
         ({"copies": "residual", "copy_budget": float("inf")}, "copy_budget must be a positive number"),
         ({"copies": "residual", "copy_budget": "2"}, "copy_budget must be a positive number, got '2'"),
     ],
@@ -464,7 +466,7 @@ def test_when_views_are_stored_apart() -> None:
     (parsed,) = HfArgumentParser(CacheConfig).parse_args_into_dataclasses(
         ["--num_views", "4", "--copies", "residual", "--copy_budget", "1.5"]
     )
-    assert (parsed.copies, parsed.copy_budget, parsed.copy_fidelity) == ("residual", 1.5, None)
+    assert (parsed.copies, parsed.copy_budget, parsed.copy_distortion) == ("residual", 1.5, None)
 
 
 # ---- Damage ----
@@ -497,7 +499,7 @@ def test_a_flipped_byte_in_the_state_of_copies_is_found(damaged) -> None:
 
 
 def test_states_of_copies_that_were_exchanged_are_found(pictures, residual, damaged) -> None:
-    run(pictures, {"copies": "residual", "copy_fidelity": 0.05}, per_device_train_batch_size=32)
+    run(pictures, {"copies": "residual", "copy_distortion": 0.05}, per_device_train_batch_size=32)
     other = cache_of(1) / COPIES_NAME
     (damaged / COPIES_NAME).write_bytes(other.read_bytes())
     with pytest.raises(CacheCorruptError, match=COPIES_NAME):
@@ -571,20 +573,20 @@ def test_flips_are_not_pinned_to_a_sample(pictures, residual) -> None:
 
 def test_the_fidelity_that_copies_fall_back_on_is_part_of_the_fingerprint(pictures) -> None:
     settings = {"codec": "lossless", "copies": "residual"}
-    coarse = run(pictures, {**settings, "fidelity": 0.5})
-    fine = run(pictures, {**settings, "fidelity": 0.001})
+    coarse = run(pictures, {**settings, "max_distortion": 0.5})
+    fine = run(pictures, {**settings, "max_distortion": 0.001})
     assert built(fine)[0] > 0
     assert len(list(Path("caches").glob("k01-*"))) == 2
-    assert stages(fine)[0]["freezecache/copy_fidelity"] <= 0.001 < stages(coarse)[0]["freezecache/copy_fidelity"]
+    assert stages(fine)[0]["freezecache/copy_distortion"] <= 0.001 < stages(coarse)[0]["freezecache/copy_distortion"]
 
 
 def test_copies_over_budget_in_an_earlier_cache_come_from_the_images(pictures) -> None:
     """The base view is lossless and can be promoted; its copies have lost more than asked for, once and for all."""
-    settings = {"codec": "lossless", "copies": "residual", "copy_fidelity": 0.01}
+    settings = {"codec": "lossless", "copies": "residual", "copy_distortion": 0.01}
     run(pictures, settings, schedule="0:1,1:3", num_train_epochs=2)
     assert load_index(cache_of(3)).copies_calibration["source"] == "images"
-    assert load_index(cache_of(3)).copies_calibration["fidelity"] <= 0.01
-    always = {**settings, "promote": "always", "cache_dir": "always"}
+    assert load_index(cache_of(3)).copies_calibration["distortion"] <= 0.01
+    always = {**settings, "build_from": "previous_cache", "cache_dir": "always"}
     run(pictures, always, schedule="0:1,1:3", num_train_epochs=2)
     assert load_index(cache_of(3, "always")).copies_calibration["source"] == "cache of split point 1"
     assert load_index(cache_of(3, "always")).copies_calibration["bits_per_element"] < 12

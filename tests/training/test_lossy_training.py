@@ -73,19 +73,19 @@ class Counting(TinyTransform):
 
 def test_auto_meets_the_budget_at_each_stage_and_reports(images, caplog) -> None:
     caplog.set_level(logging.INFO, logger="hf_freezecache")
-    trainer = lossy_run(images, cache={"fidelity": 0.01, "promote": "never"})
+    trainer = lossy_run(images, cache={"max_distortion": 0.01, "build_from": "images"})
     exact = lossy_run(images, cache={"codec": "lossless", "cache_dir": "exact"})
     for stage, reference in zip(stages(trainer), stages(exact), strict=True):
-        assert 0 < stage["fidelity"] <= 0.01
+        assert 0 < stage["distortion"] <= 0.01
         assert 0 <= stage["agreement"] <= 1
         assert 0 < stage["relative_error"] < 1
         # A basis for 50 images of 17 tokens is dear; the states themselves are not.
         assert stage["bits_per_element"] < 0.8 * reference["bits_per_element"]
-        assert "fidelity" not in reference
+        assert "distortion" not in reference
         index = load_index(cache_of(int(stage["split_point"])))
         assert index.bits_per_element == pytest.approx(stage["bits_per_element"], abs=1e-4)
         assert index.calibration is not None
-        assert index.calibration["fidelity"] == stage["fidelity"]
+        assert index.calibration["distortion"] == stage["distortion"]
         assert index.calibration["budget"] == 0.01
         assert index.calibration["num_fit"] == index.calibration["num_test"] == 25
         assert index.calibration["bits_per_element"] < stage["bits_per_element"]
@@ -101,8 +101,8 @@ def test_auto_meets_the_budget_at_each_stage_and_reports(images, caplog) -> None
     ids=["int8", "int4", "bf16", "fp16", "transform", "json", "steps", "object"],
 )
 def test_every_codec_trains(images, codec) -> None:
-    trainer = lossy_run(images, cache={"codec": codec, "promote": "never"})
-    exact = lossy_run(images, cache={"codec": "lossless", "cache_dir": "exact", "promote": "never"})
+    trainer = lossy_run(images, cache={"codec": codec, "build_from": "images"})
+    exact = lossy_run(images, cache={"codec": "lossless", "cache_dir": "exact", "build_from": "images"})
     assert trainer.losses != exact.losses
     tolerance = 0.02 if codec in ("int8", "bf16", "fp16") else 0.1
     torch.testing.assert_close(torch.tensor(trainer.losses), torch.tensor(exact.losses), rtol=tolerance, atol=tolerance)
@@ -124,18 +124,20 @@ def test_a_second_run_uses_the_caches_and_another_budget_does_not(images, caplog
     assert [stage["built_shards"] for stage in stages(second)] == [0, 0]
     assert second.losses == first.losses
     assert [s["bits_per_element"] for s in stages(second)] == [s["bits_per_element"] for s in stages(first)]
-    other = lossy_run(images, cache={"fidelity": 0.1})
+    other = lossy_run(images, cache={"max_distortion": 0.1})
     assert [stage["built_shards"] for stage in stages(other)] == [8, 8]
     assert "codec" in caplog.text.split("differs in: ")[1]
     assert stages(other)[0]["bits_per_element"] < stages(first)[0]["bits_per_element"]
 
 
 def test_a_budget_that_nothing_lossy_meets_gives_a_sound_lossless_cache(images, caplog) -> None:
-    trainer = lossy_run(images, cache={"fidelity": 1e-15, "promote": "never"}, schedule="0:1", num_train_epochs=1)
+    trainer = lossy_run(
+        images, cache={"max_distortion": 1e-15, "build_from": "images"}, schedule="0:1", num_train_epochs=1
+    )
     assert "the cache is lossless" in caplog.text
     assert verify_cache(cache_of(1)) == []
     assert CacheReader(cache_of(1)).codec.lossless
-    assert stages(trainer)[0]["fidelity"] == 0.0
+    assert stages(trainer)[0]["distortion"] == 0.0
     assert load_index(cache_of(1)).calibration["budget"] == 1e-15
 
 
@@ -150,7 +152,7 @@ def test_a_cache_is_measured_again_with_the_suffix_of_the_run_that_reuses_it(ima
             model,
             images.with_transform(TinyTransform(augment=True)),
             schedule="0:2",
-            cache={"codec": "auto", "num_views": 2, "transform_id": "tiny", "fidelity": 0.05},
+            cache={"codec": "auto", "num_views": 2, "transform_id": "tiny", "max_distortion": 0.05},
             num_train_epochs=1,
         )
         trainer.train()
@@ -158,8 +160,8 @@ def test_a_cache_is_measured_again_with_the_suffix_of_the_run_that_reuses_it(ima
 
     first, again, other = run(1.0), run(1.0), run(4.0)
     assert again["built_shards"] == other["built_shards"] == 0
-    assert again["fidelity"] == pytest.approx(first["fidelity"], rel=1e-3)
-    assert other["fidelity"] > 2 * first["fidelity"]
+    assert again["distortion"] == pytest.approx(first["distortion"], rel=1e-3)
+    assert other["distortion"] > 2 * first["distortion"]
     assert "calibrated with another suffix" in caplog.text
 
 
@@ -236,7 +238,7 @@ def test_a_lossless_cache_is_promoted_without_rendering_and_gives_the_same_bits(
     Counting.seen = 0
     lossy_run(images, transform=Counting(True), cache={"codec": "lossless", "cache_dir": "promoted"})
     assert Counting.seen == one_stage
-    lossy_run(images, cache={"codec": "lossless", "cache_dir": "images", "promote": "never"})
+    lossy_run(images, cache={"codec": "lossless", "cache_dir": "images", "build_from": "images"})
     promoted, rendered = cache_of(2, "promoted"), cache_of(2, "images")
     assert promoted.name == rendered.name
     for path in sorted(promoted.rglob("*.safetensors")):
@@ -244,25 +246,29 @@ def test_a_lossless_cache_is_promoted_without_rendering_and_gives_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("promote", "fidelity", "source"),
+    ("build_from", "distortion", "source"),
     [
-        ("always", 0.05, "cache of split point 1"),
-        ("never", 0.05, "images"),
+        ("previous_cache", 0.05, "cache of split point 1"),
+        ("images", 0.05, "images"),
         # What the first cache lost alone exceeds what is left of the budget for another rounding.
         ("auto", 1e-7, "images"),
     ],
 )
-def test_promotion_from_a_lossy_cache(images, caplog, promote, fidelity, source) -> None:
+def test_promotion_from_a_lossy_cache(images, caplog, build_from, distortion, source) -> None:
     caplog.set_level(logging.INFO, logger="hf_freezecache")
-    cache = {"promote": promote, "fidelity": fidelity, "codec": "transform" if fidelity < 1e-3 else "auto"}
+    cache = {
+        "build_from": build_from,
+        "max_distortion": distortion,
+        "codec": "transform" if distortion < 1e-3 else "auto",
+    }
     lossy_run(images, cache=cache)
     calibration = load_index(cache_of(2)).calibration
     assert calibration["source"] == source
-    if promote == "never":
+    if build_from == "images":
         assert calibration["sources"] == {}
     else:
         assert calibration["sources"].keys() == {"images", "cache of split point 1"}
-        assert all({"fidelity", "relative_error"} == errors.keys() for errors in calibration["sources"].values())
+        assert all({"distortion", "relative_error"} == errors.keys() for errors in calibration["sources"].values())
         assert caplog.text.count("States from the") == 2
     assert verify_cache(cache_of(2)) == []
     # The second run finds it, and its spot check accepts it.
@@ -271,22 +277,22 @@ def test_promotion_from_a_lossy_cache(images, caplog, promote, fidelity, source)
 
 def test_auto_promotes_from_a_lossy_cache_that_is_fine_enough(images) -> None:
     """int8 loses far less than the budget allows."""
-    lossy_run(images, cache={"codec": "int8", "fidelity": 0.2})
+    lossy_run(images, cache={"codec": "int8", "max_distortion": 0.2})
     calibration = load_index(cache_of(2)).calibration
     assert calibration["source"] == "cache of split point 1"
     errors = calibration["sources"]["cache of split point 1"]
-    assert calibration["sources"]["images"]["fidelity"] < errors["fidelity"] <= 0.2
+    assert calibration["sources"]["images"]["distortion"] < errors["distortion"] <= 0.2
 
 
 def test_promotion_always_never_ends_in_a_lossless_cache_of_lossy_states(images, caplog) -> None:
     """The budget is spent by the first cache; the second gets as much again, and says so."""
-    cache = {"promote": "always", "fidelity": 0.002}
+    cache = {"build_from": "previous_cache", "max_distortion": 0.002}
     trainer = lossy_run(images, cache=cache, schedule="0:1,1:2,2:3", num_train_epochs=3)
     for split_point in (2, 3):
         reader = CacheReader(cache_of(split_point))
         assert not reader.codec.lossless
         assert reader.index.calibration["budget"] == 0.002
-        if reader.index.calibration["fidelity"] > 0.002:
+        if reader.index.calibration["distortion"] > 0.002:
             assert "over the budget of 0.002" in caplog.text
     assert [
         stage["built_shards"]
@@ -296,7 +302,7 @@ def test_promotion_always_never_ends_in_a_lossless_cache_of_lossy_states(images,
 
 
 def test_rates_of_earlier_stages_are_part_of_a_promoted_cache(images) -> None:
-    cache = {"codec": "transform", "promote": "always"}
+    cache = {"codec": "transform", "build_from": "previous_cache"}
     lossy_run(images, cache={**cache, "compression": "0:3.0,2:6.0"})
     finer = lossy_run(images, cache={**cache, "compression": "0:8.0,2:6.0"})
     assert [stage["built_shards"] for stage in stages(finer)] == [8, 8]
@@ -304,7 +310,7 @@ def test_rates_of_earlier_stages_are_part_of_a_promoted_cache(images) -> None:
 
 def test_resume_at_the_change_of_stage_promotes_again(images) -> None:
     """The resumed run has not opened the first stage's cache; it must find it, or its states would differ."""
-    settings = {"cache": {"promote": "always"}, "num_train_epochs": 2}
+    settings = {"cache": {"build_from": "previous_cache"}, "num_train_epochs": 2}
     whole = lossy_run(images, save_strategy="epoch", save_only_model=False, **settings)
     for path in sorted(cache_of(2).glob("*"), reverse=True):
         if path.name != "codec.safetensors":
@@ -313,7 +319,7 @@ def test_resume_at_the_change_of_stage_promotes_again(images) -> None:
         tiny_vit(),
         images.with_transform(TinyTransform(augment=True)),
         schedule="0:1,1:2",
-        cache={"codec": "auto", "num_views": 2, "transform_id": "tiny", "promote": "always"},
+        cache={"codec": "auto", "num_views": 2, "transform_id": "tiny", "build_from": "previous_cache"},
         num_train_epochs=2,
     )
     again.train(resume_from_checkpoint="out/checkpoint-5")
@@ -326,7 +332,9 @@ def test_resume_at_the_change_of_stage_promotes_again(images) -> None:
 
 def test_an_explicit_schedule_of_rates(images) -> None:
     rates = {1: 6.0, 2: 3.0}
-    lossy_run(images, cache={"codec": "transform", "compression": "0:6.0,2:3.0", "promote": "never", "chunk_size": 25})
+    lossy_run(
+        images, cache={"codec": "transform", "compression": "0:6.0,2:3.0", "build_from": "images", "chunk_size": 25}
+    )
     for split_point, rate in rates.items():
         calibration = load_index(cache_of(split_point)).calibration
         assert calibration["chosen_by"] == "rate"
@@ -336,9 +344,9 @@ def test_an_explicit_schedule_of_rates(images) -> None:
 
 def test_settings_parse_from_a_command_line() -> None:
     (config,) = HfArgumentParser(CacheConfig).parse_args_into_dataclasses(
-        ["--codec", "transform", "--compression", "0:4.0,6:2.5", "--gradient_weight", "0.5", "--promote", "never"]
+        ["--codec", "transform", "--compression", "0:4.0,6:2.5", "--gradient_weight", "0.5", "--build_from", "never"]
     )
-    assert (config.codec, config.compression, config.gradient_weight, config.promote) == (
+    assert (config.codec, config.compression, config.gradient_weight, config.build_from) == (
         "transform",
         "0:4.0,6:2.5",
         0.5,
@@ -349,13 +357,13 @@ def test_settings_parse_from_a_command_line() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"codec": "auto", "compression": "0:4.0"}, "codec='auto' takes its rate from fidelity"),
+        ({"codec": "auto", "compression": "0:4.0"}, "codec='auto' takes its rate from distortion"),
         ({"codec": "transform", "compression": "6:4.0"}, "says nothing about split point 1"),
         ({"codec": "transform", "compression": "steep"}, "expected split_point:bits"),
-        ({"codec": "auto", "fidelity": 0.0}, "fidelity must be a positive number, got 0.0"),
+        ({"codec": "auto", "max_distortion": 0.0}, "distortion must be a positive number, got 0.0"),
         ({"codec": "auto", "gradient_weight": 2.0}, "from 0 to 1, got 2.0"),
         ({"codec": "auto", "calibration_samples": 3}, "calibration_samples must be a whole number >= 4"),
-        ({"promote": "sometimes"}, "promote must be"),
+        ({"build_from": "sometimes"}, "build_from must be"),
         ({"codec": '["zstd", "pack"]'}, "'zstd' cannot be first"),
         ({"codec": "[1"}, "not valid JSON"),
     ],
@@ -401,9 +409,9 @@ def test_weighing_directions_by_gradients(images, cache) -> None:
 def test_restoring_can_be_compiled_in_one_graph(images, codec) -> None:
     lossy_run(images, schedule="0:2", cache={"codec": codec}, num_train_epochs=1)
     reader = CacheReader(cache_of(2))
-    arrays = reader.unpack_chunk(0, 0).arrays
+    arrays = reader.entropy_decode_chunk(0, 0).arrays
     compiled = torch.compile(reader.codec.restore, backend="eager", fullgraph=True)
-    exact = reader.codec.restore(arrays, reader.dtype)
+    exact = reader.codec.dequantize(arrays, reader.dtype)
     assert torch.equal(compiled(arrays, reader.dtype), exact)
     assert torch.equal(exact, reader.read_chunk(0, 0).hidden_states)
 
