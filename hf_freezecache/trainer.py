@@ -29,11 +29,8 @@ from .config import (
     FreezeConfig,
 )
 from .data.collators import CheckedCollator, collate_cached, split_packed
-from .data.feature_augmentation import (
-    FeatureAugmenter,
-    parse_feature_augmentation,
-    step_generator,
-)
+from .data.feature_augmentation import parse_feature_augmentation, step_generator
+from .data.feature_augmenter import FeatureAugmenter
 from .data.layout import ChunkLayout
 from .data.sampler import ChunkSampler
 from .data.training_data import Data
