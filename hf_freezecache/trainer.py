@@ -489,7 +489,7 @@ class FreezeCacheTrainer(Trainer):
         return int(self.args.seed)
 
     @property
-    def _collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+    def _collator(self) -> CheckedCollator:
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         return CheckedCollator(collate, tuple(self.label_names or ()), self._num_labels)
 

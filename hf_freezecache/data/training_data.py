@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 
 from ..config import CacheConfig
+from .collators import CheckedCollator
 from .hashing import hash_dataset, hash_object
 from .layout import ChunkLayout
 from .views import ViewDataset
@@ -37,7 +37,7 @@ class Data:
     dataset: Any
     transforms: tuple[Any, Any]
     views: ViewDataset
-    collate: Callable[[list[Any]], dict[str, Any]]
+    collate: CheckedCollator
     raw_collator: Any
     layout: ChunkLayout
     view_seed: int

@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.collators import Collator, _check_label_values
-from ..data.views import (
-    ViewDataset,
-    seeded,
-)
+from ..data.collators import Collator, check_label_values
+from ..data.seeding import seeded
+from ..data.views import ViewDataset
 from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheWriteError,
@@ -233,7 +231,7 @@ def check_batch(
                 f"The data_collator returned {name!r} as {type(value).__name__}; everything it returns must be a tensor "
                 "with one entry per sample, to be stored with the sample."
             )
-    _check_label_values(batch, label_names, num_labels)
+    check_label_values(batch, label_names, num_labels)
     return batch
 
 

@@ -44,14 +44,10 @@ from ..compression.extra_views import (
     keeps_copies,
 )
 from ..config import CacheConfig
-from ..data.collators import PACKED, collate_cached, split_packed
+from ..data.collators import PACKED, CheckedCollator, collate_cached, split_packed
 from ..data.geometry import GEOMETRY_NAME
+from ..data.seeding import preserved_random_state
 from ..data.training_data import Data
-from ..data.views import (
-    GeometryCollator,
-    GeometryViews,
-    preserved_random_state,
-)
 from ..dataset import CachedDataset
 from ..distributed.process_group import ProcessGroup
 from ..errors import (
@@ -259,12 +255,13 @@ class StageCache:
             return promoted(self.run, split, source, packed, extras)
 
         views: Any = self.data.views
-        collate: Callable[[list[Any]], dict[str, Any]] = self.data.collate
+        collate = self.data.collate
         if source is not None:
-            views, collate = CachedDataset(source, packed=True, geometry=self.config.copies_apart), collate_cached
+            views = CachedDataset(source, packed=True, geometry=self.config.copies_apart)
+            collate = CheckedCollator(collate_cached)
         elif self.config.copies_apart:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
-            views, collate = GeometryViews(views), GeometryCollator(collate, GEOMETRY_NAME)
+            views, collate = views.with_geometry(), collate.with_geometry()
         consume = None if source is None or not self.config.consume_previous_cache else self._consumer(source)
         return build_cache(
             Path(self.config.cache_dir),
