@@ -47,7 +47,7 @@ from .distributed.ddp import (
     unwrapped,
     wrap_again,
 )
-from .distributed.jit_checkpoint import AgreedCheckpoint
+from .distributed.jit_checkpoint import SynchronizedJITCheckpoint
 from .distributed.process_group import (
     ProcessGroup,
     find_process_group,
@@ -214,7 +214,7 @@ class FreezeCacheTrainer(Trainer):
                 callbacks = self.callback_handler.callbacks
                 for place, callback in enumerate(callbacks):
                     if getattr(callback, "jit_manager", None) is not None:
-                        callbacks.insert(place, AgreedCheckpoint(callback, self._everyone))
+                        callbacks.insert(place, SynchronizedJITCheckpoint(callback, self._everyone))
                         break
             if not any(isinstance(callback, ReportCallback) for callback in self.callback_handler.callbacks):
                 self.add_callback(ReportCallback())
