@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset
-from .distributed.jit_checkpoint import AgreedCheckpoint
+from .distributed.jit_checkpoint import SynchronizedJITCheckpoint
 from .distributed.process_group import ProcessGroup
 from .errors import UnsupportedSetupError
 from .report.callback import ReportCallback, write_card
@@ -125,7 +125,7 @@ class FreezeCacheTrainer(Trainer):
         everyone, callbacks = self._process_groups[0], self.callback_handler.callbacks
         jit = next((callback for callback in callbacks if getattr(callback, "jit_manager", None) is not None), None)
         if everyone.size > 1 and jit is not None:
-            callbacks.insert(callbacks.index(jit), AgreedCheckpoint(jit, everyone))
+            callbacks.insert(callbacks.index(jit), SynchronizedJITCheckpoint(jit, everyone))
         if not any(isinstance(callback, ReportCallback) for callback in callbacks):
             self.add_callback(ReportCallback())
         for callback in _report_callbacks(self):

@@ -25,12 +25,7 @@ from ..config import CacheConfig
 from ..data.collators import collate_cached, split_packed
 from ..data.geometry import GEOMETRY_NAME
 from ..data.training_data import TrainingData
-from ..data.views import (
-    GeometryCollator,
-    GeometryViews,
-    ViewDataset,
-    ViewKey,
-)
+from ..data.views import ViewDataset, ViewKey
 from ..dataset import CachedDataset
 from ..errors import UnsupportedSetupError
 from ..model.split import Split, Splits
@@ -279,8 +274,8 @@ class CodecChooser:
 
     def sample(self, split: Split, keys: list[ViewKey], views: ViewDataset | None = None) -> Sample:
         """Compute the exact states of images; of ``views``, if given, in place of the data's own."""
-        rendered = GeometryViews(self.data.views if views is None else views)
-        collate = GeometryCollator(self.data.collate, GEOMETRY_NAME)
+        rendered = (self.data.views if views is None else views).with_geometry()
+        collate = self.data.collate.with_geometry()
         states: list[Tensor] = []
         extras: list[dict[str, Tensor]] = []
         geometry: list[Tensor] = []

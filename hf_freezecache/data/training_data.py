@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import datasets
 from torch import Tensor
 
 from ..config import CacheConfig
+from .collators import CheckedCollator
 from .hashing import hash_dataset, hash_object
 from .layout import ChunkLayout
 from .views import ViewDataset
@@ -39,7 +39,7 @@ class TrainingData:
     dataset: Any
     transforms: tuple[Any, Any]
     views: ViewDataset
-    collate: Callable[[list[Any]], dict[str, Any]]
+    collate: CheckedCollator
     raw_collator: Any
     layout: ChunkLayout
     view_seed: int

@@ -10,7 +10,7 @@ import datasets
 from torch.utils.data import IterableDataset
 
 from ..compression.base_view import requested_codec
-from ..data.feature_augmentation import FeatureAugmenter
+from ..data.feature_augmenter import FeatureAugmenter
 from ..dataset import CachedDataset
 from ..distributed.ddp import check_parallelism
 from ..distributed.process_group import ProcessGroup, find_process_group

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..codecs import ViewCodec
 from ..data.collators import split_packed
-from ..data.feature_augmentation import FeatureAugmenter
+from ..data.feature_augmenter import FeatureAugmenter
 from ..model.split import Split
 from ..model.tokens import token_grid
 

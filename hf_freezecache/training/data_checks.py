@@ -15,26 +15,11 @@ import torch
 from torch import nn
 
 from ..config import CacheConfig
-from ..data.collators import CheckedCollator, Collator, _check_label_values
+from ..data.collators import CheckedCollator, Collator, check_label_values
 from ..data.layout import ChunkLayout
 from ..data.training_data import TrainingData
-from ..data.views import ViewDataset, check_repeatable, seeded, with_rgb_images
-from ..distributed.process_group import ProcessGroup
-from ..errors import DataError, UnsupportedSetupError
-from .runtime import Runtime
-
-__all__ = [
-    "check_batch",
-    "check_collator",
-    "check_labels",
-    "check_same_rows",
-    "num_classes",
-    "prepare_data",
-    "with_rgb",
-]
-
-
-def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -> None:
+from ..data.seeding import seeded
+from ..data.views import ViewDataset, check_repeatable, with_rgb_images -> None:
     """Check that there are rows, and that the integer label column of a ``datasets.Dataset`` holds classes of the model.
 
     Args:
@@ -141,7 +126,7 @@ def check_batch(
                 f"The data_collator returned {name!r} as {type(value).__name__}; everything it returns must be a tensor "
                 "with one entry per sample, to be stored with the sample."
             )
-    _check_label_values(batch, label_names, num_labels)
+    check_label_values(batch, label_names, num_labels)
     return batch
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..compression.base_view import CodecChooser
 from ..config import CacheConfig
-from ..data.feature_augmentation import FeatureAugmenter, parse_feature_augmentation, step_generator
+from ..data.feature_augmentation import parse_feature_augmentation, step_generator
+from ..data.feature_augmenter import FeatureAugmenter
 from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheWriteError,

@@ -16,7 +16,7 @@ from ..cache.reader import CacheReader
 from ..codecs import DTYPES
 from ..config import CacheConfig
 from ..data.collators import collate_cached
-from ..data.feature_augmentation import FeatureAugmenter
+from ..data.feature_augmenter import FeatureAugmenter
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
 from ..dataset import CachedDataset

@@ -26,9 +26,8 @@ from ..cache.shard_writer import CachePlan, cache_name
 from ..cache.writer import BuildReport, build_cache
 from ..compression.base_view import CodecChooser, check_rows, promoted, requested_codec
 from ..config import CacheConfig
-from ..data.collators import PACKED, collate_cached, split_packed
+from ..data.collators import PACKED, CheckedCollator, collate_cached, split_packed
 from ..data.geometry import GEOMETRY_NAME
-from ..data.views import GeometryCollator, GeometryViews
 from ..dataset import CachedDataset
 from ..distributed.process_group import ProcessGroup
 from ..errors import FreezeCacheError
@@ -323,11 +322,12 @@ class StageCache:
         """Compute and write all shards that are missing."""
         chooser, data = self.chooser, self.chooser.data
         views: Any = data.views
-        collate: Callable[[list[Any]], dict[str, Any]] = data.collate
+        collate = data.collate
         prefix: Callable[..., Tensor] = lambda **inputs: chooser.run(split.prefix, **inputs)  # noqa: E731
         if source is not None:
             earlier = chooser.splits.at(source.index.split_point)
-            views, collate = CachedDataset(source, packed=True, geometry=self.config.copies_apart), collate_cached
+            views = CachedDataset(source, packed=True, geometry=self.config.copies_apart)
+            collate = CheckedCollator(collate_cached)
 
             def prefix(**inputs: Tensor) -> Tensor:
                 packed, extras = split_packed(inputs)
@@ -335,7 +335,7 @@ class StageCache:
 
         elif self.config.copies_apart:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
-            views, collate = GeometryViews(views), GeometryCollator(collate, GEOMETRY_NAME)
+            views, collate = views.with_geometry(), collate.with_geometry()
         return build_cache(
             self._cache_dir,
             plan,

@@ -50,7 +50,7 @@ from hf_freezecache.codecs import (
 from hf_freezecache.compression.distortion import DistortionMeter
 from hf_freezecache.compression.step_search import calibrate, fit_codec
 from hf_freezecache.config import DEFAULT_MAX_DISTORTION
-from hf_freezecache.data.collators import collate_cached, split_packed
+from hf_freezecache.data.collators import CheckedCollator, collate_cached, split_packed
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.data.views import ViewDataset
@@ -150,7 +150,7 @@ class Bench:
             folder,
             self.plan(),
             self.views,
-            collate,
+            CheckedCollator(collate),
             self.prefix,
             batch_size=self.args.batch_size,
             num_workers=self.args.workers,
