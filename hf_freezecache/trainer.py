@@ -92,7 +92,7 @@ from .report.stopwatch import Stopwatch
 from .schedules import (
     Stage,
     plan_stages,
-    split_point_at,
+    stage_at,
 )
 from .training.checkpoints import (
     check_complete,
@@ -139,7 +139,7 @@ class FreezeCacheTrainer(Trainer):
 
     With ``freeze_config`` the training data are drawn as *views*: view ``v`` of row ``i`` is one draw of the data set's
     own transform under random states seeded by ``(seed, i, v)``. A stage that freezes at least one block first writes
-    the hidden states of ``num_views`` views of every row to ``cache_config.cache_dir`` (or finds them there), and then
+    the hidden states of ``num_views`` views of every row to ``cache_config.freezecache_dir`` (or finds them there), and then
     trains on them; evaluation and prediction always see images. Saved models are whole, ordinary models.
 
     Each stage logs, as ``freezecache/<name>``: ``split_point``, ``trainable_parameters``, ``released_optimizer_bytes``; and of
@@ -250,10 +250,9 @@ class FreezeCacheTrainer(Trainer):
                 )
         stages = self._plan(freeze_config)
         if self.cache_config.mode != "never":
-            check_cache_dir(Path(self.cache_config.cache_dir), Path(args.output_dir))
-        num_blocks = len(find_blocks(self.model)[1])
+            check_cache_dir(Path(self.cache_config.freezecache_dir), Path(args.output_dir))
         for stage in stages:
-            requested_codec(self.cache_config, max(stage.split_point, 1), num_blocks)
+            requested_codec(self.cache_config, max(stage.split_point, 1))
         if self.train_dataset is not None:
             check_labels(self.train_dataset, self._num_labels, [*(self.label_names or []), "label"])
         if self._make_augmenter() is not None and not any(stage.split_point for stage in stages):
@@ -278,7 +277,7 @@ class FreezeCacheTrainer(Trainer):
             per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
             epochs = math.ceil(self.args.max_steps / max(per_epoch, 1))
         _, blocks = find_blocks(self.model)
-        return plan_stages(freeze_config, max(epochs, 1), len(blocks))
+        return plan_stages(freeze_config.schedule, max(epochs, 1), len(blocks))
 
     def _make_sampler(self, num_samples: int) -> ChunkSampler:
         args, config, processes = self.args, self.cache_config, self._processes
@@ -398,7 +397,7 @@ class FreezeCacheTrainer(Trainer):
             raise UnsupportedSetupError("build_cache needs a freeze_config and a train_dataset.")
         stages = [stage for stage in self._plan(self.freeze_config) if stage.split_point > 0]
         if split_point is not None:
-            stages = [Stage(0, split_point)]
+            stages = [Stage(0, 0, split_point)]
         if not stages:
             raise UnsupportedSetupError("No stage of the schedule freezes a block; give build_cache a split_point.")
         self._stages, self._augmenter = stages[:1], None
@@ -537,7 +536,7 @@ class FreezeCacheTrainer(Trainer):
             # What would stop a later stage stops the run now.
             self._stage_cache.check()
             try:
-                self._processes.on_main_process(lambda: check_writable(Path(config.cache_dir)))
+                self._processes.on_main_process(lambda: check_writable(Path(config.freezecache_dir)))
             except CacheWriteError as error:
                 if config.mode == "always":
                     raise
@@ -679,7 +678,7 @@ class FreezeCacheTrainer(Trainer):
         assert self._sampler is not None
         assert self._split is not None
         epoch, entering = kwargs["epoch"], time.perf_counter()
-        split_point = split_point_at(self._stages, epoch)
+        split_point = stage_at(self._stages, epoch).split_point
         if self._stage_loader is None or split_point != self._split.split_point:
             self._enter_stage(split_point)
         self._sampler.set_epoch(epoch)

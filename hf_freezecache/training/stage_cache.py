@@ -105,7 +105,7 @@ class StageCache:
             UnsupportedSetupError: Data or code cannot be hashed, or there are too few rows for a lossy codec.
         """
         self.processes.on_main_process(self.hash_data)
-        lossless = requested_codec(self.config, max(self.split_points), max(self.split_points))[0].lossless
+        lossless = requested_codec(self.config, max(self.split_points))[0].lossless
         if not lossless or self.config.copies_apart:
             check_rows(self.data.layout.num_samples)
 
@@ -145,14 +145,14 @@ class StageCache:
 
     def _codec_request(self, split: Split) -> str:
         """Return what the codec is to be, not what calibration made of it: that depends on the head, which may differ."""
-        codec, budget, rate = requested_codec(self.config, split.split_point, split.num_blocks)
+        codec, budget, rate = requested_codec(self.config, split.split_point)
         request: dict[str, Any] = codec.to_dict()
         if not codec.lossless:
             request |= {"distortion": budget, "rate": rate, "calibration samples": self.config.calibration_samples}
             earlier = [point for point in self.split_points if 0 < point < split.split_point]
             if self.config.build_from != "images" and earlier:
                 # States may come from a lossy cache of an earlier stage.
-                rates = [requested_codec(self.config, point, split.num_blocks)[2] for point in earlier]
+                rates = [requested_codec(self.config, point)[2] for point in earlier]
                 request["build from"] = [self.config.build_from, self.config.max_distortion, earlier, rates]
         return json.dumps(request, sort_keys=True)
 
@@ -163,9 +163,7 @@ class StageCache:
             return {}
         request = {
             "copies": config.copies,
-            "distortion": config.copy_distortion,
-            "budget": config.copy_budget,
-            "first view's distortion": config.max_distortion,
+            "distortion": config.max_distortion,
             "samples": config.calibration_samples,
             "build from": config.build_from,
             "weight": config.gradient_weight,
@@ -184,9 +182,9 @@ class StageCache:
             FreezeCacheError: See ``build_cache``, ``calibrate`` and ``CacheReader``.
         """
         started = time.perf_counter()
-        cache_dir, config, processes = Path(self.config.cache_dir), self.config, self.processes
+        cache_dir, config, processes = Path(self.config.freezecache_dir), self.config, self.processes
         fingerprint = Fingerprint(processes.on_main_process(lambda: self.fingerprint(split).parts))
-        codec, _, _ = requested_codec(config, split.split_point, split.num_blocks)
+        codec, _, _ = requested_codec(config, split.split_point)
         plan = CachePlan(
             fingerprint,
             split.split_point,
@@ -267,7 +265,7 @@ class StageCache:
             views, collate = GeometryViews(views), GeometryCollator(collate, GEOMETRY_NAME)
         consume = None if source is None or not self.config.consume_previous_cache else self._consumer(source)
         return build_cache(
-            Path(self.config.cache_dir),
+            Path(self.config.freezecache_dir),
             plan,
             views,
             collate,
@@ -330,7 +328,7 @@ class StageCache:
 
         def find() -> tuple[dict[str, str], Path, dict[str, Any]] | None:
             fingerprint = self.fingerprint(earlier)
-            directory = Path(self.config.cache_dir) / cache_name(earlier.split_point, fingerprint)
+            directory = Path(self.config.freezecache_dir) / cache_name(earlier.split_point, fingerprint)
             settings: dict[str, Any] = {}
             if not (directory / INDEX_NAME).is_file():
                 if not self.config.consume_previous_cache or not (directory / CONSUMED_NAME).is_file():
@@ -354,7 +352,7 @@ class StageCache:
 
         Collective. Before any shard: shards are of no use without the codec they were encoded with.
         """
-        cache_dir = Path(self.config.cache_dir)
+        cache_dir = Path(self.config.freezecache_dir)
         directory = cache_dir / plan.name
 
         def fit() -> tuple[CachePlan, bool]:
