@@ -358,7 +358,7 @@ def parse_rates(bits_per_element: str) -> Sequence[tuple[int, float]]:
     """
     rates = []
     for entry in bits_per_element.split(","):
-        start, _, bits = entry.rpartition(":") if ":" in bits_per_element else ("0", "", entry)
+        start, _, bits = entry.rpartition(":") if entry != bits_per_element or ":" in entry else ("0", "", entry)
         try:
             rate = (int(start), float(bits))
         except ValueError:
