@@ -43,11 +43,13 @@ Runner = Callable[..., Any]
 _PROMOTED_BITS = 1.1
 
 
-def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> tuple[Codec, float | None, float | None]:
+def requested_codec(config: CacheConfig, split_point: int) -> tuple[Codec, float | None, float | None]:
     """Return the codec that a user asks for at a split point, its distortion budget, and its rate in bits per element.
 
+    At most one of budget and rate is a number. Of a codec with fixed steps, neither is.
+
     Raises:
-        UnsupportedSetupError: No such codec, or the compression schedule cannot be read.
+        UnsupportedSetupError: There is no such codec, ``bits_per_element`` cannot be read, or the codec has no step to choose.
     """
     codec = make_codec("transform" if config.codec == "auto" else config.codec or "lossless")
     if config.gradient_weight and isinstance(codec, Pipeline):
@@ -59,14 +61,15 @@ def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> t
                 for step in codec.steps
             )
         )
-    rate = None if config.compression is None else rate_at(config.compression, split_point, num_blocks)
+    if config.bits_per_element is None:
+        return codec, config.max_distortion if config.codec == "auto" else None, None
     steps = codec.steps if isinstance(codec, Pipeline) else ()
-    if rate is not None and not any(isinstance(step, Transform) for step in steps):
+    if not any(isinstance(step, Transform) for step in steps):
         raise UnsupportedSetupError(
-            f"compression={config.compression!r} needs a codec with 'transform', whose step can be chosen; codec="
-            f"{config.codec!r} has none."
+            f"bits_per_element={config.bits_per_element!r} needs a codec with 'transform', whose step can be chosen; codec="
+            f"{config.codec!r} has none. Set codec='auto' or 'transform', or remove bits_per_element."
         )
-    return codec, config.max_distortion if config.codec == "auto" else None, rate
+    return codec, None, rate_at(str(config.bits_per_element), split_point)
 
 
 def is_weighted(codec: Codec) -> bool:
@@ -173,7 +176,7 @@ class CodecChooser:
         sample = self.calibration_sample(split)
         middle = sample.middle
         meter = self.meter(split, sample, middle)
-        requested, budget, rate = requested_codec(config, split.split_point, split.num_blocks)
+        requested, budget, rate = requested_codec(config, split.split_point)
         prefix_tokens, grid = self.token_grid(split, sample)
         gradients = self.gradients(split, sample, meter) if is_weighted(requested) else None
         settings: dict[str, Any] = {"chunk_size": config.chunk_size, "budget": budget, "target_bits": rate}

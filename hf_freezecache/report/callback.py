@@ -54,7 +54,7 @@ _TRAINING = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "seed"),
 )
 #: Where a cache lies and what a user calls data and code are nobody else's business.
-_PRIVATE = ("cache_dir", "transform_id", "dataset_id")
+_PRIVATE = ("freezecache_dir", "transform_id", "dataset_id")
 
 
 def _versions() -> dict[str, str]:

@@ -65,9 +65,7 @@ def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
 def _settings(figures: Figures) -> dict[str, dict[str, Any]]:
     """Return settings and versions in groups, without those at nothing."""
     groups = {
-        "Freezing": figures["freezing"]
-        if figures["freezing"].get("policy")
-        else {"schedule": figures["freezing"].get("schedule")},
+        "Freezing": figures["freezing"],
         "Caching": figures["cache"],
         "Training": figures["training"],
         "Model and data": {**figures["model"], **figures["data"], "device": figures["device"]},

@@ -89,7 +89,7 @@ class RunRecord:
         data: ``train_images``, ``image_shape``.
         freezing: ``FreezeConfig``.
         cache: ``CacheConfig`` without its folder and names.
-        planned_stages: ``start_epoch`` and ``split_point`` of each.
+        planned_stages: ``index``, ``start_epoch`` and ``split_point`` of each.
         stages: Of each stage that was entered and cached: ``split_point``, ``num_views``, ``codec``, ``dtype``,
             ``calibration``, ``copies_calibration`` (which holds the sensitivity).
         training: Hyperparameters, as ``TrainingArguments`` names them.

@@ -76,10 +76,9 @@ def check_setup(trainer: Any, base: type) -> None:
     check_overrides(type(trainer), base)
     stages, _ = plan_stages_of(trainer)
     if config.mode != "never":
-        check_cache_dir(Path(config.cache_dir), Path(trainer.args.output_dir))
-    num_blocks = len(find_blocks(trainer.model)[1])
+        check_cache_dir(Path(config.freezecache_dir), Path(trainer.args.output_dir))
     for stage in stages:
-        requested_codec(config, max(stage.split_point, 1), num_blocks)
+        requested_codec(config, max(stage.split_point, 1))
     if dataset is not None:
         check_labels(dataset, num_classes(trainer.model), [*(trainer.label_names or []), "label"])
     if augmenter_of(trainer, base) is not None and not any(stage.split_point for stage in stages):

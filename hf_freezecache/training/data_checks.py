@@ -17,9 +17,25 @@ from torch import nn
 from ..config import CacheConfig
 from ..data.collators import CheckedCollator, Collator, check_label_values
 from ..data.layout import ChunkLayout
-from ..data.training_data import TrainingData
 from ..data.seeding import seeded
-from ..data.views import ViewDataset, check_repeatable, with_rgb_images -> None:
+from ..data.training_data import TrainingData
+from ..data.views import ViewDataset, check_repeatable, with_rgb_images
+from ..distributed.process_group import ProcessGroup
+from ..errors import DataError, UnsupportedSetupError
+from .runtime import Runtime
+
+__all__ = [
+    "check_batch",
+    "check_collator",
+    "check_labels",
+    "check_same_rows",
+    "num_classes",
+    "prepare_data",
+    "with_rgb",
+]
+
+
+def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -> None:
     """Check that there are rows, and that the integer label column of a ``datasets.Dataset`` holds classes of the model.
 
     Args:

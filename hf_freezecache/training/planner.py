@@ -84,7 +84,7 @@ def plan_run(
         ScheduleError: The schedule cannot be read, or asks for more blocks than there are.
     """
     num_epochs = _num_epochs(args, sampler)
-    return plan_stages(freeze_config, num_epochs, num_blocks), num_epochs
+    return plan_stages(freeze_config.schedule, num_epochs, num_blocks), num_epochs
 
 
 def predict_passes(

@@ -286,7 +286,7 @@ def prepare_run(
 def _check_folder(config: CacheConfig, process_group: ProcessGroup) -> None:
     """Try to write to the folder of caches; only ``mode="auto"`` goes on without it."""
     try:
-        process_group.on_main_process(lambda: check_writable(Path(config.cache_dir)))
+        process_group.on_main_process(lambda: check_writable(Path(config.freezecache_dir)))
     except CacheWriteError as error:
         if config.mode == "always":
             raise

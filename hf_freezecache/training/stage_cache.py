@@ -96,7 +96,7 @@ class StageCache:
 
     @property
     def _cache_dir(self) -> Path:
-        return Path(self.config.cache_dir)
+        return Path(self.config.freezecache_dir)
 
     def check_settings(self) -> None:
         """Refuse now what would stop a later stage.
@@ -105,7 +105,7 @@ class StageCache:
             UnsupportedSetupError: Data or code cannot be hashed, or there are too few rows for a lossy codec.
         """
         self.process_group.on_main_process(self._hash_data)
-        lossless = requested_codec(self.config, max(self.split_points), max(self.split_points))[0].lossless
+        lossless = requested_codec(self.config, max(self.split_points))[0].lossless
         if not lossless or self.config.copies_apart:
             check_rows(self.chooser.data.layout.num_samples)
 
@@ -215,7 +215,7 @@ class StageCache:
             UnsupportedSetupError: The states cannot be encoded as asked.
         """
         config, data = self.config, self.chooser.data
-        codec, _, _ = requested_codec(config, split.split_point, split.num_blocks)
+        codec, _, _ = requested_codec(config, split.split_point)
         plan = CachePlan(
             fingerprint,
             split.split_point,

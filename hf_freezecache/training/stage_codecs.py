@@ -33,14 +33,14 @@ def name_of_source(source: CacheReader) -> str:
 
 def codec_request(config: CacheConfig, split: Split, split_points: Sequence[int]) -> str:
     """Return what the codec is to be, not what calibration made of it: that depends on the head, which may differ."""
-    codec, budget, rate = requested_codec(config, split.split_point, split.num_blocks)
+    codec, budget, rate = requested_codec(config, split.split_point)
     request: dict[str, Any] = codec.to_dict()
     if not codec.lossless:
         request |= {"distortion": budget, "rate": rate, "calibration samples": config.calibration_samples}
         earlier = [point for point in split_points if 0 < point < split.split_point]
         if config.build_from != "images" and earlier:
             # States may come from a lossy cache of an earlier stage.
-            rates = [requested_codec(config, point, split.num_blocks)[2] for point in earlier]
+            rates = [requested_codec(config, point)[2] for point in earlier]
             request["build from"] = [config.build_from, config.max_distortion, earlier, rates]
     return json.dumps(request, sort_keys=True)
 
@@ -51,9 +51,7 @@ def copies_request(config: CacheConfig) -> dict[str, str]:
         return {}
     request = {
         "copies": config.copies,
-        "distortion": config.copy_distortion,
-        "budget": config.copy_budget,
-        "first view's distortion": config.max_distortion,
+        "distortion": config.max_distortion,
         "samples": config.calibration_samples,
         "build from": config.build_from,
         "weight": config.gradient_weight,

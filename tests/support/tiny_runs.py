@@ -63,7 +63,7 @@ def record(unfrozen: bool = True, **settings: Any) -> RunRecord:
         "complete": True,
         "model": {"class": "ViTForImageClassification", "num_blocks": 12, "parameters": 1000},
         "data": {"train_images": 100, "image_shape": [3, 16, 16]},
-        "freezing": {"schedule": "0:0,2:6", "policy": None},
+        "freezing": {"schedule": "0:0,2:6"},
         "cache": {
             "mode": "always",
             "num_views": 2,
