@@ -83,11 +83,10 @@ from .model.split import (
 from .report.callback import (
     ReportCallback,
     describe_run,
-    describe_stage,
     write_card,
 )
-from .report.cost import epoch_logs
-from .report.record import RunRecord
+from .report.record import Decision, RunRecord, progress_to_dict, restore_progress
+from .report.run_log import decision_logs, epoch_logs
 from .report.stopwatch import Stopwatch
 from .schedules import (
     Stage,
@@ -97,6 +96,7 @@ from .schedules import (
 from .training.checkpoints import (
     check_complete,
     last_complete,
+    load_progress,
     load_stage,
     load_world_size,
     move_scheduler,
@@ -145,8 +145,7 @@ class FreezeCacheTrainer(Trainer):
     Each stage logs, as ``freezecache/<name>``: ``split_point``, ``trainable_parameters``, ``released_optimizer_bytes``; and of
     its cache ``cache_bytes``, ``cache_bytes_per_image``, ``bits_per_element`` (all files counted), ``build_seconds`` (with
     calibration), ``built_shards``, and, of a lossy one, ``distortion``, ``agreement`` and ``relative_error`` on held-out images;
-    the same of views beyond the first as ``copy_distortion`` and so on, if these are stored apart, and ``similarity``, what the
-    first view tells of them. Each epoch logs ``train_images_per_second``, ``epoch_seconds``, ``cumulative_seconds`` (with
+    the same of views beyond the first as ``copy_distortion`` and so on, if these are stored apart. Each epoch logs ``train_images_per_second``, ``epoch_seconds``, ``cumulative_seconds`` (with
     building, without evaluating and saving) and ``no_freezing_seconds_estimated`` (see ``cost.unfrozen_rate``). Where
     a run saves, ``ReportCallback`` writes its record and a report.
 
@@ -627,6 +626,7 @@ class FreezeCacheTrainer(Trainer):
                 split_point = self._stages[0].split_point
             else:
                 split_point = load_stage(Path(resume_from_checkpoint))
+                restore_progress(self._record, load_progress(Path(resume_from_checkpoint)))
             self._freeze(split_point)
             self._made_optimizer = self.optimizer is None
             if self.optimizer is not None:  # the user's own holds all parameters
@@ -693,9 +693,8 @@ class FreezeCacheTrainer(Trainer):
     def _log_cost(self) -> None:
         """Log what training has cost since this was done last: at the end of an epoch, and before a checkpoint is saved."""
         taken = self._stopwatch.take(self.state.global_step) if self._stopwatch is not None else None
-        if taken is not None and self._split is not None:
-            split, cached = self._split, self._codec is not None
-            self.log(epoch_logs(self.state.log_history, taken, split.split_point, split.num_blocks, cached))
+        if taken is not None:
+            self.log(epoch_logs(self._record, taken, float(self.state.epoch or 0)))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self._stopwatch is None:
@@ -725,11 +724,10 @@ class FreezeCacheTrainer(Trainer):
             self.model_wrapped = unwrapped(self.accelerator, self.model_wrapped)
             self._choose_ddp()
             self.model_wrapped = wrap_again(self.accelerator, self.model_wrapped)
-        logs: dict[str, float] = {
-            "freezecache/split_point": split_point,
-            "freezecache/trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "freezecache/released_optimizer_bytes": released,
-        }
+        stage = max(n for n, planned in enumerate(self._stages) if planned.start_epoch <= (self.state.epoch or 0))
+        decision = Decision(stage, self._stages[stage].start_epoch, split_point)
+        decision.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        decision.released_optimizer_bytes = released
         assert self._sampler is not None
         assert self._data is not None
         assert self._stage_cache is not None
@@ -746,26 +744,27 @@ class FreezeCacheTrainer(Trainer):
                 keep_read=self.args.world_size > 1,
             )
             self._stage_loader = self._loader(dataset, collate_cached)
-            logs |= {
-                "freezecache/cache_bytes": report.total_bytes,
-                "freezecache/cache_bytes_per_image": report.total_bytes / len(dataset),
-                "freezecache/bits_per_element": round(reader.index.bits_per_element, 4),
-                "freezecache/build_seconds": round(report.seconds, 3),
-                "freezecache/built_shards": report.built_shards,
-            }
-            self._record.keep_stage(describe_stage(split_point, reader.index))
-            sensitivity = (reader.index.copies_calibration or {}).get("sensitivity")
-            if sensitivity is not None:
-                logs["freezecache/similarity"] = sensitivity["overall"]
-            measured = self._stage_cache.measured.items()
-            logs |= {f"freezecache/{name}": value for name, value in measured if value is not None}
+            index = reader.index
+            decision.trained_from, decision.cache = "cache", "built" if report.built_shards else "found"
+            decision.built_from = "images" if report.built_shards else ""
+            decision.num_views, decision.codec, decision.calibration = index.num_views, index.codec, index.calibration
+            decision.copies_calibration, decision.cache_bytes = index.copies_calibration, report.total_bytes
+            decision.cache_bytes_per_image = report.total_bytes / len(dataset)
+            decision.bits_per_element, decision.build_seconds = index.bits_per_element, report.seconds
+            decision.built_shards, decision.distortion = report.built_shards, dict(self._stage_cache.measured)
+            decision.reason = f"mode={self.cache_config.mode!r}"
         else:
             mode = self.cache_config.mode
             why = "no block is frozen" if split_point == 0 else "mode='never'" if mode == "never" else "see above"
             logger.info("Training without a cache from here on: %s.", why)
+            decision.reason = why
             self._stage_loader = self._loader(self._data.views, self._data.collate)
+        self._record.keep_decision(decision)
         self.callback_handler.train_dataloader = self._stage_loader
-        self.log(logs)
+        self.log(decision_logs(decision))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ReportCallback):
+                callback.stage_began(self.args, self.state)
 
     def _open_cache(self) -> tuple[CacheReader, BuildReport] | None:
         """Find or build this stage's cache; ``None`` if it cannot be written and the user takes that."""
@@ -924,7 +923,7 @@ class FreezeCacheTrainer(Trainer):
         if self.freeze_config is not None and self.args.should_save:
             assert self._split is not None
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_stage(folder, self._split.split_point, self.args.world_size)
+            save_stage(folder, self._split.split_point, self.args.world_size, progress_to_dict(self._record))
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

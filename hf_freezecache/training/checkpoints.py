@@ -22,6 +22,7 @@ __all__ = [
     "STATE_NAME",
     "check_complete",
     "last_complete",
+    "load_progress",
     "load_stage",
     "load_world_size",
     "move_scheduler",
@@ -37,10 +38,10 @@ STATE_NAME = "freezecache_state.json"
 _TRAINER_STATE = "trainer_state.json"
 
 
-def save_stage(checkpoint: Path, split_point: int, world_size: int = 1) -> None:
+def save_stage(checkpoint: Path, split_point: int, world_size: int = 1, progress: dict[str, Any] | None = None) -> None:
     """Write the number of frozen blocks, and of processes, into a checkpoint folder, which is made if need be."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    state = {"format_version": 1, "split_point": split_point, "world_size": world_size}
+    state = {"format_version": 1, "split_point": split_point, "world_size": world_size, "progress": progress or {}}
     with atomic_write(checkpoint / STATE_NAME) as file:
         file.write((json.dumps(state) + "\n").encode())
 
@@ -124,6 +125,14 @@ def load_stage(checkpoint: Path) -> int:
         raise UnsupportedSetupError(
             f"{path} cannot be read ({error!r}). Resume from another checkpoint, or start anew."
         ) from error
+
+
+def load_progress(checkpoint: Path) -> dict[str, Any]:
+    """Return what stages and epochs before a checkpoint did; nothing if it does not say."""
+    try:
+        return dict(json.loads((checkpoint / STATE_NAME).read_bytes())["progress"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def load_world_size(checkpoint: Path) -> int | None:
