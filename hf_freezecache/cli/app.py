@@ -21,7 +21,7 @@ from ..errors import (
     FreezeCacheError,
     UnsupportedSetupError,
 )
-from ..report.wording import (
+from ..report.text import (
     codec_words,
     distortion_words,
     size_words,
@@ -197,31 +197,9 @@ def _lines(cache: dict[str, Any]) -> list[str]:
     return [cache["path"], *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
 
 
-def _plot(caches: list[dict[str, Any]], path: Path) -> None:
-    """Draw the sensitivity of the caches that know theirs."""
-    stages = [
-        (cache["split_point"], _sensitivity(cache["copies_calibration"], cache["path"]))
-        for cache in sorted(caches, key=lambda cache: cache["split_point"])
-        if "sensitivity" in (cache["copies_calibration"] or {})
-    ]
-    if not stages:
-        raise UnsupportedSetupError(
-            "No cache here knows what augmentation changes: it is measured where further views have a codec of their own "
-            "(codec='auto' with num_views of at least 2, or copies='residual')."
-        )
-    from ..report.sensitivity_plot import draw_sensitivity
-
-    draw_sensitivity(stages, path)
-    typer.echo(f"drawn: {path}", err=True)
-
-
 @app.command(epilog="Example: hf-freezecache inspect caches/k06-0123456789abcdef")
 def inspect(
     path: CachePath,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="PNG to draw: channels, tokens and augmentations that the first view says little of."),
-    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -245,8 +223,6 @@ def inspect(
             for entry in described:
                 typer.echo("\n".join(_lines(entry)))
             _note_unfinished(unfinished)
-        if plot is not None:
-            _plot(described, plot)
         for other in damaged[1:]:
             _complain(other)
         if damaged:
@@ -490,7 +466,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and draw nothing.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Draw what a run did, as one HTML page and pictures: stages, loss, accuracy, cost, caches, sensitivity.
+    """Draw what a run did, as one HTML page and pictures: stages, loss, accuracy, cost, caches.
 
     Reads freezecache_run.json, trainer_state.json or the last checkpoint in RUN_DIR, also of a run that was interrupted.
     What a run without freezing would have cost is measured with --baseline, and an estimate without.

@@ -20,7 +20,7 @@ from ..cache.index import (
     table_name,
 )
 from ..codecs import DTYPES
-from ..report.wording import (
+from ..report.text import (
     codec_words,
     distortion_words,
     size_words,

@@ -19,7 +19,7 @@ from ..cache.index import (
 )
 from ..model.hashing import hash_prefix
 from ..model.split import split_model
-from .quieting import quiet_libraries
+from .client import quiet_libraries
 
 __all__ = [
     "MAX_BYTES",

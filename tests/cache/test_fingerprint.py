@@ -178,7 +178,7 @@ def test_data_sets_that_cannot_be_hashed_need_a_name(images) -> None:
         make_trainer(tiny_vit(), Rows(), num_train_epochs=1).train()
     trainer = make_trainer(tiny_vit(), Rows(), cache={"dataset_id": "rows-1"}, num_train_epochs=1)
     trainer.train()
-    assert trainer._codec is not None
+    assert trainer._run.step is not None
 
 
 def test_transforms_that_cannot_be_hashed_need_a_name(images) -> None:

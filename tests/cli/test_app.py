@@ -30,11 +30,8 @@ from hf_freezecache.cli import (
     demo,
 )
 from hf_freezecache.errors import CacheCorruptError
-from hf_freezecache.report.sensitivity_plot import (
-    draw_runs,
-    format_runs,
-)
-from hf_freezecache.report.wording import size_words
+from hf_freezecache.report.plots import draw_runs
+from hf_freezecache.report.text import format_runs, size_words
 
 NAME = "k02-0123456789abcdef"
 
