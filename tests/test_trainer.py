@@ -78,9 +78,9 @@ def test_resume_true_takes_the_last_checkpoint(train_dataset) -> None:
 def test_checkpoint_holds_stage_and_no_cache(train_dataset) -> None:
     full_run(train_dataset, save_strategy="epoch")
     stages = [
-        json.loads((Path("out") / f"checkpoint-{step}" / STATE_NAME).read_text())["split_point"] for step in (5, 10, 20)
+        json.loads((Path("out") / f"checkpoint-{step}" / STATE_NAME).read_text())["stage"] for step in (5, 10, 20)
     ]
-    assert stages == [1, 2, 4]
+    assert [(stage["index"], stage["split_point"]) for stage in stages] == [(0, 1), (1, 2), (2, 4)]
     assert not list(Path("out").rglob("view-00"))
 
 
