@@ -271,7 +271,7 @@ class CodecChooser:
             stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
             meter = self.meter(split, sample, 0)
             distortion, agreement = meter(stored)
-            own = {"max_distortion": distortion, "agreement": agreement, "relative_error": meter.relative_error(stored)}
+            own = {"distortion": distortion, "agreement": agreement, "relative_error": meter.relative_error(stored)}
             found |= {prefix + name: value for name, value in own.items()}
         return found
 
