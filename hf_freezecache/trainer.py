@@ -746,7 +746,7 @@ class FreezeCacheTrainer(Trainer):
             self._stage_loader = self._loader(dataset, collate_cached)
             index = reader.index
             decision.trained_from, decision.cache = "cache", "built" if report.built_shards else "found"
-            decision.built_from = "images" if report.built_shards else ""
+            decision.built_from = 0 if report.built_shards else None
             decision.num_views, decision.codec, decision.calibration = index.num_views, index.codec, index.calibration
             decision.copies_calibration, decision.cache_bytes = index.copies_calibration, report.total_bytes
             decision.cache_bytes_per_image = report.total_bytes / len(dataset)

@@ -63,9 +63,9 @@ def test_passes_spent_are_those_of_building_and_training() -> None:
     first, second = known.decisions
     assert passes_spent(known, first) == 2 * 3 * 9 + 2 * 3
     assert passes_spent(known, second) == 2 * 3 * 6 + 2 * 6
-    second.built_from = "cache of split point 3"
+    second.built_from = 3
     assert passes_spent(known, second) == 2 * 3 * 6 + 2 * 3
-    second.cache, second.built_from = "found", ""
+    second.cache, second.built_from = "found", None
     assert passes_spent(known, second) == 2 * 3 * 6
     known.decisions[1] = live(1, 2, 6, "mode='never'")
     assert passes_spent(known, known.decisions[1]) == 2 * (3 * 6 + 6)
