@@ -60,10 +60,10 @@ from .errors import (
     UnsupportedSetupError,
 )
 from .hub.provenance import (
-    Origin,
-    keep_origin,
-    origin_of_dataset,
-    origin_of_model,
+    Provenance,
+    keep_provenance,
+    provenance_of_dataset,
+    provenance_of_model,
 )
 from .model.freeze import (
     Frozen,
@@ -438,28 +438,28 @@ class FreezeCacheTrainer(Trainer):
             )
 
         def push() -> Any:
-            def known() -> Origin:
-                return self._origin(reader.index)
+            def known() -> Provenance:
+                return self._provenance(reader.index)
 
-            kept = keep_origin(Path(reader.directory), known)  # else in a folder that takes no files
-            parts = {} if kept else vars(known().updated(Origin.among(settings)))
+            kept = keep_provenance(Path(reader.directory), known)  # else in a folder that takes no files
+            parts = {} if kept else vars(known().updated(Provenance.among(settings)))
             return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **parts})
 
         return self._everyone.on_main_process(push)
 
-    def _origin(self, index: CacheIndex) -> Origin:
-        """Return what is known of the origin of a cache of this run."""
-        known = origin_of_dataset(self.train_dataset)
+    def _provenance(self, index: CacheIndex) -> Provenance:
+        """Return what is known of the provenance of a cache of this run."""
+        known = provenance_of_dataset(self.train_dataset)
         if index.split_point <= self._trained_from:  # else no need to look: the model is no longer that of the Hub
-            known |= origin_of_model(self.model, index)
-        return Origin(**known)
+            known |= provenance_of_model(self.model, index)
+        return Provenance(**known)
 
     def _open_stage(self, split: Split) -> tuple[CacheReader, BuildReport]:
         """Find or build the cache of a stage, and write down what it was made of."""
         assert self._stage_cache is not None
         reader, report = self._stage_cache.open(split)
         if self._processes.is_main_process:
-            keep_origin(Path(reader.directory), lambda: self._origin(reader.index))
+            keep_provenance(Path(reader.directory), lambda: self._provenance(reader.index))
         return reader, report
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

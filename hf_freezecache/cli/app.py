@@ -102,7 +102,7 @@ def _find_caches(path: Path) -> tuple[list[Path], list[Path]]:
 def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
     from ..cache.fingerprint import Fingerprint
     from ..codecs import DTYPES
-    from ..hub.provenance import read_origin
+    from ..hub.provenance import read_provenance
 
     tokens, hidden = index.hidden_shape
     per_view = index.total_bytes / (index.num_samples * index.num_views)
@@ -128,7 +128,7 @@ def _describe(path: Path, index: CacheIndex) -> dict[str, Any]:
         "bytes_per_image_and_view": per_view,
         "bits_per_element": 8 * per_view / (tokens * hidden),
         "extras": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape)} for e in index.extras],
-        "origin": read_origin(path).parts(),
+        "provenance": read_provenance(path).parts(),
         "fingerprint": Fingerprint(index.fingerprint).digest,
         "fingerprint_parts": index.fingerprint,
     }
@@ -170,7 +170,7 @@ def _sensitivity(calibration: dict[str, Any], path: str) -> Sensitivity:
 
 def _lines(cache: dict[str, Any]) -> list[str]:
     """Return what ``inspect`` prints of one cache."""
-    from ..hub.provenance import Origin
+    from ..hub.provenance import Provenance
 
     measured = "exact" if cache["codec"]["name"] == "lossless" else "not measured"
     if cache["calibration"]:
@@ -189,7 +189,7 @@ def _lines(cache: dict[str, Any]) -> list[str]:
         "per image": f"{size_words(cache['bytes_per_image'])}; {size_words(cache['bytes_per_image_and_view'])} per view",
         "per element": f"{cache['bits_per_element']:.2f} bits, everything counted",
         "extras": ", ".join(extras) or "none",
-        **({"made of": made_of} if (made_of := Origin.among(cache["origin"]).words()) else {}),
+        **({"made of": made_of} if (made_of := Provenance.among(cache["provenance"]).words()) else {}),
         "fingerprint": cache["fingerprint"],
         **{f"  {part}": value for part, value in cache["fingerprint_parts"].items()},
     }
@@ -386,19 +386,21 @@ def push(
     Needs a token with write access: hf auth login, or HF_TOKEN.
     """
     with _one_line_errors(debug):
-        from ..hub.provenance import Origin
+        from ..hub.provenance import Provenance
         from ..hub.push import push_cache
 
         caches, _ = _find_caches(path)
         if len(caches) > 1:
             raise UnsupportedSetupError(f"{path} holds {len(caches)} caches; give one of them, e.g. {caches[0]}.")
-        origin = Origin(dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision)
+        provenance = Provenance(
+            dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision
+        )
         report = push_cache(
             caches[0],
             repo_id,
             private=not public,
             revision=revision,
-            origin=origin,
+            provenance=provenance,
             overwrite=overwrite,
             show_progress=sys.stderr.isatty(),
         )
