@@ -25,11 +25,10 @@ from tqdm.auto import tqdm
 
 from ..codecs import DTYPES
 from ..codecs.entropy import check_frame
+from ..data.collators import CheckedCollator
 from ..data.geometry import GEOMETRY_NAME
-from ..data.views import (
-    ViewKey,
-    preserved_random_state,
-)
+from ..data.seeding import preserved_random_state
+from ..data.views import ViewKey
 from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheCorruptError,
@@ -73,7 +72,7 @@ from .shard_writer import (
     ShardWriter,
 )
 
-__all__ = ["BuildReport", "RenderCollator", "build_cache"]
+__all__ = ["BuildReport", "build_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,29 +101,6 @@ class BuildReport:
     prefix_seconds: float = 0.0
     built_shards: int = 0
     kept_shards: int = 0
-
-
-@dataclass(frozen=True)
-class RenderCollator:
-    """Collates rendered views with the user's collator, and keeps the keys beside the batch."""
-
-    collate: Callable[[list[Any]], dict[str, Any]]
-
-    def __call__(self, items: list[tuple[ViewKey, Any]]) -> tuple[list[ViewKey], dict[str, Any]]:
-        """Return keys and collated batch.
-
-        Raises:
-            DataError: The collator failed, or refused the batch; the message names the rows.
-        """
-        keys = [key for key, _ in items]
-        try:
-            return keys, self.collate([example for _, example in items])
-        except Exception as error:
-            raise DataError(
-                f"The data_collator failed on rows {[sample_index for sample_index, _ in keys]} (view {keys[0][1]}): "
-                f"{type(error).__name__}: {error}. Let the transform give all images one size and valid labels; finished "
-                "shards of the cache are kept."
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -233,7 +209,7 @@ class _Source:
     """Where hidden states come from; see ``build_cache``."""
 
     views: Any
-    collate: Callable[[list[Any]], dict[str, Any]]
+    collate: CheckedCollator
     prefix: Callable[..., Tensor]
     prefix_inputs: frozenset[str]
     is_input: Callable[[str], bool]
@@ -243,7 +219,7 @@ def build_cache(
     cache_dir: Path,
     plan: CachePlan,
     views: Any,
-    collate: Callable[[list[Any]], dict[str, Any]],
+    collate: CheckedCollator,
     prefix: Callable[..., Tensor],
     *,
     batch_size: int,
@@ -268,7 +244,7 @@ def build_cache(
         cache_dir: Folder of caches; this one is ``cache_dir / plan.name``.
         plan: What to store.
         views: Renders the views; or any data set with items by ``(sample index, view)``, such as an earlier cache.
-        collate: The user's collator: list of rendered examples -> dict with ``pixel_values`` (batch, channels, height,
+        collate: The user's collator, checked: list of rendered examples -> dict with ``pixel_values`` (batch, channels, height,
             width) and tensors (batch, ...) that are stored beside the hidden states.
         prefix: (**inputs) -> hidden states (batch, tokens, hidden), without gradients, on any device. Its inputs are
             those parts of a batch that ``is_input`` or ``prefix_inputs`` name.
@@ -395,7 +371,7 @@ def _build_units(
     loader = DataLoader(
         _Keyed(source.views),
         batch_sampler=list(_batches(plan, units, batch_size)),
-        collate_fn=RenderCollator(source.collate),
+        collate_fn=source.collate.collate_keyed,
         num_workers=num_workers,
         # A generator of its own: starting workers must not move the global one.
         generator=torch.Generator(),

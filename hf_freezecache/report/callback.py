@@ -46,7 +46,7 @@ _TRAINING = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "seed"),
 )
 #: Where a cache lies and what a user calls data and code are nobody else's business.
-_PRIVATE = ("cache_dir", "transform_id", "dataset_id")
+_PRIVATE = ("freezecache_dir", "transform_id", "dataset_id")
 
 
 def _versions() -> dict[str, str]:
@@ -71,8 +71,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 def describe_run(
     record: RunRecord, args: Any, model: Any, num_blocks: int, freeze_config: FreezeConfig, cache_config: CacheConfig
 ) -> None:
-    """Begin a record: write into it what is known before the first step, and forget what an earlier ``train()`` did."""
-    record.decisions, record.epochs, record.complete = [], [], False
+    """Write into a record what is known before the first step."""
     record.name = Path(args.output_dir).resolve().name
     record.model = {
         "class": type(model).__name__,

@@ -113,11 +113,10 @@ def test_the_stopwatch_leaves_pauses_out(monkeypatch) -> None:
     clock = iter([0.0, 10.0, 13.0, 15.0, 16.0, 20.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     watch = Stopwatch(0, 10, 25, 4.0)
-    watch.pause()  # at 10
-    assert watch.take(2) == {"images": 20, "seconds": 10.0, "entering_seconds": 4.0}
-    assert watch.take(2) is None
-    watch.go_on()  # at 13
-    watch.pause()  # at 15
-    watch.go_on()  # at 16
+    with watch.paused():  # from 10 to 13
+        assert watch.take(2) == {"images": 20, "seconds": 10.0, "entering_seconds": 4.0}
+        assert watch.take(2) is None
+    with watch.paused():  # from 15 to 16
+        pass
     # The last batch is not full.
     assert watch.take(3) == {"images": 5, "seconds": 6.0, "entering_seconds": 0.0}
