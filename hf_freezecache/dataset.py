@@ -173,10 +173,10 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             CacheMismatchError: The repository holds another cache.
             HubError: The Hub refused or could not be reached.
         """
-        from .hub.provenance import Origin
+        from .hub.provenance import Provenance
         from .hub.push import push_cache
 
-        origin = Origin(
+        provenance = Provenance(
             dataset_name=dataset_name,
             dataset_revision=dataset_revision,
             license=license,
@@ -190,7 +190,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             private=private,
             token=token,
             revision=revision,
-            origin=origin,
+            provenance=provenance,
             overwrite=overwrite,
         )
 

@@ -7,7 +7,7 @@ These files make up a cache directory.
     copies.safetensors               the same of the codec of views 1 and up; absent if it is that of view 0
     index/view-00/part-00000.parquet one row per stored sample: where it lies, and its labels
     view-00/shard-00000.safetensors  the hidden states of shard_chunks chunks in one view
-    origin.json                      what it was made of, for its card; may be absent or wrong: nothing depends on it
+    provenance.json                  what it was made of, for its card; may be absent or wrong: nothing depends on it
 
 A shard is a valid safetensors file. Its tensors are, in file order, ``frame_offsets`` (chunks, frames + 1), I64, into
 ``frames``; ``sample_indices`` (rows,), I64; ``frames`` (bytes,), U8: for each chunk the codec's frames, then one frame
@@ -69,7 +69,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "INDEX_NAME",
-    "ORIGIN_NAME",
+    "PROVENANCE_NAME",
     "CacheIndex",
     "ExtraSpec",
     "FileRecord",
@@ -90,7 +90,7 @@ __all__ = [
 ]
 
 INDEX_NAME = "index.json"
-ORIGIN_NAME = "origin.json"
+PROVENANCE_NAME = "provenance.json"
 #: The index of a cache that gives way, shard by shard, to the one that is computed from it.
 CONSUMED_NAME = "index.consumed.json"
 

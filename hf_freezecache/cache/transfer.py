@@ -12,7 +12,7 @@ from ..errors import (
 )
 from .index import (
     INDEX_NAME,
-    ORIGIN_NAME,
+    PROVENANCE_NAME,
     CacheIndex,
     FileRecord,
     file_sha256,
@@ -83,7 +83,7 @@ def copy_cache(source: Path, target: Path, selection: Selection | None = None) -
     check_free_space(target, sum(index.files[name].bytes for name in names))
     scratch = scratch_of(target, f"{os.getpid()}.tmp")
     try:
-        for name in [*names, INDEX_NAME, *([ORIGIN_NAME] if (source / ORIGIN_NAME).is_file() else [])]:
+        for name in [*names, INDEX_NAME, *([PROVENANCE_NAME] if (source / PROVENANCE_NAME).is_file() else [])]:
             copy = scratch / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -119,7 +119,7 @@ def scratch_of(target: Path, purpose: str) -> Path:
 
 def put_in_place(scratch: Path, target: Path) -> None:
     """Flush a complete folder and rename it to its final name; or move its files into one that is there."""
-    last = (INDEX_NAME, ORIGIN_NAME)  # the index makes a cache of it; no words lie there before there is one
+    last = (INDEX_NAME, PROVENANCE_NAME)  # the index makes a cache of it; no words lie there before there is one
     files = [path for path in scratch.rglob("*") if path.is_file()]
     files.sort(key=lambda path: last.index(path.name) if path.name in last else -1)
     for path in files:

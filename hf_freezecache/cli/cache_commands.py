@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import FreezeCacheError, UnsupportedSetupError
+from ..errors import FreezeCacheError
 from .base import EXIT_CODES, AsJson, CachePath, Debug, app, one_line_errors, print_error
 from .describe import describe_cache, description_lines, find_caches
 

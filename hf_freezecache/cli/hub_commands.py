@@ -50,7 +50,9 @@ def push(
         caches, _ = find_caches(path)
         if len(caches) > 1:
             raise UnsupportedSetupError(f"{path} holds {len(caches)} caches; give one of them, e.g. {caches[0]}.")
-        provenance = Provenance(dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision)
+        provenance = Provenance(
+            dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision
+        )
         report = push_cache(
             caches[0],
             repo_id,

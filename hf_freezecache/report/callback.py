@@ -71,8 +71,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 def describe_run(
     record: RunRecord, args: Any, model: Any, num_blocks: int, freeze_config: FreezeConfig, cache_config: CacheConfig
 ) -> None:
-    """Begin a record: write into it what is known before the first step, and forget what an earlier ``train()`` did."""
-    record.decisions, record.epochs, record.complete = [], [], False
+    """Write into a record what is known before the first step."""
     record.name = Path(args.output_dir).resolve().name
     record.model = {
         "class": type(model).__name__,

@@ -100,10 +100,6 @@ def passes_spent(record: RunRecord, decision: Decision) -> float | None:
         return None
     images = sum(epoch.images for epoch in record.epochs if epoch.stage == decision.stage)
     built = 0
-    if decision.cache == "built":
-        start = 0
-        if decision.built_from != "images":
-            earlier = [known for known in record.decisions if known.stage < decision.stage and known.has_cache]
-            start = earlier[-1].split_point if earlier else 0
-        built = decision.num_views * (decision.split_point - start)
+    if decision.built_from is not None:
+        built = decision.num_views * (decision.split_point - decision.built_from)
     return built + images / num_images * _step_passes(decision, num_blocks)

@@ -49,8 +49,8 @@ class Decision:
         trained_from: ``"cache"``, or ``"images"`` if the frozen blocks run in every step.
         reason: Why, in one sentence.
         cache: ``"built"`` by this run, ``"found"``, or ``"none"``.
-        built_from: Where a cache that this run built has its hidden states from: ``"images"``, or
-            ``"cache of split point k"``. Empty if nothing was built.
+        built_from: Split point of the cache whose hidden states this run's cache was computed from; 0 if it was computed
+            from the images. ``None`` if this run built nothing.
         calibrated: Whether this run chose the codec by measurement.
         num_views: Stored views per image; 0 without a cache.
         codec: The base view's codec, as ``Codec.to_dict`` gives it.
@@ -77,7 +77,7 @@ class Decision:
     trained_from: str = "images"
     reason: str = ""
     cache: str = "none"
-    built_from: str = ""
+    built_from: int | None = None
     calibrated: bool = False
     num_views: int = 0
     codec: dict[str, Any] = field(default_factory=dict)

@@ -123,9 +123,10 @@ def how_it_trained(figures: Figures) -> str | None:
         return (
             "The frozen blocks ran once per stored view of an image; the rest was trained from a cache of their output."
         )
+    rest = len(frozen) - len(cached)
     return (
-        f"Of {len(frozen)} stages with frozen blocks, {len(cached)} trained from a cache of their output; in the other "
-        f"{len(frozen) - len(cached)} the frozen blocks ran in every step."
+        f"Of {len(frozen)} stages with frozen blocks, {len(cached)} trained from a cache of their output; in the other"
+        f"{f' {rest}' if rest > 1 else ''} the frozen blocks ran in every step."
     )
 
 
@@ -139,7 +140,8 @@ def _training_source(stage: Figures) -> str:
     if stage["cache"] == "found":
         return f"{cache}, which was found."
     chosen = ", with a codec chosen by measurement" if stage["calibrated"] else ""
-    return f"{cache}, which this run built from the {stage['built_from']}{chosen}."
+    source = f"the cache of split point {stage['built_from']}" if stage["built_from"] else "the images"
+    return f"{cache}, which this run built from {source}{chosen}."
 
 
 def stage_account(stage: Figures) -> str:

@@ -22,7 +22,7 @@ from ..data.training_data import TrainingData
 from ..dataset import CachedDataset
 from ..distributed.ddp import is_replicated, unused_parameters, unwrapped, wrap_again
 from ..errors import CacheWriteError, UnsupportedSetupError
-from ..hub.provenance import Origin, keep_origin, origin_of_dataset, origin_of_model
+from ..hub.provenance import Provenance, keep_provenance, provenance_of_dataset, provenance_of_model
 from ..model.split import Split, Splits
 from ..report.record import Decision, RunRecord
 from ..report.stopwatch import Stopwatch
@@ -216,6 +216,7 @@ class StageRunner:
         elif self.config.mode == "never":
             decision.reason = "mode='never' runs the frozen blocks in every step."
         else:
+            decision.reason = f"mode={self.config.mode!r} trains a stage with frozen blocks from a cache."
             opened = self._open(split, decision)
         if opened is None:
             logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
@@ -255,28 +256,23 @@ class StageRunner:
         """
         opened = self.cache.open(split)
         if self.runtime.cache_group.is_main_process:
-            keep_origin(Path(opened.reader.directory), lambda: self.provenance(opened.reader))
+            keep_provenance(Path(opened.reader.directory), lambda: self.provenance(opened.reader))
         return opened
 
-    def provenance(self, reader: CacheReader) -> Origin:
+    def provenance(self, reader: CacheReader) -> Provenance:
         """Return what is known of the data set and of the model that a cache of this run was made of."""
         index = reader.index
-        known = origin_of_dataset(self.data.dataset)
+        known = provenance_of_dataset(self.data.dataset)
         if index.split_point <= self.freezer.trained_from:  # else the model is no longer that of the Hub
-            known |= origin_of_model(self.runtime.model, index)
-        return Origin(**known)
+            known |= provenance_of_model(self.runtime.model, index)
+        return Provenance(**known)
 
     @staticmethod
     def _describe(decision: Decision, opened: OpenedCache) -> None:
         index, report = opened.reader.index, opened.report
         decision.trained_from = "cache"
-        decision.cache = "built" if opened.built_from else "found"
+        decision.cache = "found" if opened.built_from is None else "built"
         decision.built_from = opened.built_from
-        decision.reason = (
-            f"The cache was built from the {opened.built_from}."
-            if opened.built_from
-            else "A cache that fits was there."
-        )
         decision.calibrated = opened.calibrated
         decision.num_views = index.num_views
         decision.codec = dict(index.codec)
@@ -334,9 +330,9 @@ class StageRunner:
             )
 
         def push() -> Any:
-            kept = keep_origin(Path(reader.directory), lambda: self.provenance(reader))
+            kept = keep_provenance(Path(reader.directory), lambda: self.provenance(reader))
             # A folder that takes no files keeps nothing: then the card is told here.
-            origin = {} if kept else vars(self.provenance(reader).updated(Origin.among(settings)))
-            return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **origin})
+            provenance = {} if kept else vars(self.provenance(reader).updated(Provenance.among(settings)))
+            return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **provenance})
 
         return self.runtime.everyone.on_main_process(push)

@@ -48,14 +48,15 @@ class OpenedCache:
     Attributes:
         reader: Reads it.
         report: What finding or building it cost.
-        built_from: ``"images"`` or ``"cache of split point k"``; empty for a cache that was there.
+        built_from: Split point of the cache that it was computed from; 0 if it was computed from the images; ``None`` for a
+            cache that was there.
         calibrated: Whether its codec was chosen by measurement in this call.
         distortion: What its states cost with this run's suffix; empty if lossless. See ``measure_distortion``.
     """
 
     reader: CacheReader
     report: BuildReport
-    built_from: str = ""
+    built_from: int | None = None
     calibrated: bool = False
     distortion: dict[str, float | None] = field(default_factory=dict)
 
@@ -315,7 +316,7 @@ class StageCache:
             for name in ("distortion", "agreement", "relative_error")
             if name in calibration
         }
-        built_from = "images" if source is None else name_of_source(source)
+        built_from = 0 if source is None else source.index.split_point
         return OpenedCache(reader, report, built_from, planned.calibrated, distortion)
 
     def _write(self, split: Split, plan: CachePlan, source: CacheReader | None) -> BuildReport:

@@ -63,9 +63,9 @@ def test_passes_spent_are_those_of_building_and_training() -> None:
     first, second = known.decisions
     assert passes_spent(known, first) == 2 * 3 * 9 + 2 * 3
     assert passes_spent(known, second) == 2 * 3 * 6 + 2 * 6
-    second.built_from = "cache of split point 3"
+    second.built_from = 3
     assert passes_spent(known, second) == 2 * 3 * 6 + 2 * 3
-    second.cache, second.built_from = "found", ""
+    second.cache, second.built_from = "found", None
     assert passes_spent(known, second) == 2 * 3 * 6
     known.decisions[1] = live(1, 2, 6, "mode='never'")
     assert passes_spent(known, known.decisions[1]) == 2 * (3 * 6 + 6)
@@ -113,11 +113,10 @@ def test_the_stopwatch_leaves_pauses_out(monkeypatch) -> None:
     clock = iter([0.0, 10.0, 13.0, 15.0, 16.0, 20.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     watch = Stopwatch(0, 10, 25, 4.0)
-    watch.pause()  # at 10
-    assert watch.take(2) == {"images": 20, "seconds": 10.0, "entering_seconds": 4.0}
-    assert watch.take(2) is None
-    watch.go_on()  # at 13
-    watch.pause()  # at 15
-    watch.go_on()  # at 16
+    with watch.paused():  # from 10 to 13
+        assert watch.take(2) == {"images": 20, "seconds": 10.0, "entering_seconds": 4.0}
+        assert watch.take(2) is None
+    with watch.paused():  # from 15 to 16
+        pass
     # The last batch is not full.
     assert watch.take(3) == {"images": 5, "seconds": 6.0, "entering_seconds": 0.0}

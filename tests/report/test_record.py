@@ -40,13 +40,13 @@ def test_stages_of_one_split_point_are_kept_apart() -> None:
 
 def test_a_resumed_stage_adds_up() -> None:
     known = record()
-    resumed = decision(1, 2, 6, cache="found", built_from="", calibrated=False, build_seconds=0.5, built_shards=0)
+    resumed = decision(1, 2, 6, cache="found", built_from=None, calibrated=False, build_seconds=0.5, built_shards=0)
     known.keep_decision(resumed)
     assert [kept.stage for kept in known.decisions] == [0, 1]
     assert known.decisions[1] is resumed
     assert (resumed.build_seconds, resumed.built_shards) == (3.5, 2)
     # This run built what it finds.
-    assert (resumed.cache, resumed.built_from, resumed.calibrated) == ("built", "images", True)
+    assert (resumed.cache, resumed.built_from, resumed.calibrated) == ("built", 0, True)
     known.keep_decision(resumed)  # once more does not count twice
     assert resumed.build_seconds == 3.5
     lost = live(1, 2, 6, "The disk is full.")

@@ -12,7 +12,7 @@ from hf_freezecache.report.record import Decision, Epoch, RunRecord
 CACHED: dict[str, Any] = {
     "trained_from": "cache",
     "cache": "built",
-    "built_from": "images",
+    "built_from": 0,
     "reason": "mode='always'",
     "num_views": 2,
     "codec": {"name": "pipeline", "configuration": {"steps": []}},
