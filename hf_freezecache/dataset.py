@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .cache.fingerprint import Fingerprint
+from .cache.index import Selection
 from .cache.reader import CacheReader
-from .cache.selection import Selection
 from .cache.transfer import copy_cache
 from .data.collators import PACKED
 from .data.geometry import GEOMETRY_NAME
@@ -87,7 +87,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         Args:
             path: The folder with ``index.json``; or, where there is no such folder, ``user/name`` of a data set on the Hub. Or an
                 address that fsspec knows, e.g. ``hf://datasets/user/name`` or ``s3://bucket/cache``: of a store only those
-                bytes are fetched that are needed: the index now, a shard's head once, a chunk's own range when it is read.
+                bytes are fetched that are needed: the index now, a shard's header once, a chunk's own range when it is read.
             expected: Fingerprint it must have.
             revision: Branch, tag or commit on the Hub; default ``main``.
             token: Token for the Hub; default the one of ``hf auth login``.
@@ -97,7 +97,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
 
         Raises:
             CacheCorruptError: Not a finished cache, a file is missing, damaged or altered, or the store is out of reach.
-            CacheMismatchError: The fingerprint differs; the message names the parts.
+            CacheMismatchError: The fingerprint differs; the message names the components.
             HubError: The Hub has no such repository or revision, refused, or could not be reached.
             IndexError: The cache has no such view or shard.
             UnsupportedSetupError: Another version of the format, an unknown codec, or an address of an unknown protocol.
@@ -225,7 +225,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         )
 
     def __len__(self) -> int:
-        """Return the number of samples; of its part of the data set, if the cache is of a part."""
+        """Return the number of samples; of the stored rows, if the cache holds only some of the data set."""
         return self.reader.index.num_samples
 
     def __getstate__(self) -> dict[str, Any]:

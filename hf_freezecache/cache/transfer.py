@@ -1,4 +1,4 @@
-"""Checks files of a cache against its index, and copies a cache."""
+"""Checks files of a cache against its index, and copies a cache from folder to folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .index import (
     ORIGIN_NAME,
     CacheIndex,
     FileRecord,
-    file_sha256,
+    Selection,
     fsync_directory,
     load_index,
 )
-from .selection import Selection
+from .shard_file import file_sha256
 
 __all__ = ["check_free_space", "check_vacant", "copy_cache", "file_problem", "put_in_place", "scratch_of"]
 
@@ -35,7 +35,7 @@ def file_problem(path: Path, record: FileRecord) -> str | None:
 
 
 def check_vacant(directory: Path) -> None:
-    """Refuse a place where something lies: nothing is overwritten.
+    """Refuse a folder that holds something, since nothing is overwritten.
 
     Raises:
         CacheWriteError: It is a file, or a folder that is not empty.
@@ -51,7 +51,7 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
-        CacheWriteError: Fewer bytes are free there.
+        CacheWriteError: Fewer bytes are free on the disk of the folder.
     """
     free = shutil.disk_usage(next(path for path in [directory, *directory.absolute().parents] if path.is_dir())).free
     if free < num_bytes:
@@ -62,7 +62,9 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
 
 
 def copy_cache(source: Path, target: Path, selection: Selection | None = None) -> CacheIndex:
-    """Copy a cache, or a part of it; each file is checked in its copy, and the copy appears as a whole or not at all.
+    """Copy a cache, or some views and shards of it.
+
+    Each file is checked in its copy, and the copy appears as a whole or not at all.
 
     Args:
         source: A finished cache.

@@ -139,7 +139,7 @@ class StageCache:
                 "codec": self._codec_request(split),
                 **self._copies_request(),
                 "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
-                **({} if layout.part is None else {"rows": "{} to {} of {}, permuted".format(*layout.part)}),
+                **({} if layout.rows is None else {"rows": "{} to {} of {}, permuted".format(*layout.rows)}),
             }
         )
 
@@ -185,7 +185,7 @@ class StageCache:
         """
         started = time.perf_counter()
         cache_dir, config, processes = Path(self.config.cache_dir), self.config, self.processes
-        fingerprint = Fingerprint(processes.on_main_process(lambda: self.fingerprint(split).parts))
+        fingerprint = Fingerprint(processes.on_main_process(lambda: self.fingerprint(split).components))
         codec, _, _ = requested_codec(config, split.split_point, split.num_blocks)
         plan = CachePlan(
             fingerprint,
@@ -341,7 +341,7 @@ class StageCache:
             except FreezeCacheError as error:
                 logger.warning("Passing over the cache of an earlier stage: %s", error)
                 return None
-            return fingerprint.parts, directory, settings
+            return fingerprint.components, directory, settings
 
         found = self.processes.on_main_process(find)
         return None if found is None else self._reader(found[1], Fingerprint(found[0]), **found[2])

@@ -158,7 +158,7 @@ def test_verify_names_links_and_pipes_that_do_not_belong(sound, tmp_path) -> Non
 def opened(sound, tmp_path) -> CachedDataset:
     cache = Path(shutil.copytree(sound["lossless"], tmp_path / "cache"))
     dataset = CachedDataset.from_pretrained(cache)
-    dataset[2]  # of the first chunk, whose shard's head is known from now on
+    dataset[2]  # of the first chunk, whose shard's header is known from now on
     return dataset
 
 
@@ -177,7 +177,7 @@ def test_a_cache_deleted_while_in_use_says_what_to_do(opened) -> None:
 
 def test_a_file_that_shrinks_while_in_use_is_damage(opened) -> None:
     opened._chunks.clear()
-    os.truncate(opened.reader.directory / shard_name(0, 0), opened.reader._heads[0, 0].header_bytes + 10)
+    os.truncate(opened.reader.directory / shard_name(0, 0), opened.reader._headers[0, 0].header_bytes + 10)
     with pytest.raises(CacheCorruptError, match=r"shard-00000.safetensors is damaged in chunk 0: \d+ bytes left of"):
         opened[2]
 

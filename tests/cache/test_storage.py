@@ -221,7 +221,7 @@ def test_a_chunk_fetches_its_own_range_and_the_head_once(counted, larger) -> Non
     counted.sent.clear()
     reader = dataset.reader
     reader.read_chunk(0, 3)
-    offsets, record = reader._heads[0, 0].frame_offsets[3], reader.index.files[shard_name(0, 0)]
+    offsets, record = reader._headers[0, 0].frame_offsets[3], reader.index.files[shard_name(0, 0)]
     own = int(offsets[-1] - offsets[0])
     assert counted.sent == [
         (shard.name, 0, record.header_bytes),
