@@ -314,7 +314,7 @@ def check_token_positions(positions: torch.Tensor, num_tokens: int) -> None:
         ValueError: A position is out of range, or those of a sample do not ascend.
     """
     # The first and the last of an ascending row bound all others.
-    in_range = (positions[:, :1] >= 0) & (positions[:, -1:] < num_tokens)
+    in_range = (positions[:, :1] >= 0) & (positions[:, -1:].int() < num_tokens)  # int16 would wrap the number around
     ascending = (positions[:, 1:] > positions[:, :-1]).all(1, keepdim=True)
     wrong = (~(in_range & ascending)).flatten().nonzero().flatten().tolist()
     if wrong:

@@ -316,6 +316,36 @@ def test_another_format_version_is_refused(cache, version, monkeypatch) -> None:
     assert f"format version {version!r}" in str(caught.value)
 
 
+def test_a_cache_of_format_1_says_what_to_do(tmp_path) -> None:
+    """The index of a real one."""
+    cache = Path(shutil.copytree(GOLDEN.parent / "v1", tmp_path / "k02-61fcedc61c1e8f04"))
+    expected = (
+        f"{cache / INDEX_NAME} has format version 1; this version of hf_freezecache reads 2. Delete the folder, or give "
+        "another cache_dir, to rebuild the cache; or install the version that wrote it."
+    )
+    for open_cache in (load_index, CacheReader):
+        with pytest.raises(UnsupportedSetupError) as caught:
+            open_cache(cache)
+        assert str(caught.value) == expected
+    assert verify_cache(cache) == [expected]
+
+
+@pytest.mark.parametrize("where", ["index", "record", "extra"])
+def test_entries_of_a_later_version_are_refused_by_name(cache, where) -> None:
+    """None is passed over in silence: what it means might change what the others mean."""
+    document = json.loads((cache / INDEX_NAME).read_text())
+    del document["checksum"]
+    record = document["files"][shard_name(0, 0)]
+    {"index": document, "record": record, "extra": document["extras"][0]}[where]["token_weights"] = 1
+    document["checksum"] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    (cache / INDEX_NAME).write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
+    with pytest.raises((UnsupportedSetupError, CacheCorruptError), match="token_weights") as caught:
+        load_index(cache)
+    if where == "index":
+        assert isinstance(caught.value, UnsupportedSetupError)
+        assert "does not know: token_weights. A later version wrote it" in str(caught.value)
+
+
 def load_index_of_any_version(cache: Path) -> CacheIndex:
     """The index of the golden cache, whatever ``FORMAT_VERSION`` is patched to."""
     document = json.loads((cache / INDEX_NAME).read_text())
@@ -403,7 +433,7 @@ def test_an_extra_of_an_unknown_dtype_is_refused(cache) -> None:
 
 
 def test_another_fingerprint_is_refused_and_the_components_named(cache) -> None:
-    components = tiny_cache.make_plan().fingerprint.parts
+    components = tiny_cache.make_plan().fingerprint.components
     CacheReader(cache, Fingerprint(components))
     with pytest.raises(CacheMismatchError, match="these differ: data, image size") as caught:
         CacheReader(cache, Fingerprint({**components, "data": "others", "image size": "224"}))

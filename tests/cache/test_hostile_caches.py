@@ -41,14 +41,14 @@ def test_there_are_enough_cases() -> None:
     assert len(hostile.CASES) - len(hostile.ONLY_VERIFIED) >= 100
 
 
-@pytest.mark.parametrize("name", ["lossless", "copies", "int8", "transform"])
+@pytest.mark.parametrize("name", ["lossless", "copies", "int8", "transform", "few_tokens"])
 def test_sound_caches_are_read(sound, name) -> None:
     """The other tests would pass on a reader that refuses all."""
     hostile.read_all(sound[name])
     assert verify_cache(sound[name]) == []
 
 
-@pytest.mark.parametrize("name", ["lossless", "copies", "int8", "transform"])
+@pytest.mark.parametrize("name", ["lossless", "copies", "int8", "transform", "few_tokens"])
 def test_sealing_a_sound_cache_leaves_it_sound(sound, name, tmp_path) -> None:
     """So that what is refused is the tampering, and not the tools."""
     cache = Path(shutil.copytree(sound[name], tmp_path / "cache"))
@@ -58,6 +58,8 @@ def test_sealing_a_sound_cache_leaves_it_sound(sound, name, tmp_path) -> None:
     if name == "copies":
         hostile.set_predictor(cache)
         hostile.seal(cache, copies_calibration={"storage": "residual"})
+    if name == "few_tokens":
+        hostile.set_tokens(cache, 8)
     hostile.read_all(cache)
     assert verify_cache(cache) == []
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import zstandard
+from torch.utils.data import default_collate
 
 from hf_freezecache.cache.codec_state import (
     CodecState,
@@ -37,6 +38,7 @@ from hf_freezecache.cache.index import (
     shard_name,
     table_name,
 )
+from hf_freezecache.cache.schema import TOKEN_POSITIONS
 from hf_freezecache.cache.shard_file import file_sha256
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs import (
@@ -97,7 +99,16 @@ def sound_caches(folder: Path) -> dict[str, Path]:
     for name, codec in (("int8", PRESETS["int8"]), ("transform", fitted())):
         plan = dataclasses.replace(tiny_cache.make_plan(codec=name), codec=codec, calibration={})
         caches[name] = tiny_cache.build(folder / name, plan, prefix=prefix).directory
+    plan = dataclasses.replace(tiny_cache.make_plan(codec="few tokens"), num_tokens=7)
+    caches["few_tokens"] = tiny_cache.build(folder / "few_tokens", plan, collate=collate_few_tokens).directory
     return caches
+
+
+def collate_few_tokens(examples: list[Any]) -> dict[str, Any]:
+    """Say that the two tokens of ``tiny_cache`` are the first and one more of seven."""
+    batch = default_collate(examples)
+    rows = batch["pixel_values"][:, 0, 0, 0].to(torch.int16)
+    return {**batch, TOKEN_POSITIONS: torch.stack([torch.zeros_like(rows), 1 + rows % 6], 1)}
 
 
 def make_hostile(name: str, sound: dict[str, Path], folder: Path) -> Path:
@@ -338,6 +349,11 @@ _index_case("index_with_a_text_for_a_count", num_views="2")
 _index_case("index_with_a_negative_count", shard_chunks=-2)
 _index_case("index_with_a_list_for_a_count", split_point=[2])
 _index_case("index_with_a_text_for_a_seed", layout_seed="3")
+_index_case("index_with_an_absurd_number_of_tokens", num_tokens=10**9)
+_index_case("index_with_a_text_for_the_number_of_tokens", num_tokens="2")
+_index_case(
+    "index_with_a_file_record_that_says_more", files={"index.json": {"bytes": 1, "sha256": "0" * 64, "mode": 7}}
+)
 _index_case("index_with_an_absurd_hidden_shape", hidden_shape=[10**6, 10**6])
 _index_case("index_with_hidden_states_of_no_axes", hidden_shape=[])
 _index_case("index_with_an_absurd_image_shape", image_shape=[3, 10**9, 10**9])
@@ -888,6 +904,74 @@ def _geometry_case(name: str, values: list[float], view: int) -> None:
 _geometry_case("geometry_of_nan", [0.0, float("nan"), 1.0, 1.0, 0.0], 1)
 _geometry_case("geometry_without_extent", [0.5, 0.0, 0.5, 1.0, 0.0], 0)
 _geometry_case("geometry_of_infinity", [0.0, 0.0, float("inf"), 1.0, 0.0], 2)
+
+
+def _positions_case(name: str, values: list[list[int]]) -> None:
+    def tamper(cache: Path) -> None:
+        number = 4 + [extra["name"] for extra in document_of(cache)["extras"]].index(TOKEN_POSITIONS)
+        set_frame(cache, compress_frame(torch.tensor(values, dtype=torch.int16).numpy().tobytes(), 3), number=number)
+
+    tamper.__name__ = name
+    case("few_tokens")(tamper)
+
+
+_positions_case("token_position_out_of_range", [[0, 1], [0, 7], [0, 1]])
+_positions_case("token_position_negative", [[0, 1], [0, 1], [-1, 1]])
+_positions_case("token_position_twice", [[0, 1], [3, 3], [0, 1]])
+_positions_case("token_positions_that_descend", [[2, 1], [0, 1], [0, 1]])
+_positions_case("token_positions_of_another_size", [[0, 1], [0, 1]])
+
+
+def set_tokens(cache: Path, num_tokens: int, rename: str = TOKEN_POSITIONS) -> None:
+    """Change the number of tokens of the model, and the name of the extra, in the index and in all shards."""
+    document = document_of(cache)
+    document["num_tokens"] = num_tokens
+    for extra in document["extras"]:
+        extra["name"] = rename if extra["name"] == TOKEN_POSITIONS else extra["name"]
+    for view, shard in itertools.product(range(2), range(2)):
+        opened = Shard(cache, view, shard)
+        opened.header["__metadata__"]["extras"] = json.dumps(document["extras"], sort_keys=True)
+        opened.header["__metadata__"]["num_tokens"] = str(num_tokens)
+        opened.write(sealed=False)
+    seal(cache, document)
+
+
+@case("few_tokens")
+def more_tokens_stored_than_the_model_has(cache: Path) -> None:
+    set_tokens(cache, 1)
+
+
+@case("few_tokens")
+def token_positions_where_all_tokens_are_stored(cache: Path) -> None:
+    set_tokens(cache, 2)
+
+
+@case("few_tokens")
+def fewer_tokens_than_some_positions_need(cache: Path) -> None:
+    set_tokens(cache, 3)
+
+
+@case("few_tokens")
+def tokens_without_positions(cache: Path) -> None:
+    set_tokens(cache, 7, rename="other_positions")
+
+
+@case()
+def fewer_tokens_without_positions(cache: Path) -> None:
+    set_tokens(cache, 5)
+
+
+@case("few_tokens")
+def token_positions_of_another_dtype(cache: Path) -> None:
+    document = document_of(cache)
+    (extra,) = [extra for extra in document["extras"] if extra["name"] == TOKEN_POSITIONS]
+    extra.update(dtype="uint16")
+    seal(cache, document)
+
+
+@case()
+def tokens_of_the_model_in_the_index_only(cache: Path) -> None:
+    seal(cache, num_tokens=2**20)
 
 
 @case("int8")
