@@ -311,7 +311,8 @@ def _check_files(document: Mapping[str, Any], num_samples: int, num_views: int, 
     stored_bytes = 0
     for name, record in files.items():
         if not isinstance(record, dict) or not {"bytes", "sha256"} <= record.keys() <= _RECORD_KEYS:
-            raise ValueError(f"the record of {_short(name)} is {_short(record)}, expected sizes and hashes")
+            entries = sorted(record.keys() ^ _RECORD_KEYS) if isinstance(record, dict) else record
+            raise ValueError(f"the record of {_short(name)} lacks or adds {_short(entries)}, expected sizes and hashes")
         size = _count(record["bytes"], f"the size of {_short(name)}", 0, 2**62)
         header = _count(record.get("header_bytes", 0), f"the header size of {_short(name)}", 0, MAX_HEADER_BYTES)
         hashes: Sequence[Any] = [record["sha256"]] + [record.get("header_sha256")] * bool(header)
