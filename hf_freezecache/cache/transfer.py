@@ -111,17 +111,17 @@ def copy_cache(source: Path, target: Path, selection: Selection | None = None) -
 
 
 def scratch_of(target: Path, purpose: str) -> Path:
-    """Return where to prepare what ``put_in_place`` puts in place: on the same file system, out of the way.
+    """Return the folder where a copy is prepared that ``put_in_place`` moves to its target.
 
-    In the target if that is there: it may be a mount, or where a shell stands.
+    It lies on the same file system: beside the target; or in it if it exists, since it may be a mount, or where a shell stands.
     """
     target = target.absolute()
     return target / f".{purpose}" if target.is_dir() else target.with_name(f".{target.name}.{purpose}")
 
 
 def put_in_place(scratch: Path, target: Path) -> None:
-    """Flush a complete folder and rename it to its final name; or move its files into one that is there."""
-    last = (INDEX_NAME, ORIGIN_NAME)  # the index makes a cache of it; no words lie there before there is one
+    """Flush a complete folder and rename it to its target; or move its files into the target if that exists."""
+    last = (INDEX_NAME, ORIGIN_NAME)  # the index makes a cache of the folder, and the origin describes a cache
     files = [path for path in scratch.rglob("*") if path.is_file()]
     files.sort(key=lambda path: last.index(path.name) if path.name in last else -1)
     for path in files:
@@ -132,10 +132,10 @@ def put_in_place(scratch: Path, target: Path) -> None:
             os.close(descriptor)
     if target.is_dir():
         for path in files:
-            place = target / path.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
-            fsync_directory(place.parent)
+            destination = target / path.relative_to(scratch)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(destination)
+            fsync_directory(destination.parent)
         shutil.rmtree(scratch)
         fsync_directory(target)
     else:

@@ -236,7 +236,8 @@ def test_missing_metadata_is_damage(path, name) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format_version": 2},
+        {"format_version": 1},
+        {"format_version": 3},
         {"codec": "not json"},
         {"codec": []},
         {"codec": {"name": "pipeline", "configuration": {"steps": ["planes", "zstd"]}}},
