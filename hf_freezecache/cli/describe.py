@@ -74,7 +74,7 @@ def describe_cache(path: Path, index: CacheIndex) -> dict[str, Any]:
         "extras": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape)} for e in index.extras],
         "provenance": read_provenance(path).parts(),
         "fingerprint": Fingerprint(index.fingerprint).digest,
-        "fingerprint_parts": index.fingerprint,
+        "fingerprint_components": index.fingerprint,
     }
 
 
@@ -90,12 +90,11 @@ def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
     if predictor is not None:
         kind = "all channels" if predictor.get("full") else "each channel"
         how += f", predicted from the first by {kind}, pull {predictor.get('pull')}"
-    lines = {
+    return {
         "further views": f"{how}; {sum(others) / len(others) / first:.0%} of the bytes of the first each",
         "  codec": codec_words(configuration["codec"]),
         "  distortion": distortion_words(calibration) if "distortion" in calibration else "not measured",
     }
-    return lines
 
 
 def description_lines(cache: dict[str, Any]) -> list[str]:
@@ -121,7 +120,7 @@ def description_lines(cache: dict[str, Any]) -> list[str]:
         "extras": ", ".join(extras) or "none",
         **({"made of": made_of} if (made_of := Provenance.among(cache["provenance"]).words()) else {}),
         "fingerprint": cache["fingerprint"],
-        **{f"  {part}": value for part, value in cache["fingerprint_parts"].items()},
+        **{f"  {part}": value for part, value in cache["fingerprint_components"].items()},
     }
     width = max(map(len, rows))
     return [cache["path"], *(f"  {name:<{width}}  {value}" for name, value in rows.items())]

@@ -140,7 +140,7 @@ class StageCache:
                 "codec": codec_request(config, split, self.split_points),
                 **copies_request(config),
                 "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
-                **({} if layout.part is None else {"rows": "{} to {} of {}, permuted".format(*layout.part)}),
+                **({} if layout.rows is None else {"rows": "{} to {} of {}, permuted".format(*layout.rows)}),
             }
         )
 
@@ -156,7 +156,7 @@ class StageCache:
             FreezeCacheError: See ``build_cache``, ``calibrate`` and ``CacheReader``.
         """
         started = time.perf_counter()
-        fingerprint = Fingerprint(self.process_group.on_main_process(lambda: self.identify(split).parts))
+        fingerprint = Fingerprint(self.process_group.on_main_process(lambda: self.identify(split).components))
         opened = self.find(split, fingerprint)
         if opened is None:
             opened = self.build(split, self.plan(split, fingerprint), started)
@@ -275,7 +275,7 @@ class StageCache:
             except FreezeCacheError as error:
                 logger.warning("Passing over the cache of an earlier stage: %s", error)
                 return None
-            return fingerprint.parts, directory, settings
+            return fingerprint.components, directory, settings
 
         location = self.process_group.on_main_process(locate)
         return None if location is None else self._reader(location[1], Fingerprint(location[0]), **location[2])

@@ -252,7 +252,7 @@ def test_inspect_prints_json(cache) -> None:
     (entry,) = json.loads(out)["caches"]
     size = size_of(cache)
     assert status == 0
-    assert entry["fingerprint_parts"] == load_index(cache).fingerprint
+    assert entry["fingerprint_components"] == load_index(cache).fingerprint
     expected = {
         "path": str(cache),
         "split_point": 2,
