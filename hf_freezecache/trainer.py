@@ -145,8 +145,7 @@ class FreezeCacheTrainer(Trainer):
     Each stage logs, as ``freezecache/<name>``: ``split_point``, ``trainable_parameters``, ``released_optimizer_bytes``; and of
     its cache ``cache_bytes``, ``cache_bytes_per_image``, ``bits_per_element`` (all files counted), ``build_seconds`` (with
     calibration), ``built_shards``, and, of a lossy one, ``distortion``, ``agreement`` and ``relative_error`` on held-out images;
-    the same of views beyond the first as ``copy_distortion`` and so on, if these are stored apart, and ``similarity``, what the
-    first view tells of them. Each epoch logs ``train_images_per_second``, ``epoch_seconds``, ``cumulative_seconds`` (with
+    the same of views beyond the first as ``copy_distortion`` and so on, if these are stored apart. Each epoch logs ``train_images_per_second``, ``epoch_seconds``, ``cumulative_seconds`` (with
     building, without evaluating and saving) and ``no_freezing_seconds_estimated`` (see ``cost.unfrozen_rate``). Where
     a run saves, ``ReportCallback`` writes its record and a report.
 
@@ -754,9 +753,6 @@ class FreezeCacheTrainer(Trainer):
                 "freezecache/built_shards": report.built_shards,
             }
             self._record.keep_stage(describe_stage(split_point, reader.index))
-            sensitivity = (reader.index.copies_calibration or {}).get("sensitivity")
-            if sensitivity is not None:
-                logs["freezecache/similarity"] = sensitivity["overall"]
             measured = self._stage_cache.measured.items()
             logs |= {f"freezecache/{name}": value for name, value in measured if value is not None}
         else:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..codecs.array_names import is_packed
 from ..codecs.base import DTYPES
 
 __all__ = [
@@ -69,7 +70,7 @@ EXTRA_DTYPES: dict[str, torch.dtype] = {
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
     )
 }
-#: Names in a cached batch that are not the collator's to use, beside those that begin with ``packed.``.
+#: Names in a cached batch that are not the collator's to use, beside those of ``codecs.array_names``.
 RESERVED_EXTRAS = frozenset({"hidden_states", "pixel_values"})
 
 
@@ -166,7 +167,7 @@ def check_extra(extra: Any) -> int:
     name, dtype = extra["name"], extra["dtype"]
     if not isinstance(name, str) or len(name) > 256:
         raise ValueError(f"an extra has the name {_short(name)}, expected a short string")
-    if name in RESERVED_EXTRAS or name.startswith("packed."):
+    if name in RESERVED_EXTRAS or is_packed(name):
         raise ValueError(f"an extra has the name {name!r}, which is taken in cached batches")
     if not isinstance(dtype, str) or dtype not in EXTRA_DTYPES:
         raise ValueError(f"extra {name!r} has the unknown dtype {_short(dtype)}")

@@ -29,7 +29,6 @@ from ..report.wording import (
 
 if TYPE_CHECKING:
     from ..cache.index import CacheIndex
-    from ..compression.sensitivity import Sensitivity
 
 __all__ = ["app"]
 
@@ -146,33 +145,19 @@ def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
     if predictor is not None:
         kind = "all channels" if predictor.get("full") else "each channel"
         how += f", predicted from the first by {kind}, pull {predictor.get('pull')}"
-    lines = {
+    return {
         "further views": f"{how}; {sum(others) / len(others) / first:.0%} of the bytes of the first each",
         "  codec": codec_words(configuration["codec"]),
         "  distortion": distortion_words(calibration) if "distortion" in calibration else "not measured",
     }
-    if "sensitivity" in calibration:
-        found = _sensitivity(calibration, cache["path"])
-        parts = [f"{found.overall:.2f}", *(f"{name} alone {value:.2f}" for name, value in found.augmentations.items())]
-        lines["  similarity"] = f"{', '.join(parts)}; channels {min(found.channels):.2f} to {max(found.channels):.2f}"
-    return lines
-
-
-def _sensitivity(calibration: dict[str, Any], path: str) -> Sensitivity:
-    from ..cache.index import INDEX_NAME
-    from ..compression.sensitivity import Sensitivity
-
-    try:
-        return Sensitivity.from_dict(calibration["sensitivity"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CacheCorruptError(f"{path}/{INDEX_NAME} is damaged: its sensitivity cannot be read: {error}.") from error
 
 
 def _lines(cache: dict[str, Any]) -> list[str]:
     """Return what ``inspect`` prints of one cache."""
+    from ..codecs import codec_from_dict
     from ..hub.provenance import Origin
 
-    measured = "exact" if cache["codec"]["name"] == "lossless" else "not measured"
+    measured = "exact" if codec_from_dict(cache["codec"]).lossless else "not measured"
     if cache["calibration"]:
         measured = distortion_words(cache["calibration"])
     extras = [f"{e['name']} ({e['dtype']}, {e['shape'] or 'one number'})" for e in cache["extras"]]
@@ -197,31 +182,9 @@ def _lines(cache: dict[str, Any]) -> list[str]:
     return [cache["path"], *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
 
 
-def _plot(caches: list[dict[str, Any]], path: Path) -> None:
-    """Draw the sensitivity of the caches that know theirs."""
-    stages = [
-        (cache["split_point"], _sensitivity(cache["copies_calibration"], cache["path"]))
-        for cache in sorted(caches, key=lambda cache: cache["split_point"])
-        if "sensitivity" in (cache["copies_calibration"] or {})
-    ]
-    if not stages:
-        raise UnsupportedSetupError(
-            "No cache here knows what augmentation changes: it is measured where further views have a codec of their own "
-            "(codec='auto' with num_views of at least 2, or copies='residual')."
-        )
-    from ..report.sensitivity_plot import draw_sensitivity
-
-    draw_sensitivity(stages, path)
-    typer.echo(f"drawn: {path}", err=True)
-
-
 @app.command(epilog="Example: hf-freezecache inspect caches/k06-0123456789abcdef")
 def inspect(
     path: CachePath,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="PNG to draw: channels, tokens and augmentations that the first view says little of."),
-    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -245,8 +208,6 @@ def inspect(
             for entry in described:
                 typer.echo("\n".join(_lines(entry)))
             _note_unfinished(unfinished)
-        if plot is not None:
-            _plot(described, plot)
         for other in damaged[1:]:
             _complain(other)
         if damaged:
@@ -490,7 +451,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and draw nothing.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Draw what a run did, as one HTML page and pictures: stages, loss, accuracy, cost, caches, sensitivity.
+    """Draw what a run did, as one HTML page and pictures: stages, loss, accuracy, cost, caches.
 
     Reads freezecache_run.json, trainer_state.json or the last checkpoint in RUN_DIR, also of a run that was interrupted.
     What a run without freezing would have cost is measured with --baseline, and an estimate without.

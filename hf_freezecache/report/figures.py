@@ -28,7 +28,7 @@ Figures = dict[str, Any]
 _STAGE_LOGS = (
     *("trainable_parameters", "cache_bytes", "cache_bytes_per_image", "bits_per_element", "build_seconds"),
     *("built_shards", "distortion", "agreement", "relative_error", "copy_distortion", "copy_agreement"),
-    *("copy_relative_error", "similarity"),
+    "copy_relative_error",
 )
 #: Evaluation figures that are no metric of the model.
 _NO_METRICS = (
@@ -267,7 +267,6 @@ def _stages(record: RunRecord, epochs: Sequence[Epoch]) -> list[Figures]:
             stages[-1] |= {**logged, **({"build_seconds": built} if "build_seconds" in logged else {})}
             continue
         detail = kept.get(split_point, {}) if "cache_bytes" in logged else {}
-        sensitivity = (detail.get("copies_calibration") or {}).get("sensitivity")
         stages.append(
             {
                 "split_point": split_point,
@@ -275,7 +274,6 @@ def _stages(record: RunRecord, epochs: Sequence[Epoch]) -> list[Figures]:
                 **logged,
                 "num_views": detail.get("num_views"),
                 "codec": detail.get("codec"),
-                "sensitivity": sensitivity,
             }
         )
     for stage in stages:

@@ -10,8 +10,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .figures import is_share
 from .text import duration
 from .wording import size_words
@@ -276,39 +274,8 @@ def _storage(figures: Figures, figure: Any) -> None:
     bits.set_ylim(len(stages) - 0.5, -0.5)
 
 
-def _sensitivity(figures: Figures, figure: Any) -> None:
-    from matplotlib import colormaps
-
-    stages = [stage for stage in figures["stages"] if stage["sensitivity"]]
-    grid = figure.subplots(len(stages), 2, squeeze=False, width_ratios=[1, 1.15])
-    values = np.concatenate([np.ravel(stage["sensitivity"]["tokens"]) for stage in stages])
-    # One scale for all maps, so that stages can be compared.
-    low, high = float(values.min()), max(float(values.max()), float(values.min()) + 0.01)
-    for (tokens, channels), stage in zip(grid, stages, strict=True):
-        found = stage["sensitivity"]
-        cells = np.array(found["tokens"])
-        mesh = tokens.pcolormesh(cells, cmap=colormaps["viridis"].resampled(16), vmin=low, vmax=high, edgecolor="face")
-        tokens.invert_yaxis()
-        tokens.set_aspect("equal")
-        tokens.set_xticks([])
-        tokens.set_yticks([])
-        tokens.set_title(f"{stage['split_point']} frozen: tokens")
-        tokens.spines[["left", "bottom"]].set_visible(False)
-        figure.colorbar(mesh, ax=tokens, shrink=0.8, pad=0.04).outline.set_visible(False)
-        order = np.sort(found["channels"])
-        channels.plot(np.linspace(0, 100, len(order)), order, color=_BLUE, linewidth=1.6)
-        channels.axhline(found["overall"], color=_ORANGE, linewidth=1.2, linestyle="--")
-        side = {"ha": "left", "va": "bottom", "color": _ORANGE, "fontsize": 9.5}
-        channels.text(2, found["overall"] + 0.01, f"all: {found['overall']:.2f}", **side)
-        channels.set_ylim(min(0.0, float(order[0])), 1.0)
-        channels.set_xlim(0, 100)
-        channels.set_title("channels, sorted")
-        channels.grid(axis="y", linewidth=0.6)
-    grid[-1][1].set_xlabel("% of the channels")
-
-
 def pictures_of(figures: Figures) -> list[Picture]:
-    """Return the pictures that a run has figures for: ``timeline``, ``cost``, ``storage``, ``sensitivity``."""
+    """Return the pictures that a run has figures for: ``timeline``, ``cost``, ``storage``."""
     pictures = []
     cost, stages = figures["cost"], _cached(figures)
     frozen = ", ".join(f"{stage['split_point']} from epoch {stage['start_epoch']:g}" for stage in figures["stages"])
@@ -356,22 +323,6 @@ def pictures_of(figures: Figures) -> list[Picture]:
                 f"Bars by stage. {listed}.",
                 0.75 + 0.42 * len(stages),
                 lambda figure: _storage(figures, figure),
-            )
-        )
-    measured = [stage for stage in figures["stages"] if stage["sensitivity"]]
-    if measured:
-        listed = "; ".join(
-            f"{stage['split_point']} frozen: {stage['sensitivity']['overall']:.2f}" for stage in measured
-        )
-        pictures.append(
-            Picture(
-                "sensitivity",
-                "What augmentation moves",
-                "Share of an augmented view's variance that the first view predicts, averaged over held-out images: 1 is all of "
-                "it, and what is low is sensitive. Left by place in the image, right by channel.",
-                f"Maps of similarity by token and curves by channel. All together: {listed}.",
-                0.35 + 1.75 * len(measured),
-                lambda figure: _sensitivity(figures, figure),
             )
         )
     return pictures

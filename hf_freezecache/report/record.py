@@ -91,7 +91,7 @@ class RunRecord:
         cache: ``CacheConfig`` without its folder and names.
         planned_stages: ``start_epoch`` and ``split_point`` of each.
         stages: Of each stage that was entered and cached: ``split_point``, ``num_views``, ``codec``, ``dtype``,
-            ``calibration``, ``copies_calibration`` (which holds the sensitivity).
+            ``calibration``, ``copies_calibration``.
         training: Hyperparameters, as ``TrainingArguments`` names them.
         versions: Of libraries.
         device: What was trained on.

@@ -38,13 +38,14 @@ from ..cache.writer import (
     build_cache,
 )
 from ..codecs import Codec
+from ..codecs.array_names import is_packed
 from ..compression.base_view import CodecChooser, Runner, check_rows, promoted, requested_codec
 from ..compression.extra_views import (
     choose_copies,
     keeps_copies,
 )
 from ..config import CacheConfig
-from ..data.collators import PACKED, collate_cached, split_packed
+from ..data.collators import collate_cached, split_packed
 from ..data.geometry import GEOMETRY_NAME
 from ..data.training_data import Data
 from ..data.views import (
@@ -251,7 +252,7 @@ class StageCache:
 
     def _build(self, split: Split, plan: CachePlan, source: CacheReader | None) -> BuildReport:
         def is_input(name: str) -> bool:
-            return name == "pixel_values" or name.startswith(PACKED)
+            return name == "pixel_values" or is_packed(name)
 
         def promote(**inputs: Tensor) -> Tensor:
             assert source is not None

@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from hf_freezecache.codecs import (
+    Codec,
     CopyCodec,
     Pack,
-    Pipeline,
     Predictor,
     Transform,
     Zstd,
@@ -47,8 +47,8 @@ GRID, PREFIX, CHUNK = (14, 14), 1, 32
 PREDICTORS = ((0.0, True), (0.5, True), (0.5, False))
 
 
-def codec(transform: Transform) -> Pipeline:
-    return Pipeline((transform, Pack(), Zstd(matches="skip")))
+def codec(transform: Transform) -> Codec:
+    return Codec((transform, Pack(), Zstd(matches="skip")))
 
 
 class Suffix:
@@ -86,7 +86,7 @@ def search(
     assert transform.step is not None
     position, tried = math.log2(transform.step), []
     for _ in range(9):
-        decoded, bits = roundtrip(codec(transform.with_step(2**position)), given, CHUNK)
+        decoded, bits = roundtrip(codec(transform.with_step_size(2**position)), given, CHUNK)
         found = max(kl(decoded + offset), 1e-9)
         tried.append((math.log(found), bits, position))
         if abs(math.log2(found / target)) < 0.04:
@@ -116,11 +116,11 @@ def compare(
         predictor = Predictor(pull, full, PREFIX, GRID).fit(base[first], place[first], view[first])
         residual, predicted = CopyCodec(codec(direct), predictor).residual(view, base, place), predictor(base, place)
         transform = fit(residual)
-        own_step, bits = search(transform.with_step(step), residual[second], predicted[second], chosen_on, target)
+        own_step, bits = search(transform.with_step_size(step), residual[second], predicted[second], chosen_on, target)
         if best is None or bits < best[0]:
             best = (bits, own_step, transform, residual, predicted, pull, full)
     _, own_step, transform, residual, predicted, pull, full = best
-    own = transform.with_step(own_step)
+    own = transform.with_step_size(own_step)
     _, residual_bits = search(own, residual[third], predicted[third], measured_on, target)
     promised, _ = roundtrip(codec(own), residual[third], CHUNK)
     left = residual[third][:, PREFIX:].square().sum()
@@ -180,7 +180,7 @@ def main() -> None:
                 fitted = Transform().fit(base[first], PREFIX, GRID)
                 kl = partial(suffix.kl, suffix.logs(base[second]))
                 step, _ = search(fitted, base[second], 0.0, kl, float(distortion))
-                base, _ = roundtrip(codec(fitted.with_step(step)), base, CHUNK)
+                base, _ = roundtrip(codec(fitted.with_step_size(step)), base, CHUNK)
             for name in moving:
                 view, place = states[name][split_point], geometry[name]
                 for weight in map(float, args.weights.split(",")):

@@ -25,7 +25,7 @@ from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.cli.app import app
 from hf_freezecache.codecs import Predictor
-from hf_freezecache.codecs.transform import digest
+from hf_freezecache.codecs.base import digest
 from hf_freezecache.compression import extra_views as copying
 from hf_freezecache.compression.base_view import CodecChooser
 from hf_freezecache.compression.sensitivity import Sensitivity
