@@ -10,6 +10,8 @@ Views: ``crop``, a random resized crop of .35 to 1 of the area and a flip in hal
 the views count but the fitted state. With ``weight`` the basis of both ways weighs directions by the gradient.
 
 Last, what calibration promises: a step chosen for the KL on the second part is measured on the third.
+
+With ``--plot`` a picture is drawn of what augmentation moves: how much of ``crop`` the first view predicts, by channel and token.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ from hf_freezecache.codecs import (
     Zstd,
 )
 from hf_freezecache.codecs.predictor import WHOLE
+from hf_freezecache.compression.sensitivity import measure_sensitivity
 from hf_freezecache.compression.step_search import roundtrip
 from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.model.split import Split
+from hf_freezecache.report.sensitivity_plot import draw_sensitivity
 
 GRID, PREFIX, CHUNK = (14, 14), 1, 32
-#: As ``hf_freezecache.copying`` tries them: pull, and whether channels mix.
+#: As ``hf_freezecache.compression.extra_views`` tries them: pull, and whether channels mix.
 PREDICTORS = ((0.0, True), (0.5, True), (0.5, False))
 
 
@@ -146,6 +150,7 @@ def main() -> None:
     parser.add_argument("--bases", default="exact,0.002", help="KL of the first views that predict; exact: lossless.")
     parser.add_argument("--kl", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="PNG to draw.")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     rows = datasets.load_dataset("parquet", data_files={"test": f"{args.data}/test.parquet"})["test"]
@@ -172,7 +177,24 @@ def main() -> None:
         for name, batch in pixels.items():
             parts = [model(pixel_values=part, output_hidden_states=True).hidden_states for part in batch.split(CHUNK)]
             states[name] = tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
-    for split_point in map(int, args.split_points.split(",")):
+    split_points = [int(split_point) for split_point in args.split_points.split(",")]
+    if args.plot:
+        measured = []
+        for split_point in split_points:
+            flip, crop = (
+                partial(
+                    measure_sensitivity,
+                    states["base"][split_point],
+                    states[name][split_point],
+                    geometry[name],
+                    PREFIX,
+                    GRID,
+                )
+                for name in ("flip", "crop")
+            )
+            measured.append((split_point, crop({"flip": flip().overall})))
+        draw_sensitivity(measured, args.plot)
+    for split_point in split_points:
         suffix = Suffix(model, split_point)
         for distortion in args.bases.split(","):
             base = states["base"][split_point]
@@ -199,7 +221,7 @@ def main() -> None:
                         f"{found['kl_of_unseen_images']:.4f}",
                         flush=True,
                     )
-        config = {name: str(value) for name, value in vars(args).items() if name != "json"}
+        config = {name: str(value) for name, value in vars(args).items() if name not in ("json", "plot")}
         config |= {"model": Path(args.model).name, "data": Path(args.data).name}
         save(args.json, "copies_rate", config, results)
 

@@ -17,7 +17,7 @@ from packaging.version import Version
 from PIL import Image
 from support.commands import assert_one_line, call
 from support.tiny import make_trainer, tiny_vit, training_arguments
-from support.tiny_runs import CACHE, SENSITIVITY, epoch_log, log_history, record, stage_log, write_plain_run
+from support.tiny_runs import CACHE, epoch_log, log_history, record, stage_log, write_plain_run
 from transformers import Trainer, TrainerCallback
 
 from hf_freezecache.errors import RunError
@@ -52,7 +52,7 @@ from hf_freezecache.report.wording import size_words
 
 #: Before 5.19 transformers reports the images and steps of the whole schedule, whichever of them a call did.
 LOGS_THE_WHOLE = Version(transformers.__version__) < Version("5.19")
-PICTURES = ["timeline", "cost", "storage", "sensitivity"]
+PICTURES = ["timeline", "cost", "storage"]
 
 
 # ---- Cost ----
@@ -139,7 +139,6 @@ def test_figures_of_a_run() -> None:
     first, second = figures["stages"]
     assert (first["split_point"], first["start_epoch"], first["end_epoch"]) == (0, 0, 2)
     assert (second["split_point"], second["train_seconds"], second["entering_seconds"]) == (6, 10, 4)
-    assert second["sensitivity"] == SENSITIVITY
     assert "cache_bytes" not in first
     assert second["images_per_second"] == 20
     assert figures["result"]["value"] == 0.75
@@ -560,7 +559,7 @@ def test_every_reporting_callback_gets_the_figures(train_dataset) -> None:
     ).train()
     names = {name.removeprefix("freezecache/") for name in Board.logged if name.startswith("freezecache/")}
     assert names >= {
-        *("split_point", "cache_bytes", "bits_per_element", "distortion", "similarity", "train_images_per_second"),
+        *("split_point", "cache_bytes", "bits_per_element", "distortion", "train_images_per_second"),
         *("epoch_seconds", "cumulative_seconds", "no_freezing_seconds_estimated"),
     }
     assert all(isinstance(Board.logged[f"freezecache/{name}"], (int, float)) for name in names)

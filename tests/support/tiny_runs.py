@@ -8,16 +8,6 @@ from typing import Any
 
 from hf_freezecache.report.record import RunRecord
 
-SENSITIVITY = {
-    "overall": 0.4,
-    "prefix": 0.5,
-    "channels": [0.1, 0.3, 0.5, 0.7],
-    "tokens": [[0.2, 0.4], [0.6, 0.8]],
-    "augmentations": {"flip": 0.9},
-    "num_images": 16,
-    "known_geometry": True,
-}
-
 
 def stage_log(epoch: float, split_point: int, **cache: Any) -> dict[str, Any]:
     return {"epoch": epoch, **{f"freezecache/{name}": v for name, v in {"split_point": split_point, **cache}.items()}}
@@ -47,7 +37,7 @@ def log_history(unfrozen: bool = True) -> list[dict[str, Any]]:
         {"epoch": 1.5, "step": 15, "loss": 1.0},
         eval_log(2, 0.8, 0.9, 20),
         epoch_log(2, 10.0, 10.0, 20.0),
-        stage_log(2, 6, **CACHE, distortion=0.002, similarity=0.4),
+        stage_log(2, 6, **CACHE, distortion=0.002),
         {"epoch": 2.5, "step": 25, "loss": 0.5},
         eval_log(3, 0.7, 0.8, 30),
         epoch_log(3, 20.0, 5.0, 29.0),
@@ -75,9 +65,7 @@ def record(unfrozen: bool = True, **settings: Any) -> RunRecord:
             {"start_epoch": 0, "split_point": 0 if unfrozen else 3},
             {"start_epoch": 2, "split_point": 6},
         ],
-        "stages": [
-            {"split_point": 6, "num_views": 2, "codec": "transform", "copies_calibration": {"sensitivity": SENSITIVITY}}
-        ],
+        "stages": [{"split_point": 6, "num_views": 2, "codec": "transform", "copies_calibration": {}}],
         "training": {"num_train_epochs": 4, "per_device_train_batch_size": 10, "precision": "fp32"},
         "versions": {"torch": "2.13.0"},
         "device": "cpu",
