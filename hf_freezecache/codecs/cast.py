@@ -22,10 +22,10 @@ __all__ = ["Cast"]
 
 
 def check_finite(array: Tensor) -> None:
-    """Refuse what no lossy step can keep within a bound.
+    """Refuse values that no lossy step can keep within a bound.
 
     Raises:
-        ValueError: NaN or infinite values; the message names samples and channels.
+        ValueError: The array has NaN or infinite values; the message names their samples and channels.
     """
     finite = torch.isfinite(array)
     if not bool(finite.all()):
@@ -40,11 +40,11 @@ def check_finite(array: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Cast(ArrayStep):
-    """Rounds to nearest in another float dtype.
+    """Rounds to the nearest number of another float dtype.
 
     Attributes:
-        dtype: ``"F16"``, ``"BF16"`` or ``"F32"``. fp16 keeps 11 bits of numbers up to 65504, bf16 8 bits of any. Under
-            bf16 autocast hidden states between blocks are fp32: bf16 is lossy for them too.
+        dtype: ``"F16"``, ``"BF16"`` or ``"F32"``. fp16 keeps 11 bits of numbers up to 65504, and bf16 keeps 8 bits of any
+            number. bf16 is lossy under bf16 autocast too, since hidden states between blocks are fp32 then.
     """
 
     name: ClassVar[str] = "cast"
@@ -56,7 +56,7 @@ class Cast(ArrayStep):
         """Check the dtype.
 
         Raises:
-            ValueError: Not one of the dtypes above.
+            ValueError: The dtype is not one of those above.
         """
         if self.dtype not in ("F16", "BF16", "F32"):
             raise ValueError(f"dtype must be 'F16', 'BF16' or 'F32', got {self.dtype!r}")

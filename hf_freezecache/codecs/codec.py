@@ -251,9 +251,9 @@ class Codec:
         inputs, outputs = self._specs(spec)
         main = next(decoded)
         arrays: dict[str, Tensor] = {}
-        for position, (step, given, specs) in enumerate(zip(self._array_steps, inputs, outputs, strict=False)):
+        for position, (step, taken, specs) in enumerate(zip(self._array_steps, inputs, outputs, strict=False)):
             sides = {name: next(decoded) for name in specs if name != "values"}
-            collated = step.collatable({"values": main, **sides}, given)
+            collated = step.collatable({"values": main, **sides}, taken)
             arrays |= {side_array(view, position, name): side for name, side in collated.items() if name != "values"}
         return {main_array(view): main, **arrays}
 

@@ -1,4 +1,4 @@
-"""Hard selection: some channels, and some tokens of each sample, are kept; the rest becomes zero."""
+"""Hard selection keeps some channels, and some tokens of each sample; the rest becomes zero."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["Select"]
 
 @dataclass(frozen=True)
 class Select(ArrayStep):
-    """Keeps the channels that a fit chose, and of each sample the patch tokens with the most energy in other channels.
+    """Keeps listed channels, and of each sample the patch tokens with the most energy in other channels.
 
-    For residuals of predicted views, where zero means "as predicted". Prefix tokens are kept.
+    It is for residuals of predicted views, where zero means "as predicted". Prefix tokens are kept.
 
     Attributes:
         channels: Channels that are kept for all tokens, in rising order.
-        tokens: Patch tokens that are kept of each sample, in all channels.
-        prefix_tokens: Leading tokens that are no patches.
+        tokens: Number of patch tokens that are kept of each sample, in all channels.
+        prefix_tokens: Number of leading tokens that are no patches.
     """
 
     name: ClassVar[str] = "select"

@@ -231,7 +231,7 @@ class _Search:
         )
 
     def direct(self) -> _Choice:
-        """Store views as the base view is stored, with a fit and a step of their own."""
+        """Store views as the base view is stored, with a fit and a step size for them alone."""
         middle, states = self.views.middle, self.views.states
         codec = fit_codec(self.requested, states[:middle], self.prefix_tokens, self.grid, self.gradients)
         codec, report = self._calibrate(codec, states[middle:], None, fallback=True)
