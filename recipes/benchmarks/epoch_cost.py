@@ -55,7 +55,7 @@ from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.model.freeze import freeze
-from hf_freezecache.model.split import token_grid
+from hf_freezecache.model.tokens import token_grid
 
 SHAPES = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}  # width, heads; 12 blocks, patch 16
 SEED = 0
