@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import (
     BYTES,
@@ -60,7 +61,7 @@ _TABLES = _tables()
 
 @dataclass(frozen=True)
 class Pack(BytesStep):
-    """See module.
+    """Packs small integers; the module's docstring says how.
 
     The buffers are: codes of the cells, the dense streams of classes 1 to 5, then gaps and remainders of cells without a
     dense stream, and of the others.
@@ -90,11 +91,12 @@ class Pack(BytesStep):
         zones = max(1, min(self.zones, positions // 16))
         return [round((zone / zones) ** 2 * positions) for zone in range(zones + 1)]
 
+    @override
     def max_bytes(self, spec: ArraySpec) -> list[int]:
-        """See base class.
+        """Return the largest size of each buffer.
 
         Raises:
-            ValueError: Not three axes, or not int8 or int16.
+            ValueError: The array has not three axes, or is not int8 or int16.
         """
         if len(spec.shape) != 3 or spec.dtype not in (torch.int8, torch.int16):
             raise ValueError(f"pack takes three axes of int8 or int16, got {spec.shape} of {spec.dtype}")
@@ -104,8 +106,8 @@ class Pack(BytesStep):
         sparse = [count + count // 255 + 1, 2 * count]
         return [cells, *dense, count, 2 * count, *sparse, *sparse]
 
+    @override
     def encode(self, array: Tensor) -> list[bytes]:
-        """See base class."""
         values = array.numpy().astype(np.int16, copy=False)
         samples, components, positions = values.shape
         edges = self._edges(positions)
@@ -134,8 +136,8 @@ class Pack(BytesStep):
             buffers += _sparse(part)
         return buffers
 
+    @override
     def decode(self, buffers: Sequence[Buffer], spec: ArraySpec) -> Tensor:
-        """See base class."""
         if len(buffers) != 10:
             raise ValueError(f"{len(buffers)} buffers, expected 10")
         samples, components, positions = spec.shape

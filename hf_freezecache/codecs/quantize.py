@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import (
     FLOATS,
     INTEGERS,
     ArraySpec,
     ArrayStep,
+    largest_of_samples,
     largest_value,
 )
 from .cast import check_finite
@@ -50,8 +52,9 @@ class Quantize(ArrayStep):
         """Largest absolute value."""
         return int(2 ** (self.bits - 1)) - 1
 
+    @override
     def encoded_specs(self, spec: ArraySpec) -> dict[str, ArraySpec]:
-        """See base class. ``values`` (samples, hidden, tokens) int8, ``scale`` (1, hidden): the steps, fp32 or fp64."""
+        """Return the specs of ``values`` (samples, hidden, tokens) int8, and of ``scale`` (1, hidden), fp32 or fp64."""
         samples, tokens, hidden = spec.shape
         wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
         return {
@@ -67,35 +70,38 @@ class Quantize(ArrayStep):
         # Rounded up, the step of the largest floats times the largest value would be infinite.
         return torch.where(torch.isfinite(scale * self.largest), scale, torch.nextafter(scale, scale.new_zeros(())))
 
+    @override
     def encode(self, array: Tensor) -> dict[str, Tensor]:
-        """See base class."""
         check_finite(array)
         scale = self._scale(array)
         values = torch.round(array.to(scale.dtype) / scale)
         return {"values": values.to(torch.int8).transpose(1, 2).contiguous(), "scale": scale[None]}
 
+    @override
     def collatable(self, arrays: dict[str, Tensor], spec: ArraySpec) -> dict[str, Tensor]:
-        """See base class."""
         if len(arrays["scale"]) != 1:
             raise ValueError(f"{len(arrays['scale'])} rows of steps, expected one")
         return {"values": arrays["values"], "scale": arrays["scale"].expand(spec.shape[0], -1).clone()}
 
+    @override
     def decode(self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None) -> Tensor:
-        """See base class."""
         scale = arrays["scale"]
         compute_dtype = compute_dtype or scale.dtype
         values = arrays["values"].transpose(1, 2).to(compute_dtype) * scale[:, None].to(compute_dtype)
         return values.to(dtype).contiguous()
 
+    @override
     def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
-        """See base class."""
         return largest * largest_value(arrays["scale"])
 
+    @override
     def error_bound(self, array: Tensor) -> Tensor:
-        """See base class: half a step, and the rounding of the result, which is coarser than a step among subnormals."""
+        """Return half a step plus the rounding of the result; (samples,), float64.
+
+        Among subnormals the rounding of the result is coarser than a step.
+        """
         info = torch.finfo(array.dtype)
         scale = self._scale(array).double()
-        largest = array.flatten(1).abs().amax(1).double() if array.numel() else torch.zeros(len(array)).double()
         # Squares of the smallest and largest fp64 numbers are none.
         half_a_step = (scale / scale.max()).square().mean().sqrt() * scale.max() / 2
-        return half_a_step * (1 + 1e-5) + largest * info.eps + info.smallest_normal * info.eps / 2
+        return half_a_step * (1 + 1e-5) + largest_of_samples(array) * info.eps + info.smallest_normal * info.eps / 2

@@ -30,15 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import (
-    PRESETS,
-    Codec,
-    Pipeline,
-    Transform,
-)
-from ..errors import (
-    UnsupportedSetupError,
-)
+from ..codecs import PRESETS, Codec
+from ..errors import UnsupportedSetupError
 from .distortion import DistortionMeter
 
 __all__ = ["Calibration", "calibrate", "fit_codec", "rate_at", "roundtrip"]
@@ -95,17 +88,6 @@ class Calibration:
         return dataclasses.asdict(self)
 
 
-def _transform(codec: Codec) -> Transform | None:
-    if isinstance(codec, Pipeline):
-        return next((step for step in codec.steps if isinstance(step, Transform)), None)
-    return None
-
-
-def _replace(codec: Codec, fitted: Transform) -> Codec:
-    assert isinstance(codec, Pipeline)
-    return Pipeline(tuple(fitted if isinstance(step, Transform) else step for step in codec.steps))
-
-
 def fit_codec(
     codec: Codec,
     sample: Tensor,
@@ -125,11 +107,8 @@ def fit_codec(
     Raises:
         UnsupportedSetupError: The sample cannot be fitted; the message says why.
     """
-    step = _transform(codec)
-    if step is None or step.tensors():
-        return codec
     try:
-        return _replace(codec, step.fit(sample, prefix_tokens, grid, gradients))
+        return codec.fit(sample, prefix_tokens, grid, gradients)
     except ValueError as error:
         raise UnsupportedSetupError(f"The codec could not be fitted: {error}.") from error
 
@@ -227,13 +206,6 @@ def calibrate(
     return best.codec, report
 
 
-def _step(codec: Codec) -> Transform:
-    step = _transform(codec)
-    if step is None or step.step is None:
-        raise UnsupportedSetupError("A rate or a distortion can be sought for pipelines with 'transform' only.")
-    return step
-
-
 def _search(
     codec: Codec,
     attempt: Callable[[Codec], _Trial],
@@ -251,17 +223,20 @@ def _search(
         octaves: Binary logarithm of the factor by which the step should change to use the middle of what ends the search.
         coarser_is_worse: Whether a larger step uses more of the target, or less.
     """
-    transform = _step(codec)
-    assert transform.step is not None
+    if codec.step_size is None:
+        raise UnsupportedSetupError(
+            "The codec has no step size that could be chosen for a rate or a distortion. Use codec='auto', or a pipeline with a "
+            "step that has one, such as 'transform'."
+        )
     good: list[_Trial] = []
-    start = position = math.log2(transform.step)
+    start = position = math.log2(codec.step_size)
     low, high = -math.inf, math.inf
     for _ in range(_MAX_TRIALS):
         try:
-            candidate = transform.with_step(2.0**position)
-        except ValueError:  # too fine for the mean
+            candidate = codec.with_step_size(2.0**position)
+        except ValueError:  # too fine
             break
-        trial = attempt(_replace(codec, candidate))
+        trial = attempt(candidate)
         used = share(trial)
         if used <= 1:
             good.append(trial)
