@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import FreezeCacheError, UnsupportedSetupError
+from ..errors import FreezeCacheError
 from .base import EXIT_CODES, AsJson, CachePath, Debug, app, one_line_errors, print_error
-from .describe import describe_cache, description_lines, find_caches, read_sensitivity
+from .describe import describe_cache, description_lines, find_caches
 
 __all__ = ["build", "inspect", "verify"]
 
@@ -84,10 +84,6 @@ def build(
 @app.command(epilog="Example: hf-freezecache inspect caches/k06-0123456789abcdef")
 def inspect(
     path: CachePath,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="PNG to draw: which channels, tokens and augmentations the first view predicts badly."),
-    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -111,30 +107,10 @@ def inspect(
             for entry in described:
                 typer.echo("\n".join(description_lines(entry)))
             _note_unfinished(unfinished)
-        if plot is not None:
-            _plot(described, plot)
         for other in damaged[1:]:
             print_error(other)
         if damaged:
             raise damaged[0]
-
-
-def _plot(caches: list[dict[str, Any]], path: Path) -> None:
-    """Draw the sensitivity of the caches that know theirs."""
-    stages = [
-        (cache["split_point"], read_sensitivity(cache["copies_calibration"], cache["path"]))
-        for cache in sorted(caches, key=lambda cache: cache["split_point"])
-        if "sensitivity" in (cache["copies_calibration"] or {})
-    ]
-    if not stages:
-        raise UnsupportedSetupError(
-            "No cache here knows what augmentation changes: it is measured where further views have a codec of their own "
-            "(codec='auto' with num_views of at least 2, or copies='residual')."
-        )
-    from ..report.sensitivity_plot import draw_sensitivity
-
-    draw_sensitivity(stages, path)
-    typer.echo(f"drawn: {path}", err=True)
 
 
 @app.command(epilog=f"Example: hf-freezecache verify caches\n\n{EXIT_CODES}")

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheCorruptError
-from ..report.wording import codec_words, distortion_words, size_words
+from ..report.text import codec_words, distortion_words, size_words
 
 if TYPE_CHECKING:
     from ..cache.index import CacheIndex
-    from ..compression.sensitivity import Sensitivity
 
-__all__ = ["describe_cache", "description_lines", "find_caches", "read_sensitivity"]
+__all__ = ["describe_cache", "description_lines", "find_caches"]
 
 #: Name of a cache's folder, as ``CachePlan.name`` makes it. It marks unfinished caches, which have no index yet.
 _CACHE_NAME = re.compile(r"k\d{2,}-[0-9a-f]{16}")
@@ -47,7 +46,7 @@ def describe_cache(path: Path, index: CacheIndex) -> dict[str, Any]:
     """Return what a cache holds, as ``--json`` prints it."""
     from ..cache.fingerprint import Fingerprint
     from ..codecs import DTYPES
-    from ..hub.provenance import read_origin
+    from ..hub.provenance import read_provenance
 
     tokens, hidden = index.hidden_shape
     per_view = index.total_bytes / (index.num_samples * index.num_views)
@@ -73,9 +72,9 @@ def describe_cache(path: Path, index: CacheIndex) -> dict[str, Any]:
         "bytes_per_image_and_view": per_view,
         "bits_per_element": 8 * per_view / (tokens * hidden),
         "extras": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape)} for e in index.extras],
-        "origin": read_origin(path).parts(),
+        "provenance": read_provenance(path).parts(),
         "fingerprint": Fingerprint(index.fingerprint).digest,
-        "fingerprint_parts": index.fingerprint,
+        "fingerprint_components": index.fingerprint,
     }
 
 
@@ -91,41 +90,16 @@ def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
     if predictor is not None:
         kind = "all channels" if predictor.get("full") else "each channel"
         how += f", predicted from the first by {kind}, pull {predictor.get('pull')}"
-    lines = {
+    return {
         "further views": f"{how}; {sum(others) / len(others) / first:.0%} of the bytes of the first each",
         "  codec": codec_words(configuration["codec"]),
         "  distortion": distortion_words(calibration) if "distortion" in calibration else "not measured",
     }
-    if "sensitivity" in calibration:
-        measured = read_sensitivity(calibration, cache["path"])
-        channels = f"channels {min(measured.channels):.2f} to {max(measured.channels):.2f}"
-        alone = [f", {name} alone {similarity:.2f}" for name, similarity in measured.augmentations.items()]
-        lines["  similarity"] = f"{measured.overall:.2f}{''.join(alone)}; {channels}"
-    return lines
-
-
-def read_sensitivity(calibration: dict[str, Any], path: str) -> Sensitivity:
-    """Return what the calibration of copies has measured of augmentation.
-
-    Args:
-        calibration: The calibration of the copies, with an entry ``sensitivity``.
-        path: The cache, for messages.
-
-    Raises:
-        CacheCorruptError: The entry ``sensitivity`` cannot be read.
-    """
-    from ..cache.index import INDEX_NAME
-    from ..compression.sensitivity import Sensitivity
-
-    try:
-        return Sensitivity.from_dict(calibration["sensitivity"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CacheCorruptError(f"{path}/{INDEX_NAME} is damaged: its sensitivity cannot be read: {error}.") from error
 
 
 def description_lines(cache: dict[str, Any]) -> list[str]:
     """Return what ``inspect`` prints of a cache, given what ``describe_cache`` returns of it."""
-    from ..hub.provenance import Origin
+    from ..hub.provenance import Provenance
 
     measured = "exact" if cache["codec"]["name"] == "lossless" else "not measured"
     if cache["calibration"]:
@@ -144,9 +118,9 @@ def description_lines(cache: dict[str, Any]) -> list[str]:
         "per image": f"{size_words(cache['bytes_per_image'])}; {size_words(cache['bytes_per_image_and_view'])} per view",
         "per element": f"{cache['bits_per_element']:.2f} bits, everything counted",
         "extras": ", ".join(extras) or "none",
-        **({"made of": made_of} if (made_of := Origin.among(cache["origin"]).words()) else {}),
+        **({"made of": made_of} if (made_of := Provenance.among(cache["provenance"]).words()) else {}),
         "fingerprint": cache["fingerprint"],
-        **{f"  {part}": value for part, value in cache["fingerprint_parts"].items()},
+        **{f"  {part}": value for part, value in cache["fingerprint_components"].items()},
     }
     width = max(map(len, rows))
     return [cache["path"], *(f"  {name:<{width}}  {value}" for name, value in rows.items())]

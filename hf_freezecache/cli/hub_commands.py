@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UnsupportedSetupError
-from ..report.wording import size_words
+from ..report.text import size_words
 from .base import EXIT_CODES, AsJson, Debug, app, one_line_errors
 from .describe import find_caches
 
@@ -44,19 +44,21 @@ def push(
     You need a token with write access: hf auth login, or HF_TOKEN.
     """
     with one_line_errors(debug):
-        from ..hub.provenance import Origin
+        from ..hub.provenance import Provenance
         from ..hub.push import push_cache
 
         caches, _ = find_caches(path)
         if len(caches) > 1:
             raise UnsupportedSetupError(f"{path} holds {len(caches)} caches; give one of them, e.g. {caches[0]}.")
-        origin = Origin(dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision)
+        provenance = Provenance(
+            dataset_name=dataset_name, license=license_id, model_id=model, model_revision=model_revision
+        )
         report = push_cache(
             caches[0],
             repo_id,
             private=not public,
             revision=revision,
-            origin=origin,
+            provenance=provenance,
             overwrite=overwrite,
             show_progress=sys.stderr.isatty(),
         )

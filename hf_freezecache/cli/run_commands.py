@@ -51,7 +51,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and draw nothing.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Draw what a run did, as one HTML page and pictures: stages, loss, accuracy, cost, caches, sensitivity.
+    """Draw what a run did, as one HTML page and pictures: stages, loss, accuracy, cost, caches.
 
     It reads freezecache_run.json, trainer_state.json or the last checkpoint in RUN_DIR, also of a run that was interrupted.
     With --baseline, the cost of a run without freezing is measured; without, it is an estimate.

@@ -32,11 +32,8 @@ from hf_freezecache.cli import (
     demo,
 )
 from hf_freezecache.errors import CacheCorruptError
-from hf_freezecache.report.sensitivity_plot import (
-    draw_runs,
-    format_runs,
-)
-from hf_freezecache.report.wording import size_words
+from hf_freezecache.report.plots import draw_runs
+from hf_freezecache.report.text import format_runs, size_words
 
 NAME = "k02-0123456789abcdef"
 
@@ -64,9 +61,9 @@ def cache(built: Path, tmp_path: Path) -> Path:
 
 
 def files_of(cache: Path) -> list[str]:
-    """Names of what makes up a cache; on ``origin.json``, words for a card, nothing depends."""
+    """Names of what makes up a cache; on ``provenance.json``, words for a card, nothing depends."""
     names = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
-    names.remove("origin.json")
+    names.remove("provenance.json")
     assert len(names) == 9
     return names
 
@@ -221,13 +218,13 @@ def test_completion_can_be_installed() -> None:
 
 
 def test_inspect_prints_what_a_cache_holds(cache) -> None:
-    origin = {
+    provenance = {
         "dataset_name": "somebody/pictures",
         "license": "mit",
         "model_id": "facebook/vit",
         "model_revision": "0123",
     }
-    (cache / "origin.json").write_text(json.dumps(origin))
+    (cache / "provenance.json").write_text(json.dumps(provenance))
     status, out, err = call("inspect", cache)
     assert (status, err) == (0, "")
     rows = {parts[0]: parts[2].strip() for parts in (line.strip().partition("  ") for line in out.splitlines()[:0:-1])}
@@ -255,7 +252,7 @@ def test_inspect_prints_json(cache) -> None:
     (entry,) = json.loads(out)["caches"]
     size = size_of(cache)
     assert status == 0
-    assert entry["fingerprint_parts"] == load_index(cache).fingerprint
+    assert entry["fingerprint_components"] == load_index(cache).fingerprint
     expected = {
         "path": str(cache),
         "split_point": 2,
@@ -271,7 +268,7 @@ def test_inspect_prints_json(cache) -> None:
         "bits_per_element": 8 * size / 40 / (17 * 16),
     }
     assert entry["extras"] == [{"name": "labels", "dtype": "int64", "shape": []}]
-    assert entry["origin"] == {"label_names": ["a", "b", "c", "d"]}
+    assert entry["provenance"] == {"label_names": ["a", "b", "c", "d"]}
     assert {name: entry[name] for name in expected} == pytest.approx(expected)
 
 

@@ -292,7 +292,7 @@ def test_stored_geometry_is_that_of_the_views(pictures, residual) -> None:
             expected = TRAINING.parameters(SEED, row, view, IMAGE_SIZE, IMAGE_SIZE).geometry()
             assert dataset[row, view][GEOMETRY_NAME].tolist() == pytest.approx(list(expected), abs=1e-6)
     assert GEOMETRY_NAME not in CachedDataset(residual.reader)[0]
-    batch = next(iter(residual.trainer._stage_loader))
+    batch = next(iter(residual.trainer._run.current.loader))
     assert GEOMETRY_NAME not in batch
     assert "hidden_states" not in batch
 

@@ -427,6 +427,6 @@ def test_restoring_can_be_compiled_in_one_graph(images, codec) -> None:
 
 def test_integers_travel_to_the_training_device(images) -> None:
     trainer = lossy_run(images, schedule="0:2", num_train_epochs=1)
-    batch = next(iter(trainer._stage_loader))
+    batch = next(iter(trainer._run.current.loader))
     assert batch["packed.values"].dtype == torch.int16
     assert "hidden_states" not in batch
