@@ -171,7 +171,7 @@ def test_trainers_wait_as_they_are_told(images) -> None:
     shutil.rmtree(first)
     with filelock.FileLock(f"caches/.{first.name}.lock"), pytest.raises(CacheLockedError, match="lock_timeout"):
         trainer_on(cache={"lock_timeout": 0.0}).train()
-    with pytest.raises(UnsupportedSetupError, match="'lock_timeout': .*of at least 0, got -1"):
+    with pytest.raises(UnsupportedSetupError, match=r"'lock_timeout': .*of at least 0, got -1"):
         CacheConfig(lock_timeout=-1)
 
 
