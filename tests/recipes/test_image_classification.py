@@ -31,8 +31,8 @@ SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 COMMON = {
     "model_name_or_path": "model",
-    "model_cache_dir": "downloads",
-    "cache_dir": "caches",
+    "cache_dir": "downloads",
+    "freezecache_dir": "caches",
     "output_dir": "out",
     "do_train": True,
     "do_eval": True,
@@ -164,7 +164,7 @@ def test_evaluation_split(recipe, images, splits, expected) -> None:
             rows = rows.remove_columns("label").add_column("label", [-1] * 20).cast(rows.features)
         rows.to_parquet(f"data/{name.split()[-1]}.parquet")
     data_args = recipe["DataTrainingArguments"](dataset_name="data")
-    train, evaluation, classes = recipe["load_splits"](data_args, recipe["ModelArguments"](model_cache_dir="c"), 3)
+    train, evaluation, classes = recipe["load_splits"](data_args, recipe["ModelArguments"](cache_dir="c"), 3)
     held_out = datasets.Dataset.from_dict({"row": range(20)}).train_test_split(0.15, seed=3)
     assert classes == ["a", "b", "c", "d"]
     if expected == "held out":
