@@ -49,7 +49,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "INDEX_NAME",
-    "ORIGIN_NAME",
+    "PROVENANCE_NAME",
     "CacheIndex",
     "FileRecord",
     "Selection",
@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 INDEX_NAME = "index.json"
-ORIGIN_NAME = "origin.json"
+PROVENANCE_NAME = "provenance.json"
 #: The index of a cache that gives way, shard by shard, to the one that is computed from it.
 CONSUMED_NAME = "index.consumed.json"
 #: Entries of the index that are absent from the file where their value is ``None``.

@@ -12,7 +12,7 @@ from ..errors import (
 )
 from .index import (
     INDEX_NAME,
-    ORIGIN_NAME,
+    PROVENANCE_NAME,
     CacheIndex,
     FileRecord,
     Selection,
@@ -85,7 +85,7 @@ def copy_cache(source: Path, target: Path, selection: Selection | None = None) -
     check_free_space(target, sum(index.files[name].bytes for name in names))
     scratch = scratch_of(target, f"{os.getpid()}.tmp")
     try:
-        for name in [*names, INDEX_NAME, *([ORIGIN_NAME] if (source / ORIGIN_NAME).is_file() else [])]:
+        for name in [*names, INDEX_NAME, *([PROVENANCE_NAME] if (source / PROVENANCE_NAME).is_file() else [])]:
             copy = scratch / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -121,7 +121,7 @@ def scratch_of(target: Path, purpose: str) -> Path:
 
 def put_in_place(scratch: Path, target: Path) -> None:
     """Flush a complete folder and rename it to its target; or move its files into the target if that exists."""
-    last = (INDEX_NAME, ORIGIN_NAME)  # the index makes a cache of the folder, and the origin describes a cache
+    last = (INDEX_NAME, PROVENANCE_NAME)  # the index makes a cache of the folder, and its provenance describes a cache
     files = [path for path in scratch.rglob("*") if path.is_file()]
     files.sort(key=lambda path: last.index(path.name) if path.name in last else -1)
     for path in files:

@@ -14,7 +14,7 @@ from .index import (
     CODEC_NAME,
     COPIES_NAME,
     INDEX_NAME,
-    ORIGIN_NAME,
+    PROVENANCE_NAME,
     CacheIndex,
     load_index,
     shard_name,
@@ -61,7 +61,7 @@ def verify_cache(directory: Path | str) -> list[str]:
         # Only now can the number of samples be trusted: the files hold 8 bytes for each.
         problems |= _content_problems(reader, problems.keys())
     try:
-        foreign = [name for name in storage.names() if name not in {INDEX_NAME, ORIGIN_NAME, *index.files}]
+        foreign = [name for name in storage.names() if name not in {INDEX_NAME, PROVENANCE_NAME, *index.files}]
     except CacheCorruptError as error:
         return [*problems.values(), str(error)]
     return [

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.views import (
-    ViewKey,
-    preserved_random_state,
-)
+from ..data.collators import CheckedCollator
+from ..data.seeding import preserved_random_state
+from ..data.views import ViewKey
 from ..distributed.process_group import ProcessGroup
-from ..errors import DataError, UnsupportedSetupError
+from ..errors import UnsupportedSetupError
 from .commit import (
     SCRATCH,
     Build,
@@ -45,30 +44,7 @@ from .shard_writer import (
     ShardWriter,
 )
 
-__all__ = ["BuildReport", "RenderCollator", "build_cache", "build_caches"]
-
-
-@dataclass(frozen=True)
-class RenderCollator:
-    """Collates rendered views with the user's collator, and keeps the keys beside the batch."""
-
-    collate: Callable[[list[Any]], dict[str, Any]]
-
-    def __call__(self, items: list[tuple[ViewKey, Any]]) -> tuple[list[ViewKey], dict[str, Any]]:
-        """Return keys and collated batch.
-
-        Raises:
-            DataError: The collator failed, or refused the batch; the message names the rows.
-        """
-        keys = [key for key, _ in items]
-        try:
-            return keys, self.collate([example for _, example in items])
-        except Exception as error:
-            raise DataError(
-                f"The data_collator failed on rows {[sample_index for sample_index, _ in keys]} (view {keys[0][1]}): "
-                f"{type(error).__name__}: {error}. Let the transform give all images one size and valid labels; finished "
-                "shards of the cache are kept."
-            ) from error
+__all__ = ["BuildReport", "build_cache", "build_caches"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +66,7 @@ def build_cache(
     cache_dir: Path,
     plan: CachePlan,
     views: Any,
-    collate: Callable[[list[Any]], dict[str, Any]],
+    collate: CheckedCollator,
     prefix: Callable[..., Tensor],
     **settings: Any,
 ) -> BuildReport:
@@ -115,7 +91,7 @@ def build_caches(
     cache_dir: Path,
     plans: Sequence[CachePlan],
     views: Any,
-    collate: Callable[[list[Any]], dict[str, Any]],
+    collate: CheckedCollator,
     prefixes: Callable[..., Mapping[int, Tensor]],
     *,
     batch_size: int,
@@ -143,7 +119,7 @@ def build_caches(
         cache_dir: Folder of caches; they are ``cache_dir / plan.name``.
         plans: What to store. All plans must have the same samples, views, chunks and shards.
         views: Renders the views; or any data set with items by ``(sample index, view)``, such as an earlier cache.
-        collate: The user's collator: list of rendered examples -> dict with ``pixel_values`` (batch, channels, height,
+        collate: The user's collator, checked: list of rendered examples -> dict with ``pixel_values`` (batch, channels, height,
             width) and tensors (batch, ...) that are stored beside the hidden states.
         prefixes: (**inputs) -> hidden states (batch, tokens, hidden) by split point, without gradients, on any device. Its
             inputs are the entries of a batch that ``is_input`` or ``prefix_inputs`` name.
@@ -213,7 +189,7 @@ class _Pass:
 
     builds: list[Build]
     views: Any
-    collate: Callable[[list[Any]], dict[str, Any]]
+    collate: CheckedCollator
     prefixes: Callable[..., Mapping[int, Tensor]]
     batch_size: int
     num_workers: int
@@ -284,7 +260,7 @@ class _Pass:
         loader = DataLoader(
             _Keyed(self.views),
             batch_sampler=list(self._batches(units)),
-            collate_fn=RenderCollator(self.collate),
+            collate_fn=self.collate.collate_keyed,
             num_workers=self.num_workers,
             # With a generator of its own, starting workers does not move the global one.
             generator=torch.Generator(),

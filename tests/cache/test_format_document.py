@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.writer import build_cache
-from hf_freezecache.codecs import CODECS, PRESETS, Cast, CopyCodec, Pack, Pipeline, Predictor, Quantize, Zstd
+from hf_freezecache.codecs import PRESETS, STEPS, Cast, Codec, CopyCodec, Pack, Predictor, Quantize, Zstd
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -93,8 +93,8 @@ def test_views_that_are_predicted_across_channels_are_read(tmp_path) -> None:
 def test_caches_of_other_codecs_are_read(tmp_path, codec) -> None:
     """``zones``: enough positions for several ranges, and values for all classes and exceptions."""
     made = {
-        "zones": Pipeline((Quantize(8), Pack(3), Zstd())),
-        "cast then int8": Pipeline((Cast("F16"), Quantize(8), Pack(), Zstd())),
+        "zones": Codec((Quantize(8), Pack(3), Zstd())),
+        "cast then int8": Codec((Cast("F16"), Quantize(8), Pack(), Zstd())),
     }.get(codec) or PRESETS[codec]
 
     def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ def test_the_document_names_every_key(sound) -> None:
 
 
 def test_the_document_names_every_step() -> None:
-    assert set(re.findall(r"^\*\*(\w+)\b", DOCUMENT.read_text(), re.M)) - {"Unknown"} == set(CODECS)
+    assert set(re.findall(r"^\*\*(\w+)\b", DOCUMENT.read_text(), re.M)) - {"Unknown"} == set(STEPS)
 
 
 def test_the_independent_reader_is_independent() -> None:

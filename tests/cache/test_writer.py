@@ -24,11 +24,10 @@ from hf_freezecache.cache.shard_writer import CachePlan
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.cache.writer import build_cache
 from hf_freezecache.codecs import make_codec
+from hf_freezecache.data.collators import CheckedCollator
 from hf_freezecache.data.layout import ChunkLayout
-from hf_freezecache.data.views import (
-    ViewDataset,
-    seeded,
-)
+from hf_freezecache.data.seeding import seeded
+from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import (
     CacheLockedError,
@@ -276,7 +275,7 @@ def test_memory_does_not_grow_with_rows(tmp_path) -> None:
             peak = max(peak, psutil.Process().memory_info().rss)
             return prefix(pixel_values)
 
-        build_cache(tmp_path, plan, ViewDataset(Wide(rows), 0), collate, watched, batch_size=64)
+        build_cache(tmp_path, plan, ViewDataset(Wide(rows), 0), CheckedCollator(collate), watched, batch_size=64)
         peaks.append(peak)
         for path in (tmp_path / plan.name).rglob("*.safetensors"):
             path.unlink()
