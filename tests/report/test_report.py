@@ -412,7 +412,7 @@ def test_every_reporting_callback_gets_the_figures(train_dataset) -> None:
     make_trainer(
         tiny_vit(),
         train_dataset,
-        cache={"num_views": 2, "codec": "fp16", "copies": "residual", "copy_budget": 4.0, "calibration_samples": 16},
+        cache={"num_views": 2, "codec": "fp16", "copies": "residual", "calibration_samples": 16},
         num_train_epochs=3,
         trainer={"callbacks": [Board()]},
     ).train()
