@@ -86,6 +86,8 @@ class FreezeCacheTrainer(Trainer):
     eval_dataset: Any
     model: Any
     model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,

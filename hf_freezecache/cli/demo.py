@@ -37,10 +37,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..config import (
-    CacheConfig,
-    FreezeConfig,
-)
+from ..config import CacheConfig, FreezeConfig
 from ..errors import UnsupportedSetupError
 from ..hub.client import quiet_libraries
 from ..report.plots import draw_runs

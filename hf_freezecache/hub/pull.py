@@ -19,9 +19,9 @@ from ..cache.index import (
     INDEX_NAME,
     PROVENANCE_NAME,
     CacheIndex,
+    Selection,
     load_index,
 )
-from ..cache.selection import Selection
 from ..cache.transfer import (
     check_free_space,
     check_vacant,

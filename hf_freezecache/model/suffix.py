@@ -34,9 +34,7 @@ class SuffixModel(nn.Module):
     def __init__(self, model: nn.Module, split_point: int, image_shape: tuple[int, int, int] | None = None) -> None:
         super().__init__()
         self.model = model
-        self.split = split_model(model, split_point)
-        if image_shape is not None:
-            self.split.image_shape = image_shape
+        self.split = split_model(model, split_point, image_shape)
         freeze(self.split)
         parameters = inspect.signature(model.forward).parameters.values()
         takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -24,9 +24,10 @@ from ..cache.lock import SINGLE_PROCESS, build_lock, os_errors_as_cache_errors
 from ..cache.reader import CacheReader
 from ..cache.shard_writer import CachePlan, cache_name
 from ..cache.writer import BuildReport, build_cache
+from ..codecs.array_names import is_packed
 from ..compression.base_view import CodecChooser, check_rows, promoted, requested_codec
 from ..config import CacheConfig
-from ..data.collators import PACKED, CheckedCollator, collate_cached, split_packed
+from ..data.collators import CheckedCollator, collate_cached, split_packed
 from ..data.geometry import GEOMETRY_NAME
 from ..dataset import CachedDataset
 from ..distributed.process_group import ProcessGroup
@@ -140,7 +141,7 @@ class StageCache:
                 "codec": codec_request(config, split, self.split_points),
                 **copies_request(config),
                 "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
-                **({} if layout.part is None else {"rows": "{} to {} of {}, permuted".format(*layout.part)}),
+                **({} if layout.rows is None else {"rows": "{} to {} of {}, permuted".format(*layout.rows)}),
             }
         )
 
@@ -156,7 +157,7 @@ class StageCache:
             FreezeCacheError: See ``build_cache``, ``calibrate`` and ``CacheReader``.
         """
         started = time.perf_counter()
-        fingerprint = Fingerprint(self.process_group.on_main_process(lambda: self.identify(split).parts))
+        fingerprint = Fingerprint(self.process_group.on_main_process(lambda: self.identify(split).components))
         opened = self.find(split, fingerprint)
         if opened is None:
             opened = self.build(split, self.plan(split, fingerprint), started)
@@ -275,7 +276,7 @@ class StageCache:
             except FreezeCacheError as error:
                 logger.warning("Passing over the cache of an earlier stage: %s", error)
                 return None
-            return fingerprint.parts, directory, settings
+            return fingerprint.components, directory, settings
 
         location = self.process_group.on_main_process(locate)
         return None if location is None else self._reader(location[1], Fingerprint(location[0]), **location[2])
@@ -346,7 +347,7 @@ class StageCache:
             batch_size=chooser.batch_size,
             num_workers=self.num_workers if source is None else 0,
             prefix_inputs=data.prefix_inputs,
-            is_input=lambda name: name == "pixel_values" or name.startswith(PACKED),
+            is_input=lambda name: name == "pixel_values" or is_packed(name),
             show_progress=self.show_progress,
             processes=self.process_group,
             lock_timeout=self.config.lock_timeout,

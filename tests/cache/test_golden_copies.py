@@ -12,13 +12,14 @@ import torch
 from support import tiny_copies
 
 from hf_freezecache.cache.codec_state import load_copies
-from hf_freezecache.cache.index import COPIES_NAME, INDEX_NAME, read_shard_header, shard_name, table_name
+from hf_freezecache.cache.index import COPIES_NAME, INDEX_NAME, shard_name, table_name
 from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.cache.shard_file import read_shard_header
 from hf_freezecache.cache.verify import verify_cache
-from hf_freezecache.codecs.view_codec import COPY
+from hf_freezecache.codecs.array_names import COPY, IS_COPY
 from hf_freezecache.data.geometry import GEOMETRY_NAME
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v1-copies"
+GOLDEN = Path(__file__).parents[1] / "golden" / "v2-copies"
 GOLDEN_CACHE = GOLDEN / "k02-c9721ff71de814c4"
 #: The permutation of five rows by seed 3. Written down, not computed.
 ORDER = [2, 1, 3, 4, 0]
@@ -65,9 +66,7 @@ def test_the_golden_copies_hold_what_is_not_predicted(view) -> None:
     """By hand: true channels less (1, 1, 0) times what the base has at this place, less a quarter; the first token whole."""
     reader = CacheReader(GOLDEN_CACHE)
     packed = reader.entropy_decode_chunk(view, 0)
-    residual = reader.views.copies.codec.dequantize(
-        {name.removeprefix(COPY): array for name, array in packed.arrays.items() if name.startswith(COPY)}, reader.dtype
-    )
+    residual = reader.views.copies.codec.dequantize(packed.arrays, reader.dtype, view=COPY)
     for row, found in zip(ORDER[:2], residual.tolist(), strict=True):
         true = state(tiny_copies.patches(row, view))
         places = state(tiny_copies.moved(row, view))
@@ -76,11 +75,11 @@ def test_the_golden_copies_hold_what_is_not_predicted(view) -> None:
             (a, b, c), (x, y, _) = true[token], places[token]
             expected.append([a - x - 0.25, b - y - 0.25, c - 0.25])
         assert found == expected
-    assert packed.arrays["is_copy"].tolist() == [True, True]
+    assert packed.arrays[IS_COPY].tolist() == [True, True]
 
 
 def test_todays_writer_writes_the_golden_copies(tmp_path) -> None:
-    """As for ``v1``: byte by byte under the versions of the libraries that wrote it, else by what files say."""
+    """As for ``v2``: byte by byte under the versions of the libraries that wrote it, else by what files say."""
     spec = importlib.util.spec_from_file_location("make_golden", GOLDEN.parent / "make_golden.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -115,8 +115,8 @@ def test_killed_build_resumes_at_the_next_shard(train_dataset, tmp_path, stop_at
     assert not (directory / "index.json").exists()
     assert "no finished cache" in verify_cache(directory)[0]
     finished = {path: path.stat().st_mtime_ns for path in directory.glob("view-*/*.safetensors")}
-    parts = list(directory.glob("index/*/*.parquet"))
-    assert len(finished) == len(parts) > 0
+    tables = list(directory.glob("index/*/*.parquet"))
+    assert len(finished) == len(tables) > 0
 
     trainer = build(train_dataset)
     (entry,) = [e for e in trainer.state.log_history if "freezecache/built_shards" in e]
@@ -216,7 +216,7 @@ def test_folder_that_cannot_be_written(train_dataset, where) -> None:
         build(train_dataset, cache={"cache_dir": where})
 
 
-def test_index_parts_name_every_row(train_dataset) -> None:
+def test_index_tables_name_every_row(train_dataset) -> None:
     """``load_dataset`` on the index shows rows and labels, and they point at the right place."""
     build(train_dataset)
     directory = only_cache()
@@ -282,7 +282,7 @@ def test_memory_does_not_grow_with_rows(tmp_path) -> None:
     assert abs(peaks[1] - peaks[0]) < 100e6, peaks
 
 
-@pytest.mark.parametrize("what", ["frame", "part"])
+@pytest.mark.parametrize("what", ["frame", "table"])
 def test_a_resumed_build_does_not_bless_damage(train_dataset, what) -> None:
     """Hashes of kept shards are taken when the build ends: a flipped bit must be found before."""
     build(train_dataset)

@@ -49,10 +49,10 @@ def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def make_plan(
-    num_samples: int = 8, chunk_size: int = 3, shard_chunks: int = 2, num_views: int = 2, **parts: str
+    num_samples: int = 8, chunk_size: int = 3, shard_chunks: int = 2, num_views: int = 2, **components: str
 ) -> CachePlan:
     return CachePlan(
-        fingerprint=Fingerprint({"data": "rows", "prefix weights": "none", **parts}),
+        fingerprint=Fingerprint({"data": "rows", "prefix weights": "none", **components}),
         split_point=2,
         image_shape=(1, 1, 2),
         num_views=num_views,
