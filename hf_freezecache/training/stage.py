@@ -344,7 +344,7 @@ class StageRunner:
         def push() -> Any:
             kept = keep_provenance(Path(reader.directory), lambda: self.provenance(reader))
             # A folder that takes no files keeps nothing: then the card is told here.
-            provenance = {} if kept else vars(self.provenance(reader).updated(Provenance.among(settings)))
+            provenance = {} if kept else vars(self.provenance(reader).updated(Provenance.from_dict(settings)))
             return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **provenance})
 
         return self.runtime.everyone.on_main_process(push)
