@@ -16,7 +16,8 @@ import filelock
 import pytest
 import torch
 from conftest import make_images
-from support import tiny_cache
+from support import hold_lock, tiny_cache
+from support.children import Child
 from support.tiny import TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache import CacheConfig
@@ -106,36 +107,22 @@ def test_without_a_complete_checkpoint_resuming_is_refused(tmp_path: Path) -> No
 
 # ---- Locks ----
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from support import tiny_cache
-from hf_freezecache.cache.locking import writing
-with writing(Path(sys.argv[1]), tiny_cache.make_plan()):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
 
-
-def hold(folder: Path, seconds: float) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+def hold(folder: Path, seconds: float) -> Child:
+    mark = folder / "held"
+    child = Child(hold_lock.hold, folder, mark, seconds)
+    child.wait_for(mark)
+    return child
 
 
 def test_a_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> None:
-    process = hold(tmp_path, 600)
-    with process:
+    with hold(tmp_path, 600) as child:
         with pytest.raises(
             CacheLockedError, match="being written by another live process, for which this one waited 0 s"
         ):
             tiny_cache.build(tmp_path, tiny_cache.make_plan())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        child.kill()
+        assert child.status == -signal.SIGKILL
     assert list(tmp_path.glob(".*.lock"))  # the file is still there; the lock is not
     assert tiny_cache.build(tmp_path, tiny_cache.make_plan()).built_shards == 4
 
