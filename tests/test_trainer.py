@@ -33,6 +33,34 @@ def full_run(train_dataset, **settings) -> FreezeCacheTrainer:
     return trainer
 
 
+def check_resume(train_dataset, settings, steps: list[int] | None = None) -> None:
+    """Go on from the checkpoints of these steps, or from all: the result is that of the whole run."""
+    make = {"schedule": SCHEDULE, "cache": {"num_views": 2}, **settings}
+    whole = make_trainer(tiny_vit(**DROPOUT), train_dataset, **make)
+    whole.train()
+    expected = parameters_of(whole.model)
+    checkpoints = sorted(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if steps is None:
+        assert len(checkpoints) >= 4
+        if settings.get("dataloader_num_workers"):  # starting workers is slow: a few suffice
+            checkpoints = checkpoints[1:4]
+    else:
+        checkpoints = [Path("out") / f"checkpoint-{step}" for step in steps]
+    for checkpoint in checkpoints:
+        torch.manual_seed(99)
+        again = make_trainer(tiny_vit(**DROPOUT, initializer_range=0.5), train_dataset, output_dir="again", **make)
+        again.train(resume_from_checkpoint=str(checkpoint))
+        resumed = getattr(again, "losses", [])
+        assert resumed == whole.losses[len(whole.losses) - len(resumed) :], checkpoint
+        assert_same(parameters_of(again.model), expected)
+        shutil.rmtree("again", ignore_errors=True)
+
+
+def test_resume_in_the_middle_of_an_epoch_is_bit_identical(train_dataset) -> None:
+    check_resume(train_dataset, {"save_strategy": "steps", "save_steps": 7}, [7])  # an epoch has 5 steps
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -45,24 +73,10 @@ def full_run(train_dataset, **settings) -> FreezeCacheTrainer:
     ids=["epoch-ends", "mid-epoch", "accumulation-bf16", "workers", "kept-workers"],
 )
 def test_resume_at_every_checkpoint_is_bit_identical(train_dataset, settings) -> None:
-    make = {"schedule": SCHEDULE, "cache": {"num_views": 2}, **settings}
-    whole = make_trainer(tiny_vit(**DROPOUT), train_dataset, **make)
-    whole.train()
-    expected = parameters_of(whole.model)
-    checkpoints = sorted(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    assert len(checkpoints) >= 4
-    if settings.get("dataloader_num_workers"):  # starting workers is slow: a few suffice
-        checkpoints = checkpoints[1:4]
-    for checkpoint in checkpoints:
-        torch.manual_seed(99)
-        again = make_trainer(tiny_vit(**DROPOUT, initializer_range=0.5), train_dataset, output_dir="again", **make)
-        again.train(resume_from_checkpoint=str(checkpoint))
-        resumed = getattr(again, "losses", [])
-        assert resumed == whole.losses[len(whole.losses) - len(resumed) :], checkpoint
-        assert_same(parameters_of(again.model), expected)
-        shutil.rmtree("again", ignore_errors=True)
+    check_resume(train_dataset, settings)
 
 
+@pytest.mark.slow
 def test_resume_true_takes_the_last_checkpoint(train_dataset) -> None:
     whole = full_run(train_dataset, save_strategy="epoch")
     last = max(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -191,6 +205,7 @@ def test_model_init_and_training_twice(train_dataset) -> None:
     assert trainer.losses == first
 
 
+@pytest.mark.slow
 def test_a_second_train_starts_at_the_first_stage_again(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset)
     trainer.train()
@@ -268,6 +283,7 @@ def test_schedule_without_frozen_blocks_trains_live(train_dataset) -> None:
     assert len(trainer.losses) == 5
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_gives_the_same_training(train_dataset) -> None:
     plain = make_trainer(tiny_vit(), train_dataset)
     plain.train()
@@ -309,6 +325,7 @@ def test_the_model_comes_back_thawed(train_dataset) -> None:
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
 
+@pytest.mark.slow
 def test_resume_with_the_users_own_optimizer(train_dataset) -> None:
     def run(**settings):
         model = tiny_vit()

@@ -81,6 +81,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("part", CHANGES)
 def test_a_change_is_noticed_and_named(images, part, caplog) -> None:
     built = cached_run(images)

@@ -246,6 +246,7 @@ def test_losses_that_are_no_numbers_say_nothing(odd) -> None:
     assert read_baseline(Path("old"))["seconds"] == 12
 
 
+@pytest.mark.slow
 def test_a_resumed_baseline_is_not_timed_as_a_whole(images, train_dataset, eval_dataset) -> None:
     """Of plain ``Trainer``, which logs the time of the last call alone. Its rate is still that of its own steps."""
 
@@ -341,6 +342,7 @@ def test_a_record_comes_back_and_nan_is_null(tmp_path) -> None:
     render_page(figures_of(written))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_as_far_as_its_last_checkpoint(tmp_path) -> None:
     interrupted = record(complete=False, log_history=log_history()[:8], global_step=20)
     write_run(tmp_path, interrupted)
@@ -437,6 +439,7 @@ def test_names_are_text_and_no_markup() -> None:
     assert "<img" not in page
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("unfrozen", [True, False])
 def test_page_and_pictures_of_partial_runs(tmp_path, unfrozen) -> None:
     """Whatever was logged so far can be drawn."""
@@ -542,6 +545,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_training(train_dataset, c
     assert trainer.state.global_step == 5
 
 
+@pytest.mark.slow
 def test_every_reporting_callback_gets_the_figures(train_dataset) -> None:
     from transformers import TrainerCallback
 
@@ -575,6 +579,7 @@ def run_dir(tmp_path) -> Path:
     return tmp_path / "flowers"
 
 
+@pytest.mark.slow
 def test_report_draws_the_page(run_dir, tmp_path) -> None:
     status, out, err = call("report", run_dir)
     assert (status, err) == (0, "")

@@ -73,6 +73,7 @@ FILES = [
 ]
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_that_was_cut_off_is_passed_over(saved, tmp_path: Path, name: str, caplog) -> None:
     folder, expected = saved
@@ -90,6 +91,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(saved, tmp_path: Path, nam
     assert_same(parameters(trainer), expected)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("name", ["model.safetensors", "rng_state.pth", "trainer_state.json"])
 def test_so_is_one_that_lacks_a_file(saved, tmp_path: Path, name: str) -> None:
     out = Path(shutil.copytree(saved[0] / "out", tmp_path / "out"))
@@ -151,6 +153,7 @@ def test_what_a_killed_build_left_half_written_is_swept_away(tmp_path: Path) -> 
     assert verify_cache(directory) == []
 
 
+@pytest.mark.slow
 def test_trainers_wait_as_they_are_told(images) -> None:
     trainer = trainer_on(cache={"lock_timeout": 0.0})
     trainer.train()
@@ -202,6 +205,7 @@ def test_a_full_disk_stops_with_what_to_do_and_keeps_what_is_complete(saved, sma
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_with_mode_auto_it_trains_on_to_the_same_result(saved, small_files, caplog) -> None:
     trainer = trainer_on(cache={"mode": "auto"}, **{**SAVING, "save_strategy": "no"})
     small_files()
@@ -211,6 +215,7 @@ def test_with_mode_auto_it_trains_on_to_the_same_result(saved, small_files, capl
     assert_same(parameters(trainer), saved[1])
 
 
+@pytest.mark.slow
 def test_with_room_mode_auto_caches(saved) -> None:
     trainer = trainer_on(cache={"mode": "auto"}, **{**SAVING, "save_strategy": "no"})
     trainer.train()
@@ -218,6 +223,7 @@ def test_with_room_mode_auto_caches(saved) -> None:
     assert_same(parameters(trainer), saved[1])
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("mode", ["always", "auto"])
 def test_a_folder_that_cannot_be_made_stops_only_those_who_insist(saved, mode: str, caplog) -> None:
     Path("blocked").write_text("a file")
@@ -230,6 +236,7 @@ def test_a_folder_that_cannot_be_made_stops_only_those_who_insist(saved, mode: s
     assert_same(parameters(trainer), saved[1])
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes_while_training_is_named(images) -> None:
     trainer = trainer_on(cache={"chunk_size": 4, "shuffle_window": 1})
     step, seen = trainer.training_step, []
@@ -255,7 +262,7 @@ def disk_use(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors*") if path.is_file())
 
 
-@pytest.mark.parametrize("consume_previous_cache", [False, True])
+@pytest.mark.parametrize("consume_previous_cache", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, consume_previous_cache: bool) -> None:
     import hf_freezecache.cache.writer as writer
 
@@ -279,6 +286,7 @@ def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, consume_previous_cache
         assert max(peaks) > 1.8 * disk_use(new.parent)
 
 
+@pytest.mark.slow
 def test_a_promotion_that_fails_half_way_stops_no_later_stage(monkeypatch, caplog) -> None:
     import hf_freezecache.cache.writer as writer
 
@@ -305,6 +313,7 @@ def test_caches_are_written_to_folders_only() -> None:
         CacheConfig(cache_dir="memory://caches")
 
 
+@pytest.mark.slow
 def test_going_back_builds_what_gave_way_anew() -> None:
     plain = trainer_on(cache={"cache_dir": "plain"}, output_dir="plain-out", **SAVING)
     plain.train()
@@ -316,6 +325,7 @@ def test_going_back_builds_what_gave_way_anew() -> None:
     assert_same(parameters(back), parameters(plain))
 
 
+@pytest.mark.slow
 def test_an_interrupted_giving_way_goes_on(monkeypatch) -> None:
     import hf_freezecache.training.stage_cache as caching
 
@@ -364,6 +374,7 @@ def harness(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_killed_runs_end_as_undisturbed_ones(processes: str) -> None:
     out = harness("--seconds", "1", "--kills", "1", "--chain", "1", "--only", "kill", "--processes", processes)
