@@ -1,24 +1,28 @@
 """What a user sets: two flat dataclasses that ``HfArgumentParser`` can parse beside ``TrainingArguments``."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: the checks need the types themselves.
+# `HfArgumentParser` takes `Optional[X]`, not `X | None`, on Python 3.10; of three types it parses with the second.
+# ruff: noqa: UP007, UP045
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Optional, TypeVar, Union
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, TypedDict, TypeVar, Union, get_args, get_type_hints
 
-from .errors import (
-    ScheduleError,
-    UnsupportedSetupError,
-)
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-__all__ = ["DEFAULT_MAX_DISTORTION", "CacheConfig", "FreezeConfig"]
+from .errors import UnsupportedSetupError
+from .schedules import parse_schedule
+
+__all__ = ["ADVANCED", "DEFAULT_MAX_DISTORTION", "CacheConfig", "FreezeConfig"]
 
 #: Distortion budget of ``codec="auto"``. Source: recipes/benchmarks/codec_accuracy.py.
 DEFAULT_MAX_DISTORTION = 0.002
-
-# `HfArgumentParser` reads annotations at run time and takes `Optional[X]`, not `X | None`, on Python 3.10.
-# ruff: noqa: UP007, UP045
+#: The help of a field that few users need begins with this. `HfArgumentParser` takes no other mark.
+ADVANCED = "Advanced: "
 
 _Config = TypeVar("_Config", bound=type)
 
@@ -30,299 +34,282 @@ def _documented(config: _Config) -> _Config:
     return config
 
 
+def _between(least: float, most: float, *, above: bool = False) -> Callable[[Any], None]:
+    """Return a check of a number that may be ``None``. With ``above``, ``least`` itself is refused."""
+    interval = f"{'above' if above else 'of at least'} {least}{'' if most == float('inf') else f' and at most {most}'}"
+
+    def check(value: Any) -> None:
+        if value is not None and (not least <= value <= most or value == float("inf") or (above and value == least)):
+            raise ValueError(f"expected a number {interval}, got {value!r}")
+
+    return check
+
+
+def _at_least(least: float) -> Callable[[Any], None]:
+    return _between(least, float("inf"))
+
+
+def _above(least: float) -> Callable[[Any], None]:
+    return _between(least, float("inf"), above=True)
+
+
+class _Folder(str):
+    """A folder that a config has settled on. ``dataclasses.replace`` passes it on; no caller has typed it."""
+
+
+_DEFAULT_FOLDER = _Folder("caches")
+
+
 @_documented
 @dataclass
 class FreezeConfig:
-    """When to freeze how many blocks.
+    """When to freeze how many blocks. Without a schedule nothing is frozen, and training is plain.
 
-    Either an explicit ``schedule`` or a ``policy``; with neither, nothing is frozen and training is plain.
+    Raises:
+        ScheduleError: The schedule cannot be read.
     """
 
-    # `dict` first: `HfArgumentParser` parses with the second of three types.
-    schedule: Union[dict, str, None] = field(  # type: ignore[type-arg]
+    schedule: Optional[str] = field(
         default=None,
         metadata={
             "aliases": ["--freeze_schedule"],
-            "help": "Start:split_point pairs, e.g. '0:6,3:9,6:11'. A start is an epoch (a whole number) or, "
-            "written with a decimal point and below 1, a fraction of training ('0.5:9'). A dict works too.",
+            "help": "Start:split_point pairs, e.g. '0:6,3:9,6:11'. A start is an epoch (a whole number) or, written with a "
+            "decimal point and below 1, a fraction of training ('0.5:9'). Or a policy: 'linear(0.0,0.5,0.75)' freezes at a "
+            "constant pace from the first to the second fraction of training, up to the third fraction of the blocks; "
+            "'linear' alone takes these numbers. In Python a dict works too.",
         },
-    )
-    policy: Optional[str] = field(
-        default=None,
-        metadata={
-            "aliases": ["--freeze_policy"],
-            "help": "Name of a policy in hf_freezecache.schedules.POLICIES, e.g. 'linear'. Excludes --schedule.",
-        },
-    )
-    freeze_start: float = field(
-        default=0.0, metadata={"help": "linear: fraction of training at which freezing starts, in [0, 1)."}
-    )
-    freeze_end: float = field(
-        default=0.5,
-        metadata={"help": "linear: fraction of training at which freeze_level is reached, in (0, 1]."},
-    )
-    freeze_level: float = field(
-        default=0.75, metadata={"help": "linear: fraction of the blocks that end up frozen, in [0, 1]."}
     )
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a model.
-
-        Raises:
-            ScheduleError: Both or contradictory settings were given, or a fraction is out of range.
-        """
+        """Turn a dict into text, and check what can be checked without a model."""
         if isinstance(self.schedule, Mapping):
             self.schedule = ",".join(f"{start}:{split_point}" for start, split_point in self.schedule.items())
-        if self.schedule is not None and self.policy is not None:
-            raise ScheduleError(
-                f"Both schedule={self.schedule!r} and policy={self.policy!r} were given; give one of them."
-            )
-        if not 0 <= self.freeze_start < self.freeze_end <= 1:
-            raise ScheduleError(
-                "freeze_start and freeze_end are fractions of training with 0 <= freeze_start < freeze_end <= 1, "
-                f"got freeze_start={self.freeze_start} and freeze_end={self.freeze_end}."
-            )
-        if not 0 <= self.freeze_level <= 1:
-            raise ScheduleError(f"freeze_level is a fraction of the blocks in [0, 1], got {self.freeze_level}.")
+        if self.schedule is not None:
+            parse_schedule(self.schedule)
 
 
 @_documented
 @dataclass
 class CacheConfig:
-    """Where hidden states are cached, and what is stored of each sample."""
+    """Where hidden states are cached, and what is stored of each sample.
 
-    cache_dir: str = field(
-        default="caches",
-        metadata={"help": "Folder that holds the caches of hidden states. Must lie outside --output_dir."},
+    In Python ``cache_dir`` may be written for ``freezecache_dir``. On a command line it cannot: example scripts of Hugging Face
+    have a flag of that name.
+
+    Raises:
+        UnsupportedSetupError: A value is out of its range, or two settings contradict each other.
+    """
+
+    freezecache_dir: str = field(
+        default=_DEFAULT_FOLDER,
+        metadata={"help": "Folder that holds the caches of hidden states. It must lie outside --output_dir."},
     )
-    mode: str = field(
+    mode: Literal["always", "auto", "never"] = field(
         default="always",
         metadata={
-            "help": "'always': train frozen stages from a cache, or stop. 'auto': from a cache, and without one, saying so, "
-            "where it cannot be written (the disk is full, say). 'never': run the frozen prefix live in every step.",
-            "choices": ["always", "auto", "never"],
+            "help": "'always': frozen stages train from a cache, or the run stops. 'auto': they train from a cache; where it cannot "
+            "be written (a full disk, say) the run says so and goes on without. 'never': the frozen prefix runs in every step."
         },
     )
-    cache_placement: str = field(
-        default="shared",
-        metadata={
-            "help": "'shared': all processes build and read one folder, which all machines see. 'node': each machine has its own "
-            "folder at this path, builds and reads only the rows that its processes train on, as many as its share of the processes; these rows do not change from "
-            "epoch to epoch, so samples are shuffled within a machine only, and a run on another number of machines builds "
-            "anew. Costs each machine its share of the bytes, and nothing goes over the network.",
-            "choices": ["shared", "node"],
-        },
-    )
-    lock_timeout: float = field(
-        default=30.0,
-        metadata={
-            "help": "Seconds to wait for another run that writes the same cache, before giving up. Work of a run that was "
-            "killed ends by itself within seconds."
-        },
-    )
-    consume_previous_cache: bool = field(
-        default=False,
-        metadata={
-            "help": "Let the cache of a stage give way to the next one, shard by shard, where that is computed from it. Peak disk "
-            "is then the larger of the two and one shard (in all views) for each process, in place of both. Going back to an "
-            "earlier stage (an earlier checkpoint) builds its cache anew. Not where another run may be reading the same caches: "
-            "it would stop."
-        },
-    )
-    num_views: int = field(
+    num_views: Annotated[int, _at_least(0)] = field(
         default=1,
         metadata={
-            "help": "Stored augmented renderings of each image, the base view included. 0, only with "
-            "mode='never', draws a new view in every epoch."
+            "help": "Stored augmented renderings of each image, the base view included. 0 draws a new view in every epoch, "
+            "with mode='never' only."
         },
     )
-    # Steps, as `codecs.make_codec` takes them, or a string; a `codecs.Codec` works too.
-    codec: Union[list, str, None] = field(  # type: ignore[type-arg]
+    codec: Union[Any, str, None] = field(
         default="lossless",
         metadata={
-            "help": "How hidden states are stored: 'lossless'; 'auto', the cheapest within --max_distortion; 'transform', 'int8', "
-            "'int4', 'bf16' or 'fp16'; or a pipeline as a JSON list of steps. All but 'lossless' are lossy."
+            "help": "How hidden states are stored. 'lossless'; 'auto', the cheapest setting within --max_distortion; 'transform', "
+            "'int8', 'int4', 'bf16' or 'fp16'; or a pipeline as a JSON list of steps. All but 'lossless' are lossy."
         },
     )
-    max_distortion: float = field(
+    max_distortion: Annotated[float, _above(0)] = field(
         default=DEFAULT_MAX_DISTORTION,
         metadata={
-            "help": "codec='auto': how far decoded states may lead the suffix astray on held-out images: KL to the exact "
-            "logits in nats per image, and mean squared error of the standardised input of the head; of the latter alone "
-            "while the head is random."
+            "help": "Distortion budget of codec='auto': how far decoded states may lead the suffix astray on held-out images. The "
+            "larger of two numbers counts: KL to the exact logits in nats per image, and mean squared error of the "
+            "standardised features before the head; of a random head, the second alone."
         },
     )
-    compression: Optional[str] = field(
+    bits_per_element: Union[float, str, None] = field(
         default=None,
         metadata={
-            "help": "codec='transform': split_point:bits pairs, e.g. '0:4.0,6:2.5,9:1.5': bits per element from which split "
-            "point on; or the name of a curve, 'linear' or 'geometric'."
+            "help": "Rate of codec='auto' or 'transform', in place of --max_distortion: '2.5', or by split point, e.g. "
+            "'0:4.0,6:2.5,9:1.5' (4 bits per element from split point 0 on, 2.5 from 6 on)."
         },
     )
-    gradient_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "'auto' and 'transform': how much a direction counts by its effect on the output, from 0 to 1."
-        },
-    )
-    calibration_samples: int = field(
-        default=256,
-        metadata={"help": "Images for fitting (the first half) and measuring (the other half) a lossy codec."},
-    )
-    build_from: str = field(
+    copies: Literal["auto", "full", "residual", "sensitive"] = field(
         default="auto",
         metadata={
-            "help": "Where a later stage's states come from. 'auto': from the previous stage's cache through the blocks "
-            "between, where that stays within --max_distortion (always for a lossless one); 'images': from the images; "
-            "'previous_cache': from the cache whenever there is one.",
-            "choices": ["auto", "images", "previous_cache"],
+            "help": "How views beyond the first are stored. 'full': as the first. 'residual': what the base view does not "
+            "predict of them. 'sensitive': the same, of the least similar channels and tokens only. 'auto': with codec='auto' "
+            "the best of these, else 'full'. Unless 'full', they together take about the bytes of a lossy first view, or fewer "
+            "where --max_distortion needs no more; beside a lossless first view they have --max_distortion."
         },
     )
-    copies: str = field(
+    build_from: Literal["auto", "images", "previous_cache"] = field(
         default="auto",
         metadata={
-            "help": "How views beyond the first are stored. 'full': as the first; or whole within --copy_distortion or --copy_budget, "
-            "if given. 'residual': what the base view does not predict of them. 'sensitive': the same of the least similar "
-            "channels and tokens only. 'auto': with codec='auto' the best of these, else 'full'.",
-            "choices": ["auto", "full", "residual", "sensitive"],
-        },
-    )
-    copy_distortion: Optional[float] = field(
-        default=None, metadata={"help": "Distortion budget of views beyond the first; excludes --copy_budget."}
-    )
-    copy_budget: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "Bits per element that each view beyond the first may take. Default, without --copy_distortion: such that all "
-            "of them together take about the bytes of the first, or fewer where --max_distortion needs no more."
+            "help": "Where the states of a later stage come from. 'auto': from the cache of the previous stage, through the blocks "
+            "between, if that stays within --max_distortion (a lossless one always does). 'images': from the images. "
+            "'previous_cache': from that cache whenever there is one."
         },
     )
     feature_augmentation: Optional[str] = field(
         default=None,
         metadata={
             "help": "Augments hidden states while training from a cache: name:number pairs, e.g. 'brightness:0.1,mixup:0.2'. "
-            "token_flip, token_dropout: probability; brightness: largest offset as a share of a channel's range; mixup, cutmix: "
-            "alpha of the Beta distribution, one of the two. Changes no cache."
+            "token_flip, token_dropout: probability. brightness: largest offset as a share of a channel's range. mixup, cutmix: "
+            "alpha of the Beta distribution; one of the two. It changes no cache."
         },
     )
-    chunk_size: int = field(
-        default=32, metadata={"help": "Samples encoded together: the unit of reading and of shuffling."}
+    cache_placement: Literal["shared", "node"] = field(
+        default="shared",
+        metadata={
+            "help": f"{ADVANCED}'shared': all processes build and read one folder, which all machines see. 'node': each machine has "
+            "its own folder at this path, with the rows that its processes train on. These rows do not change from epoch to "
+            "epoch, so samples are shuffled within a machine only, and a run on another number of machines builds anew."
+        },
     )
-    shard_chunks: int = field(
+    consume_previous_cache: bool = field(
+        default=False,
+        metadata={
+            "help": f"{ADVANCED}delete the cache of a stage, shard by shard, while the next one is computed from it. Peak disk is "
+            "then the larger of the two and one shard (in all views) for each process, in place of both. Going back to an "
+            "earlier stage builds its cache anew. Another run that reads the same caches would stop."
+        },
+    )
+    gradient_weight: Annotated[float, _between(0, 1)] = field(
+        default=0.0,
+        metadata={
+            "help": f"{ADVANCED}how much a direction counts by its effect on the output, from 0 to 1. For codec='auto' and "
+            "'transform'."
+        },
+    )
+    calibration_samples: Annotated[int, _at_least(4)] = field(
+        default=256,
+        metadata={
+            "help": f"{ADVANCED}images on which a lossy codec is calibrated. It is fitted on the first half and measured on the "
+            "other."
+        },
+    )
+    chunk_size: Annotated[int, _at_least(1)] = field(
         default=32,
-        metadata={"help": "Chunks in one shard file: the unit of writing and of resuming a build."},
+        metadata={"help": f"{ADVANCED}samples encoded together: the unit of reading and of shuffling."},
     )
-    shuffle_window: int = field(
-        default=8, metadata={"help": "Chunks whose samples are mixed while training; all are held in memory."}
+    shard_chunks: Annotated[int, _at_least(1)] = field(
+        default=32,
+        metadata={"help": f"{ADVANCED}chunks in one shard file: the unit of writing and of resuming a build."},
     )
-    build_batch_size: Optional[int] = field(
+    shuffle_window: Annotated[int, _at_least(1)] = field(
+        default=8,
+        metadata={"help": f"{ADVANCED}chunks whose samples are mixed while training; all are held in memory."},
+    )
+    build_batch_size: Annotated[Optional[int], _at_least(1)] = field(
         default=None,
         metadata={
-            "help": "Images per prefix forward while building; default: per_device_train_batch_size, which makes "
+            "help": f"{ADVANCED}images per forward of the prefix while building. Default: per_device_train_batch_size, which makes "
             "cached and uncached training agree to the bit on a CPU."
         },
     )
-    build_num_workers: Optional[int] = field(
+    build_num_workers: Annotated[Optional[int], _at_least(0)] = field(
         default=None,
-        metadata={"help": "ProcessGroup that render images while building; default: dataloader_num_workers."},
+        metadata={"help": f"{ADVANCED}processes that render images while building. Default: dataloader_num_workers."},
     )
     view_seed: Optional[int] = field(
         default=None,
-        metadata={"help": "Seed of the views and of the chunk layout; default: data_seed, then seed."},
+        metadata={"help": f"{ADVANCED}seed of the views and of the chunk layout. Default: data_seed, then seed."},
     )
     transform_id: Optional[str] = field(
         default=None,
         metadata={
-            "help": "A name that stands for the training transform and the data collator in the fingerprint; needed "
+            "help": f"{ADVANCED}a name that stands for the training transform and the data collator in the fingerprint. It is needed "
             "only where they cannot be hashed. Change it whenever you change them."
         },
     )
-
     dataset_id: Optional[str] = field(
         default=None,
         metadata={
-            "help": "A name that stands for the training data in the fingerprint; needed only for data sets that are no "
-            "datasets.Dataset. Change it whenever the data change."
+            "help": f"{ADVANCED}a name that stands for the training data in the fingerprint. It is needed only for data sets that are "
+            "no datasets.Dataset. Change it whenever the data change."
         },
     )
+    lock_timeout: Annotated[float, _at_least(0)] = field(
+        default=30.0,
+        metadata={
+            "help": f"{ADVANCED}seconds to wait for another run that writes the same cache, before giving up. Work of a run that was "
+            "killed ends by itself within seconds."
+        },
+    )
+    cache_dir: InitVar[Optional[str]] = None
 
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            UnsupportedSetupError: A value is out of its range.
-        """
-        if self.mode not in ("always", "auto", "never"):
-            raise UnsupportedSetupError(f"mode must be 'always', 'auto' or 'never', got {self.mode!r}.")
-        if "://" in str(self.cache_dir):
-            raise UnsupportedSetupError(
-                f"cache_dir={self.cache_dir!r} is an address; caches are written to local folders only. Give a folder; push a "
-                "finished cache with hf-freezecache push, and read it from anywhere with CachedDataset.from_pretrained."
-            )
-        if self.cache_placement not in ("shared", "node"):
-            raise UnsupportedSetupError(f"cache_placement must be 'shared' or 'node', got {self.cache_placement!r}.")
-        if not (isinstance(self.lock_timeout, (int, float)) and 0 <= self.lock_timeout < float("inf")):
-            raise UnsupportedSetupError(f"lock_timeout must be a number of seconds >= 0, got {self.lock_timeout!r}.")
-        if self.build_from not in ("auto", "images", "previous_cache"):
-            raise UnsupportedSetupError(
-                f"build_from must be 'auto', 'images' or 'previous_cache', got {self.build_from!r}."
-            )
-        if not (isinstance(self.max_distortion, (int, float)) and 0 < self.max_distortion < float("inf")):
-            raise UnsupportedSetupError(f"max_distortion must be a positive number, got {self.max_distortion!r}.")
-        if not (isinstance(self.gradient_weight, (int, float)) and 0 <= self.gradient_weight <= 1):
-            raise UnsupportedSetupError(f"gradient_weight must be a number from 0 to 1, got {self.gradient_weight!r}.")
-        if self.compression is not None and self.codec in ("auto", "lossless"):
-            raise UnsupportedSetupError(
-                f"compression={self.compression!r} sets the rate of a 'transform', but codec={self.codec!r}. Set "
-                "codec='transform', or remove compression; codec='auto' takes its rate from distortion."
-            )
+    def __post_init__(self, cache_dir: Optional[str]) -> None:
+        """Settle the folder, and check the values."""
+        self.freezecache_dir = _settle_folder(cache_dir, self.freezecache_dir)
+        if isinstance(self.bits_per_element, (int, float)):
+            self.bits_per_element = str(self.bits_per_element)
+        _check_values(self)
         if self.feature_augmentation is not None and self.mode == "never":
             raise UnsupportedSetupError(
                 f"feature_augmentation={self.feature_augmentation!r} acts on cached hidden states, but mode='never' caches "
                 "none. Remove one of them; without a cache, augment the images."
             )
-        if self.copies not in ("auto", "full", "residual", "sensitive"):
-            raise UnsupportedSetupError(
-                f"copies must be 'auto', 'full', 'residual' or 'sensitive', got {self.copies!r}."
-            )
-        if self.copy_distortion is not None and self.copy_budget is not None:
-            raise UnsupportedSetupError(
-                f"Both copy_distortion={self.copy_distortion!r} and copy_budget={self.copy_budget!r} were given; give one of them."
-            )
-        for name in ("copy_distortion", "copy_budget"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-                raise UnsupportedSetupError(f"{name} must be a positive number, got {value!r}.")
-            if not self.copies_apart:
-                raise UnsupportedSetupError(
-                    f"{name}={value!r} is for views that are stored apart from the first, but copies={self.copies!r} with "
-                    f"codec={self.codec!r} and num_views={self.num_views} stores all alike. Set copies='residual' and at "
-                    "least two views, or remove it."
-                )
-        for name, least in (
-            ("chunk_size", 1),
-            ("shard_chunks", 1),
-            ("shuffle_window", 1),
-            ("num_views", 0),
-            ("calibration_samples", 4),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UnsupportedSetupError(f"{name} must be a whole number >= {least}, got {value!r}.")
         if self.num_views == 0 and self.mode != "never":
             raise UnsupportedSetupError(
                 "num_views=0 draws a new view in every epoch, which no cache can hold: set mode='never', or give "
                 "the number of views to store (num_views=1 or more)."
             )
-        for name in ("build_batch_size", "build_num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < (1 if name == "build_batch_size" else 0):
-                raise UnsupportedSetupError(f"{name} is out of range: {value!r}.")
 
     @property
     def copies_apart(self) -> bool:
         """Whether views beyond the first have a codec of their own."""
-        asked = self.copies != "auto" and (self.copies != "full" or self.copy_distortion or self.copy_budget)
-        return self.num_views > 1 and bool(asked or (self.copies == "auto" and self.codec == "auto"))
+        apart = self.copies in ("residual", "sensitive") or (self.copies == "auto" and self.codec == "auto")
+        return apart and self.num_views > 1
+
+
+# Only now: in the class body it would be the default of the argument.
+CacheConfig.cache_dir = property(lambda self: self.freezecache_dir, doc="The same as ``freezecache_dir``.")  # type: ignore
+
+
+def _settle_folder(cache_dir: Any, freezecache_dir: Any) -> _Folder:
+    """Return the folder that a caller gives under either name, or the default."""
+    given = [folder for folder in (cache_dir, freezecache_dir) if folder is not None and folder is not _DEFAULT_FOLDER]
+    # In dataclasses.replace a new folder takes the place of the one that was settled on.
+    given = [folder for folder in given if not isinstance(folder, _Folder)] or given or [_DEFAULT_FOLDER]
+    for folder in given:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise UnsupportedSetupError(f"freezecache_dir={folder!r}: expected the path of a folder.")
+        if "://" in str(folder):
+            raise UnsupportedSetupError(
+                f"freezecache_dir={str(folder)!r} is an address; caches are written to local folders only. Give a folder; push a "
+                "finished cache with hf-freezecache push, and read it from anywhere with CachedDataset.from_pretrained."
+            )
+    folders = {str(Path(folder).expanduser()) for folder in given}
+    if len(folders) > 1:
+        raise UnsupportedSetupError(
+            f"cache_dir={str(cache_dir)!r} and freezecache_dir={str(freezecache_dir)!r} name the same setting; give one of them."
+        )
+    return _Folder(folders.pop())
+
+
+def _check_values(config: CacheConfig) -> None:
+    """Check every field by its type and by the check beside it.
+
+    Raises:
+        UnsupportedSetupError: The message names the field, what was found and what was expected.
+    """
+    for name, hint in _TYPES.items():
+        value = getattr(config, name)
+        if float in get_args(hint) and type(value) is int:
+            setattr(config, name, float(value))
+    try:
+        validate_typed_dict(_SCHEMA, vars(config))  # type: ignore[type-var]
+    except StrictDataclassFieldValidationError as error:
+        raise UnsupportedSetupError(f"CacheConfig: {' '.join(str(error).split())}.") from error
+
+
+# Taken here once: `HfArgumentParser` rewrites the types that it finds in a dataclass.
+_TYPES = {name: hint for name, hint in get_type_hints(CacheConfig, include_extras=True).items() if name != "cache_dir"}
+_SCHEMA = TypedDict("_SCHEMA", _TYPES)  # type: ignore[misc]

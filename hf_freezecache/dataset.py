@@ -1,4 +1,4 @@
-"""A cache as a map-style data set, and the collator of its batches."""
+"""A cache as a map-style data set."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .cache.fingerprint import Fingerprint
+from .cache.index import Selection
 from .cache.reader import CacheReader
-from .cache.selection import Selection
 from .cache.transfer import copy_cache
 from .data.collators import PACKED
 from .data.geometry import GEOMETRY_NAME
@@ -36,7 +36,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
     """The samples of a cache.
 
     Item ``(i, v)`` is ``{"hidden_states": (tokens, hidden), "labels": ...}`` of sample ``i`` of the original data set in
-    view ``v``; item ``i`` is view 0. Samples are found by their sample index, wherever they lie.
+    view ``v``; item ``i`` is view 0. The sample index alone says where a sample lies. Where fewer tokens are stored than the
+    model has, ``token_positions`` (tokens,) says which.
 
     Args:
         reader: The opened cache.
@@ -45,9 +46,9 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         packed: Items hold the codec's integers, as ``"packed.<name>"``, in place of ``hidden_states``. They are a
             quarter to half the size; ``ViewCodec.dequantize`` turns a batch of them into hidden states on the training
             device.
-        geometry: Items hold ``view_geometry`` (5,), where the view lies in its image, if the cache does.
-        keep_read: Chunks of which every sample was read stay until others need their room, those first that were not read
-            for longest. ``ChunkSampler`` wants it for several processes, some of whose samples come twice.
+        geometry: Items hold ``view_geometry`` (5,), where the view lies in its image, if the cache has it.
+        keep_read: A chunk stays in memory after all of its samples were read, until others need the room. ``ChunkSampler``
+            wants this for several processes, where some samples come twice.
     """
 
     def __init__(
@@ -82,25 +83,25 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
     ) -> CachedDataset:
         """Open a cache: a local one, one on the Hub, which is fetched once and checked bit by bit, or one in a store.
 
-        Nothing in it is trusted: it may come from anyone.
+        Nothing in it is trusted, since it may come from anyone.
 
         Args:
-            path: The folder with ``index.json``; or, where there is no such folder, ``user/name`` of a data set on the Hub. Or an
-                address that fsspec knows, e.g. ``hf://datasets/user/name`` or ``s3://bucket/cache``: of a store only those
-                bytes are fetched that are needed: the index now, a shard's head once, a chunk's own range when it is read.
-            expected: Fingerprint it must have.
+            path: The folder with ``index.json``; or ``user/name`` of a data set on the Hub, if there is no such folder; or an
+                address that fsspec knows, e.g. ``hf://datasets/user/name`` or ``s3://bucket/cache``. From a store only the
+                needed bytes are fetched: the index now, the header of a shard once, those of a chunk when it is read.
+            expected: Fingerprint that the cache must have; ``None`` takes any.
             revision: Branch, tag or commit on the Hub; default ``main``.
             token: Token for the Hub; default the one of ``hf auth login``.
-            views: Only these views are fetched, and need be there; default all.
-            shards: The same of shards. ``sample_indices`` says which samples they hold.
-            settings: As for ``CachedDataset``.
+            views: Only these views are fetched, and only they need exist; default all.
+            shards: The same for shards. ``sample_indices`` says which samples they hold.
+            settings: The keyword arguments of ``CachedDataset``.
 
         Raises:
-            CacheCorruptError: Not a finished cache, a file is missing, damaged or altered, or the store is out of reach.
-            CacheMismatchError: The fingerprint differs; the message names the parts.
+            CacheCorruptError: It is no finished cache, a file is missing, damaged or altered, or the store is out of reach.
+            CacheMismatchError: The fingerprint differs; the message names the components.
             HubError: The Hub has no such repository or revision, refused, or could not be reached.
             IndexError: The cache has no such view or shard.
-            UnsupportedSetupError: Another version of the format, an unknown codec, or an address of an unknown protocol.
+            UnsupportedSetupError: It has another version of the format, an unknown codec, or an address of an unknown protocol.
         """
         selection = Selection.of(views, shards)
         location: Any = path
@@ -119,7 +120,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         return cls(CacheReader(location, expected, selection), **settings)
 
     def save_pretrained(self, path: str | Path) -> Path:
-        """Copy the cache, or what was opened of it, to a new or empty folder; each file is checked against its hash.
+        """Copy the cache, or what was opened of it, to a new or empty folder. Each file is checked against its hash.
 
         Raises:
             CacheCorruptError: A file is missing or damaged.
@@ -148,9 +149,9 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         label_names: Sequence[str] | None = None,
         overwrite: bool = False,
     ) -> Any:
-        """Push the cache to a data set on the Hub, or the rest of it after an interruption; see ``pushing.push_cache``.
+        """Push the cache to a data set on the Hub, or the rest of it after an interruption; see ``hub.push.push_cache``.
 
-        Hidden states can reveal the images they were computed from. The card says only what it is told here.
+        Hidden states can reveal the images they were computed from. The card says only what these arguments say.
 
         Args:
             repo_id: ``user/name``.
@@ -166,17 +167,17 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             overwrite: Replace another cache that is in the repository.
 
         Returns:
-            ``pushing.PushReport``: ``url``, ``revision``, and what was uploaded.
+            ``hub.push.PushReport``: ``url``, ``revision``, and what was uploaded.
 
         Raises:
-            CacheCorruptError: The cache is damaged, or was opened in part.
+            CacheCorruptError: The cache is damaged, or only some of its views or shards were opened.
             CacheMismatchError: The repository holds another cache.
             HubError: The Hub refused or could not be reached.
         """
-        from .hub.provenance import Origin
+        from .hub.provenance import Provenance
         from .hub.push import push_cache
 
-        origin = Origin(
+        provenance = Provenance(
             dataset_name=dataset_name,
             dataset_revision=dataset_revision,
             license=license,
@@ -190,7 +191,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             private=private,
             token=token,
             revision=revision,
-            origin=origin,
+            provenance=provenance,
             overwrite=overwrite,
         )
 
@@ -225,7 +226,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         )
 
     def __len__(self) -> int:
-        """Return the number of samples; of its part of the data set, if the cache is of a part."""
+        """Return the number of samples; of the stored rows, if the cache holds only some of the data set."""
         return self.reader.index.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
@@ -268,8 +269,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         items = []
         for key in keys:
             sample_index, view = (key, 0) if isinstance(key, (int, np.integer)) else key
-            there = 0 <= sample_index < layout.total_samples and 0 <= view < num_views
-            position = int(layout.position[sample_index]) if there else -1
+            in_range = 0 <= sample_index < layout.total_samples and 0 <= view < num_views
+            position = int(layout.position[sample_index]) if in_range else -1
             if position < 0:
                 raise IndexError(
                     f"Sample {sample_index}, view {view} is not in the cache {self.reader.directory}, which holds "

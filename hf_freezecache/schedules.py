@@ -1,18 +1,49 @@
-"""When to freeze how much. Values in, stages out; knows no model and no disk."""
+"""When to freeze how many blocks. A schedule is text; it becomes stages. This module knows no model and no disk.
+
+A policy turns the number of epochs and of blocks into stages. To add one, write a frozen dataclass and name it in `POLICIES`:
+
+    @dataclass(frozen=True)
+    class Halves:
+        share: float = 0.5  # a parameter, with its default
+
+        def __post_init__(self) -> None:
+            if not 0 <= self.share <= 1:
+                raise ScheduleError(f"share is a fraction of the blocks in [0, 1], got {self.share}.")
+
+        def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
+            return number_stages([(num_epochs // 2, math.floor(self.share * num_blocks))])
+
+    POLICIES["halves"] = Halves
+
+``FreezeConfig(schedule="halves(share=0.25)")`` then uses it.
+"""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from .config import FreezeConfig
 from .errors import ScheduleError
 
-__all__ = ["POLICIES", "Stage", "plan_stages", "split_point_at"]
+__all__ = [
+    "POLICIES",
+    "Linear",
+    "Pairs",
+    "Policy",
+    "Stage",
+    "number_stages",
+    "parse_schedule",
+    "plan_stages",
+    "stage_at",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -21,109 +52,227 @@ logger = logging.getLogger(__name__)
 class Stage:
     """A run of epochs with one split point.
 
+    Two stages may have the same split point: the index tells them apart.
+
     Attributes:
+        index: Position of the stage in the run, counted from 0.
         start_epoch: First epoch of the stage, counted from 0.
         split_point: Number of leading blocks that are frozen in it.
     """
 
+    index: int
     start_epoch: int
     split_point: int
 
 
-def _parse_start(text: str, num_epochs: int, schedule: str) -> int:
-    text = text.strip()
-    if re.fullmatch(r"-?[0-9]+", text):
-        if int(text) < 0:
-            raise ScheduleError(f"Schedule {schedule!r}: epoch {text} is negative.")
-        return int(text)
-    if not re.fullmatch(r"-?([0-9]+\.[0-9]*|\.[0-9]+)", text):
-        raise ScheduleError(
-            f"Schedule {schedule!r}: {text!r} is not a start. Expected an epoch such as '3', or a fraction of "
-            "training such as '0.5'."
-        )
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ScheduleError(
-            f"Schedule {schedule!r}: {text!r} is written as a fraction of training, which lies in [0, 1). "
-            "Write epochs as whole numbers; stages change at epoch boundaries only."
-        )
-    # The tolerance keeps 0.7 of 10 epochs at 7: in binary the product lies just above it.
-    return math.ceil(value * num_epochs - 1e-9)
+class Policy(Protocol):
+    """Decides when to freeze how many blocks. Its parameters are its fields."""
+
+    def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
+        """Return the stages in order.
+
+        Args:
+            num_epochs: Epochs of the whole run, rounded up.
+            num_blocks: Blocks of the model.
+
+        Raises:
+            ScheduleError: The policy cannot be applied to such a run.
+        """
 
 
-def explicit_schedule(config: FreezeConfig, num_epochs: int, num_blocks: int) -> list[Stage]:
-    """Read ``config.schedule``.
+def number_stages(pairs: Iterable[tuple[int, int]]) -> list[Stage]:
+    """Return the stages of (start epoch, split point) pairs, numbered from 0."""
+    return [Stage(index, *pair) for index, pair in enumerate(pairs)]
 
-    Args:
-        config: Its ``schedule`` holds ``start:split_point`` pairs, e.g. ``"0:6,3:9"`` or ``"0.0:6,0.5:9"``.
-        num_epochs: Epochs of the whole run, rounded up; fractions are fractions of this.
-        num_blocks: Blocks of the model, for messages only.
+
+@dataclass(frozen=True)
+class Pairs:
+    """Follow a schedule that is written out.
+
+    Attributes:
+        schedule: ``start:split_point`` pairs, e.g. ``"0:6,3:9"`` or ``"0.0:6,0.5:9"``.
+    """
+
+    schedule: str
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a run.
+
+        Raises:
+            ScheduleError: A pair cannot be read.
+        """
+        for pair in self.schedule.split(","):
+            start, colon, split_point = pair.partition(":")
+            if not colon or not re.fullmatch(r"\s*[0-9]+\s*", split_point):
+                raise ScheduleError(
+                    f"Schedule {self.schedule!r}: {pair.strip()!r} is not a start:split_point pair. Expected e.g. "
+                    "'0:6,3:9' (from epoch 0 freeze 6 blocks, from epoch 3 freeze 9)."
+                )
+            self._start_epoch(start, 1)
+
+    def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
+        """Return a stage for each pair.
+
+        Raises:
+            ScheduleError: The start epochs do not increase.
+        """
+        pairs = [pair.partition(":") for pair in self.schedule.split(",")]
+        stages = number_stages((self._start_epoch(start, num_epochs), int(point)) for start, _, point in pairs)
+        for before, after in itertools.pairwise(stages):
+            if after.start_epoch <= before.start_epoch:
+                raise ScheduleError(
+                    f"Schedule {self.schedule!r}: starts must increase, but epoch {before.start_epoch} is followed by epoch "
+                    f"{after.start_epoch} (with {num_epochs} epochs in all)."
+                )
+        return stages
+
+    def _start_epoch(self, text: str, num_epochs: int) -> int:
+        text = text.strip()
+        if re.fullmatch(r"-?[0-9]+", text):
+            if int(text) < 0:
+                raise ScheduleError(f"Schedule {self.schedule!r}: epoch {text} is negative.")
+            return int(text)
+        if not re.fullmatch(r"-?([0-9]+\.[0-9]*|\.[0-9]+)", text):
+            raise ScheduleError(
+                f"Schedule {self.schedule!r}: {text!r} is not a start. Expected an epoch such as '3', or a fraction of "
+                "training such as '0.5'."
+            )
+        fraction = float(text)
+        if not 0 <= fraction < 1:
+            raise ScheduleError(
+                f"Schedule {self.schedule!r}: {text!r} is written as a fraction of training, which lies in [0, 1). "
+                "Write epochs as whole numbers; stages change at epoch boundaries only."
+            )
+        # The tolerance keeps 0.7 of 10 epochs at 7: in binary the product lies just above it.
+        return math.ceil(fraction * num_epochs - 1e-9)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Freeze at a constant pace.
+
+    In epoch ``e`` (of ``num_epochs``) the split point is ``floor(num_blocks * level * p)`` with
+    ``p = clip((e / num_epochs - start) / (end - start), 0, 1)``.
+
+    Source: the linear schedule of Composer's layer freezing, with ``end`` in place of the end of training.
+
+    Attributes:
+        start: Fraction of training at which freezing starts, in [0, 1).
+        end: Fraction of training at which ``level`` is reached, in (0, 1].
+        level: Fraction of the blocks that end up frozen, in [0, 1].
+    """
+
+    start: float = 0.0
+    end: float = 0.5
+    level: float = 0.75
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ScheduleError: A parameter is out of its range.
+        """
+        if not 0 <= self.start < self.end <= 1:
+            raise ScheduleError(
+                f"start and end are fractions of training with 0 <= start < end <= 1, got start={self.start} and "
+                f"end={self.end}."
+            )
+        if not 0 <= self.level <= 1:
+            raise ScheduleError(f"level is a fraction of the blocks in [0, 1], got {self.level}.")
+
+    def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
+        """Return a stage for each split point that is reached."""
+        first_epochs: dict[int, int] = {}
+        for epoch in range(num_epochs):
+            progress = (epoch / num_epochs - self.start) / (self.end - self.start)
+            split_point = math.floor(num_blocks * self.level * min(max(progress, 0.0), 1.0) + 1e-9)
+            first_epochs.setdefault(split_point, epoch)
+        return number_stages((epoch, split_point) for split_point, epoch in first_epochs.items())
+
+
+#: Extension point: name in a schedule -> policy. The module's docstring shows how to add one.
+POLICIES: dict[str, type[Policy]] = {"linear": Linear}
+
+
+def parse_schedule(schedule: str) -> Policy:
+    """Read a schedule: start:split_point pairs, or a policy's name with or without arguments.
 
     Raises:
-        ScheduleError: A pair cannot be read, or two starts fall on one epoch.
+        ScheduleError: The schedule cannot be read; the message says why.
     """
-    schedule = str(config.schedule)
-    stages: list[Stage] = []
-    for pair in schedule.split(","):
-        start_text, colon, split_text = pair.partition(":")
-        if not colon or not re.fullmatch(r"\s*[0-9]+\s*", split_text):
-            raise ScheduleError(
-                f"Schedule {schedule!r}: {pair.strip()!r} is not a start:split_point pair. Expected e.g. "
-                f"'0:6,3:9' (from epoch 0 freeze 6 blocks, from epoch 3 freeze 9; this model has {num_blocks})."
-            )
-        stages.append(Stage(_parse_start(start_text, num_epochs, schedule), int(split_text)))
-    for before, after in itertools.pairwise(stages):
-        if after.start_epoch <= before.start_epoch:
-            raise ScheduleError(
-                f"Schedule {schedule!r}: starts must increase, but epoch {before.start_epoch} is followed by epoch "
-                f"{after.start_epoch} (with {num_epochs} epochs in all)."
-            )
-    return stages
+    if not isinstance(schedule, str):
+        raise ScheduleError(f"A schedule is text such as '0:6,3:9', got {schedule!r}.")
+    if not re.match(r"\s*[^\W\d]\w*\s*(\(|$)", schedule):
+        return Pairs(schedule)
+    try:
+        node = ast.parse(schedule.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if not isinstance(call.func, ast.Name):
+            raise ValueError("it does not begin with a name")
+        arguments = [_literal(argument) for argument in call.args]
+        keywords = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+        if len(keywords) < len(call.keywords):
+            raise ValueError("an argument is given twice")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ScheduleError(
+            f"Schedule {schedule!r} cannot be read: {error}. Expected start:split_point pairs such as '0:6,3:9', or a "
+            "policy with literal arguments, e.g. 'linear(0.0, 0.5, 0.75)'."
+        ) from error
+    if call.func.id not in POLICIES:
+        raise ScheduleError(
+            f"Schedule {schedule!r}: unknown policy {call.func.id!r}; known are {sorted(POLICIES)}. Or give "
+            "start:split_point pairs such as '0:6,3:9'."
+        )
+    return _make_policy(call.func.id, arguments, keywords, schedule)
 
 
-def linear(config: FreezeConfig, num_epochs: int, num_blocks: int) -> list[Stage]:
-    """Freeze at a constant pace from ``freeze_start`` to ``freeze_end``, up to ``freeze_level`` of the blocks.
-
-    In epoch ``e`` (of ``num_epochs``) the split point is ``floor(num_blocks * freeze_level * p)`` with
-    ``p = clip((e / num_epochs - freeze_start) / (freeze_end - freeze_start), 0, 1)``.
-
-    Source: the linear schedule of Composer's layer freezing, with ``freeze_end`` in place of the end of training.
-    """
-    stages: list[Stage] = []
-    for epoch in range(num_epochs):
-        progress = (epoch / num_epochs - config.freeze_start) / (config.freeze_end - config.freeze_start)
-        split_point = math.floor(num_blocks * config.freeze_level * min(max(progress, 0.0), 1.0) + 1e-9)
-        if not stages or stages[-1].split_point != split_point:
-            stages.append(Stage(epoch, split_point))
-    return stages
+def _literal(argument: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(argument)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{ast.unparse(argument)} is not a number or a text") from error
 
 
-#: Extension point: name -> function of (config, num_epochs, num_blocks) that returns the stages in order.
-POLICIES: dict[str, Callable[[FreezeConfig, int, int], list[Stage]]] = {"linear": linear}
+def _make_policy(name: str, arguments: list[Any], keywords: dict[str, Any], schedule: str) -> Policy:
+    policy = POLICIES[name]
+    signature = inspect.signature(policy)
+    expected = f"{name}({', '.join(map(_describe_parameter, signature.parameters.values()))})"
+    try:
+        bound = signature.bind(*arguments, **keywords)
+        types = typing.get_type_hints(policy)
+        for parameter, value in bound.arguments.items():
+            wanted = types.get(parameter)
+            if wanted is float and type(value) is int:
+                bound.arguments[parameter] = float(value)
+            elif wanted in (bool, int, float, str) and type(value) is not wanted:
+                raise TypeError(f"{parameter} must be a {wanted.__name__}, got {value!r}")
+        return policy(*bound.args, **bound.kwargs)
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = str(error).rstrip(".")
+        raise ScheduleError(f"Schedule {schedule!r}: {reason}. Expected {expected}.") from error
 
 
-def plan_stages(config: FreezeConfig, num_epochs: int, num_blocks: int) -> list[Stage]:
-    """Return the stages of a run, the first of which starts at epoch 0.
+def _describe_parameter(parameter: inspect.Parameter) -> str:
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
+
+
+def plan_stages(schedule: str | None, num_epochs: int, num_blocks: int) -> list[Stage]:
+    """Return the stages of a run, numbered from 0. The first one starts at epoch 0.
 
     Args:
-        config: The user's settings.
+        schedule: The user's schedule; ``None`` freezes nothing.
         num_epochs: Epochs of the whole run, rounded up.
         num_blocks: Blocks of the model.
 
     Raises:
-        ScheduleError: Unknown policy, unreadable schedule, a split point that is negative, exceeds ``num_blocks``
-            or is lower than an earlier one (frozen blocks cannot thaw: their cache would go stale).
+        ScheduleError: The schedule cannot be read. Or a split point is negative, exceeds ``num_blocks`` or is lower than an
+            earlier one (frozen blocks cannot thaw: their cache would go stale).
     """
-    if config.schedule is not None:
-        stages = explicit_schedule(config, num_epochs, num_blocks)
-    elif config.policy is not None:
-        if config.policy not in POLICIES:
-            raise ScheduleError(f"Unknown policy {config.policy!r}; known are {sorted(POLICIES)}.")
-        stages = POLICIES[config.policy](config, num_epochs, num_blocks)
-    else:
-        stages = [Stage(0, 0)]
-    if not stages or stages[0].start_epoch > 0:
-        stages = [Stage(0, 0), *stages]
+    stages = [] if schedule is None else parse_schedule(schedule).stages(num_epochs, num_blocks)
+    pairs = [(stage.start_epoch, stage.split_point) for stage in stages]
+    if not pairs or pairs[0][0] > 0:
+        pairs = [(0, 0), *pairs]
+    stages = number_stages(pairs)
     for stage in stages:
         if not 0 <= stage.split_point <= num_blocks:
             raise ScheduleError(
@@ -131,6 +280,11 @@ def plan_stages(config: FreezeConfig, num_epochs: int, num_blocks: int) -> list[
                 f"{num_blocks}: use split points from 0 to {num_blocks}."
             )
     for before, after in itertools.pairwise(stages):
+        if after.start_epoch <= before.start_epoch:
+            raise ScheduleError(
+                f"The schedule {schedule!r} starts a stage at epoch {after.start_epoch} behind one at epoch "
+                f"{before.start_epoch}: starts must increase."
+            )
         if after.split_point < before.split_point:
             raise ScheduleError(
                 f"The schedule unfreezes blocks: {before.split_point} are frozen from epoch {before.start_epoch}, "
@@ -146,6 +300,6 @@ def plan_stages(config: FreezeConfig, num_epochs: int, num_blocks: int) -> list[
     return stages
 
 
-def split_point_at(stages: Sequence[Stage], epoch: int) -> int:
-    """Return the split point in force in ``epoch``."""
-    return max((stage for stage in stages if stage.start_epoch <= epoch), key=lambda s: s.start_epoch).split_point
+def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
+    """Return the stage in force in ``epoch``."""
+    return max((stage for stage in stages if stage.start_epoch <= epoch), key=lambda stage: stage.start_epoch)

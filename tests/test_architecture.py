@@ -110,7 +110,6 @@ def test_only_the_trainer_knows_transformers_trainer() -> None:
             "report.callback",
             "distributed.jit_checkpoint",
             "hub.client",
-            "hub.quieting",
         ),
         *("cli.build", "cli.demo"),
     }

@@ -92,9 +92,9 @@ def test_resume_true_takes_the_last_checkpoint(train_dataset) -> None:
 def test_checkpoint_holds_stage_and_no_cache(train_dataset) -> None:
     full_run(train_dataset, save_strategy="epoch")
     stages = [
-        json.loads((Path("out") / f"checkpoint-{step}" / STATE_NAME).read_text())["split_point"] for step in (5, 10, 20)
+        json.loads((Path("out") / f"checkpoint-{step}" / STATE_NAME).read_text())["stage"] for step in (5, 10, 20)
     ]
-    assert stages == [1, 2, 4]
+    assert [(stage["index"], stage["split_point"]) for stage in stages] == [(0, 1), (1, 2), (2, 4)]
     assert not list(Path("out").rglob("view-00"))
 
 
@@ -174,7 +174,7 @@ def test_logs_of_a_stage(train_dataset) -> None:
 def test_optimizer_state_of_frozen_blocks_is_released(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:0,2:3")
     trainer.train()
-    frozen = trainer._split.prefix_parameters()
+    frozen = trainer._run.current.split.prefix_parameters()
     trained = {id(p) for name, p in trainer.model.named_parameters() if name not in frozen}
     optimizer = trainer.optimizer.optimizer
     assert {id(p) for p in optimizer.state} == trained
@@ -226,7 +226,7 @@ def test_max_steps_stops_in_the_middle_of_a_stage(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset, max_steps=12)
     trainer.train()
     assert trainer.state.global_step == 12
-    assert trainer._split.split_point == 3
+    assert trainer._run.current.split.split_point == 3
 
 
 def test_train_and_eval_transform(images, caplog) -> None:
@@ -238,8 +238,8 @@ def test_train_and_eval_transform(images, caplog) -> None:
     )
     trainer.train()
     base = TinyTransform(augment=False)(images[:1])["pixel_values"][0]
-    assert torch.equal(trainer._data.views[0, 0]["pixel_values"], base)
-    assert not torch.equal(trainer._data.views[0, 1]["pixel_values"], base)
+    assert torch.equal(trainer._run.data.views[0, 0]["pixel_values"], base)
+    assert not torch.equal(trainer._run.data.views[0, 1]["pixel_values"], base)
 
 
 def test_users_collator_extras_are_stored_and_reach_the_model(train_dataset) -> None:

@@ -1,4 +1,4 @@
-"""The file that holds a fitted codec and how it was calibrated, once per cache."""
+"""The files that hold a fitted codec and the report of its calibration, once per cache. See ``docs/format.md``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -29,16 +30,13 @@ from ..errors import (
     CacheCorruptError,
     UnsupportedSetupError,
 )
-from .index import (
-    FORMAT,
-    FORMAT_VERSION,
-    atomic_write,
-)
+from .index import atomic_write
 from .schema import (
     EXTRA_DTYPES,
     MAX_STATE_HEADER_BYTES,
     parse_json,
 )
+from .shard_file import FORMAT, FORMAT_VERSION
 from .storage import (
     StoredFile,
     as_file,
@@ -48,7 +46,7 @@ __all__ = ["CodecState", "load_copies", "load_state", "read_state", "save_state"
 
 _LEVEL = 19
 _PLANES = Planes()
-#: Stands in a file for no tensors.
+#: Name of the one tensor of a file of a codec without tensors.
 _NOTHING = "nothing"
 #: A larger state is refused unread: a basis of 1536 channels in 8 bits takes 2.3 MB, a mean of 1024 tokens 6 MB.
 _MAX_BYTES = 2**30
@@ -62,8 +60,8 @@ class CodecState(Generic[_C]):
     """A codec with its tensors, and the report of its calibration.
 
     Attributes:
-        codec: Ready to encode.
-        calibration: What ``calibration.Calibration.to_dict`` gave; empty if nothing was measured.
+        codec: The codec, ready to encode.
+        calibration: The report of its calibration, as JSON holds it. It is empty if nothing was measured.
     """
 
     codec: _C
@@ -71,10 +69,10 @@ class CodecState(Generic[_C]):
 
 
 def save_state(path: Path, fingerprint: str, state: CodecState[Any]) -> None:
-    """Write the state, atomically.
+    """Write the state of a codec, atomically.
 
-    Each tensor becomes one zstd frame of its byte planes, as a U8 tensor of a safetensors file, whose metadata hold a JSON
-    document of codec, calibration, dtypes and shapes, with a hash of all that: what goes on with an unfinished cache has no index to trust.
+    Each tensor becomes one zstd frame of its byte planes, which the file holds as a U8 tensor. The metadata of the file hold a
+    JSON document of codec, calibration, dtypes and shapes, with a checksum: a build that is resumed has no index to trust.
 
     Args:
         path: The file.
@@ -102,24 +100,24 @@ def save_state(path: Path, fingerprint: str, state: CodecState[Any]) -> None:
 
 
 def _checksum(document: Mapping[str, Any]) -> str:
-    known = {name: value for name, value in document.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    covered = {name: value for name, value in document.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(frames: Mapping[str, bytes], specs: Any, max_bytes: int) -> dict[str, Tensor]:
     """Decode the tensors whose dtypes and shapes ``specs`` names."""
     if not isinstance(specs, dict) or specs.keys() != frames.keys() - {_NOTHING}:
         raise ValueError(f"tensors {sorted(frames)}, expected {specs if isinstance(specs, list) else sorted(specs)}")
-    known = {}
+    checked = {}
     for name, (dtype, shape) in specs.items():
         if not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"a tensor of shape {shape}")
-        known[name] = ArraySpec(tuple(shape), EXTRA_DTYPES[dtype])
-    total = sum(spec.num_bytes for spec in known.values())
-    if total > max_bytes or any(size > max_bytes for spec in known.values() for size in spec.shape):
+        checked[name] = ArraySpec(tuple(shape), EXTRA_DTYPES[dtype])
+    total = sum(spec.num_bytes for spec in checked.values())
+    if total > max_bytes or any(size > max_bytes for spec in checked.values() for size in spec.shape):
         raise ValueError(f"tensors of {total} bytes, expected at most {max_bytes}")
     tensors = {}
-    for name, spec in known.items():
+    for name, spec in checked.items():
         content = decompress_frame(frames[name], spec.num_bytes)
         size = len(content) // spec.dtype.itemsize
         tensors[name] = _PLANES.decode([content[p * size : (p + 1) * size] for p in range(spec.dtype.itemsize)], spec)
@@ -135,10 +133,10 @@ def load_state(
         path: The file.
         fingerprint: Digest that it must name; ``None`` takes any.
         max_bytes: Largest size of its tensors together.
-        data: Its content, if it has been read.
+        data: Content of the file, if the caller has read it.
 
     Raises:
-        CacheCorruptError: Missing, damaged, or of another cache.
+        CacheCorruptError: The file is missing or damaged, or belongs to another cache.
     """
     return _load(path, fingerprint, max_bytes, data, codec_from_dict)
 
@@ -146,7 +144,7 @@ def load_state(
 def load_copies(
     path: Path | StoredFile, fingerprint: str | None = None, max_bytes: int = _MAX_BYTES, data: bytes | None = None
 ) -> CodecState[CopyCodec]:
-    """Read and check the state of the codec of copies; otherwise as ``load_state``."""
+    """Read and check the state of the codec of copies; see ``load_state``."""
     return _load(
         path, fingerprint, max_bytes, data, lambda data, tensors: CopyCodec.from_dict(data, tensors, codec_from_dict)
     )
@@ -156,7 +154,7 @@ def read_state(file: StoredFile, max_bytes: int = _MAX_BYTES) -> bytes:
     """Return the content of a state whose tensors take at most ``max_bytes``.
 
     Raises:
-        CacheCorruptError: Missing, or larger than such a state can be.
+        CacheCorruptError: The file is missing, or larger than such a state can be.
     """
     size, most = file.size(), min(_MAX_BYTES, 2 * max_bytes + MAX_STATE_HEADER_BYTES)
     if size is None:
@@ -166,25 +164,20 @@ def read_state(file: StoredFile, max_bytes: int = _MAX_BYTES) -> bytes:
     return file.read(0, size)
 
 
-def _split(data: bytes) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Return metadata and tensors of a safetensors file of U8 tensors, which must lie one behind the other."""
+def _parse(data: bytes) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Return the metadata of a safetensors file, and its tensors, which must be bytes.
+
+    The parser of safetensors checks offsets and sizes. It takes a header of up to 100 MB, so a smaller limit comes before it;
+    and it gives no metadata of what is no file, so those are read here.
+    """
     (length,) = struct.unpack_from("<Q", data)
-    if not 2 <= length <= min(MAX_STATE_HEADER_BYTES, len(data) - 8):
-        raise ValueError(
-            f"a header of {length} bytes in a file of {len(data)}, expected at most {MAX_STATE_HEADER_BYTES}"
-        )
+    if length > MAX_STATE_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes, expected at most {MAX_STATE_HEADER_BYTES}")
     header = parse_json(data[8 : 8 + length])
-    metadata = header.pop("__metadata__", None) or {}
-    frames, end = {}, 8 + length
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        size = entry["shape"][0]
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        if entry["dtype"] != "U8" or entry["shape"] != [size] or start != end or stop - start != size or size < 0:
-            raise ValueError(f"tensor {name!r} is {entry}, expected bytes that follow those before")
-        frames[name], end = data[start:stop], stop
-    if end != len(data):
-        raise ValueError(f"{len(data)} bytes, expected {end}")
-    return metadata, frames
+    tensors = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
+    if any(tensor["dtype"] != "U8" for tensor in tensors.values()):
+        raise ValueError("tensors of other dtypes than U8")
+    return header["__metadata__"], {name: bytes(tensor["data"]) for name, tensor in tensors.items()}
 
 
 def _load(
@@ -194,12 +187,12 @@ def _load(
     data: bytes | None,
     read: Callable[[Any, dict[str, Tensor]], _C],
 ) -> CodecState[_C]:
-    """Read and check a state, whose codec ``read`` makes."""
+    """Read and check a state. ``read`` makes its codec of a description and tensors."""
     file = as_file(path)
     if data is None:
         data = read_state(file, max_bytes)
     try:
-        metadata, frames = _split(data)
+        metadata, frames = _parse(data)
         document = parse_json(metadata[FORMAT].encode())
         if document["checksum"] != _checksum(document):
             raise ValueError("its checksum does not match")
@@ -211,6 +204,7 @@ def _load(
             raise ValueError(f"its calibration is {calibration!r}")
     except (
         *(ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError, IndexError, struct.error),
+        safetensors.SafetensorError,
         UnsupportedSetupError,
     ) as error:
         raise CacheCorruptError(f"{file} is damaged: {error}. Delete the cache folder to rebuild.") from error

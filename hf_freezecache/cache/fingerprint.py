@@ -1,4 +1,4 @@
-"""What a cache depends on, part by part, so that a mismatch can be named."""
+"""What a cache depends on, component by component, so that an error can name what differs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ __all__ = [
 
 
 class Fingerprint:
-    """A hash kept part by part.
+    """The identity of a cache.
 
     Args:
-        parts: Name of the part, in words a user knows -> its value or hash.
+        components: Name of a component, in words a user knows -> its value or hash.
     """
 
-    def __init__(self, parts: Mapping[str, str]) -> None:
-        self.parts = dict(parts)
+    def __init__(self, components: Mapping[str, str]) -> None:
+        self.components = dict(components)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all parts, 64 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over all components, 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.components, sort_keys=True).encode()).hexdigest()
 
     def difference(self, other: Fingerprint) -> list[str]:
-        """Return the names of the parts in which two fingerprints differ, sorted."""
-        names = self.parts.keys() | other.parts.keys()
-        return sorted(name for name in names if self.parts.get(name) != other.parts.get(name))
+        """Return the names of the components in which two fingerprints differ, sorted."""
+        names = self.components.keys() | other.components.keys()
+        return sorted(name for name in names if self.components.get(name) != other.components.get(name))

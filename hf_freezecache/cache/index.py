@@ -1,18 +1,6 @@
-"""The on-disk format, version 1. Known to writer and reader; knows neither.
+"""``index.json``, which commits a cache and names its files; and selections of what it names. See ``docs/format.md``.
 
-These files make up a cache directory.
-
-    index.json                       written last: names every other file with size and SHA-256
-    codec.safetensors                fitted tensors of a lossy codec and its calibration; absent if lossless
-    copies.safetensors               the same of the codec of views 1 and up; absent if it is that of view 0
-    index/view-00/part-00000.parquet one row per stored sample: where it lies, and its labels
-    view-00/shard-00000.safetensors  the hidden states of shard_chunks chunks in one view
-    origin.json                      what it was made of, for its card; may be absent or wrong: nothing depends on it
-
-A shard is a valid safetensors file. Its tensors are, in file order, ``frame_offsets`` (chunks, frames + 1), I64, into
-``frames``; ``sample_indices`` (rows,), I64; ``frames`` (bytes,), U8: for each chunk the codec's frames, then one frame
-per extra. One extra, ``view_geometry``, is for decoding: where the view lies in its image. Everything before ``frames`` is the *head*, which has a hash of its own, so that a reader can trust it
-without reading the frames; each frame is a zstd frame with its own checksum.
+The on-disk format is known to writer and reader, and knows neither.
 """
 
 from __future__ import annotations
@@ -22,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +35,6 @@ from .shard_file import (
     FORMAT,
     FORMAT_VERSION,
     ExtraSpec,
-    ShardHeader,
-    file_sha256,
-    header_size,
-    read_chunk_frames,
-    read_extra,
-    read_shard_header,
-    shard_metadata,
-    write_shard_header,
 )
 from .storage import (
     Storage,
@@ -69,30 +49,24 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "INDEX_NAME",
-    "ORIGIN_NAME",
+    "PROVENANCE_NAME",
     "CacheIndex",
-    "ExtraSpec",
     "FileRecord",
-    "ShardHeader",
+    "Selection",
     "atomic_write",
-    "file_sha256",
     "fsync_directory",
-    "header_size",
     "load_index",
-    "read_chunk_frames",
-    "read_extra",
-    "read_shard_header",
     "save_index",
-    "shard_metadata",
     "shard_name",
     "table_name",
-    "write_shard_header",
 ]
 
 INDEX_NAME = "index.json"
-ORIGIN_NAME = "origin.json"
+PROVENANCE_NAME = "provenance.json"
 #: The index of a cache that gives way, shard by shard, to the one that is computed from it.
 CONSUMED_NAME = "index.consumed.json"
+#: Entries of the index that are absent from the file where their value is ``None``.
+_OPTIONAL = ("calibration", "copies", "copies_calibration", "rows")
 
 
 @dataclass(frozen=True)
@@ -102,14 +76,14 @@ class FileRecord:
     Attributes:
         bytes: Size.
         sha256: Of the whole file.
-        header_bytes: Size of a shard's head; 0 for other files.
-        head_sha256: Of the head; empty for other files.
+        header_bytes: Size of a shard's header; 0 for other files.
+        header_sha256: Of the header; empty for other files.
     """
 
     bytes: int
     sha256: str
     header_bytes: int = 0
-    head_sha256: str = ""
+    header_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,32 +91,32 @@ class CacheIndex:
     """Content of ``index.json``.
 
     Attributes:
-        fingerprint: Part -> value.
+        fingerprint: Component -> value.
         split_point: Number of blocks in the prefix.
         num_views: Stored views.
         image_shape: (channels, height, width) of the images the prefix saw.
-        hidden_shape: (tokens, hidden) per sample.
+        num_tokens: Tokens per sample in the model.
+        hidden_shape: (stored tokens, hidden) per sample. Where fewer tokens are stored than the model has, the extra
+            ``token_positions`` says which.
         dtype: Safetensors name of the dtype of the hidden states.
         codec: ``{"name", "configuration"}``.
-        num_samples: Rows of the data set, or of its part.
+        num_samples: Stored samples per view.
         chunk_size: Samples per chunk.
         shard_chunks: Chunks per shard.
         layout_seed: Seed of the chunk layout.
         extras: What is stored beside the hidden states.
         files: Relative path -> record.
-        calibration: How the codec was chosen and what it costs, see ``calibration.Calibration``; ``None`` for a lossless
-            cache, and then absent from the file.
-        copies: ``{"name", "configuration"}`` of the codec of views 1 and up; ``None``, and then absent from the file, if it
-            is that of view 0.
-        copies_calibration: How that codec was chosen; absent with it.
-        part: Which part of the data set this is a cache of, see ``ChunkLayout.part``; ``None``, and then absent from the
-            file, for all of it.
+        calibration: How the codec was chosen and what it costs; ``None`` where there is no ``codec.safetensors``.
+        copies: ``{"name", "configuration"}`` of the codec of views 1 and up; ``None`` if it is that of view 0.
+        copies_calibration: How the codec of copies was chosen; ``None`` with it.
+        rows: Which of the permuted rows of the data set are stored, see ``ChunkLayout.rows``; ``None`` for all.
     """
 
     fingerprint: dict[str, str]
     split_point: int
     num_views: int
     image_shape: tuple[int, int, int]
+    num_tokens: int
     hidden_shape: tuple[int, int]
     dtype: str
     codec: dict[str, Any]
@@ -155,7 +129,7 @@ class CacheIndex:
     calibration: dict[str, Any] | None = None
     copies: dict[str, Any] | None = None
     copies_calibration: dict[str, Any] | None = None
-    part: tuple[int, int, int] | None = None
+    rows: tuple[int, int, int] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -164,7 +138,7 @@ class CacheIndex:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all shards, index parts and the codec's state."""
+        """Bytes of all shards, index tables and codec states."""
         return sum(record.bytes for record in self.files.values())
 
     @property
@@ -174,14 +148,14 @@ class CacheIndex:
         return 8 * self.total_bytes / elements
 
     def view_bytes(self, view: int) -> int:
-        """Return the bytes of the shards and index parts of one view."""
+        """Return the bytes of the shards and index tables of one view."""
         names = (name(view, shard) for name in (shard_name, table_name) for shard in range(self.num_shards))
         return sum(self.files[name].bytes for name in names)
 
 
 def _canonical(index: CacheIndex) -> bytes:
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
-    for name in ("calibration", "copies", "copies_calibration", "part"):
+    for name in _OPTIONAL:
         if document[name] is None:
             del document[name]
     body = json.dumps(document, sort_keys=True)
@@ -196,13 +170,17 @@ def save_index(directory: Path, index: CacheIndex) -> None:
 
 
 def load_index(directory: Path | Storage, name: str = INDEX_NAME) -> CacheIndex:
-    """Read and check ``index.json``, or what it has been renamed to.
+    """Read and check ``index.json``.
 
     Its bytes must be exactly those that ``save_index`` writes for its content, so that any altered bit shows.
 
+    Args:
+        directory: The cache.
+        name: Name of the file, if it has been renamed.
+
     Raises:
-        CacheCorruptError: Missing, too large, altered, or saying what no cache says.
-        UnsupportedSetupError: Written in another version of the format, or with an unknown codec.
+        CacheCorruptError: The file is missing, too large or altered, or says what no cache can say.
+        UnsupportedSetupError: It has another version of the format, an entry of a later one, or an unknown codec.
     """
     storage = open_storage(directory)
     file = storage.file(name)
@@ -226,7 +204,13 @@ def load_index(directory: Path | Storage, name: str = INDEX_NAME) -> CacheIndex:
     if version != FORMAT_VERSION:
         raise UnsupportedSetupError(
             f"{file} has format version {repr(version)[:80]}; this version of hf_freezecache reads {FORMAT_VERSION}. "
-            "Install the version that wrote it, or delete the folder to rebuild."
+            "Delete the folder, or give another cache_dir, to rebuild the cache; or install the version that wrote it."
+        )
+    unknown = sorted(document.keys() - {field.name for field in dataclasses.fields(CacheIndex)})
+    if unknown:
+        raise UnsupportedSetupError(
+            f"{file} has entries that this version of hf_freezecache does not know: {', '.join(unknown)[:300]}. A later "
+            "version wrote it. Install that version, or delete the folder to rebuild."
         )
     try:
         check_document(document)
@@ -237,7 +221,7 @@ def load_index(directory: Path | Storage, name: str = INDEX_NAME) -> CacheIndex:
                 "hidden_shape": tuple(document["hidden_shape"]),
                 "extras": tuple(ExtraSpec(**{**extra, "shape": tuple(extra["shape"])}) for extra in document["extras"]),
                 "files": {name: FileRecord(**record) for name, record in document["files"].items()},
-                "part": None if document.get("part") is None else tuple(document["part"]),
+                "rows": None if document.get("rows") is None else tuple(document["rows"]),
             }
         )
         intact = _canonical(index) == raw
@@ -253,7 +237,7 @@ def load_index(directory: Path | Storage, name: str = INDEX_NAME) -> CacheIndex:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` for writing; on success fsync it and rename it to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: a process of a run that was killed in part may still be writing this very file.
+    # Another process, of a run that was killed in part, may still be writing this very file: names must differ.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("wb+") as file:
@@ -276,3 +260,69 @@ def fsync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some views and shards of a cache, which can be fetched, opened and copied by themselves.
+
+    Attributes:
+        views: Numbers of the views; ``None`` for all.
+        shards: Numbers of the shards, the same in each view; ``None`` for all.
+    """
+
+    views: tuple[int, ...] | None = None
+    shards: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, views: Sequence[int] | None = None, shards: Sequence[int] | None = None) -> Selection:
+        """Return a selection of any sequences of numbers."""
+        return cls(
+            None if views is None else tuple(sorted(set(views))), None if shards is None else tuple(sorted(set(shards)))
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self.views is None and self.shards is None
+
+    def chosen_views(self, index: CacheIndex) -> tuple[int, ...]:
+        """Return the numbers of the views.
+
+        Raises:
+            IndexError: The cache has no such view, or none was chosen.
+        """
+        return _checked("view", self.views, index.num_views)
+
+    def chosen_shards(self, index: CacheIndex) -> tuple[int, ...]:
+        """Return the numbers of the shards.
+
+        Raises:
+            IndexError: The cache has no such shard, or none was chosen.
+        """
+        return _checked("shard", self.shards, index.num_shards)
+
+    def files(self, index: CacheIndex) -> list[str]:
+        """Return the names of the files that are needed beside ``index.json``, sorted.
+
+        View 0 is always among them where other views are predicted from it.
+
+        Raises:
+            IndexError: The cache has no such view or shard.
+        """
+        views = set(self.chosen_views(index))
+        if index.copies is not None and index.copies.get("configuration", {}).get("predictor") is not None:
+            views.add(0)
+        names = {name for name in (CODEC_NAME, COPIES_NAME) if name in index.files}
+        for view in views:
+            for shard in self.chosen_shards(index):
+                names |= {shard_name(view, shard), table_name(view, shard)}
+        return sorted(names)
+
+
+def _checked(what: str, chosen: tuple[int, ...] | None, count: int) -> tuple[int, ...]:
+    if chosen is None:
+        return tuple(range(count))
+    if not chosen or not all(0 <= number < count for number in chosen):
+        raise IndexError(f"{what}s {list(chosen)} were asked for; the cache has {what}s 0 to {count - 1}.")
+    return chosen

@@ -1,4 +1,4 @@
-"""Index parts: parquet tables beside the shards, for the Hub's viewer and ``load_dataset``. Training never reads them."""
+"""Index tables: parquet files beside the shards, for the Hub's viewer and ``load_dataset``. Training never reads them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .storage import StoredFile
 __all__ = ["check_table"]
 
 
-def _same(found: Any, expected: Any) -> bool:
-    if type(found) is not type(expected):
+def _same(value: Any, expected: Any) -> bool:
+    if type(value) is not type(expected):
         return False
-    return bool(found == expected) or (isinstance(found, float) and math.isnan(found) and math.isnan(expected))
+    return bool(value == expected) or (isinstance(value, float) and math.isnan(value) and math.isnan(expected))
 
 
 def check_table(file: StoredFile, expected: Mapping[str, Sequence[Any]]) -> None:
-    """Compare a part with what it must hold, in memory that grows with that and not with what the part claims.
+    """Compare an index table with what it must hold. Memory grows with that, and not with what the table claims to hold.
 
     Args:
-        file: The part.
+        file: The table.
         expected: Column -> plain values.
 
     Raises:
-        ValueError: No such table, other columns, or another value; the message names row and column.
+        ValueError: It is no such table, has other columns, or another value; the message names row and column.
         CacheCorruptError: It cannot be read.
     """
     rows, size = len(next(iter(expected.values()))), file.size() or 0
@@ -56,9 +56,9 @@ def check_table(file: StoredFile, expected: Mapping[str, Sequence[Any]]) -> None
                     pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or column.type == pa.bool_()
                 ):
                     raise ValueError(f"column {name!r} of {column.type}, expected numbers")
-                for place, value in enumerate(column.to_pylist(), start=row):
-                    if not _same(value, expected[name][place]):
-                        raise ValueError(f"row {place} has {name} {value!r}, expected {expected[name][place]!r}")
+                for position, value in enumerate(column.to_pylist(), start=row):
+                    if not _same(value, expected[name][position]):
+                        raise ValueError(f"row {position} has {name} {value!r}, expected {expected[name][position]!r}")
             row += len(batch)
         if row != rows:
             raise ValueError(f"{row} rows, expected {rows}")

@@ -29,9 +29,9 @@ SINGLE_PROCESS = ProcessGroup()
 def build_lock(
     cache_dir: Path, plan: CachePlan, processes: ProcessGroup = SINGLE_PROCESS, lock_timeout: float = 0.0
 ) -> Iterator[None]:
-    """Hold the lock of a cache, in its directory, which is made. Collective: the leader holds it for all processes.
+    """Hold the lock of a cache, and make its directory. Collective: the main process holds the lock for all processes.
 
-    The lock is the kernel's: it ends with the process that holds it, however that ends.
+    The kernel keeps the lock: it ends with the process that holds it, however that ends.
 
     Args:
         cache_dir: Folder of caches.
@@ -76,7 +76,7 @@ def build_lock(
 
 @contextmanager
 def os_errors_as_cache_errors(directory: Path) -> Iterator[None]:
-    """Say of errors of the file system what was kept and what to do.
+    """Turn errors of the file system into one that says what was kept and what to do.
 
     Raises:
         CacheWriteError: The folder cannot be written, or the disk is full.
@@ -86,9 +86,9 @@ def os_errors_as_cache_errors(directory: Path) -> Iterator[None]:
     except FreezeCacheError:
         raise
     except OSError as error:
-        there = next(p for p in [directory, *directory.absolute().parents] if p.is_dir())
-        free = shutil.disk_usage(there).free
+        existing = next(path for path in [directory, *directory.absolute().parents] if path.is_dir())
+        free = shutil.disk_usage(existing).free
         raise CacheWriteError(
-            f"The cache {directory} could not be written: {error} ({free / 2**20:.0f} MiB are free there). Its finished "
+            f"The cache {directory} could not be written: {error} ({free / 2**20:.0f} MiB are free on that disk). Its finished "
             "shards are kept: make room or permit writing, or choose another cache_dir, and start again."
         ) from error

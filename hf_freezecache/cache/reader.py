@@ -1,4 +1,4 @@
-"""Opens a cache, checks it, and reads chunks."""
+"""Opens a finished cache, checks it, and reads chunks."""
 
 from __future__ import annotations
 
@@ -41,17 +41,20 @@ from .index import (
     COPIES_NAME,
     INDEX_NAME,
     CacheIndex,
+    Selection,
+    load_index,
+    shard_name,
+)
+from .schema import TOKEN_POSITIONS, max_tensor_bytes
+from .shard_file import (
     ExtraSpec,
     ShardHeader,
-    load_index,
+    check_token_positions,
     read_chunk_frames,
     read_extra,
     read_shard_header,
     shard_metadata,
-    shard_name,
 )
-from .schema import max_tensor_bytes
-from .selection import Selection
 from .storage import (
     LocalStorage,
     RemoteStorage,
@@ -71,8 +74,9 @@ class DecodedChunk:
     """The samples of one chunk in one view.
 
     Attributes:
-        hidden_states: (samples, tokens, hidden).
-        extras: Name -> (samples, ...).
+        hidden_states: (samples, stored tokens, hidden).
+        extras: Name -> (samples, ...). Where fewer tokens are stored than the model has, ``token_positions`` (samples, stored
+            tokens) says which.
     """
 
     hidden_states: Tensor
@@ -100,25 +104,25 @@ _SLICE = 16
 
 @dataclass
 class CacheReader:
-    """A finished cache, opened for reading. Cheap to copy into worker processes; keeps no file open.
+    """A finished cache, opened for reading. It is cheap to copy into worker processes, and keeps no file open.
 
-    Opening reads ``index.json`` and the states of codecs, and checks that every file is there with its size. A shard's
-    head is read and checked against its hash when it is first used, a chunk's own range of bytes whenever it is; each frame
-    is checked against its checksum when it is decoded. Nothing that is read is trusted, hashes or not: what reaches a
-    batch has the shapes and dtypes that the index promises, belongs to the samples it is asked for, and is finite.
+    Opening reads ``index.json`` and the states of codecs, and checks that every file exists and has its size. The header of a
+    shard is read and checked against its hash when it is first used. The bytes of a chunk are read whenever it is used, and
+    each frame is checked against its checksum. Nothing that is read is trusted, hashes or not. What reaches a batch has the
+    shapes and dtypes that the index promises, belongs to the samples that were asked for, and is finite.
 
     Args:
         directory: The cache: a local folder, or an address that fsspec knows, e.g. ``hf://datasets/user/name``.
-        expected: Fingerprint it must have; ``None`` takes it as it is.
-        selection: Views and shards that must be there, and can be read; default all.
-        check_files: Whether to check now that all files are there. Reading one that is not fails.
-        index_name: Name of its index.
+        expected: Fingerprint that the cache must have; ``None`` takes any.
+        selection: Views and shards that must exist, and that can be read; default all.
+        check_files: Whether to check now that all files exist. Reading a missing one fails in any case.
+        index_name: Name of the index file.
 
     Raises:
-        CacheCorruptError: Not a finished cache, damaged, or out of reach.
-        CacheMismatchError: The fingerprint differs; the message names the parts.
+        CacheCorruptError: It is no finished cache, is damaged, or is out of reach.
+        CacheMismatchError: The fingerprint differs; the message names the components.
         IndexError: The cache has no such view or shard.
-        UnsupportedSetupError: Another version of the format, an unknown codec, or an address of an unknown protocol.
+        UnsupportedSetupError: It has another version of the format, an unknown codec, or an address of an unknown protocol.
     """
 
     directory: Path | str
@@ -131,7 +135,7 @@ class CacheReader:
     codec: Codec = field(init=False)
     views: ViewCodec = field(init=False)
     layout: ChunkLayout = field(init=False)
-    _heads: dict[tuple[int, int], ShardHeader] = field(init=False, default_factory=dict)
+    _headers: dict[tuple[int, int], ShardHeader] = field(init=False, default_factory=dict)
     _largest: dict[tuple[int, int], list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,22 +147,22 @@ class CacheReader:
             different = self.expected.difference(Fingerprint(self.index.fingerprint))
             if different:
                 raise CacheMismatchError(
-                    f"Cache {self.directory} was written for other inputs; these parts differ: {', '.join(different)}. "
+                    f"Cache {self.directory} was written for other inputs; these differ: {', '.join(different)}. "
                     "Use another cache_dir, or delete the folder to rebuild."
                 )
         self.layout = ChunkLayout(
-            self.index.num_samples, self.index.chunk_size, self.index.layout_seed, self.index.part
+            self.index.num_samples, self.index.chunk_size, self.index.layout_seed, self.index.rows
         )
-        wanted = self.selection.files(self.index)
+        names = self.selection.files(self.index)
         if self.check_files:
             if isinstance(self.storage, RemoteStorage):
                 self.storage.names()  # one listing gives all sizes
-            for name in wanted:
+            for name in names:
                 problem = self._file_problem(name)
                 if problem is not None:
                     raise CacheCorruptError(
                         f"{problem} Delete {self.storage.file(INDEX_NAME)} and run the same training again to rebuild "
-                        "what is damaged. Of a cache that was fetched in part, open that part: from_pretrained(..., "
+                        "what is damaged. If only some views or shards were fetched, name them: from_pretrained(..., "
                         "views=[...], shards=[...])."
                     )
         self._open_codecs()
@@ -169,8 +173,7 @@ class CacheReader:
         size = file.size()
         if size == expected:
             return None
-        found = "is missing" if size is None else f"has {size} bytes"
-        return f"{file} {found}, expected {expected} bytes."
+        return f"{file} {'is missing' if size is None else f'has {size} bytes'}, expected {expected} bytes."
 
     def _open_codecs(self) -> None:
         index = self.storage.file(INDEX_NAME)
@@ -217,64 +220,67 @@ class CacheReader:
         """Return the frames of hidden states per chunk; those of extras follow."""
         return self.views.num_frames(view, (1, *self.index.hidden_shape), self.dtype)
 
-    def _head(self, view: int, shard: int) -> ShardHeader:
-        if (view, shard) not in self._heads:
+    def _header(self, view: int, shard: int) -> ShardHeader:
+        """Read the header of a shard once, and check that it holds what the index promises."""
+        if (view, shard) not in self._headers:
             index, name = self.index, shard_name(view, shard)
             if not self.selection.whole and name not in self.selection.files(index):
                 raise IndexError(
-                    f"View {view}, shard {shard} of {self.directory} was left out when it was opened; there are views "
+                    f"View {view}, shard {shard} of {self.directory} was left out when it was opened; it was opened with views "
                     f"{list(self.selection.chosen_views(index))}, shards {list(self.selection.chosen_shards(index))}."
                 )
-            file, record = self.storage.file(name), self.index.files[name]
+            file, record = self.storage.file(name), index.files[name]
             start = file.read(0, record.header_bytes)
-            if hashlib.sha256(start).hexdigest() != record.head_sha256:
-                raise CacheCorruptError(f"{file} is damaged: the hash of its head does not match {INDEX_NAME}.")
-            head = read_shard_header(file, start)
-            codec = index.codec if view == 0 or index.copies is None else index.copies
-            expected = shard_metadata(
-                Fingerprint(index.fingerprint).digest,
-                view,
-                shard,
-                codec,
-                index.hidden_shape,
-                index.dtype,
-                index.extras,
-            )
-            first = shard * index.shard_chunks * index.chunk_size
-            rows = self.layout.order[first : first + index.shard_chunks * index.chunk_size]
-            frames = self._codec_frames(view) + len(index.extras)
-            different = sorted(
-                key for key in expected.keys() | head.metadata.keys() if head.metadata.get(key) != expected.get(key)
-            )
-            if "codec" in different:
-                problem = f"it was encoded with {str(head.metadata.get('codec'))[:500]}, not {expected['codec'][:500]}"
-            elif different:
-                problem = f"its {', '.join(map(str, different))[:500]} differ"
-            elif head.header_bytes != record.header_bytes:
-                problem = f"its head takes {head.header_bytes} bytes, not {record.header_bytes}"
-            elif head.frame_offsets.shape != (-(-len(rows) // index.chunk_size), frames + 1):
-                problem = f"frame offsets of shape {head.frame_offsets.shape}"
-            elif not np.array_equal(head.sample_indices, rows):
-                problem = "other sample indices"
-            else:
-                self._heads[view, shard] = head
-                return head
-            raise CacheCorruptError(
-                f"{file} is damaged: it does not hold the samples that {INDEX_NAME} promises: {problem}."
-            )
-        return self._heads[view, shard]
+            if hashlib.sha256(start).hexdigest() != record.header_sha256:
+                raise CacheCorruptError(f"{file} is damaged: the hash of its header does not match {INDEX_NAME}.")
+            header = read_shard_header(file, start)
+            problem = self._header_problem(view, shard, header)
+            if problem is not None:
+                raise CacheCorruptError(
+                    f"{file} is damaged: it does not hold the samples that {INDEX_NAME} promises: {problem}."
+                )
+            self._headers[view, shard] = header
+        return self._headers[view, shard]
+
+    def _header_problem(self, view: int, shard: int, header: ShardHeader) -> str | None:
+        """Say where a shard's header differs from the index."""
+        index, record = self.index, self.index.files[shard_name(view, shard)]
+        expected = shard_metadata(
+            Fingerprint(index.fingerprint).digest,
+            view,
+            shard,
+            index.codec if view == 0 or index.copies is None else index.copies,
+            index.num_tokens,
+            index.hidden_shape,
+            index.dtype,
+            index.extras,
+        )
+        names = expected.keys() | header.metadata.keys()
+        different = sorted(name for name in names if header.metadata.get(name) != expected.get(name))
+        if "codec" in different:
+            return f"it was encoded with {str(header.metadata.get('codec'))[:500]}, not {expected['codec'][:500]}"
+        if different:
+            return f"its {', '.join(map(str, different))[:500]} differ"
+        if header.header_bytes != record.header_bytes:
+            return f"its header takes {header.header_bytes} bytes, not {record.header_bytes}"
+        first = shard * index.shard_chunks * index.chunk_size
+        rows = self.layout.order[first : first + index.shard_chunks * index.chunk_size]
+        frames = self._codec_frames(view) + len(index.extras)
+        if header.frame_offsets.shape != (-(-len(rows) // index.chunk_size), frames + 1):
+            return f"frame offsets of shape {header.frame_offsets.shape}"
+        return None if np.array_equal(header.sample_indices, rows) else "other sample indices"
 
     def available_rows(self) -> npt.NDArray[np.int64]:
-        """Return the sample indices that can be read, sorted: of shards that are there, if that was not checked."""
+        """Return the sample indices that can be read, sorted, int64: those of shards that exist in all views."""
         if self.check_files:
             return np.sort(self.layout.order)
         views, per_shard = range(self.index.num_views), self.index.shard_chunks * self.index.chunk_size
-        there = [
+        rows = [
             self.layout.order[shard * per_shard : (shard + 1) * per_shard]
             for shard in range(self.index.num_shards)
             if all(self._file_problem(shard_name(view, shard)) is None for view in views)
         ]
-        return np.sort(np.concatenate([np.zeros(0, np.int64), *there]))
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *rows]))
 
     def members(self, chunk: int) -> npt.NDArray[np.int64]:
         """Return the sample indices of a chunk in stored order."""
@@ -284,24 +290,26 @@ class CacheReader:
         """Read and decode one chunk of one view.
 
         Raises:
-            CacheCorruptError: Its bytes are missing, damaged, or no finite hidden states.
+            CacheCorruptError: Its bytes are missing or damaged, or its hidden states are not finite.
         """
         packed = self.entropy_decode_chunk(view, chunk)
         with self._blaming(view, chunk):
             return DecodedChunk(self.views.dequantize(packed.arrays, self.dtype), packed.extras)
 
     def entropy_decode_chunk(self, view: int, chunk: int) -> PackedChunk:
-        """Read one chunk of one view and undo its entropy coding; and, if that view is predicted, of the base view too.
+        """Read one chunk of one view and undo its entropy coding.
+
+        If that view is predicted, the arrays of the base view are among the result.
 
         Raises:
-            CacheCorruptError: As ``read_chunk``.
+            CacheCorruptError: Its bytes are missing or damaged, or its hidden states would not be finite.
         """
-        packed = self._unpack(view, chunk)
+        packed = self._decode_frames(view, chunk)
         if self.views.needs_base(view):
-            base = self._unpack(0, chunk)
-            for position, part in ((0, base), (view, packed)):
-                with self._blaming(position, chunk):
-                    check_geometry(part.extras[GEOMETRY_NAME])
+            base = self._decode_frames(0, chunk)
+            for number, decoded in ((0, base), (view, packed)):
+                with self._blaming(number, chunk):
+                    check_geometry(decoded.extras[GEOMETRY_NAME])
             geometries = torch.stack([base.extras[GEOMETRY_NAME], packed.extras[GEOMETRY_NAME]], 1)
             packed = PackedChunk({**base.arrays, **packed.arrays, "geometry": geometries}, packed.extras)
         with self._blaming(view, chunk):
@@ -309,14 +317,14 @@ class CacheReader:
         return packed
 
     def _check_finite(self, arrays: dict[str, Tensor]) -> None:
-        """Refuse what would restore to NaN or infinite hidden states. Cheap: nearly always a bound is enough."""
+        """Refuse what decodes to NaN or infinite hidden states. This is cheap, since a bound nearly always decides."""
         largest = torch.finfo(self.dtype).max
         if self.views.abs_bound(arrays, self.dtype) < largest:
             return
         samples = len(next(iter(arrays.values())))
         for start in range(0, samples, _SLICE):
-            part = {name: array[start : start + _SLICE] for name, array in arrays.items()}
-            if not bool(torch.isfinite(self.views.dequantize(part, self.dtype)).all()):
+            some = {name: array[start : start + _SLICE] for name, array in arrays.items()}
+            if not bool(torch.isfinite(self.views.dequantize(some, self.dtype)).all()):
                 raise ValueError(f"NaN or infinite hidden states among its samples {start} to {start + _SLICE - 1}")
 
     @contextmanager
@@ -334,7 +342,7 @@ class CacheReader:
             ) from error
 
     def _largest_frames(self, view: int, samples: int) -> list[int]:
-        """Return the largest size of each frame of a chunk."""
+        """Return the largest size in bytes of each frame of a chunk."""
         if (view, samples) not in self._largest:
             shape = (samples, *self.index.hidden_shape)
             sizes = self.views.codec(view).max_frame_bytes(shape, self.dtype)
@@ -343,17 +351,20 @@ class CacheReader:
             self._largest[view, samples] = sizes
         return self._largest[view, samples]
 
-    def _unpack(self, view: int, chunk: int) -> PackedChunk:
+    def _decode_frames(self, view: int, chunk: int) -> PackedChunk:
+        """Read and check the frames of one chunk of one view, without what it is predicted from."""
         shard, position = divmod(chunk, self.index.shard_chunks)
-        head = self._head(view, shard)
+        header = self._header(view, shard)
         samples = len(self.members(chunk))
         with self._blaming(view, chunk):
             file = self.storage.file(shard_name(view, shard))
-            frames = read_chunk_frames(file, head, position, self._largest_frames(view, samples))
+            frames = read_chunk_frames(file, header, position, self._largest_frames(view, samples))
             split = self._codec_frames(view)
             arrays = self.views.entropy_decode(view, frames[:split], (samples, *self.index.hidden_shape), self.dtype)
             extras = {
                 spec.name: read_extra(spec, frame, samples)
                 for spec, frame in zip(self.index.extras, frames[split:], strict=True)
             }
+            if TOKEN_POSITIONS in extras:
+                check_token_positions(extras[TOKEN_POSITIONS], self.index.num_tokens)
         return PackedChunk(arrays, extras)

@@ -1,7 +1,11 @@
-"""What the JSON documents of a cache may say: checked before anything is made of them.
+"""What the JSON documents of a cache may say, checked before anything is made of them.
 
-Whoever wrote a cache can write any number into it, and hashes that fit. So every number is checked for kind and range here,
-before it sizes an array, a loop or a read.
+Whoever wrote a cache can write any number into it, and hashes that fit. So this module checks the kind and range of every
+number before it sizes an array, a loop or a read.
+
+The checks are written by hand. What libraries for schemas do here takes ``true`` for a count, or prints a value of 16 MB into
+its message; and nearly all checks relate several entries to one another. A module of its own keeps them beside the limits that
+index, shards and states share.
 """
 
 from __future__ import annotations
@@ -27,8 +31,10 @@ __all__ = [
     "MAX_INDEX_BYTES",
     "MAX_STATE_HEADER_BYTES",
     "RESERVED_EXTRAS",
+    "TOKEN_POSITIONS",
     "check_document",
     "check_extra",
+    "check_stored_tokens",
     "max_state_bytes",
     "max_table_bytes",
     "max_tensor_bytes",
@@ -42,25 +48,36 @@ COPIES_NAME = "copies.safetensors"
 #: A larger index is refused unread. An entry of a file takes some 280 bytes: this is room for 60 thousand files, with the
 #: default 1024 samples per shard 30 million views.
 MAX_INDEX_BYTES = 16 * 2**20
-#: A larger head of a shard is refused unread. It has 8 bytes per sample and per frame.
+#: A larger header of a shard is refused unread. It has 8 bytes per sample and per frame.
 MAX_HEADER_BYTES = 64 * 2**20
 #: Largest chunk, decoded. 32 samples of 1374 tokens of 1536 fp32 channels (DINOv2-giant at 518 pixels) take 258 MiB.
 MAX_CHUNK_BYTES = 2**31
-#: A longer header of a state is refused unread: it holds the codec's configuration and the report of its calibration.
+#: A longer JSON header of a state is refused unread. It holds the codec's configuration and the report of its calibration.
 MAX_STATE_HEADER_BYTES = 4 * 2**20
 #: Frames of a sample: at most this many times its size, and the smallest size of all frames of a chunk. Packed integers of
 #: the worst distribution take 5 times the size of fp16.
 _MOST_TIMES, _FRAMES_BYTES = 16, 2**14
-#: Lists, objects and commas of a document: what bounds the memory that parsing takes, 30 times the text at worst.
+#: Limits on lists, objects and commas of a document. They bound the memory that parsing takes, 30 times the text at worst.
 _MAX_OPENED, _MAX_COMMAS, _MAX_DEPTH, _MAX_DIGITS = 100_000, 500_000, 64, 40
-#: Of an index, where each number has a line, and of the headers of other files, which are one line each.
+#: Longest line of an index, where each number has a line, and of the JSON headers of other files, which are one line each.
 _MAX_LINE = 4 * 2**20
 #: Names that files of a cache have beside ``index.json``.
 FILE_NAME = re.compile(
     r"((codec|copies)\.safetensors|view-\d{2,}/shard-\d{5,}\.safetensors|index/view-\d{2,}/part-\d{5,}\.parquet)"
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-#: Names of the dtypes that what is stored beside the hidden states may have, as torch spells them.
+_RECORD_KEYS = {"bytes", "sha256", "header_bytes", "header_sha256"}
+#: Entry of ``index.json`` -> its smallest and largest value.
+_COUNTS = {
+    "split_point": (0, 10**6),
+    "layout_seed": (-(2**127), 2**127),
+    "num_samples": (1, 2**40),
+    "num_views": (1, 2**31),
+    "num_tokens": (1, 2**20),
+    "chunk_size": (1, 2**31),
+    "shard_chunks": (1, 2**31),
+}
+#: Dtypes of extras, under the names that torch gives them.
 EXTRA_DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -69,8 +86,10 @@ EXTRA_DTYPES: dict[str, torch.dtype] = {
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
     )
 }
-#: Names in a cached batch that are not the collator's to use, beside those that begin with ``packed.``.
+#: Names in a cached batch that no extra may have, beside those that begin with ``packed.``.
 RESERVED_EXTRAS = frozenset({"hidden_states", "pixel_values"})
+#: Extra (samples, stored tokens) with the positions of the stored tokens. It exists exactly where not all are stored.
+TOKEN_POSITIONS = "token_positions"
 
 
 _REPR = reprlib.Repr()
@@ -83,7 +102,7 @@ def shard_name(view: int, shard: int) -> str:
 
 
 def table_name(view: int, shard: int) -> str:
-    """Return the relative path of the index part that belongs to a shard."""
+    """Return the relative path of the index table that belongs to a shard."""
     return f"index/view-{view:02d}/part-{shard:05d}.parquet"
 
 
@@ -152,22 +171,25 @@ def _short(value: Any) -> str:
 def _counts(value: Any, what: str, length: int | None, least: int, most: int) -> list[int]:
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         raise ValueError(f"{what} is {_short(value)}, expected a list of {length or 'whole'} numbers")
-    return [_count(part, what, least, most) for part in value]
+    return [_count(number, what, least, most) for number in value]
 
 
 def check_extra(extra: Any) -> int:
-    """Check ``{"name", "dtype", "shape"}`` of something stored beside the hidden states; return its bytes per sample.
+    """Check ``{"name", "dtype", "shape"}`` of something stored beside the hidden states.
+
+    Returns:
+        Its bytes per sample.
 
     Raises:
-        ValueError: Another kind of entry, an unknown dtype, a name that is taken, or a shape that is none.
+        ValueError: It has another form, an unknown dtype, a reserved name, or an impossible shape.
     """
     if not isinstance(extra, Mapping) or extra.keys() != {"name", "dtype", "shape"}:
         raise ValueError(f"an extra is {_short(extra)}, expected name, dtype and shape")
     name, dtype = extra["name"], extra["dtype"]
     if not isinstance(name, str) or len(name) > 256:
-        raise ValueError(f"an extra has the name {_short(name)}, expected a short string")
+        raise ValueError(f"an extra has the name {_short(name)}, expected a short text")
     if name in RESERVED_EXTRAS or name.startswith("packed."):
-        raise ValueError(f"an extra has the name {name!r}, which is taken in cached batches")
+        raise ValueError(f"an extra has the name {name!r}, which cached batches use for something else")
     if not isinstance(dtype, str) or dtype not in EXTRA_DTYPES:
         raise ValueError(f"extra {name!r} has the unknown dtype {_short(dtype)}")
     shape = _counts(extra["shape"], f"the shape of extra {name!r}", None, 0, 2**31)
@@ -176,74 +198,100 @@ def check_extra(extra: Any) -> int:
     return math.prod(shape) * EXTRA_DTYPES[dtype].itemsize
 
 
+def check_stored_tokens(num_tokens: int, stored_tokens: int, extras: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the extras say which tokens are stored, exactly where not all of them are.
+
+    Args:
+        num_tokens: Tokens per sample in the model.
+        stored_tokens: Tokens per sample in the cache.
+        extras: ``{"name", "dtype", "shape"}`` of all that is stored beside the hidden states.
+
+    Raises:
+        ValueError: More tokens are stored than there are; or ``token_positions`` is missing, superfluous, or of another
+            dtype or shape.
+    """
+    if stored_tokens > num_tokens:
+        raise ValueError(f"{stored_tokens} tokens are stored per sample, but the model has {num_tokens}")
+    specs = [(extra["dtype"], list(extra["shape"])) for extra in extras if extra["name"] == TOKEN_POSITIONS]
+    if stored_tokens == num_tokens and specs:
+        raise ValueError(f"the extra {TOKEN_POSITIONS!r} is reserved for samples with fewer tokens than the model")
+    expected = [(dtype, [stored_tokens]) for dtype in ("int16", "int32")]
+    if stored_tokens < num_tokens and not (specs and specs[0] in expected):
+        raise ValueError(
+            f"{stored_tokens} of {num_tokens} tokens are stored per sample, and {TOKEN_POSITIONS} is {_short(specs)}, "
+            f"expected int16 or int32 of shape [{stored_tokens}]"
+        )
+
+
 def check_document(document: Mapping[str, Any]) -> None:
     """Check the content of ``index.json``, without its format, version and checksum.
 
-    Afterwards every number may size an array or a loop: chunks are at most ``MAX_CHUNK_BYTES``, there are as many files as
-    shards and index parts, and files of at least 8 bytes per sample and view. Codecs are left to ``codec_from_dict``.
+    Afterwards every number may size an array or a loop: chunks take at most ``MAX_CHUNK_BYTES``, there are as many files
+    as shards and index tables, and files of at least 8 bytes per sample and view. ``codec_from_dict`` checks codecs.
 
     Raises:
-        ValueError: What is wrong, what was found, and what was expected.
+        ValueError: What is wrong, which value it has, and what was expected.
         KeyError: An entry is missing.
     """
-    parts = document["fingerprint"]
-    if not isinstance(parts, dict) or not all(isinstance(value, str) for value in parts.values()):
-        raise ValueError(f"the fingerprint is {_short(parts)}, expected texts by name")
-    _count(document["split_point"], "split_point", 0, 10**6)
-    _count(document["layout_seed"], "layout_seed", -(2**127), 2**127)
+    components = document["fingerprint"]
+    if not isinstance(components, dict) or not all(isinstance(value, str) for value in components.values()):
+        raise ValueError(f"the fingerprint is {_short(components)}, expected texts by name")
+    counts = {name: _count(document[name], name, least, most) for name, (least, most) in _COUNTS.items()}
     if math.prod(_counts(document["image_shape"], "image_shape", 3, 1, 2**16)) > 2**32:
         raise ValueError(f"image_shape is {document['image_shape']}, expected at most 2**32 values")
-    num_samples = _count(document["num_samples"], "num_samples", 1, 2**40)
-    num_views = _count(document["num_views"], "num_views", 1, 2**31)
-    chunk_size = _count(document["chunk_size"], "chunk_size", 1, 2**31)
-    shard_chunks = _count(document["shard_chunks"], "shard_chunks", 1, 2**31)
-    tokens, hidden = _counts(document["hidden_shape"], "hidden_shape", 2, 1, 2**20)
-    dtype = document["dtype"]
+    stored_tokens, hidden = _counts(document["hidden_shape"], "hidden_shape", 2, 1, 2**20)
+    dtype, extras = document["dtype"], document["extras"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {_short(dtype)}, expected one of {sorted(DTYPES)}")
-    extras = document["extras"]
     if not isinstance(extras, (list, tuple)):
         raise ValueError(f"extras is {_short(extras)}, expected a list")
     sizes = [check_extra(extra) for extra in extras]
     names = [extra["name"] for extra in extras]
     if len(set(names)) != len(names):
         raise ValueError(f"extras {_short(names)} have names in common")
-    largest = max([tokens * hidden * DTYPES[dtype].itemsize, *sizes]) * min(chunk_size, num_samples)
+    check_stored_tokens(counts["num_tokens"], stored_tokens, extras)
+    num_samples, chunk_size = counts["num_samples"], counts["chunk_size"]
+    state_bytes = stored_tokens * hidden * DTYPES[dtype].itemsize
+    largest = max([state_bytes, *sizes]) * min(chunk_size, num_samples)
     if largest > MAX_CHUNK_BYTES:
         raise ValueError(f"a chunk takes {largest} bytes decoded, expected at most {MAX_CHUNK_BYTES}")
     for name in ("codec", "calibration", "copies", "copies_calibration"):
         if not isinstance(document.get(name), dict) and (name == "codec" or document.get(name) is not None):
             raise ValueError(f"{name} is {_short(document.get(name))}; calibration and codecs must be objects")
-    _check_files(document, num_samples, num_views, chunk_size * shard_chunks)
-    # Nor is a file hashed or read that is far larger than its content can be: sparse ones take no room on disk.
-    if document.get("part") is not None:
-        start, stop, total = _counts(document["part"], "part", 3, 0, 2**40)
-        stored = sum(record["bytes"] for record in document["files"].values())
-        # Rows of the whole data set are listed, whatever the part holds of them.
-        if not start < stop <= total <= max(2**22, stored) or num_samples != stop - start:
-            raise ValueError(
-                f"part {[start, stop, total]}, of {num_samples} samples, is no run of rows of its data set"
-            )
-    row_bytes = tokens * hidden * DTYPES[dtype].itemsize + sum(sizes)
-    rows = min(chunk_size * shard_chunks, num_samples)
+    shard_rows = chunk_size * counts["shard_chunks"]
+    _check_files(document, num_samples, counts["num_views"], shard_rows)
+    _check_rows(document, num_samples)
+    # No file is hashed or read that is far larger than its content can be. Sparse files take no room on disk.
+    rows = min(shard_rows, num_samples)
     for name, record in document["files"].items():
         if name.startswith("view"):
-            most = MAX_HEADER_BYTES + rows * (_MOST_TIMES * row_bytes + _FRAMES_BYTES)
+            most = MAX_HEADER_BYTES + rows * (_MOST_TIMES * (state_bytes + sum(sizes)) + _FRAMES_BYTES)
         elif name.startswith("index"):
             most = max_table_bytes(rows, 5 + len(extras))
         else:
-            most = max_state_bytes(tokens, hidden)
+            most = max_state_bytes(stored_tokens, hidden)
         if record["bytes"] > most:
             raise ValueError(f"{name} has {record['bytes']} bytes, expected at most {most}")
 
 
+def _check_rows(document: Mapping[str, Any], num_samples: int) -> None:
+    """Check which run of the permuted rows of its data set the cache holds."""
+    if document.get("rows") is None:
+        return
+    start, stop, total = _counts(document["rows"], "rows", 3, 0, 2**40)
+    stored_bytes = sum(record["bytes"] for record in document["files"].values())
+    # A reader permutes all rows of the data set, however few of them the cache holds.
+    if not start < stop <= total <= max(2**22, stored_bytes) or num_samples != stop - start:
+        raise ValueError(f"rows {[start, stop, total]}, of {num_samples} samples, is no run of rows of its data set")
+
+
 def max_table_bytes(rows: int, columns: int) -> int:
-    """Return the largest size of an index part: its schema, and values of 8 bytes with pages and statistics."""
+    """Return the largest size of an index table: its schema, and values of 8 bytes with pages and statistics."""
     return 2**20 + 64 * rows * columns
 
 
 def max_tensor_bytes(tokens: int, hidden: int) -> int:
-    """Return the largest size of what is fitted of a codec: a basis and a mean of four bytes each, and as much again."""
+    """Return the largest size of the fitted tensors of a codec: a basis and a mean of four bytes each, and as much again."""
     return 8 * (hidden + 1) * (hidden + tokens + 1)
 
 
@@ -253,26 +301,28 @@ def max_state_bytes(tokens: int, hidden: int) -> int:
 
 
 def _check_files(document: Mapping[str, Any], num_samples: int, num_views: int, shard_rows: int) -> None:
+    """Check names, sizes and hashes of all files."""
     files = document["files"]
     if not isinstance(files, dict):
         raise ValueError(f"files is {_short(files)}, expected records by name")
-    # Before anything is listed or permuted: every shard has a file, and every row takes 8 bytes of its shard's head.
+    # Before anything is listed or permuted: every shard has a file, and every row takes 8 bytes of a shard's header.
     num_shards = -(-num_samples // shard_rows)
     num_files = 2 * num_views * num_shards
-    stored = 0
+    stored_bytes = 0
     for name, record in files.items():
-        if not isinstance(record, dict) or not {"bytes", "sha256"} <= record.keys():
-            raise ValueError(f"the record of {_short(name)} is {_short(record)}, expected size and hashes")
+        if not isinstance(record, dict) or not {"bytes", "sha256"} <= record.keys() <= _RECORD_KEYS:
+            entries = sorted(record.keys() ^ _RECORD_KEYS) if isinstance(record, dict) else record
+            raise ValueError(f"the record of {_short(name)} lacks or adds {_short(entries)}, expected sizes and hashes")
         size = _count(record["bytes"], f"the size of {_short(name)}", 0, 2**62)
-        head = _count(record.get("header_bytes", 0), f"the size of the head of {_short(name)}", 0, MAX_HEADER_BYTES)
-        hashes: Sequence[Any] = [record["sha256"]] + [record.get("head_sha256")] * bool(head)
-        if head > size or not all(isinstance(value, str) and _SHA256.fullmatch(value) for value in hashes):
-            raise ValueError(f"the record of {_short(name)} has sizes {size} and {head} and hashes {_short(hashes)}")
-        stored += size
-    if len(files) < num_files or stored < 8 * num_samples * num_views:
+        header = _count(record.get("header_bytes", 0), f"the header size of {_short(name)}", 0, MAX_HEADER_BYTES)
+        hashes: Sequence[Any] = [record["sha256"]] + [record.get("header_sha256")] * bool(header)
+        if header > size or not all(isinstance(value, str) and _SHA256.fullmatch(value) for value in hashes):
+            raise ValueError(f"the record of {_short(name)} has sizes {size} and {header} and hashes {_short(hashes)}")
+        stored_bytes += size
+    if len(files) < num_files or stored_bytes < 8 * num_samples * num_views:
         raise ValueError(
-            f"{num_samples} samples in {num_views} views do not fit its {len(files)} files of {stored} bytes, expected "
-            f"{num_files} files"
+            f"{num_samples} samples in {num_views} views do not fit its {len(files)} files of {stored_bytes} bytes, "
+            f"expected {num_files} files"
         )
     expected = {
         name(view, shard)
@@ -287,13 +337,12 @@ def _check_files(document: Mapping[str, Any], num_samples: int, num_views: int, 
     if document.get("copies") is not None:
         expected.add(COPIES_NAME)
     if files.keys() != expected or not all(FILE_NAME.fullmatch(name) for name in files):
-        odd = sorted(files.keys() ^ expected)[:3]
-        raise ValueError(f"files missing from it, or foreign to a cache: {_short(odd)}")
+        raise ValueError(f"files missing from it, or foreign to a cache: {_short(sorted(files.keys() ^ expected)[:3])}")
     for shard in range(num_shards):
         rows = min(shard_rows, num_samples - shard * shard_rows)
         for view in range(num_views):
-            found = files[shard_name(view, shard)].get("header_bytes", 0)
-            if found < 8 * rows:
+            header = files[shard_name(view, shard)].get("header_bytes", 0)
+            if header < 8 * rows:
                 raise ValueError(
-                    f"the head of {shard_name(view, shard)} has {found} bytes, expected 8 for each of {rows} samples"
+                    f"the header of {shard_name(view, shard)} has {header} bytes, expected 8 for each of {rows} samples"
                 )

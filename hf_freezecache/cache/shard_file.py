@@ -1,4 +1,8 @@
-"""Shards: valid safetensors files, whose head can be trusted without reading the frames. See ``cache.format``."""
+"""Shards: valid safetensors files, whose header can be checked without reading the frames. See ``docs/format.md``.
+
+The *header* of a shard is all that comes before its frames: eight bytes of length, the JSON header of safetensors, the frame
+offsets and the sample indices.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from ..errors import CacheCorruptError
 from .schema import (
     EXTRA_DTYPES,
     MAX_HEADER_BYTES,
+    TOKEN_POSITIONS,
     parse_json,
 )
 from .storage import (
@@ -35,6 +40,7 @@ __all__ = [
     "FORMAT_VERSION",
     "ExtraSpec",
     "ShardHeader",
+    "check_token_positions",
     "file_sha256",
     "header_size",
     "read_chunk_frames",
@@ -45,8 +51,8 @@ __all__ = [
 ]
 
 FORMAT = "hf_freezecache"
-FORMAT_VERSION = 1
-#: A longer JSON header of a shard is refused unread; it holds a codec's configuration and the names of extras.
+FORMAT_VERSION = 2
+#: A longer JSON header of a shard is refused unread. It holds the configuration of a codec and the names of extras.
 MAX_JSON_BYTES = 2**20
 
 
@@ -99,11 +105,26 @@ def shard_metadata(
     view: int,
     shard: int,
     codec: dict[str, Any],
+    num_tokens: int,
     hidden_shape: Sequence[int],
     dtype: str,
     extras: Sequence[ExtraSpec],
 ) -> dict[str, str]:
-    """Return the metadata of a shard: strings, as safetensors wants them, and enough to tell what the shard holds."""
+    """Return the metadata of a shard, from which alone a reader can tell what the shard holds.
+
+    Args:
+        digest: Digest of the cache's fingerprint.
+        view: Number of the view.
+        shard: Number of the shard.
+        codec: ``{"name", "configuration"}`` of the codec of this view.
+        num_tokens: Tokens per sample in the model.
+        hidden_shape: (stored tokens, hidden).
+        dtype: Safetensors name of the dtype of the hidden states.
+        extras: What is stored beside the hidden states.
+
+    Returns:
+        Name -> text: safetensors allows nothing but texts.
+    """
     return {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -111,6 +132,7 @@ def shard_metadata(
         "view": str(view),
         "shard": str(shard),
         "codec": json.dumps(codec, sort_keys=True),
+        "num_tokens": str(num_tokens),
         "hidden_shape": json.dumps(list(hidden_shape)),
         "dtype": dtype,
         "extras": json.dumps([dataclasses.asdict(spec) for spec in extras], sort_keys=True),
@@ -119,10 +141,10 @@ def shard_metadata(
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The part of a shard before its frames.
+    """What a shard holds before its frames.
 
     Attributes:
-        metadata: Strings, as safetensors allows: format, version, fingerprint, view, shard, codec, dtype, extras.
+        metadata: Name -> text, see ``shard_metadata``.
         frame_offsets: (chunks, frames + 1), int64, ends of frames in ``frames``.
         sample_indices: (rows,), int64.
         header_bytes: Where ``frames`` starts in the file.
@@ -135,8 +157,8 @@ class ShardHeader:
 
 
 def _header_layout(num_chunks: int, num_frames: int, num_rows: int, metadata: dict[str, str]) -> tuple[int, int]:
-    """Return the bytes reserved for the JSON header, and the size of the whole head."""
-    # The one unknown is the number of frame bytes: room is kept for 20 digits.
+    """Return the bytes reserved for the JSON header, and the size of the whole header."""
+    # The number of frame bytes is not known yet: there is room for 20 digits.
     header = _header_json(num_chunks, num_frames, num_rows, 10**19, metadata)
     reserved = (len(header) + 7) // 8 * 8
     return reserved, 8 + reserved + 8 * (num_chunks * (num_frames + 1) + num_rows)
@@ -163,7 +185,7 @@ def _header_json(num_chunks: int, num_frames: int, num_rows: int, frame_bytes: i
 
 
 def header_size(num_chunks: int, num_frames: int, num_rows: int, metadata: dict[str, str]) -> int:
-    """Return the size in bytes of a shard's head; known before any frame is."""
+    """Return the size of a shard's header in bytes. It is known before any frame is."""
     return _header_layout(num_chunks, num_frames, num_rows, metadata)[1]
 
 
@@ -173,7 +195,7 @@ def write_shard_header(
     sample_indices: npt.NDArray[np.int64],
     metadata: dict[str, str],
 ) -> None:
-    """Write the head of a shard whose frames already follow at ``header_size``."""
+    """Write the header of a shard whose frames already follow at ``header_size``."""
     num_chunks, width = frame_offsets.shape
     num_rows = len(sample_indices)
     reserved, _ = _header_layout(num_chunks, width - 1, num_rows, metadata)
@@ -186,11 +208,11 @@ def write_shard_header(
 
 
 def read_shard_header(path: Path | StoredFile, start: bytes | None = None) -> ShardHeader:
-    """Read and check the head of a shard.
+    """Read and check the header of a shard.
 
     Args:
         path: The shard.
-        start: The beginning of the file, if it has been read: at least its head.
+        start: The first bytes of the file, if the caller has read them: at least its header.
 
     Raises:
         CacheCorruptError: Missing, not a shard, truncated, or offsets that do not tile its frames.
@@ -204,6 +226,7 @@ def read_shard_header(path: Path | StoredFile, start: bytes | None = None) -> Sh
         def take(position: int, length: int) -> bytes:
             return file.read(position, length) if start is None else start[position : position + length]
 
+        # The parser of safetensors takes no header alone: it wants the whole file in memory or on a local disk.
         (reserved,) = struct.unpack("<Q", take(0, 8))
         if not 2 <= reserved <= min(MAX_JSON_BYTES, size):
             raise ValueError(
@@ -238,27 +261,27 @@ def read_shard_header(path: Path | StoredFile, start: bytes | None = None) -> Sh
 
 
 def read_chunk_frames(
-    path: Path | StoredFile, head: ShardHeader, position: int, largest: Sequence[int] | None = None
+    path: Path | StoredFile, header: ShardHeader, position: int, largest: Sequence[int] | None = None
 ) -> list[Buffer]:
     """Read the frames of one chunk of a shard.
 
     Args:
         path: The shard.
-        head: Its head.
+        header: Its header.
         position: The chunk's place in the shard.
-        largest: Largest size of each frame; a larger one is refused unread.
+        largest: Largest size of each frame in bytes. A larger one is refused unread.
 
     Raises:
-        ValueError: A frame is too large, or the file is shorter than its head promises.
+        ValueError: A frame is too large, or the file is shorter than its header promises.
         CacheCorruptError: The file is missing, or cannot be read.
     """
-    offsets = head.frame_offsets[position]
+    offsets = header.frame_offsets[position]
     sizes = np.diff(offsets).tolist()
     for number, most in enumerate(largest or ()):
         if sizes[number] > most:
             raise ValueError(f"frame {number} takes {sizes[number]} bytes, expected at most {most}")
     length = sum(sizes)
-    data = as_file(path).read(head.header_bytes + int(offsets[0]), length)
+    data = as_file(path).read(header.header_bytes + int(offsets[0]), length)
     if len(data) != length:
         raise ValueError(f"{len(data)} bytes left of {length}")
     bounds = (offsets - offsets[0]).tolist()
@@ -278,3 +301,24 @@ def read_extra(spec: ExtraSpec, frame: Buffer, samples: int) -> torch.Tensor:
     if spec.torch_dtype is torch.bool and not set(content) <= {0, 1}:
         raise ValueError(f"extra {spec.name!r} holds bytes that are neither true nor false")
     return torch.frombuffer(content, dtype=spec.torch_dtype).reshape(shape)
+
+
+def check_token_positions(positions: torch.Tensor, num_tokens: int) -> None:
+    """Check which tokens of the model are stored.
+
+    Args:
+        positions: (samples, stored tokens), int16 or int32: the position of each stored token among those of the model.
+        num_tokens: Tokens per sample in the model.
+
+    Raises:
+        ValueError: A position is out of range, or those of a sample do not ascend.
+    """
+    # The first and the last of an ascending row bound all others.
+    in_range = (positions[:, :1] >= 0) & (positions[:, -1:].int() < num_tokens)  # int16 would wrap the number around
+    ascending = (positions[:, 1:] > positions[:, :-1]).all(1, keepdim=True)
+    wrong = (~(in_range & ascending)).flatten().nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"{TOKEN_POSITIONS} of its sample {wrong[0]} begin with {positions[wrong[0], :8].tolist()}, expected ascending "
+            f"numbers from 0 to {num_tokens - 1}"
+        )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import (
+    DTYPES,
     Codec,
     CopyCodec,
     ViewCodec,
@@ -23,15 +25,28 @@ from ..codecs import (
 from ..codecs.entropy import compress_frame
 from ..data.geometry import GEOMETRY_NAME
 from ..data.layout import ChunkLayout
-from ..errors import DataError
+from ..errors import CacheCorruptError, DataError
 from .fingerprint import Fingerprint
-from .index import ExtraSpec, header_size, shard_metadata, write_shard_header
 from .schema import (
     MAX_CHUNK_BYTES,
+    TOKEN_POSITIONS,
     check_extra,
+    check_stored_tokens,
+    shard_name,
+)
+from .shard_file import (
+    ExtraSpec,
+    ShardHeader,
+    check_token_positions,
+    header_size,
+    read_chunk_frames,
+    read_extra,
+    read_shard_header,
+    shard_metadata,
+    write_shard_header,
 )
 
-__all__ = ["CachePlan", "ShardWriter", "cache_name"]
+__all__ = ["BaseShard", "CachePlan", "ShardWriter", "cache_name"]
 
 #: zstd level of labels and other extras; they are small and mostly compressible.
 _EXTRA_LEVEL = 3
@@ -57,6 +72,8 @@ class CachePlan:
         calibration: How a lossy codec was chosen, for the index.
         copies: How chunks of views 1 and up are encoded, if not by ``codec``.
         copies_calibration: How that codec was chosen.
+        num_tokens: Tokens per sample in the model; ``None`` if all of them are stored. Where fewer are, each batch must hold
+            ``token_positions`` (batch, stored tokens), int16 or int32, ascending per sample.
     """
 
     fingerprint: Fingerprint
@@ -69,6 +86,7 @@ class CachePlan:
     calibration: dict[str, Any] | None = None
     copies: CopyCodec | None = None
     copies_calibration: dict[str, Any] | None = None
+    num_tokens: int | None = None
 
     @property
     def views(self) -> ViewCodec:
@@ -100,9 +118,9 @@ def _specs(extras: dict[str, Tensor]) -> list[ExtraSpec]:
 
 @dataclass
 class ShardWriter:
-    """Writes one shard, chunk by chunk; a thread encodes while the next batch is computed.
+    """Writes one shard, chunk by chunk. A thread encodes while the next batch is computed.
 
-    Holds at most one incomplete chunk, one chunk being encoded, and one batch.
+    It holds at most one incomplete chunk, one chunk that is being encoded, and one batch.
 
     Attributes:
         file: The shard, open for writing.
@@ -110,8 +128,7 @@ class ShardWriter:
         view: The view.
         shard: The shard's number.
         executor: Runs the encoder.
-        base: Gives hidden states and geometry of the base view of a chunk, by its place in the shard; for views that are
-            predicted.
+        base: (place of a chunk in the shard) -> hidden states and geometry of its base view; for views that are predicted.
     """
 
     file: BinaryIO
@@ -127,26 +144,51 @@ class ShardWriter:
     metadata: dict[str, str] = field(default_factory=dict)
     position: int = 0
     chunks: int = 0
+    samples: int = 0
 
     def append(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
-        """Add samples, in stored order."""
+        """Add samples, in stored order.
+
+        Args:
+            hidden_states: (batch, stored tokens, hidden), on the CPU.
+            extras: Name -> (batch, ...).
+
+        Raises:
+            DataError: Hidden states are not finite; or shapes, dtypes, names or token positions are not those of the cache, or
+                cannot be stored.
+        """
+        self._check_finite(hidden_states)
         if not self.metadata:
             self._start(hidden_states, extras)
         self._check(hidden_states, extras)
         self.hidden.append(hidden_states)
         self.extras.append(extras)
+        self.samples += len(hidden_states)
         size = self.plan.layout.chunk_size
-        while sum(len(part) for part in self.hidden) >= size:
+        while sum(map(len, self.hidden)) >= size:
             self._cut(size)
+
+    def _check_finite(self, hidden_states: Tensor) -> None:
+        if hidden_states.dtype not in DTYPES.values():
+            raise DataError(f"Hidden states of dtype {hidden_states.dtype} cannot be stored; expected a float dtype.")
+        finite = torch.isfinite(hidden_states).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            rows = self.plan.rows(self.shard)[self.samples :][: len(finite)][~finite.numpy()].tolist()
+            raise DataError(
+                f"The frozen prefix gave NaN or infinite hidden states for rows {rows[:5]} (view {self.view}). Check these "
+                "images, the transform's normalisation and the model's weights; with fp16 try bf16 or fp32."
+            )
 
     def _start(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
         specs = _specs(extras)
-        self._check_readable(hidden_states, specs)
+        num_tokens = self.plan.num_tokens or hidden_states.shape[1]
+        self._check_readable(hidden_states, specs, num_tokens)
         self.metadata = shard_metadata(
             self.plan.fingerprint.digest,
             self.view,
             self.shard,
             self.plan.views.stored_dict(self.view),
+            num_tokens,
             hidden_states.shape[1:],
             dtype_name(hidden_states.dtype),
             specs,
@@ -156,10 +198,11 @@ class ShardWriter:
         frames = self.plan.views.num_frames(self.view, hidden_states.shape, hidden_states.dtype) + len(specs)
         self.file.seek(header_size(chunks, frames, rows, self.metadata))
 
-    def _check_readable(self, hidden_states: Tensor, specs: list[ExtraSpec]) -> None:
+    def _check_readable(self, hidden_states: Tensor, specs: list[ExtraSpec], num_tokens: int) -> None:
         """Refuse at the start of a build what no reader would take at its end."""
         try:
             sizes = [check_extra(asdict(spec)) for spec in specs]
+            check_stored_tokens(num_tokens, hidden_states.shape[1], [asdict(spec) for spec in specs])
         except ValueError as error:
             raise DataError(
                 f"What the collator gave beside the images cannot be stored: {error}. Rename or convert it."
@@ -174,31 +217,37 @@ class ShardWriter:
 
     def _check(self, hidden_states: Tensor, extras: dict[str, Tensor]) -> None:
         expected = (json.loads(self.metadata["hidden_shape"]), self.metadata["dtype"])
-        found = (list(hidden_states.shape[1:]), dtype_name(hidden_states.dtype))
-        if expected != found:
+        actual = (list(hidden_states.shape[1:]), dtype_name(hidden_states.dtype))
+        if expected != actual:
             raise DataError(
-                f"Hidden states of one cache must have one shape and dtype: expected {expected}, found {found}. Let the "
+                f"Hidden states of one cache must have one shape and dtype: expected {expected}, found {actual}. Let the "
                 "transform give all images the same size."
             )
-        stored, given = json.loads(self.metadata["extras"]), [asdict(spec) for spec in _specs(extras)]
-        if stored != json.loads(json.dumps(given)):
+        expected_extras, specs = json.loads(self.metadata["extras"]), [asdict(spec) for spec in _specs(extras)]
+        if expected_extras != json.loads(json.dumps(specs)):
             raise DataError(
-                f"The collator gave {given} per sample, expected {stored} as in the first batch. Cached extras must have "
-                "one name, dtype and shape in all batches; pad and convert them in the transform."
+                f"The collator gave {specs} per sample, expected {expected_extras} as in the first batch. Cached extras must "
+                "have one name, dtype and shape in all batches; pad and convert them in the transform."
             )
+        if TOKEN_POSITIONS in extras:
+            try:
+                check_token_positions(extras[TOKEN_POSITIONS], int(self.metadata["num_tokens"]))
+            except ValueError as error:
+                raise DataError(
+                    f"A batch of shard {self.shard} (view {self.view}) cannot be stored: {error}. Sort the positions of "
+                    "each sample, and its hidden states with them."
+                ) from error
 
     def _cut(self, size: int) -> None:
         hidden = torch.cat(self.hidden)
-        names = self.extras[0].keys()
-        extras = {name: torch.cat([part[name] for part in self.extras]) for name in names}
+        extras = {name: torch.cat([batch[name] for batch in self.extras]) for name in sorted(self.extras[0])}
         self.hidden, self.extras = [], []
         if len(hidden) > size:
             self.hidden = [hidden[size:]]
             self.extras = [{name: value[size:] for name, value in extras.items()}]
         self._flush()
-        chunk = hidden[:size]
-        parts = {name: extras[name][:size] for name in sorted(names)}
-        self.pending = self.executor.submit(self._encode, self.chunks, chunk, parts)
+        chunk_extras = {name: value[:size] for name, value in extras.items()}
+        self.pending = self.executor.submit(self._encode, self.chunks, hidden[:size], chunk_extras)
         self.chunks += 1
 
     def _encode(self, chunk: int, hidden_states: Tensor, extras: dict[str, Tensor]) -> list[bytes]:
@@ -229,9 +278,53 @@ class ShardWriter:
             self.ends.append(ends)
 
     def finish(self) -> None:
-        """Write what is left, then the head."""
-        left = sum(len(part) for part in self.hidden)
+        """Write what is left, then the header."""
+        left = sum(map(len, self.hidden))
         if left:
             self._cut(left)
         self._flush()
         write_shard_header(self.file, np.array(self.ends, dtype=np.int64), self.plan.rows(self.shard), self.metadata)
+
+
+@dataclass
+class BaseShard:
+    """Gives hidden states and geometry of the base view of a shard's chunks, as a reader will decode them.
+
+    Calls come one after the other, from an encoder's thread. The shard of the base view is complete before any of them.
+
+    Attributes:
+        directory: The cache.
+        plan: What the cache is to hold.
+        shard: The shard's number.
+        header: Header of the shard of the base view; it is read when it is first needed.
+    """
+
+    directory: Path
+    plan: CachePlan
+    shard: int
+    header: ShardHeader | None = None
+
+    def __call__(self, position: int) -> tuple[Tensor, Tensor]:
+        """Return hidden states (samples, tokens, hidden) and geometry (samples, 5) of a chunk, by its place in the shard.
+
+        Raises:
+            CacheCorruptError: The shard of the base view is missing or damaged.
+        """
+        path, plan = self.directory / shard_name(0, self.shard), self.plan
+        if self.header is None:
+            self.header = read_shard_header(path)
+        metadata = self.header.metadata
+        first = (self.shard * plan.shard_chunks + position) * plan.layout.chunk_size
+        samples = min(plan.layout.chunk_size, plan.layout.num_samples - first)
+        shape, dtype = (samples, *json.loads(metadata["hidden_shape"])), DTYPES[metadata["dtype"]]
+        specs = [
+            ExtraSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in json.loads(metadata["extras"])
+        ]
+        number = [spec.name for spec in specs].index(GEOMETRY_NAME)
+        try:
+            frames = read_chunk_frames(path, self.header, position)
+            split = len(frames) - len(specs)
+            geometry = read_extra(specs[number], frames[split + number], samples)
+            return plan.codec.decode(frames[:split], shape, dtype), geometry
+        except ValueError as error:
+            raise CacheCorruptError(f"{path} is damaged in chunk {position}: {error}. Delete it to rebuild.") from error

@@ -1,7 +1,7 @@
 """Where the files of a cache lie, for reading: a local folder, or a folder of any store that fsspec knows.
 
-Nothing here trusts what lies there: of a local folder only regular files are read, and only those that lie in it, so that
-a cache from elsewhere can neither show other files of this machine nor hang a reader with a pipe.
+Nothing here trusts the folder. Of a local one, only regular files are read, and only those that lie in it. So a cache from
+elsewhere can neither show other files of this machine nor hang a reader with a pipe.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from typing_extensions import override
 
 from ..errors import (
     CacheCorruptError,
@@ -40,7 +41,7 @@ _RETRY = "Check the address, the connection and your access rights, and run the 
 
 
 class StoredFile(ABC):
-    """One file, which need not exist. ``str`` gives its path or address. Abstract; its subclasses are final."""
+    """One file, which need not exist. ``str`` gives its path or address. It is abstract; its subclasses are final."""
 
     #: Bytes that are fetched at once where a whole file is read piece by piece.
     block_bytes: int
@@ -50,7 +51,7 @@ class StoredFile(ABC):
         """Return its size in bytes, or ``None`` if there is no such file.
 
         Raises:
-            CacheCorruptError: It is no regular file, lies outside the cache, or cannot be looked at.
+            CacheCorruptError: It is no regular file, lies outside the cache, or is out of reach.
         """
 
     @abstractmethod
@@ -58,12 +59,12 @@ class StoredFile(ABC):
         """Return ``length`` bytes from ``start`` on, or fewer where the file ends.
 
         Raises:
-            CacheCorruptError: It is missing, as for ``size``, or cannot be read.
+            CacheCorruptError: It is missing or cannot be read, or for the reasons of ``size``.
         """
 
 
 class Storage(ABC):
-    """A folder of files. ``str`` gives its path or address. Cheap to pickle. Abstract; its subclasses are final."""
+    """A folder of files. ``str`` gives its path or address. It is abstract; its subclasses are final and cheap to pickle."""
 
     @abstractmethod
     def file(self, name: str) -> StoredFile:
@@ -115,8 +116,8 @@ class LocalFile(StoredFile):
             )
         return descriptor
 
+    @override
     def size(self) -> int | None:
-        """See base class."""
         try:
             descriptor = self._open()
         except (FileNotFoundError, NotADirectoryError):
@@ -130,8 +131,8 @@ class LocalFile(StoredFile):
         finally:
             os.close(descriptor)
 
+    @override
     def read(self, start: int, length: int) -> bytes:
-        """See base class."""
         try:
             descriptor = self._open()
             try:
@@ -163,7 +164,7 @@ class LocalStorage(Storage):
     _roots: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Follow links to the folder itself: it is where the user says."""
+        """Follow links to the folder itself, which the user named."""
         root = os.path.realpath(self.directory)
         roots = [root]
         if Path(root).parent.name == "snapshots":
@@ -176,13 +177,14 @@ class LocalStorage(Storage):
         """Return the path."""
         return str(self.directory)
 
+    @override
     def file(self, name: str) -> LocalFile:
-        """See base class."""
         return LocalFile(self.directory / name, self._roots)
 
+    @override
     def names(self) -> list[str]:
-        """See base class. Links count as what they are, and are not followed."""
-        found: list[str] = []
+        """Return the relative paths of all that lies in the folder but folders. Links are not followed."""
+        names: list[str] = []
         pending = [self.directory]
         try:
             while pending:
@@ -192,17 +194,17 @@ class LocalStorage(Storage):
                         if entry.is_dir(follow_symlinks=False):
                             pending.append(path)
                         else:
-                            found.append(path.relative_to(self.directory).as_posix())
+                            names.append(path.relative_to(self.directory).as_posix())
         except OSError as error:
             raise CacheCorruptError(f"{self.directory} cannot be listed: {error}. Permit reading.") from error
-        return sorted(found)
+        return sorted(names)
 
 
 # ---- Everything else ----
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """Return file system and path of an address. fsspec keeps one instance per process, so this is cheap, also after a fork.
+    """Return file system and path of an address. This is cheap, also after a fork: fsspec keeps one instance per process.
 
     Raises:
         UnsupportedSetupError: An unknown protocol, or one whose package is not installed.
@@ -234,8 +236,8 @@ class RemoteFile(StoredFile):
         """Return the address."""
         return self.url
 
+    @override
     def size(self) -> int | None:
-        """See base class."""
         if self.known_size is not None:
             return self.known_size
         filesystem, path = _filesystem(self.url)
@@ -251,14 +253,14 @@ class RemoteFile(StoredFile):
             raise CacheCorruptError(f"{self.url} is no file of known size but {info.get('type')!r}. {_RETRY}")
         return int(info["size"])
 
+    @override
     def read(self, start: int, length: int) -> bytes:
-        """See base class."""
         if length <= 0:
             return b""
         filesystem, path = _filesystem(self.url)
-        # What has no way of its own to fetch a range opens a file that reads ahead by megabytes.
-        own = type(filesystem).cat_file is not fsspec.AbstractFileSystem.cat_file
-        settings = {} if own else {"cache_type": "none"}
+        # The default way to fetch a range opens a file that reads ahead by megabytes.
+        fetches_ranges = type(filesystem).cat_file is not fsspec.AbstractFileSystem.cat_file
+        settings = {} if fetches_ranges else {"cache_type": "none"}
         try:
             data = bytes(filesystem.cat_file(path, start=start, end=start + length, **settings))
         except FileNotFoundError:
@@ -284,7 +286,7 @@ class RemoteStorage(Storage):
     _sizes: dict[str, int] | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Take no difference from a slash at the end."""
+        """Drop slashes at the end of the address."""
         self.url = self.url.rstrip("/")
 
     def __str__(self) -> str:
@@ -292,29 +294,29 @@ class RemoteStorage(Storage):
         return self.url
 
     def _listing(self) -> dict[str, int]:
-        """Return the sizes of all files by name: one request, or few, where asking for each would take thousands."""
+        """Return the sizes of all files by name. It takes a few requests, where asking for each file would take thousands."""
         if self._sizes is None:
             filesystem, path = _filesystem(self.url)
             root = path.rstrip("/") + "/"
             try:
-                found = filesystem.find(path, detail=True)
+                files = filesystem.find(path, detail=True)
             except Exception as error:
                 raise CacheCorruptError(
                     f"{self.url} cannot be listed: {type(error).__name__}: {error}. {_RETRY}"
                 ) from error
             self._sizes = {
                 name.removeprefix(root): info["size"]
-                for name, info in found.items()
+                for name, info in files.items()
                 if name.startswith(root) and isinstance(info.get("size"), int)
             }
         return self._sizes
 
+    @override
     def file(self, name: str) -> RemoteFile:
-        """See base class."""
         return RemoteFile(f"{self.url}/{name}", None if self._sizes is None else self._sizes.get(name))
 
+    @override
     def names(self) -> list[str]:
-        """See base class."""
         return sorted(self._listing())
 
 
@@ -335,5 +337,5 @@ def open_storage(place: str | Path | Storage) -> Storage:
 
 
 def as_file(file: Path | StoredFile) -> StoredFile:
-    """Return a path as a file; a path that the caller names may lie, or link, anywhere."""
+    """Return a path as a file. The caller names the path, so it may lie, or link, anywhere."""
     return file if isinstance(file, StoredFile) else LocalFile(Path(file))

@@ -1,4 +1,4 @@
-"""Checks files of a cache against its index, and copies a cache."""
+"""Checks files of a cache against its index, and copies a cache from folder to folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..errors import (
 )
 from .index import (
     INDEX_NAME,
-    ORIGIN_NAME,
+    PROVENANCE_NAME,
     CacheIndex,
     FileRecord,
-    file_sha256,
+    Selection,
     fsync_directory,
     load_index,
 )
-from .selection import Selection
+from .shard_file import file_sha256
 
 __all__ = ["check_free_space", "check_vacant", "copy_cache", "file_problem", "put_in_place", "scratch_of"]
 
@@ -35,7 +35,7 @@ def file_problem(path: Path, record: FileRecord) -> str | None:
 
 
 def check_vacant(directory: Path) -> None:
-    """Refuse a place where something lies: nothing is overwritten.
+    """Refuse a folder that holds something, since nothing is overwritten.
 
     Raises:
         CacheWriteError: It is a file, or a folder that is not empty.
@@ -51,7 +51,7 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
-        CacheWriteError: Fewer bytes are free there.
+        CacheWriteError: Fewer bytes are free on the disk of the folder.
     """
     free = shutil.disk_usage(next(path for path in [directory, *directory.absolute().parents] if path.is_dir())).free
     if free < num_bytes:
@@ -62,7 +62,9 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
 
 
 def copy_cache(source: Path, target: Path, selection: Selection | None = None) -> CacheIndex:
-    """Copy a cache, or a part of it; each file is checked in its copy, and the copy appears as a whole or not at all.
+    """Copy a cache, or some views and shards of it.
+
+    Each file is checked in its copy, and the copy appears as a whole or not at all.
 
     Args:
         source: A finished cache.
@@ -83,7 +85,7 @@ def copy_cache(source: Path, target: Path, selection: Selection | None = None) -
     check_free_space(target, sum(index.files[name].bytes for name in names))
     scratch = scratch_of(target, f"{os.getpid()}.tmp")
     try:
-        for name in [*names, INDEX_NAME, *([ORIGIN_NAME] if (source / ORIGIN_NAME).is_file() else [])]:
+        for name in [*names, INDEX_NAME, *([PROVENANCE_NAME] if (source / PROVENANCE_NAME).is_file() else [])]:
             copy = scratch / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -109,17 +111,17 @@ def copy_cache(source: Path, target: Path, selection: Selection | None = None) -
 
 
 def scratch_of(target: Path, purpose: str) -> Path:
-    """Return where to prepare what ``put_in_place`` puts in place: on the same file system, out of the way.
+    """Return the folder where a copy is prepared that ``put_in_place`` moves to its target.
 
-    In the target if that is there: it may be a mount, or where a shell stands.
+    It lies on the same file system: beside the target; or in it if it exists, since it may be a mount, or where a shell stands.
     """
     target = target.absolute()
     return target / f".{purpose}" if target.is_dir() else target.with_name(f".{target.name}.{purpose}")
 
 
 def put_in_place(scratch: Path, target: Path) -> None:
-    """Flush a complete folder and rename it to its final name; or move its files into one that is there."""
-    last = (INDEX_NAME, ORIGIN_NAME)  # the index makes a cache of it; no words lie there before there is one
+    """Flush a complete folder and rename it to its target; or move its files into the target if that exists."""
+    last = (INDEX_NAME, PROVENANCE_NAME)  # the index makes a cache of the folder, and its provenance describes a cache
     files = [path for path in scratch.rglob("*") if path.is_file()]
     files.sort(key=lambda path: last.index(path.name) if path.name in last else -1)
     for path in files:
@@ -130,10 +132,10 @@ def put_in_place(scratch: Path, target: Path) -> None:
             os.close(descriptor)
     if target.is_dir():
         for path in files:
-            place = target / path.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
-            fsync_directory(place.parent)
+            destination = target / path.relative_to(scratch)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(destination)
+            fsync_directory(destination.parent)
         shutil.rmtree(scratch)
         fsync_directory(target)
     else:

@@ -20,7 +20,7 @@ from ..config import (
 from ..data.image_transform import ImageTransform
 from ..dataset import CachedDataset
 from ..errors import UnsupportedSetupError
-from ..hub.quieting import quiet_libraries
+from ..hub.client import quiet_libraries
 from ..trainer import FreezeCacheTrainer
 
 __all__ = ["BuildSettings", "build", "load_images"]

@@ -37,16 +37,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..config import (
-    CacheConfig,
-    FreezeConfig,
-)
+from ..config import CacheConfig, FreezeConfig
 from ..errors import UnsupportedSetupError
-from ..hub.quieting import quiet_libraries
-from ..report.sensitivity_plot import (
-    draw_runs,
-    format_runs,
-)
+from ..hub.client import quiet_libraries
+from ..report.plots import draw_runs
+from ..report.text import format_runs
 from ..trainer import FreezeCacheTrainer
 
 __all__ = ["DemoSettings", "DigitTransform", "load_digit_images", "run"]

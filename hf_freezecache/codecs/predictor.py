@@ -16,8 +16,11 @@ from .transform import digest
 
 __all__ = ["WHOLE", "Predictor", "check_geometry", "move_tokens"]
 
-#: Geometry of a view that shows the whole image, and of views whose geometry is unknown. Five numbers say where a view lies in
-#: its image: left, top, right, bottom as fractions of its sides, and 1.0 if mirrored.
+#: The geometry of a view is five numbers, ``(left, top, right, bottom, flip)``. The first four are the edges of the crop as
+#: fractions of the image: ``left < right`` of its width, ``top < bottom`` of its height, 0 at its left or upper edge and 1 at
+#: the opposite one. ``flip`` is 1.0 if the crop is mirrored left to right, else 0.0. ``data.geometry`` draws such crops and
+#: applies them to pixels, ``move_tokens`` applies them to tokens. This geometry shows the whole image. It also stands for
+#: views whose geometry is unknown.
 WHOLE = (0.0, 0.0, 1.0, 1.0, 0.0)
 
 

@@ -24,19 +24,12 @@ from ..codecs import (
 from ..config import CacheConfig
 from ..data.collators import collate_cached, split_packed
 from ..data.geometry import GEOMETRY_NAME
-from ..data.training_data import Data
-from ..data.views import (
-    GeometryCollator,
-    GeometryViews,
-    ViewDataset,
-    ViewKey,
-)
+from ..data.training_data import TrainingData
+from ..data.views import ViewDataset, ViewKey
 from ..dataset import CachedDataset
 from ..errors import UnsupportedSetupError
-from ..model.split import (
-    Split,
-    token_grid,
-)
+from ..model.split import Split, Splits
+from ..model.tokens import token_grid
 from .distortion import DistortionMeter
 from .step_search import Calibration, calibrate, fit_codec, rate_at
 
@@ -50,11 +43,13 @@ Runner = Callable[..., Any]
 _PROMOTED_BITS = 1.1
 
 
-def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> tuple[Codec, float | None, float | None]:
+def requested_codec(config: CacheConfig, split_point: int) -> tuple[Codec, float | None, float | None]:
     """Return the codec that a user asks for at a split point, its distortion budget, and its rate in bits per element.
 
+    At most one of budget and rate is a number. Of a codec with fixed steps, neither is.
+
     Raises:
-        UnsupportedSetupError: No such codec, or the compression schedule cannot be read.
+        UnsupportedSetupError: There is no such codec, ``bits_per_element`` cannot be read, or the codec has no step to choose.
     """
     codec = make_codec("transform" if config.codec == "auto" else config.codec or "lossless")
     if config.gradient_weight and isinstance(codec, Pipeline):
@@ -66,14 +61,15 @@ def requested_codec(config: CacheConfig, split_point: int, num_blocks: int) -> t
                 for step in codec.steps
             )
         )
-    rate = None if config.compression is None else rate_at(config.compression, split_point, num_blocks)
+    if config.bits_per_element is None:
+        return codec, config.max_distortion if config.codec == "auto" else None, None
     steps = codec.steps if isinstance(codec, Pipeline) else ()
-    if rate is not None and not any(isinstance(step, Transform) for step in steps):
+    if not any(isinstance(step, Transform) for step in steps):
         raise UnsupportedSetupError(
-            f"compression={config.compression!r} needs a codec with 'transform', whose step can be chosen; codec="
-            f"{config.codec!r} has none."
+            f"bits_per_element={config.bits_per_element!r} needs a codec with 'transform', whose step can be chosen; codec="
+            f"{config.codec!r} has none. Set codec='auto' or 'transform', or remove bits_per_element."
         )
-    return codec, config.max_distortion if config.codec == "auto" else None, rate
+    return codec, None, rate_at(str(config.bits_per_element), split_point)
 
 
 def is_weighted(codec: Codec) -> bool:
@@ -117,28 +113,27 @@ class Sample:
 
 
 def promoted(
-    run: Runner, split: Split, source: CacheReader, packed: dict[str, Tensor], extras: dict[str, Tensor]
+    run: Runner, earlier: Split, stop: int, source: CacheReader, packed: dict[str, Tensor], extras: dict[str, Tensor]
 ) -> Tensor:
-    """Return the states at a split point from those of an earlier cache, through the blocks between.
+    """Return the states at a later split point from those of an earlier cache, through the blocks between.
 
     Args:
         run: Runs a function on the training device.
-        split: The later split.
+        earlier: The model, split where the earlier cache was made.
+        stop: The later split point.
         source: The earlier cache.
-        packed: Packed batch of it, for ``ViewCodec.dequantize``.
+        packed: A packed batch of it, for ``ViewCodec.dequantize``.
         extras: Further inputs of the model.
 
     Returns:
         (batch, tokens, hidden), on the training device.
     """
-    earlier = Split(split.model, source.index.split_point)
-    earlier.image_shape = source.index.image_shape
 
     def advance(packed: dict[str, Tensor], **extras: Tensor) -> Tensor:
         # In full precision whatever the autocast: what follows is stored.
         with torch.autocast(next(iter(packed.values())).device.type, enabled=False):
             states = source.views.dequantize(packed, source.dtype)
-        return earlier.run_blocks(states, split.split_point, **extras)
+        return earlier.run_blocks(states, stop, **extras)
 
     return run(advance, packed=packed, **extras)  # type: ignore[no-any-return]
 
@@ -150,12 +145,14 @@ class CodecChooser:
     Attributes:
         config: What the user asks for.
         data: The training data.
+        splits: The splits of the model.
         run: Runs a function on the training device.
         batch_size: Images per prefix call.
     """
 
     config: CacheConfig
-    data: Data
+    data: TrainingData
+    splits: Splits
     run: Runner
     batch_size: int
     _samples: tuple[Split, dict[bool, Sample]] | None = None
@@ -179,7 +176,7 @@ class CodecChooser:
         sample = self.calibration_sample(split)
         middle = sample.middle
         meter = self.meter(split, sample, middle)
-        requested, budget, rate = requested_codec(config, split.split_point, split.num_blocks)
+        requested, budget, rate = requested_codec(config, split.split_point)
         prefix_tokens, grid = self.token_grid(split, sample)
         gradients = self.gradients(split, sample, meter) if is_weighted(requested) else None
         settings: dict[str, Any] = {"chunk_size": config.chunk_size, "budget": budget, "target_bits": rate}
@@ -229,11 +226,12 @@ class CodecChooser:
 
     def promoted(self, split: Split, source: CacheReader, sample: Sample) -> Tensor:
         """Return the states of a sample as they come from an earlier cache, (samples, tokens, hidden), on the CPU."""
+        earlier = self.splits.at(source.index.split_point)
         dataset, parts = CachedDataset(source, packed=True), []
         for part in self._batches(sample.keys):
             packed, _ = split_packed(collate_cached(dataset.__getitems__(sample.keys[part])))
             own = {extra: value[part] for extra, value in sample.extras.items()}
-            parts.append(promoted(self.run, split, source, packed, own).cpu())
+            parts.append(promoted(self.run, earlier, split.split_point, source, packed, own).cpu())
         return torch.cat(parts)
 
     def _batches(self, items: Sequence[Any]) -> Iterator[slice]:
@@ -253,7 +251,7 @@ class CodecChooser:
             ]
             return torch.cat([f[0].cpu() for f in found]), torch.cat([f[1].cpu() for f in found])
 
-        return DistortionMeter(sample.states[start:], outputs, self.data.classes)
+        return DistortionMeter(sample.states[start:], outputs, self.data.has_classes)
 
     def measure(self, split: Split, reader: CacheReader) -> dict[str, float | None]:
         """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
@@ -273,14 +271,14 @@ class CodecChooser:
             stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
             meter = self.meter(split, sample, 0)
             distortion, agreement = meter(stored)
-            own = {"max_distortion": distortion, "agreement": agreement, "relative_error": meter.relative_error(stored)}
+            own = {"distortion": distortion, "agreement": agreement, "relative_error": meter.relative_error(stored)}
             found |= {prefix + name: value for name, value in own.items()}
         return found
 
     def sample(self, split: Split, keys: list[ViewKey], views: ViewDataset | None = None) -> Sample:
         """Compute the exact states of images; of ``views``, if given, in place of the data's own."""
-        rendered = GeometryViews(self.data.views if views is None else views)
-        collate = GeometryCollator(self.data.collate, GEOMETRY_NAME)
+        rendered = (self.data.views if views is None else views).with_geometry()
+        collate = self.data.collate.with_geometry()
         states: list[Tensor] = []
         extras: list[dict[str, Tensor]] = []
         geometry: list[Tensor] = []

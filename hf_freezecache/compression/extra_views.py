@@ -90,16 +90,15 @@ class _Choice:
 
 
 def keeps_copies(chooser: CodecChooser, split: Split, source: CacheReader) -> bool:
-    """Say whether views beyond the first, computed from an earlier cache, leave half of the distortion asked for of them.
+    """Say whether views beyond the first, computed from an earlier cache, leave half of ``max_distortion``.
 
     No codec can give back what that cache has lost: where it has used up the budget, the images are the better source.
     """
     sample = chooser.calibration_sample(split, copies=True)
     middle = sample.middle
     alone, _ = chooser.meter(split, sample, middle)(chooser.promoted(split, source, sample)[middle:])
-    limit = chooser.config.copy_distortion or chooser.config.max_distortion
     logger.info("Further views from the cache of split point %d: distortion %.3g.", source.index.split_point, alone)
-    return alone <= limit / 2
+    return alone <= chooser.config.max_distortion / 2
 
 
 def choose_copies(
@@ -144,22 +143,20 @@ def choose_copies(
                 asked,
                 budget,
             )
-    requested, _, _ = requested_codec(config, split.split_point, split.num_blocks)
+    requested, _, _ = requested_codec(config, split.split_point)
     if not (isinstance(requested, Pipeline) and any(isinstance(step, Transform) for step in requested.steps)):
         requested = make_codec("transform")
     gradients = chooser.gradients(split, sample, meter) if is_weighted(requested) else None
 
     search = _Search(views, meter, requested, prefix_tokens, grid, gradients, config.chunk_size, budget, rate)
     direct = search.direct()
-    if config.copy_budget is None and rate is not None and direct.report.distortion < config.max_distortion:
+    if rate is not None and direct.report.distortion < config.max_distortion:
         # There is room for more than the first view has: its distortion is enough.
         budget, rate = config.max_distortion, None
         search = dataclasses.replace(search, budget=budget, rate=None)
         direct = search.direct()
     tried = {"direct": direct}
-    if config.copies == "full":
-        chosen = direct
-    elif config.copies in ("auto", "residual"):
+    if config.copies in ("auto", "residual"):
         residual = search.residual(direct)
         tried["residual"] = residual
         # A prediction that saves nothing would cost the reading of the base view.
@@ -212,7 +209,8 @@ def _budgets(
 ) -> tuple[float | None, float | None]:
     """Return distortion and bits per element that views beyond the first are given; one of them is ``None``.
 
-    By default they share what the first view takes, less what comes with them: the predictor once, and rows of the index.
+    They share what a lossy first view takes, less what comes with them: the predictor once, and rows of the index.
+    Beside a lossless first view, whose bytes would be far too many, they are given ``max_distortion``.
 
     Args:
         config: What the user asks for.
@@ -220,9 +218,7 @@ def _budgets(
         states: (samples, tokens, hidden), for the shape.
         rows: Rows of the data set.
     """
-    if config.copy_distortion is not None or config.copy_budget is not None:
-        return config.copy_distortion, config.copy_budget
-    if "bits_per_element" not in base:  # the first view is lossless: as many bytes would be far too many
+    if "bits_per_element" not in base:  # the first view is lossless
         return config.max_distortion, None
     _, tokens, hidden = states.shape
     others = config.num_views - 1

@@ -332,55 +332,44 @@ def _by_rate(codec: Codec, target_bits: float, attempt: Callable[[Codec], _Trial
     return max(good, key=lambda trial: trial.bits)
 
 
-#: Name of a curve -> bits per element as a function of the share of blocks that is frozen, in (0, 1].
-CURVES: dict[str, Callable[[float], float]] = {
-    "linear": lambda depth: 4.0 - 3.0 * depth,
-    "geometric": lambda depth: 4.0 * 0.25**depth,
-}
-
-
-def rate_at(compression: str, split_point: int, num_blocks: int) -> float:
-    """Return the bits per element that a compression schedule asks for at a split point.
+def rate_at(bits_per_element: str, split_point: int) -> float:
+    """Return the bits per element that a user asks for at a split point.
 
     Args:
-        compression: ``"0:4.0,6:2.5,9:1.5"``, split point from which on: bits per element; or a name in ``CURVES``.
-        split_point: From 1 to ``num_blocks``.
-        num_blocks: Blocks of the model.
+        bits_per_element: As ``parse_rates`` takes it.
+        split_point: At least 1.
 
     Raises:
-        UnsupportedSetupError: Not a schedule, or none for this split point.
+        UnsupportedSetupError: The text cannot be read, or says nothing about this split point.
     """
-    if compression in CURVES:
-        return CURVES[compression](split_point / num_blocks)
-    rates = parse_rates(compression)
-    starts = [start for start, _ in rates if start <= split_point]
-    if not starts:
+    rates = [rate for start, rate in parse_rates(bits_per_element) if start <= split_point]
+    if not rates:
         raise UnsupportedSetupError(
-            f"compression={compression!r} says nothing about split point {split_point}; begin it with '0:'."
+            f"bits_per_element={bits_per_element!r} says nothing about split point {split_point}; begin it with '0:'."
         )
-    return dict(rates)[max(starts)]
+    return rates[-1]
 
 
-def parse_rates(compression: str) -> Sequence[tuple[int, float]]:
-    """Read ``"0:4.0,6:2.5"``.
+def parse_rates(bits_per_element: str) -> Sequence[tuple[int, float]]:
+    """Read ``"2.5"``, or ``"0:4.0,6:2.5"``: from which split point on how many bits per element.
 
     Raises:
-        UnsupportedSetupError: It cannot be read; the message says why.
+        UnsupportedSetupError: The text cannot be read; the message says why.
     """
     rates = []
-    for entry in compression.split(","):
-        start, separator, bits = entry.partition(":")
+    for entry in bits_per_element.split(","):
+        start, _, bits = entry.rpartition(":") if entry != bits_per_element or ":" in entry else ("0", "", entry)
         try:
-            pair = (int(start), float(bits))
+            rate = (int(start), float(bits))
         except ValueError:
-            pair = (-1, -1.0)
-        if not separator or pair[0] < 0 or not 0 < pair[1] <= 16:
+            rate = (-1, -1.0)
+        if rate[0] < 0 or not 0 < rate[1] <= 16:
             raise UnsupportedSetupError(
-                f"compression={compression!r} has the entry {entry!r}; expected split_point:bits with bits per element "
-                f"above 0 and up to 16, e.g. '0:4.0,6:2.5,9:1.5', or one of {sorted(CURVES)}."
+                f"bits_per_element={bits_per_element!r} has the entry {entry!r}; expected one number above 0 and up to 16, e.g. "
+                "'2.5', or split_point:bits pairs, e.g. '0:4.0,6:2.5,9:1.5'."
             )
-        rates.append(pair)
+        rates.append(rate)
     starts = [start for start, _ in rates]
     if starts != sorted(set(starts)):
-        raise UnsupportedSetupError(f"compression={compression!r} must name rising split points, each once.")
+        raise UnsupportedSetupError(f"bits_per_element={bits_per_element!r} must name rising split points, each once.")
     return rates

@@ -1,48 +1,89 @@
-"""Collators: the user's own, checked, and that of cached samples."""
+"""Collators: the user's own with our checks around it, and that of cached samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .geometry import GEOMETRY_NAME
+from .views import ViewKey
 
-__all__ = ["PACKED", "CheckedCollator", "collate_cached", "split_packed"]
+__all__ = ["PACKED", "CheckedCollator", "Collator", "check_label_values", "collate_cached", "split_packed"]
 
-Collator = Callable[[list[Any]], dict[str, Any]]
+#: Turns a list of examples into a batch: a dict of tensors (batch, ...).
+Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class CheckedCollator:
-    """The user's collator, with a look at the labels of each batch that it makes.
+    """Calls the user's collator and checks the labels of each batch; carries geometry and keys beside the batch.
 
     Attributes:
         collate: The user's collator.
         label_names: Names under which the model takes labels.
-        num_labels: Classes of the model; ``None`` checks nothing.
+        num_labels: Number of classes of the model; ``None`` leaves labels unchecked.
+        geometry: Whether the items are those of ``ViewDataset.with_geometry``, ``(example, five numbers)``. The batch then
+            holds the numbers as ``GEOMETRY_NAME``, (batch, 5) float32.
     """
 
     collate: Collator
-    label_names: tuple[str, ...]
-    num_labels: int | None
+    label_names: tuple[str, ...] = ()
+    num_labels: int | None = None
+    geometry: bool = False
 
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        """Collate.
+    def with_geometry(self) -> CheckedCollator:
+        """Return the collator for items of ``ViewDataset.with_geometry``."""
+        return replace(self, geometry=True)
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        """Collate examples, or ``(example, geometry)`` with ``geometry``.
 
         Raises:
             DataError: A label is out of range.
         """
-        batch = self.collate(examples)
-        _check_label_values(batch, self.label_names, self.num_labels)
+        if not self.geometry:
+            return self._collate(items)
+        batch = self._collate([example for example, _ in items])
+        return {**batch, GEOMETRY_NAME: torch.tensor([numbers for _, numbers in items], dtype=torch.float32)}
+
+    def collate_keyed(self, items: list[tuple[ViewKey, Any]]) -> tuple[list[ViewKey], dict[str, Any]]:
+        """Collate items that carry their keys; return the keys, in order, and the batch.
+
+        Raises:
+            DataError: The user's collator failed, or a label is out of range. The message names the rows.
+        """
+        keys = [key for key, _ in items]
+        try:
+            return keys, self([item for _, item in items])
+        except Exception as error:
+            raise DataError(
+                f"The data_collator failed on rows {[sample_index for sample_index, _ in keys]} (view {keys[0][1]}): "
+                f"{type(error).__name__}: {error}. Let the transform give all images one size and valid labels; finished "
+                "shards of the cache are kept."
+            ) from error
+
+    def _collate(self, examples: list[Any]) -> dict[str, Any]:
+        batch = dict(self.collate(examples))
+        check_label_values(batch, self.label_names, self.num_labels)
         return batch
 
 
-def _check_label_values(batch: dict[str, Any], label_names: Sequence[str] | None, num_labels: int | None) -> None:
-    """Raise if an integer class label of a batch lies outside ``[0, num_labels)`` and is not -100."""
+def check_label_values(batch: Mapping[str, Any], label_names: Sequence[str] | None, num_labels: int | None) -> None:
+    """Check that integer class labels (batch,) lie in ``[0, num_labels)`` or are -100.
+
+    Args:
+        batch: A collated batch.
+        label_names: Names under which the model takes labels.
+        num_labels: Number of classes of the model; ``None`` checks nothing.
+
+    Raises:
+        DataError: A label is out of range.
+    """
     if num_labels is None:
         return
     for name in label_names or []:

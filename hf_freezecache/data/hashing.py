@@ -1,4 +1,4 @@
-"""Hashes of the user's data and code."""
+"""Hashes of the training data, and of the code and state of transforms and collators."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["hash_dataset", "hash_object"]
 
 
 def hash_dataset(dataset: Any) -> str:
-    """SHA-256 over the content of a ``datasets.Dataset``, row by row in logical order.
+    """Return the SHA-256 of the content of a ``datasets.Dataset``, row by row in logical order.
 
-    Content, not ``Dataset._fingerprint``: that one changes when equal data are loaded again, and does not change when
-    an image file that a row merely points to is edited. For such files size and modification time are hashed.
+    ``Dataset._fingerprint`` would not do: it changes when equal data are loaded again, and stays when an image file changes
+    to which a row merely points. For such files the size and the time of the last change are hashed.
 
     Raises:
-        UnsupportedSetupError: The data set is of another kind.
+        UnsupportedSetupError: The data set is of another type.
     """
-    import datasets  # late, like below: readers need no `datasets`, which takes long to import
+    import datasets  # imported here: readers of a cache do not need `datasets`, which takes long to import
 
     if not isinstance(dataset, datasets.Dataset):
         raise UnsupportedSetupError(
@@ -49,35 +49,42 @@ def hash_dataset(dataset: Any) -> str:
     return digest.hexdigest()
 
 
-def _sources(thing: Any) -> list[str]:
-    """Return hashes of the files that define a transform, or the parts of a tuple of them.
+def _source_hashes(code: Any) -> list[str]:
+    """Return hashes of the files that define a transform or collator, or each member of a tuple, list or dict of them.
 
-    What can be imported is pickled by name only, so an edit of its code would go unseen. Installed packages are left
-    out: their versions change together with far more than a transform.
+    The hasher pickles importable code by name only, so it would not see an edit of that code. Files of installed packages are
+    not hashed: their versions change for many reasons that leave the transform as it is.
     """
-    parts = (
-        list(thing) if isinstance(thing, (tuple, list)) else list(thing.values()) if isinstance(thing, dict) else None
-    )
-    if parts is not None:
-        return [source for part in parts for source in _sources(part)]
-    owner = thing if hasattr(thing, "__qualname__") else type(thing)
-    path = getattr(sys.modules.get(getattr(owner, "__module__", "")), "__file__", None)
-    if path is None or owner.__module__ == "__main__" or {"site-packages", "dist-packages"} & set(Path(path).parts):
+    if isinstance(code, dict):
+        code = list(code.values())
+    if isinstance(code, (tuple, list)):
+        return [source for member in code for source in _source_hashes(member)]
+    definition = code if hasattr(code, "__qualname__") else type(code)
+    path = getattr(sys.modules.get(getattr(definition, "__module__", "")), "__file__", None)
+    if (
+        path is None
+        or definition.__module__ == "__main__"
+        or {"site-packages", "dist-packages"} & set(Path(path).parts)
+    ):
         return []
     return [hashlib.sha256(Path(path).read_bytes()).hexdigest()] if Path(path).is_file() else []
 
 
-def hash_object(thing: Any, what: str) -> str:
-    """Hash code and state of a transform or collator with ``datasets``' own hasher.
+def hash_object(code: Any, what: str) -> str:
+    """Return a hash of the code and state of a transform or collator, by ``datasets``' own hasher.
+
+    Args:
+        code: The transform or collator, or a tuple of them.
+        what: Its name in the message of an error, such as ``"training transform"``.
 
     Raises:
-        UnsupportedSetupError: It cannot be hashed.
+        UnsupportedSetupError: The hasher cannot pickle it.
     """
     from datasets.fingerprint import Hasher
 
     hasher: Callable[[Any], str] = Hasher.hash
     try:
-        return hasher((thing, _sources(thing)))
+        return hasher((code, _source_hashes(code)))
     except Exception as error:
         raise UnsupportedSetupError(
             f"The {what} cannot be hashed ({type(error).__name__}: {error}), so a cache could go stale unseen when it "

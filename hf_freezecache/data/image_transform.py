@@ -1,4 +1,4 @@
-"""A training transform that tells where it cut: random resized crop, flip and colour, seeded and replayable."""
+"""A training transform whose draws are known: random resized crop, flip and colour, seeded and repeatable."""
 
 from __future__ import annotations
 
@@ -12,24 +12,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from ..errors import (
-    DataError,
-    UnsupportedSetupError,
-)
-from .geometry import Box, ViewParameters, _recorder
+from ..errors import DataError, UnsupportedSetupError
+from .geometry import CentreCrop, ViewParameters, crop_and_flip, random_crop, record
 from .seeding import seeded
 
-__all__ = [
-    "ImageTransform",
-]
-
+__all__ = ["ImageTransform"]
 
 #: In the order in which they are drawn.
 AUGMENTATIONS = ("crop", "flip", "colour")
-#: Part of the hashed state. Raise it when the same settings begin to give other pixels or draws: caches name it.
+#: Part of the hashed state, and so of every fingerprint. Raise it when the same settings give other pixels or draws.
 REVISION = 1
-#: Attempts of torchvision's ``RandomResizedCrop`` before it falls back to the middle.
-CROP_ATTEMPTS = 10
 
 
 def _pair(name: str, value: Any, kind: type) -> tuple[Any, Any]:
@@ -41,36 +33,38 @@ def _pair(name: str, value: Any, kind: type) -> tuple[Any, Any]:
 
 
 class ImageTransform:
-    """Renders images for a vision transformer: with ``train`` cropped, flipped and coloured at random.
+    """Renders images for a vision transformer; with ``train`` it crops, flips and colours them at random.
 
-    To be given to ``Dataset.set_transform`` or as ``train_transform``/``eval_transform``. Parameters are drawn from Python's
-    ``random`` alone, so under ``views.seeded(seed, sample_index, view)`` they depend on these three numbers and on the
-    image's size. All state is plain numbers and names: equal settings hash alike, in any process.
+    Pass it to ``Dataset.set_transform``, or as ``train_transform``/``eval_transform``. It draws from Python's ``random`` alone:
+    under ``seeding.seeded(seed, sample_index, view)`` the draws depend on these three numbers and on the size of the image.
+    All state is plain numbers and names, so equal settings hash alike in any process.
 
-    Crops are those of torchvision's ``RandomResizedCrop``, whose defaults (area 0.08 to 1, aspect ratio 3/4 to 4/3; Szegedy
-    et al., "Going Deeper with Convolutions") and flip probability of 0.5 are the defaults here. Colour factors are drawn as
-    by torchvision's ``ColorJitter``, and are applied to the cropped and resized image in a fixed order.
+    Colour factors are drawn as by torchvision's ``ColorJitter``, and are applied in a fixed order to the cropped and resized
+    image.
+
+    Source: Crops and their defaults (area 0.08 to 1, aspect ratio 3/4 to 4/3) and the flip probability of 0.5 are those of
+    torchvision's ``RandomResizedCrop``, after Szegedy et al., "Going Deeper with Convolutions".
 
     Args:
         size: Width and height of the rendering in pixels; one number for a square.
-        train: Whether to draw at random. Without, images are resized and cropped at the centre, as for evaluation.
-        scale: Least and greatest area of a random crop, as a fraction of the image's; ``None``: no random crops, training
-            images are resized as for evaluation.
-        ratio: Least and greatest width / height of a random crop, in pixels of the image, drawn uniformly in its logarithm.
-        flip: Probability of exchanging left and right.
+        train: Whether to draw at random. If not, images are resized and cropped at the centre, as for evaluation.
+        scale: Least and greatest area of a random crop, as a fraction of the image's. ``None`` switches random crops off:
+            training images are then resized as for evaluation.
+        ratio: Least and greatest width / height of a random crop, in pixels of the image. Its logarithm is drawn uniformly.
+        flip: Probability of a left-right flip.
         brightness: ``x`` draws the factor uniformly from ``[max(0, 1 - x), 1 + x]``; 0 switches it off.
         contrast: The same for contrast.
         saturation: The same for saturation.
-        mean: Subtracted from red, green and blue, after ``rescale``. The default, with ``std``, is the one of ViT's image
-            processor: pixels from -1 to 1.
-        std: Divides red, green and blue.
+        mean: It is subtracted from red, green and blue, after ``rescale``. The default, together with that of ``std``, is the
+            one of ViT's image processor: pixels from -1 to 1.
+        std: It divides red, green and blue.
         rescale: Factor that turns pixels of 0 to 255 into the unit of ``mean`` and ``std``.
         resample: One of ``PIL.Image.Resampling``.
-        shortest_edge: For evaluation, resize the shorter side to so many pixels, then cut ``size`` from the centre.
-        resized: For evaluation, resize to this width and height, then cut ``size`` from the centre. Default, without
-            ``shortest_edge``: resize to ``size``.
-        image_column: Column of the images.
-        label_column: Column that is passed on as ``labels``; ``None`` for none.
+        shortest_edge: For evaluation, the shorter side is resized to this many pixels, and ``size`` is cut from the centre.
+        resized: For evaluation, images are resized to this width and height, and ``size`` is cut from the centre. Default,
+            without ``shortest_edge``: images are resized to ``size``.
+        image_column: Name of the column of images.
+        label_column: Name of the column that is passed on as ``labels``; ``None`` for none.
 
     Raises:
         UnsupportedSetupError: A setting is out of its range.
@@ -96,7 +90,7 @@ class ImageTransform:
         image_column: str = "image",
         label_column: str | None = "label",
     ) -> None:
-        # Every number is converted and every tuple made anew: 1 and 1.0, or one tuple used twice, hash differently.
+        # Every number is converted and every tuple made anew: 1 and 1.0 hash differently, and so does a tuple used twice.
         self.revision = REVISION
         self.size = _pair("size", (size, size) if isinstance(size, int) else size, int)
         self.train = bool(train)
@@ -118,7 +112,7 @@ class ImageTransform:
         def refuse(name: str, expected: str) -> None:
             raise UnsupportedSetupError(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
-        # Conditions say what is right, so that NaN is wrong.
+        # The conditions say what is right, so that NaN is refused.
         if not min(self.size) >= 1:
             refuse("size", "a width and a height of at least one pixel")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -155,24 +149,24 @@ class ImageTransform:
         Args:
             processor: A processor whose ``size`` is a height and a width, or a ``shortest_edge``.
             train: Whether to draw at random.
-            settings: Further arguments of ``ImageTransform``; they replace what the processor says.
+            settings: Further arguments of ``ImageTransform``; they override the processor.
 
         Raises:
-            UnsupportedSetupError: The processor names no size of this kind, or a setting is out of its range.
+            UnsupportedSetupError: The processor has a size of another kind, or a setting is out of its range.
         """
-        found = processor.to_dict()
-        size = dict(found.get("size") or {})
-        crop = dict(found.get("crop_size") or {}) if found.get("do_center_crop") else size
+        config = processor.to_dict()
+        size = dict(config.get("size") or {})
+        crop = dict(config.get("crop_size") or {}) if config.get("do_center_crop") else size
         shortest = size.get("shortest_edge")
         output = tuple(crop.get(side) or crop.get("shortest_edge") for side in ("width", "height"))
-        resample = found.get("resample")
-        read: dict[str, Any] = {
+        resample = config.get("resample")
+        from_config: dict[str, Any] = {
             "resample": Image.Resampling.BILINEAR if resample is None else resample,
-            "rescale": found["rescale_factor"] if found.get("do_rescale", True) else 1.0,
-            "mean": found["image_mean"] if found.get("do_normalize", True) else (0.0, 0.0, 0.0),
-            "std": found["image_std"] if found.get("do_normalize", True) else (1.0, 1.0, 1.0),
+            "rescale": config["rescale_factor"] if config.get("do_rescale", True) else 1.0,
+            "mean": config["image_mean"] if config.get("do_normalize", True) else (0.0, 0.0, 0.0),
+            "std": config["image_std"] if config.get("do_normalize", True) else (1.0, 1.0, 1.0),
         }
-        # A size of the caller's own replaces the processor's resizing as well, which was meant for another size.
+        # A size in `settings` replaces the processor's resizing too, which was meant for the processor's size.
         if "size" not in settings:
             resized = None if shortest else (size.get("width"), size.get("height"))
             if None in output or (resized is not None and None in resized):
@@ -180,8 +174,12 @@ class ImageTransform:
                     f"{type(processor).__name__} has size={size} and crop_size={crop}: expected a height and a width, or "
                     "a shortest_edge. Give the size in pixels yourself: from_processor(..., size=(width, height))."
                 )
-            read |= {"size": output, "shortest_edge": shortest, "resized": None if resized == output else resized}
-        return cls(train=train, **{**read, **settings})
+            from_config |= {
+                "size": output,
+                "shortest_edge": shortest,
+                "resized": None if resized == output else resized,
+            }
+        return cls(train=train, **{**from_config, **settings})
 
     # ---- What is drawn ----
 
@@ -196,10 +194,10 @@ class ImageTransform:
         return max(self.brightness, self.contrast, self.saturation) > 0
 
     def only(self, augmentation: str) -> ImageTransform:
-        """Return the same transform with only one random part left, to measure what this part alone changes.
+        """Return the same transform with a single augmentation left, to measure the effect of this one.
 
-        Under the same random state it draws for this part what the whole transform draws. Without ``"crop"``, images are
-        resized and cropped as for evaluation.
+        Under the same random state it draws the same numbers for this augmentation as the whole transform does. Without
+        ``"crop"``, images are resized and cropped as for evaluation.
 
         Args:
             augmentation: ``"crop"``, ``"flip"`` or ``"colour"``.
@@ -218,42 +216,42 @@ class ImageTransform:
     def draw(self, width: int, height: int) -> ViewParameters:
         """Draw the parameters of one view from Python's ``random``: crop, then flip, then colour.
 
-        Parts that ``only`` left out are drawn too, and thrown away, so that the others come out the same. Without ``train``
+        Augmentations that ``only`` left out are drawn too, and discarded, so that the others stay the same. Without ``train``
         nothing is drawn.
 
         Args:
-            width: Of the image, in pixels.
-            height: Of the image, in pixels.
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
 
         Raises:
             DataError: The image has no pixels.
         """
         if width < 1 or height < 1:
             raise DataError(f"The image has {width} x {height} pixels: remove its row, there is nothing to render.")
-        box = self._evaluation_box(width, height)
+        box = self._centre_crop(width, height).box
         if not self.train:
             return ViewParameters(*box)
         if self.scale is not None:
-            crop = self._draw_crop(self.scale, width, height)
+            crop = random_crop(width, height, self.scale, self.ratio)
             box = crop if "crop" in self.kept else box
         flip = random.random() < self.flip and "flip" in self.kept
         factors = [1.0, 1.0, 1.0]
         if self._jitters:
-            # All three, so that switching one off leaves the others as they were.
-            widths = (self.brightness, self.contrast, self.saturation)
-            drawn = [random.uniform(max(0.0, 1 - width), 1 + width) for width in widths]
+            # All three are drawn, so that switching one off leaves the others as they were.
+            changes = (self.brightness, self.contrast, self.saturation)
+            drawn = [random.uniform(max(0.0, 1 - change), 1 + change) for change in changes]
             factors = drawn if "colour" in self.kept else factors
         return ViewParameters(*box, flip, *factors)
 
     def parameters(self, seed: int, sample_index: int, view: int, width: int, height: int) -> ViewParameters:
-        """Recover what this transform draws for a view, from its key and the image's size alone.
+        """Draw the parameters of a view again, from its key and the size of the image alone.
 
         Args:
             seed: Seed of the views.
             sample_index: Row of the training data set.
-            view: Number of the view. Where ``train_transform`` and ``eval_transform`` are two, ask the one that renders it.
-            width: Of the image, in pixels.
-            height: Of the image, in pixels.
+            view: Number of the view. ``eval_transform`` renders view 0 if there is one, ``train_transform`` the others.
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
 
         Raises:
             DataError: The image has no pixels.
@@ -261,76 +259,32 @@ class ImageTransform:
         with seeded(seed, sample_index, view):
             return self.draw(width, height)
 
-    def _draw_crop(self, scale: tuple[float, float], width: int, height: int) -> Box:
-        """``torchvision.transforms.RandomResizedCrop.get_params``, with Python's generator."""
-        least, greatest = self.ratio
-        for _ in range(CROP_ATTEMPTS):
-            area = width * height * random.uniform(*scale)
-            ratio = math.exp(random.uniform(math.log(least), math.log(greatest)))
-            across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < across <= width and 0 < down <= height:
-                left, top = random.randint(0, width - across), random.randint(0, height - down)
-                break
-        else:
-            # The middle, as much of it as the ratio allows.
-            across = max(1, min(width, round(height * greatest)))
-            down = max(1, min(height, round(width / least)))
-            left, top = (width - across) // 2, (height - down) // 2
-        return left / width, top / height, (left + across) / width, (top + down) / height
-
     # ---- How it is rendered ----
 
-    def _evaluation_size(self, width: int, height: int) -> tuple[int, int]:
+    def _centre_crop(self, width: int, height: int) -> CentreCrop:
+        """Return the crop of evaluation for an image of ``width`` x ``height`` pixels."""
         if self.shortest_edge is None:
-            return self.resized or self.size
+            return CentreCrop(self.resized or self.size, self.size)
         # Rounded down, as in transformers' get_resize_output_image_size.
         shortest = min(width, height)
-        return int(self.shortest_edge * width / shortest), int(self.shortest_edge * height / shortest)
-
-    def _evaluation_corner(self, width: int, height: int) -> tuple[int, int]:
-        """Left and upper edge of the centre crop in pixels of the resized image; below 0 where that is too small."""
-        across, down = self._evaluation_size(width, height)
-        return (across - self.size[0]) // 2, (down - self.size[1]) // 2
-
-    def _evaluation_box(self, width: int, height: int) -> Box:
-        across, down = self._evaluation_size(width, height)
-        left, top = self._evaluation_corner(width, height)
-        return left / across, top / down, (left + self.size[0]) / across, (top + self.size[1]) / down
+        resized = int(self.shortest_edge * width / shortest), int(self.shortest_edge * height / shortest)
+        return CentreCrop(resized, self.size)
 
     def render(self, image: Image.Image, parameters: ViewParameters) -> torch.Tensor:
         """Render one view; the same arguments give the same bits.
 
-        The box of evaluation is rendered as the image processor does: resized, then cropped. Any other box is cropped, its
-        edges rounded to whole pixels, then resized, as by torchvision.
-
         Args:
             image: An image of any mode; it is converted to RGB.
-            parameters: Drawn for an image of this size.
+            parameters: What was drawn for an image of this size.
 
         Returns:
             Shape ``(3, height, width)``, ``float32``: ``(pixels * rescale - mean) / std``.
 
         Raises:
-            DataError: The crop holds no pixel of the image.
+            DataError: The crop contains no pixel of the image.
         """
         image = image.convert("RGB")
-        width, height = image.size
-        box = parameters.geometry()[:4]
-        # Less than any pixel of an image that PIL opens, more than what float32 loses on the way through a file.
-        if all(abs(a - b) < 1e-6 for a, b in zip(box, self._evaluation_box(width, height), strict=True)):
-            left, top = self._evaluation_corner(width, height)
-            image = image.resize(self._evaluation_size(width, height), self.resample)
-            image = image.crop((left, top, left + self.size[0], top + self.size[1]))
-        else:
-            edges = tuple(round(edge * side) for edge, side in zip(box, (width, height) * 2, strict=True))
-            if not (edges[0] < edges[2] and edges[1] < edges[3]):
-                raise DataError(
-                    f"The crop {box} of an image of {width} x {height} pixels is empty: expected left < right and "
-                    "top < bottom, at least a pixel apart. Draw parameters for this image's size."
-                )
-            image = image.crop(edges).resize(self.size, self.resample)
-        if parameters.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = crop_and_flip(image, parameters, self._centre_crop(*image.size), self.resample)
         for enhance, factor in (
             (ImageEnhance.Brightness, parameters.brightness),
             (ImageEnhance.Contrast, parameters.contrast),
@@ -361,7 +315,6 @@ class ImageTransform:
                     f"The rows have no column {column!r} but {', '.join(map(repr, batch)) or 'none'}: set {option} to one "
                     f"of them{advice}. (Trainer drops columns the model does not take: remove_unused_columns=False.)"
                 )
-        recorder = _recorder.get()
         pixel_values = []
         for image in batch[self.image_column]:
             if not isinstance(image, Image.Image):
@@ -371,7 +324,6 @@ class ImageTransform:
                 )
             parameters = self.draw(*image.size)
             pixel_values.append(self.render(image, parameters))
-            if recorder is not None:
-                recorder.append(parameters)
+            record(parameters)
         labels = {} if self.label_column is None else {"labels": batch[self.label_column]}
         return {"pixel_values": pixel_values, **labels}

@@ -16,16 +16,16 @@ class ChunkLayout:
     """Rows are permuted before they are cut into chunks, so a chunk is a random sample and never a run of one class.
 
     Attributes:
-        num_samples: Rows of the data set, or of the part of it that this layout is of.
+        num_samples: Rows that this layout is of.
         chunk_size: Samples per chunk; the last chunk may be smaller.
         seed: Seed of the permutation.
-        part: Which of the permuted rows: (start, stop, rows of the whole data set). ``None`` for all.
+        rows: Which of the permuted rows these are: (start, stop, rows of the whole data set). ``None`` for all.
     """
 
     num_samples: int
     chunk_size: int
     seed: int
-    part: tuple[int, int, int] | None = None
+    rows: tuple[int, int, int] | None = None
 
     @classmethod
     def of_rows(cls, total: int, chunk_size: int, seed: int, start: int, stop: int) -> ChunkLayout:
@@ -36,7 +36,7 @@ class ChunkLayout:
     @property
     def total_samples(self) -> int:
         """Rows of the whole data set."""
-        return self.num_samples if self.part is None else self.part[2]
+        return self.num_samples if self.rows is None else self.rows[2]
 
     @property
     def num_chunks(self) -> int:
@@ -47,14 +47,14 @@ class ChunkLayout:
     def order(self) -> npt.NDArray[np.int64]:
         """Sample indices in the order in which they are stored, (num_samples,)."""
         order = np.random.default_rng([self.seed & (2**64 - 1), 0xC4]).permutation(self.total_samples)
-        if self.part is None:
+        if self.rows is None:
             return order
-        start, stop, _ = self.part
+        start, stop, _ = self.rows
         return order[start:stop].copy()
 
     @functools.cached_property
     def position(self) -> npt.NDArray[np.int64]:
-        """Position in ``order`` of each sample index of the whole data set, (total_samples,); -1 for rows of other parts."""
+        """Position in ``order`` of each sample index of the whole data set, (total_samples,); -1 for rows that are not in this layout."""
         position = np.full(self.total_samples, -1, dtype=np.int64)
         position[self.order] = np.arange(self.num_samples)
         return position

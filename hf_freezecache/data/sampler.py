@@ -1,4 +1,4 @@
-"""The order in which cached and live training read samples: chunk by chunk, one stream for each process."""
+"""The order in which cached and live training read samples: chunk by chunk, in one stream per process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from ..errors import UnsupportedSetupError
-from .layout import (
-    ChunkLayout,
-    epoch_view,
-)
+from .layout import ChunkLayout, epoch_view
 from .views import ViewKey
 
 __all__ = ["ChunkSampler", "OpenedSampler"]
@@ -24,27 +21,26 @@ __all__ = ["ChunkSampler", "OpenedSampler"]
 class ChunkSampler(Sampler[ViewKey]):
     """Shuffles in two levels by ``(seed, epoch)``: permutes the chunks, then the samples within a window of chunks.
 
-    Yields ``(sample index, view)``. Cached and live training of a stage use the same sampler, so that they see the
-    same samples in the same order in the same views.
+    Yields ``(sample index, view)``. Cached and live training of a stage use the same sampler, so both see the same samples in
+    the same views and the same order.
 
-    With several processes, each chunk goes to one of them in an epoch. The sampler interleaves their streams in the
-    order in which accelerate deals batches, global batch ``i`` to process ``i % processes``, and fills all streams up to
-    whole batches and one length with samples of their own last window: up to ``chunk_size + batch_size - 1`` samples
-    for each process come twice. accelerate would do the same with samples from the beginning of the epoch, whose chunks
-    would have to be read again.
+    With several processes, one process reads each chunk in an epoch. The sampler interleaves the streams of the processes as
+    accelerate deals batches: global batch ``i`` goes to process ``i % num_processes``. All streams are filled up to whole
+    batches and to one length, with samples of their own last window. So up to ``chunk_size + batch_size - 1`` samples per
+    process come twice. accelerate would fill up with the first samples of the epoch, whose chunks would be read again.
 
     Args:
-        layouts: Which sample lies in which chunk; one layout for each part of the data set.
+        layouts: Which sample lies in which chunk; one layout for each group of processes that shares a folder of caches.
         seed: Seed of the order.
         view_seed: Seed of the choice of views.
-        num_views: Stored views, or 0 for a new view in every epoch.
-        window: Chunks whose samples are mixed.
-        group_of_rank: Part that each process reads, in the order of ranks.
-        batch_size: Samples per batch of one process. Matters to several processes only.
-        drop_last: Leave samples out in place of filling up. Matters to several processes only.
+        num_views: Number of stored views, or 0 for a new view in every epoch.
+        window: Number of chunks whose samples are mixed.
+        group_of_rank: Group of each process of the run, in the order of ranks. Group ``g`` reads ``layouts[g]``.
+        batch_size: Samples per batch of one process. It matters only with several processes.
+        drop_last: Drop the last samples in place of filling up. It matters only with several processes.
 
     Raises:
-        UnsupportedSetupError: There are fewer chunks than processes that read them, or ``drop_last`` leaves no batch.
+        UnsupportedSetupError: A group has fewer chunks than processes, or ``drop_last`` leaves a process without a batch.
     """
 
     def __init__(
@@ -67,24 +63,26 @@ class ChunkSampler(Sampler[ViewKey]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.epoch = 0
-        #: Batches of one process in an epoch; 0 if there is but one, whose last batch may be short.
+        #: Batches per process and epoch; 0 for a single process, whose last batch may be short.
         self.num_batches = self._count_batches() if len(self.group_of_rank) > 1 else 0
 
     def _count_batches(self) -> int:
         longest, shortest = 0, None
-        for part, layout in enumerate(self.layouts):
-            readers, size = self.group_of_rank.count(part), layout.chunk_size
-            whole, left = divmod(layout.num_chunks, readers)
-            if whole == 0:
+        for group, layout in enumerate(self.layouts):
+            readers, size = self.group_of_rank.count(group), layout.chunk_size
+            chunks_each, extra_chunks = divmod(layout.num_chunks, readers)
+            if chunks_each == 0:
                 raise UnsupportedSetupError(
                     f"{readers} processes share {layout.num_samples} rows in {layout.num_chunks} chunks; each needs a chunk of "
                     f"its own. Set CacheConfig(chunk_size=...) to at most {max(layout.num_samples // readers, 1)}, or "
                     "start fewer processes."
                 )
-            missing = layout.num_chunks * size - layout.num_samples  # from the one short chunk
-            # `_deal` gives the short chunk to a process with one chunk more than others, if there is one.
-            most = whole * size if not left else (whole + 1) * size - (missing if left == 1 else 0)
-            least = whole * size - (0 if left else missing)
+            missing = layout.num_chunks * size - layout.num_samples  # samples that the short chunk lacks
+            # `_deal` gives the short chunk to a process with an extra chunk, if there is one.
+            most = (
+                (chunks_each + 1) * size - (missing if extra_chunks == 1 else 0) if extra_chunks else chunks_each * size
+            )
+            least = chunks_each * size - (0 if extra_chunks else missing)
             longest = max(longest, most)
             shortest = least if shortest is None else min(shortest, least)
         if self.drop_last and (shortest or 0) < self.batch_size:
@@ -95,11 +93,11 @@ class ChunkSampler(Sampler[ViewKey]):
         return (shortest or 0) // self.batch_size if self.drop_last else -(-longest // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order ``iter`` gives."""
+        """Set the epoch whose order ``iter`` yields."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of samples, those that come twice included."""
+        """Return the number of samples of all processes, including those that come twice."""
         if self.num_batches:
             return self.num_batches * self.batch_size * len(self.group_of_rank)
         return self.layouts[0].num_samples
@@ -122,43 +120,44 @@ class ChunkSampler(Sampler[ViewKey]):
     ) -> Iterator[list[ViewKey]]:
         """Yield the shuffled keys of one window of chunks after the other."""
         for window in windows:
-            members = [layout.members(chunk) for chunk in window.tolist()]
+            sample_indices = [layout.members(chunk) for chunk in window.tolist()]
             views = [
-                np.full(len(rows), epoch_view(self.view_seed, self.epoch, chunk, self.num_views))
-                for chunk, rows in zip(window.tolist(), members, strict=True)
+                np.full(len(samples), epoch_view(self.view_seed, self.epoch, chunk, self.num_views))
+                for chunk, samples in zip(window.tolist(), sample_indices, strict=True)
             ]
-            keys = np.stack([np.concatenate(members), np.concatenate(views)], axis=1)
+            keys = np.stack([np.concatenate(sample_indices), np.concatenate(views)], axis=1)
             yield list(map(tuple, generator.permutation(keys).tolist()))
 
-    def _deal(self, part: int) -> npt.NDArray[np.int64]:
-        """Return the chunks of a part in this epoch's order; the processes that read it take them in turn."""
-        layout, readers = self.layouts[part], self.group_of_rank.count(part)
-        chunks = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch, part]).permutation(layout.num_chunks)
-        # The short chunk goes to a process that has one chunk more, lest others wait for longer than need be.
-        place = int(np.flatnonzero(chunks == layout.num_chunks - 1)[0])
-        row, reader = divmod(place, readers)
-        left = layout.num_chunks % readers
-        if left and reader >= left:
-            chunks[[place, row * readers]] = chunks[[row * readers, place]]
+    def _deal(self, group: int) -> npt.NDArray[np.int64]:
+        """Return the chunks of a group in this epoch's order; its processes take them in turn."""
+        layout, readers = self.layouts[group], self.group_of_rank.count(group)
+        generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch, group])
+        chunks = generator.permutation(layout.num_chunks)
+        # The short chunk goes to a process with an extra chunk: the streams then differ least in length.
+        short = int(np.flatnonzero(chunks == layout.num_chunks - 1)[0])
+        turn, reader = divmod(short, readers)
+        extra_chunks = layout.num_chunks % readers
+        if extra_chunks and reader >= extra_chunks:
+            chunks[[short, turn * readers]] = chunks[[turn * readers, short]]
         return chunks
 
     def _stream(self, rank: int) -> Iterator[ViewKey]:
-        """Yield the keys of one process, without end: after its own samples, those of its last window again."""
-        part = self.group_of_rank[rank]
-        peers = [other for other, its_part in enumerate(self.group_of_rank) if its_part == part]
-        chunks = self._deal(part)[peers.index(rank) :: len(peers)]
-        # Windows of about one length: what fills the end comes from the last one, which must not be a rest of few.
+        """Yield the keys of one process, without end: all of its samples, then those of its last window again and again."""
+        group = self.group_of_rank[rank]
+        group_ranks = [other for other, other_group in enumerate(self.group_of_rank) if other_group == group]
+        chunks = self._deal(group)[group_ranks.index(rank) :: len(group_ranks)]
+        # Windows of nearly equal length: the last one fills up the stream, so it must not be a small remainder.
         windows = np.array_split(chunks, -(-len(chunks) // self.window))
         generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5B, self.epoch, rank])
         keys: list[ViewKey] = []
-        for keys in self._mix(self.layouts[part], windows, generator):
+        for keys in self._mix(self.layouts[group], windows, generator):
             yield from keys
         yield from itertools.cycle(keys)
 
 
 @dataclass(frozen=True)
 class _OpenedLayout:
-    """The chunks of a layout that were opened, numbered anew."""
+    """The opened chunks of a layout, numbered from 0."""
 
     layout: ChunkLayout
     chunks: tuple[int, ...]
@@ -176,14 +175,14 @@ class _OpenedLayout:
 
 
 class OpenedSampler(ChunkSampler):
-    """Shuffles what was opened of a cache, and shows each chunk each view in turn.
+    """Shuffles the opened chunks of a cache, and yields each of them in each opened view in turn.
 
     Args:
-        layout: Of the whole cache.
-        chunks: Numbers of the chunks that were opened.
-        views: Numbers of the views that were opened.
-        seed: Of the order, and of the turns of the views.
-        window: Chunks whose samples are mixed.
+        layout: Layout of the whole cache.
+        chunks: Numbers of the opened chunks.
+        views: Numbers of the opened views.
+        seed: Seed of the order, and of the order of the views.
+        window: Number of chunks whose samples are mixed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Random states that depend on a sample and a view alone."""
+"""Random states that depend on nothing but a seed, a sample and a view."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["preserved_random_state", "seeded"]
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's CPU generators on leaving."""
+    """Restore the global CPU generators of Python, NumPy and torch when the context ends."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -26,9 +26,9 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, sample_index: int, view: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators from ``(seed, sample_index, view)``; restore them after.
+    """Seed the global CPU generators of Python, NumPy and torch for one view, and restore them afterwards.
 
-    The numbers are mixed by ``numpy.random.SeedSequence``, so neighbouring samples and views are unrelated.
+    ``numpy.random.SeedSequence`` mixes the three numbers, so the draws of neighbouring samples and views are unrelated.
     """
     words = np.random.SeedSequence([seed & (2**64 - 1), sample_index, view]).generate_state(4, dtype=np.uint64)
     with preserved_random_state():

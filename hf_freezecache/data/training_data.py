@@ -2,55 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+from torch import Tensor
 
 from ..config import CacheConfig
+from .collators import CheckedCollator
 from .hashing import hash_dataset, hash_object
 from .layout import ChunkLayout
 from .views import ViewDataset
 
-__all__ = ["Data"]
+__all__ = ["TrainingData"]
 
 
-@dataclass
-class Data:
-    """The training data as a cache sees them.
+@dataclass(frozen=True)
+class TrainingData:
+    """The training data of one run: what the user passed, and what a look at the first rows told. Complete when made.
 
     Attributes:
-        dataset: What the user passed.
-        transforms: The user's ``train_transform`` and ``eval_transform``, if any.
-        views: Renders them.
-        collate: The user's collator, checked.
-        raw_collator: The user's collator, for hashing.
-        layout: Which sample goes into which chunk.
+        dataset: The data set that the user passed.
+        transforms: The user's ``train_transform`` and ``eval_transform``, or ``(None, None)``.
+        views: Renders the views.
+        collate: The user's collator, with its labels checked.
+        raw_collator: The user's collator as it was passed, for hashing.
+        layout: Which sample lies in which chunk.
         view_seed: Seed of the views.
-        image_shape: (channels, height, width).
-        prefix_inputs: Parts of a batch beside ``pixel_values`` that the prefix takes.
+        has_classes: Whether each label is one of several exclusive classes.
+        example_batch: The first rows, rendered and collated: name -> (rows, ...), on the CPU.
+        image_shape: (channels, height, width) of the rendered images.
+        prefix_inputs: Names of the parts of a batch, beside ``pixel_values``, that the frozen blocks take.
         batch_spec: Names, dtypes and shapes of a batch, for the fingerprint.
-        classes: Whether labels are exclusive classes.
     """
 
     dataset: Any
     transforms: tuple[Any, Any]
     views: ViewDataset
-    collate: Callable[[list[Any]], dict[str, Any]]
+    collate: CheckedCollator
     raw_collator: Any
     layout: ChunkLayout
     view_seed: int
-    image_shape: tuple[int, int, int] = (0, 0, 0)
-    prefix_inputs: frozenset[str] = frozenset()
-    batch_spec: str = ""
-    classes: bool = True
+    has_classes: bool
+    example_batch: dict[str, Tensor]
+    image_shape: tuple[int, int, int]
+    prefix_inputs: frozenset[str]
+    batch_spec: str
 
     def hashes(self, config: CacheConfig) -> dict[str, str]:
-        """Return what data and code depend on, by names that a user knows; reads the whole data set.
+        """Return the hashes of data and code, by names that a user knows. Reads the whole data set.
 
         Raises:
-            UnsupportedSetupError: Data, transform or collator cannot be hashed.
+            UnsupportedSetupError: The data set, the transform or the collator cannot be hashed.
         """
         formatted = self.dataset.format if isinstance(self.dataset, datasets.Dataset) else None
         transform = config.transform_id

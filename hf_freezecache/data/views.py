@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -11,45 +11,27 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import (
-    DataError,
-    UnrepeatableTransformError,
-    UnsupportedSetupError,
-)
-from .geometry import WHOLE_IMAGE, ViewParameters, recorded
-from .seeding import (
-    preserved_random_state,
-    seeded,
-)
+from ..codecs.predictor import WHOLE
+from ..errors import DataError, UnrepeatableTransformError, UnsupportedSetupError
+from .geometry import ViewParameters, recorded
+from .seeding import seeded
 
-__all__ = [
-    "GeometryCollator",
-    "GeometryViews",
-    "ViewDataset",
-    "ViewKey",
-    "check_repeatable",
-    "preserved_random_state",
-    "seeded",
-    "with_rgb_images",
-]
+__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "with_rgb_images"]
 
-#: (sample index, view): what samplers yield and data sets are asked for. View 0 is the base view.
+#: (sample index, view): samplers yield it, and data sets take it. View 0 is the base view.
 ViewKey = tuple[int, int]
 
 
-def _is_image(feature: Any) -> bool:
-    return isinstance(feature, datasets.Image)
-
-
 def with_rgb_images(dataset: Any) -> Any:
-    """Let a ``datasets.Dataset`` with exactly one undecided image column decode it to RGB.
+    """Return a ``datasets.Dataset`` that decodes its one image column to RGB.
 
-    Grayscale, palette and RGBA images among RGB ones otherwise fail in the transform or the model, hours into a run.
-    Data sets with several image columns (masks, say) are left alone.
+    Grayscale, palette and RGBA images among RGB ones would otherwise fail in the transform or the model, hours into a run.
+    The data set comes back unchanged if it is of another type, if its column has a mode already, or if it has several image
+    columns (masks, say).
     """
     if not isinstance(dataset, datasets.Dataset):
         return dataset
-    columns = [name for name, feature in dataset.features.items() if _is_image(feature)]
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if len(columns) != 1 or dataset.features[columns[0]].mode is not None:
         return dataset
     return dataset.cast_column(columns[0], datasets.Image(mode="RGB", decode=dataset.features[columns[0]].decode))
@@ -61,9 +43,9 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
     Args:
         dataset: A ``datasets.Dataset`` with its ``set_transform``/``with_transform``, or any map-style data set.
         seed: Seed of the views.
-        train_transform: If given with ``eval_transform``, replaces the data set's own transform; both take and return
-            a batch dict, as for ``Dataset.set_transform``. Then view 0 is the eval rendering, others are training ones.
-        eval_transform: See ``train_transform``.
+        train_transform: Renders all views but view 0. Together with ``eval_transform`` it replaces the data set's own
+            transform. Both take and return a batch dict, as for ``Dataset.set_transform``.
+        eval_transform: Renders view 0.
 
     Raises:
         UnsupportedSetupError: Only one of the transforms was given, or the data set cannot take transforms.
@@ -83,12 +65,23 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
             )
         if train_transform is not None and not isinstance(dataset, datasets.Dataset):
             raise UnsupportedSetupError(
-                f"train_transform and eval_transform need a datasets.Dataset, got {type(dataset).__name__}."
+                f"train_transform and eval_transform need a datasets.Dataset, got {type(dataset).__name__}. Pass one, or apply "
+                "one transform inside your data set."
             )
         self.dataset = dataset
         self.seed = seed
         self._base = dataset if eval_transform is None else dataset.with_transform(eval_transform)
         self._augmented = dataset if train_transform is None else dataset.with_transform(train_transform)
+        self._geometry = False
+
+    def with_geometry(self) -> ViewDataset:
+        """Return the same views with items ``(example, geometry)``, for ``CheckedCollator.with_geometry``.
+
+        ``geometry`` is the five numbers of ``ViewParameters.geometry``, or ``WHOLE`` where they are unknown.
+        """
+        views = copy.copy(self)
+        views._geometry = True
+        return views
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -98,65 +91,42 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         """Render one view; a bare sample index means view 0.
 
         Raises:
-            DataError: Reading or transforming the row failed; the message names the row.
+            DataError: The row could not be read or transformed; the message names the row.
         """
-        return self.render(key)[0]
+        example, parameters = self.render(key)
+        if not self._geometry:
+            return example
+        return example, WHOLE if parameters is None else parameters.geometry()
 
     def render(self, key: int | ViewKey) -> tuple[Any, ViewParameters | None]:
-        """Render one view; return it with the parameters that an ``ImageTransform`` drew for it, ``None`` if none did.
+        """Render one view; return it with the parameters that an ``ImageTransform`` drew for it.
+
+        The parameters are ``None`` if no ``ImageTransform`` rendered it, or if one rendered several images.
 
         Raises:
-            DataError: As for ``[key]``.
+            DataError: The row could not be read or transformed; the message names the row.
         """
         sample_index, view = (key, 0) if isinstance(key, int) else key
         try:
             with seeded(self.seed, sample_index, view), recorded() as drawn:
                 example = (self._base if view == 0 else self._augmented)[sample_index]
-            # Of a transform that renders several images nobody knows which one the tokens show.
+            # If several images were rendered, nothing says which of them the tokens show.
             return example, drawn[0] if len(drawn) == 1 else None
         except Exception as error:
             raise DataError(
                 f"Row {sample_index} of the training data set could not be rendered (view {view}): "
                 f"{type(error).__name__}: {error}. Check that the row's image is intact and that the transform finds "
                 "its columns; remove a bad row with dataset.select or dataset.filter and start again: finished "
-                "parts of a cache are kept."
+                "shards of a cache are kept."
             ) from error
 
     def __getitems__(self, keys: Sequence[int | ViewKey]) -> list[Any]:
-        """Render several views, in order."""
+        """Render several views, in order.
+
+        Raises:
+            DataError: A row could not be read or transformed; the message names the row.
+        """
         return [self[key] for key in keys]
-
-
-class GeometryViews(Dataset):  # type: ignore[type-arg]
-    """The items of a ``ViewDataset``, each with its place in the image: ``(example, geometry)``.
-
-    ``geometry`` are the five numbers of ``ViewParameters.geometry``; those of the whole image where nobody knows.
-    """
-
-    def __init__(self, views: ViewDataset) -> None:
-        self.views = views
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.views)
-
-    def __getitem__(self, key: int | ViewKey) -> tuple[Any, tuple[float, ...]]:
-        """Render one view."""
-        example, parameters = self.views.render(key)
-        return example, (parameters or WHOLE_IMAGE).geometry()
-
-
-@dataclass(frozen=True)
-class GeometryCollator:
-    """Collates items of ``GeometryViews``: the user's batch, and ``name`` (batch, 5) float32 beside it."""
-
-    collate: Callable[[list[Any]], dict[str, Any]]
-    name: str
-
-    def __call__(self, items: list[tuple[Any, tuple[float, ...]]]) -> dict[str, Any]:
-        """Collate."""
-        batch = dict(self.collate([example for example, _ in items]))
-        return {**batch, self.name: torch.tensor([geometry for _, geometry in items], dtype=torch.float32)}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -170,13 +140,19 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -> None:
-    """Draw a few views twice.
+    """Render a few views twice, and check that both renderings are equal.
 
-    A transform with a generator of its own (seeded neither by Python's, NumPy's nor torch's global state) gives two
-    different images: its views could not be drawn again after a resume, nor checked against the cache.
+    A transform with a random generator of its own gives two different images, since only the global generators of Python,
+    NumPy and torch are seeded. Its views could not be rendered again after a resume, nor checked against the cache.
+
+    Args:
+        views: The views to render.
+        num_views: Views per sample that the run stores or trains on. View 1 is rendered only if there are at least two.
+        num_samples: Number of samples to render, from row 0 on.
 
     Raises:
-        UnrepeatableTransformError: Two draws of one view differ.
+        UnrepeatableTransformError: Two renderings of one view differ.
+        DataError: A row could not be read or transformed.
     """
     for sample_index in range(min(num_samples, len(views))):
         for view in range(min(max(num_views, 1), 2)):

@@ -28,7 +28,16 @@ from ..errors import (
     UnsupportedSetupError,
 )
 
-__all__ = ["KIND", "cause_of", "hub_api", "hub_errors", "is_repo_id", "progress_bars", "wants_progress"]
+__all__ = [
+    "KIND",
+    "cause_of",
+    "hub_api",
+    "hub_errors",
+    "is_repo_id",
+    "progress_bars",
+    "quiet_libraries",
+    "wants_progress",
+]
 
 #: Of the repositories that caches lie in.
 KIND = "dataset"
@@ -105,10 +114,10 @@ def hub_errors(doing: str, repo_id: str, revision: str | None = None) -> Iterato
     except FreezeCacheError:
         raise
     except Exception as error:
-        hub_errors = _refusal(error, doing, repo_id, revision)
-        if hub_errors is None:
+        refusal = _refusal(error, doing, repo_id, revision)
+        if refusal is None:
             raise
-        raise hub_errors from error
+        raise refusal from error
 
 
 def wants_progress(show_progress: bool | None) -> bool:
@@ -127,6 +136,32 @@ def progress_bars(show: bool) -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
+
+
+@contextmanager
+def quiet_libraries(show_progress: bool = False) -> Iterator[None]:
+    """Show only errors of transformers, whose report on loading a head of other classes is long.
+
+    Args:
+        show_progress: Leave the progress bars of transformers and datasets as they are, instead of hiding them.
+    """
+    import datasets  # late: they take longer to load than most of what is done here
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    loading, mapping = transformers.logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    if not show_progress:
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if loading:
+            transformers.logging.enable_progress_bar()
+        if mapping:
+            datasets.enable_progress_bars()
 
 
 def hub_api(token: str | bool | None) -> HfApi:

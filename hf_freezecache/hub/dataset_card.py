@@ -20,13 +20,13 @@ from ..cache.index import (
     table_name,
 )
 from ..codecs import DTYPES
-from ..report.wording import (
+from ..report.text import (
     codec_words,
     distortion_words,
     size_words,
 )
 from .provenance import (
-    Origin,
+    Provenance,
     is_hub_id,
 )
 
@@ -49,10 +49,10 @@ def _config_name(view: int) -> str:
     return f"view-{view:02d}"
 
 
-def _features(directory: Path, index: CacheIndex, origin: Origin) -> datasets.Features:
+def _features(directory: Path, index: CacheIndex, provenance: Provenance) -> datasets.Features:
     """Return the columns of the index, with the names of the classes where they fit."""
     features = datasets.Features.from_arrow_schema(pq.read_schema(directory / table_name(0, 0)))
-    names = origin.label_names
+    names = provenance.label_names
     unique = names and len(set(names)) == len(names)
     if names and unique and isinstance(features.get("labels"), datasets.Value) and features["labels"].dtype == "int64":
         columns = [
@@ -105,7 +105,9 @@ def license_id(license: str | None) -> str | None:
     return license if license is None or _LICENSE_ID.fullmatch(license) else "other"
 
 
-def _metadata(directory: Path, index: CacheIndex, origin: Origin, told: Mapping[str, Any] | None) -> DatasetCardData:
+def _metadata(
+    directory: Path, index: CacheIndex, provenance: Provenance, told: Mapping[str, Any] | None
+) -> DatasetCardData:
     told = told or {}
     size = next((name for bound, name in _SIZES if index.num_samples < bound), "n>1M")
     data = DatasetCardData(
@@ -122,15 +124,15 @@ def _metadata(directory: Path, index: CacheIndex, origin: Origin, told: Mapping[
     )
     if any(extra.name == "labels" for extra in index.extras):
         data["task_categories"] = ["image-classification"]
-    if origin.dataset_name and is_hub_id(origin.dataset_name):
-        data["source_datasets"] = [origin.dataset_name]
-    if origin.license:
-        data["license"] = license_id(origin.license)
+    if provenance.dataset_name and is_hub_id(provenance.dataset_name):
+        data["source_datasets"] = [provenance.dataset_name]
+    if provenance.license:
+        data["license"] = license_id(provenance.license)
     stays = data.get("license") in (None, told.get("license"))
     for name, value in told.items():
         if data.get(name) is None and (stays or not name.startswith("license")):
             data[name] = value
-    features = _features(directory, index, origin)
+    features = _features(directory, index, provenance)
     infos = {
         _config_name(view): datasets.DatasetInfo(features=features, config_name=_config_name(view))
         for view in range(index.num_views)
@@ -154,14 +156,14 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _facts(index: CacheIndex, origin: Origin) -> dict[str, str]:
+def _facts(index: CacheIndex, provenance: Provenance) -> dict[str, str]:
     rows: dict[str, str] = {}
-    if origin.dataset_name:
-        rows["source data set"] = _named(origin.dataset_name, origin.dataset_revision)
-    if origin.license:
-        rows["licence of the source"] = _escaped(origin.license)
-    if origin.model_id:
-        rows["model"] = _named(origin.model_id, origin.model_revision)
+    if provenance.dataset_name:
+        rows["source data set"] = _named(provenance.dataset_name, provenance.dataset_revision)
+    if provenance.license:
+        rows["licence of the source"] = _escaped(provenance.license)
+    if provenance.model_id:
+        rows["model"] = _named(provenance.model_id, provenance.model_revision)
     tokens, hidden = index.hidden_shape
     rows |= {
         "split point": f"{index.split_point} blocks have run",
@@ -191,7 +193,7 @@ def _facts(index: CacheIndex, origin: Origin) -> dict[str, str]:
 
 
 def unfinished_card(
-    directory: Path, index: CacheIndex, origin: Origin | None = None, told: Mapping[str, Any] | None = None
+    directory: Path, index: CacheIndex, provenance: Provenance | None = None, told: Mapping[str, Any] | None = None
 ) -> str:
     """Render what stands in place of the card while a cache is pushed: that it is unfinished, and of which cache.
 
@@ -200,10 +202,10 @@ def unfinished_card(
     Args:
         directory: As for ``cache_card``.
         index: As for ``cache_card``.
-        origin: As for ``cache_card``: what the Hub refuses of it, it refuses before anything large is sent.
+        provenance: As for ``cache_card``: what the Hub refuses of it, it refuses before anything large is sent.
         told: As for ``cache_card``.
     """
-    data = _metadata(directory, index, origin or Origin(), told)
+    data = _metadata(directory, index, provenance or Provenance(), told)
     data.pop("dataset_info", None)
     # Nothing is there: without this line, all parts of all views that are there would be taken for rows.
     data["configs"] = [
@@ -225,7 +227,7 @@ def cache_card(
     directory: Path,
     index: CacheIndex,
     repo_id: str,
-    origin: Origin | None = None,
+    provenance: Provenance | None = None,
     told: Mapping[str, Any] | None = None,
 ) -> str:
     """Render the card of a cache: metadata that the Hub reads, and text.
@@ -234,25 +236,27 @@ def cache_card(
         directory: The cache, for the columns of its index.
         index: Its index.
         repo_id: Where it is pushed to.
-        origin: What it was made of, as far as that is known.
+        provenance: What it was made of, as far as that is known.
         told: Further metadata, as ``read_card`` returns them; what the card says itself stands in their place.
     """
-    origin = origin or Origin()
+    provenance = provenance or Provenance()
     imports, load = (
         "TrainingArguments",
         f"# model: the one whose first {index.split_point} blocks were cached, with a head of yours",
     )
-    if origin.model_id and is_hub_id(origin.model_id):
-        safe = re.fullmatch(r"[\w./-]+", origin.model_revision or "") is not None
-        revision = f', revision="{origin.model_revision}"' if safe else ""
+    if provenance.model_id and is_hub_id(provenance.model_id):
+        safe = re.fullmatch(r"[\w./-]+", provenance.model_revision or "") is not None
+        revision = f', revision="{provenance.model_revision}"' if safe else ""
         imports = "AutoModelForImageClassification, TrainingArguments"
-        load = f'model = AutoModelForImageClassification.from_pretrained("{origin.model_id}"{revision})'
+        load = f'model = AutoModelForImageClassification.from_pretrained("{provenance.model_id}"{revision})'
     parts = {f"`{name}`": f"`{value}`" for name, value in sorted(index.fingerprint.items())}
     terms = (
-        " The terms of the source data set go on to apply to what is computed from it." if origin.dataset_name else ""
+        " The terms of the source data set go on to apply to what is computed from it."
+        if provenance.dataset_name
+        else ""
     )
     return f"""---
-{_metadata(directory, index, origin, told).to_yaml()}
+{_metadata(directory, index, provenance, told).to_yaml()}
 ---
 
 # Hidden states after {index.split_point} blocks, {index.num_samples:,} images
@@ -264,7 +268,7 @@ The output of the first {index.split_point} frozen blocks of a vision transforme
 > **Hidden states can reveal the images they were computed from**: much of an image can be reconstructed from the output of
 > early blocks, and its content recognised from later ones. Treat this repository as you would treat the images.{terms}
 
-{_table(_facts(index, origin))}
+{_table(_facts(index, provenance))}
 
 ## Use
 

@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.index import (
-    ORIGIN_NAME,
+    PROVENANCE_NAME,
     CacheIndex,
     atomic_write,
 )
 from ..model.hashing import hash_prefix
 from ..model.split import split_model
-from .quieting import quiet_libraries
+from .client import quiet_libraries
 
 __all__ = [
     "MAX_BYTES",
-    "Origin",
+    "Provenance",
     "is_hub_id",
-    "keep_origin",
-    "origin_json",
-    "origin_of_dataset",
-    "origin_of_model",
-    "read_origin",
+    "keep_provenance",
+    "provenance_json",
+    "provenance_of_dataset",
+    "provenance_of_model",
+    "read_provenance",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def _line(text: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What a cache was made of, as far as it is known. What is not known, or is blank, is not written.
 
     Attributes:
@@ -76,8 +76,8 @@ class Origin:
                 object.__setattr__(self, name, clean)
 
     @classmethod
-    def among(cls, settings: Mapping[str, Any]) -> Origin:
-        """Return what settings, of which others may be about something else, say of an origin."""
+    def among(cls, settings: Mapping[str, Any]) -> Provenance:
+        """Return what settings, of which others may be about something else, say of a provenance."""
         names = {field.name for field in dataclasses.fields(cls)}
         found = {name: value for name, value in settings.items() if name in names and value is not None}
         if "label_names" in found:
@@ -98,13 +98,13 @@ class Origin:
         model += [f"at revision {self.model_revision}"] if model and self.model_revision else []
         return ", ".join(filter(None, (" ".join(filter(None, source)), " ".join(model))))
 
-    def updated(self, given: Origin) -> Origin:
+    def updated(self, given: Provenance) -> Provenance:
         """Return this with what is given in place of what was known; nothing is kept of another data set or model."""
         known, new = dataclasses.asdict(self), dataclasses.asdict(given)
         for name, others in (("dataset_name", ("dataset_revision", "license")), ("model_id", ("model_revision",))):
             if new[name] not in (None, known[name]):
                 known |= dict.fromkeys(others)
-        return Origin(**{**known, **{name: value for name, value in new.items() if value is not None}})
+        return Provenance(**{**known, **{name: value for name, value in new.items() if value is not None}})
 
 
 def is_hub_id(name: str) -> bool:
@@ -115,7 +115,7 @@ def is_hub_id(name: str) -> bool:
 # ---- Where it is known from ----
 
 
-def origin_of_dataset(dataset: Any) -> dict[str, Any]:
+def provenance_of_dataset(dataset: Any) -> dict[str, Any]:
     """Return what a ``datasets.Dataset`` says of itself: Hub id and commit, licence, names of its classes.
 
     A name is taken only where all the data came from the Hub: a local folder is nobody else's business, nor what was added
@@ -153,7 +153,7 @@ def origin_of_dataset(dataset: Any) -> dict[str, Any]:
     return found
 
 
-def origin_of_model(model: Any, index: CacheIndex) -> dict[str, Any]:
+def provenance_of_model(model: Any, index: CacheIndex) -> dict[str, Any]:
     """Return Hub id and commit of the model that a cache was computed with, if it can be shown to be that of the Hub.
 
     A model keeps the name that it was loaded by, however it was trained since. So what this machine's download cache of the
@@ -200,12 +200,12 @@ def _prefix_of(folder: Path, like: Any, split_point: int) -> str | None:
 # ---- The file ----
 
 
-def origin_json(origin: Origin) -> bytes:
+def provenance_json(provenance: Provenance) -> bytes:
     """Return the content of the file."""
-    return (json.dumps(origin.parts(), indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(provenance.parts(), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def keep_origin(directory: Path, find: Callable[[], Origin]) -> bool:
+def keep_provenance(directory: Path, find: Callable[[], Provenance]) -> bool:
     """Write down what a cache was made of, unless it is there already: what built the cache knew best.
 
     Args:
@@ -215,34 +215,34 @@ def keep_origin(directory: Path, find: Callable[[], Origin]) -> bool:
     Returns:
         Whether it is there now. A folder that cannot be written is no error: only the card will say less.
     """
-    path = directory / ORIGIN_NAME
+    path = directory / PROVENANCE_NAME
     if path.is_file():
         return True
     try:
         with atomic_write(path) as file:
-            file.write(origin_json(find()))
+            file.write(provenance_json(find()))
     except OSError as error:
         logger.debug("%s could not be written: %s", path, error)
         return False
     return True
 
 
-def read_origin(directory: Path) -> Origin:
+def read_provenance(directory: Path) -> Provenance:
     """Return what is written down of a cache; nothing, with a warning, if that cannot be understood."""
-    path = directory / ORIGIN_NAME
+    path = directory / PROVENANCE_NAME
     if not path.is_file():
-        return Origin()
+        return Provenance()
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}")
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("label_names", []), list):
             raise ValueError("it is not of the form that is written here")
-        names = {field.name for field in dataclasses.fields(Origin)} - {"label_names"}
+        names = {field.name for field in dataclasses.fields(Provenance)} - {"label_names"}
         texts = [value for name, value in found.items() if name in names and value is not None]
         if not all(isinstance(text, str) for text in [*texts, *found.get("label_names", [])]):
             raise ValueError("it holds something other than text")
-        return Origin.among(found)
+        return Provenance.among(found)
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s is passed over: %s. Delete it, or say on pushing what it should hold.", path, error)
-        return Origin()
+        return Provenance()

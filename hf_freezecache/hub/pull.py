@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from ..cache.index import (
     INDEX_NAME,
-    ORIGIN_NAME,
+    PROVENANCE_NAME,
     CacheIndex,
+    Selection,
     load_index,
 )
-from ..cache.selection import Selection
 from ..cache.transfer import (
     check_free_space,
     check_vacant,
@@ -110,7 +110,7 @@ def _fetch_index(
                 f"{repo_id} at revision {sha} is refused: {name} is altered; it has {entry.size} bytes and SHA-256 "
                 f"{entry.lfs.sha256 if entry.lfs is not None else 'unknown'}, {INDEX_NAME} says {record.bytes} and {record.sha256}."
             )
-    beside = [ORIGIN_NAME] if ORIGIN_NAME in listed and listed[ORIGIN_NAME].size <= MAX_BYTES else []
+    beside = [PROVENANCE_NAME] if PROVENANCE_NAME in listed and listed[PROVENANCE_NAME].size <= MAX_BYTES else []
     return sha, index, names, beside
 
 
@@ -222,10 +222,10 @@ def pull_cache(
         if _holds(place, index):
             lacking = _problems(place, index, names, show)
             report.kept_files = report.files - len(lacking)
-            if (place / ORIGIN_NAME).exists():
+            if (place / PROVENANCE_NAME).exists():
                 beside = []  # what built the cache knew best
         elif not (scratch.is_dir() and scratch.parent == place) or any(
-            (place / name).exists() for name in (INDEX_NAME, ORIGIN_NAME)
+            (place / name).exists() for name in (INDEX_NAME, PROVENANCE_NAME)
         ):
             check_vacant(place)
         # Else a pull into it was interrupted.
@@ -235,7 +235,7 @@ def pull_cache(
                 put_in_place(scratch, place)
             except OSError as error:
                 if not lacking:
-                    logger.debug("%s was not fetched into %s: %s", ORIGIN_NAME, directory, error)
+                    logger.debug("%s was not fetched into %s: %s", PROVENANCE_NAME, directory, error)
                     return _counted(report, place, names)
                 known = (FreezeCacheError, LocalEntryNotFoundError, OfflineModeIsEnabled)
                 if isinstance(error, known) or cause_of(error) is not None:

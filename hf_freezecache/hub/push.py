@@ -18,7 +18,7 @@ from ..cache.fingerprint import Fingerprint
 from ..cache.index import (
     FILE_NAME,
     INDEX_NAME,
-    ORIGIN_NAME,
+    PROVENANCE_NAME,
     CacheIndex,
     load_index,
 )
@@ -46,9 +46,9 @@ from .dataset_card import (
 )
 from .provenance import (
     MAX_BYTES,
-    Origin,
-    origin_json,
-    read_origin,
+    Provenance,
+    provenance_json,
+    read_provenance,
 )
 
 __all__ = ["PushReport", "push_cache"]
@@ -153,7 +153,7 @@ def push_cache(
     private: bool = True,
     token: str | bool | None = None,
     revision: str | None = None,
-    origin: Origin | None = None,
+    provenance: Provenance | None = None,
     overwrite: bool = False,
     show_progress: bool | None = None,
 ) -> PushReport:
@@ -169,7 +169,7 @@ def push_cache(
         private: A repository that is made is private, and a public one is refused. ``False`` makes a public one.
         token: Token for the Hub; default the one of ``hf auth login``.
         revision: Branch, made from ``main`` if it is not there; default ``main``.
-        origin: What the cache was made of, for the card, as far as its own ``origin.json`` does not say so already. A card
+        provenance: What the cache was made of, for the card, as far as its own ``provenance.json`` does not say so already. A card
             that is there is written again only if the push changes the cache, or something is given here.
         overwrite: Replace another cache that is in the repository, or the card of another data set.
         show_progress: Show a progress bar; default as ``huggingface_hub``'s own.
@@ -201,12 +201,12 @@ def push_cache(
         target = _Target(api, repo_id, revision, token, remote, report)
         stale = [name for name in remote if name not in index.files and FILE_NAME.fullmatch(name)]
         there = INDEX_NAME in remote and _holds_same(target, directory, overwrite)
-        given = origin or Origin()
-        made_of, told = Origin(), dict[str, Any]()
-        writes_card = not there or CARD_NAME not in remote or given != Origin()
+        given = provenance or Provenance()
+        made_of, told = Provenance(), dict[str, Any]()
+        writes_card = not there or CARD_NAME not in remote or given != Provenance()
         if writes_card:  # else one that somebody has edited since stays
             known, told = _found(target, Fingerprint(index.fingerprint).digest, there, overwrite)
-            made_of, told = _combined(read_origin(directory), known, given, told)
+            made_of, told = _combined(read_provenance(directory), known, given, told)
         missing = [
             name
             for name, record in sorted(index.files.items())
@@ -264,7 +264,7 @@ class _Target:
         self.report.revision = str(info.oid)
 
 
-def _found(target: _Target, digest: str, there: bool, overwrite: bool) -> tuple[Origin, dict[str, Any]]:
+def _found(target: _Target, digest: str, there: bool, overwrite: bool) -> tuple[Provenance, dict[str, Any]]:
     """Return what the repository says of the cache with a fingerprint, or said before anything was pushed there.
 
     Args:
@@ -290,13 +290,15 @@ def _found(target: _Target, digest: str, there: bool, overwrite: bool) -> tuple[
                 f"{target.repo_id} is another data set: it {what}. Push to another repository, or write the card over that "
                 "of the other (overwrite=True, --overwrite)."
             )
-    known = Origin()
-    if same and ORIGIN_NAME in target.remote and target.remote[ORIGIN_NAME].size <= MAX_BYTES:
-        known = read_origin(target.read(ORIGIN_NAME).parent)
+    known = Provenance()
+    if same and PROVENANCE_NAME in target.remote and target.remote[PROVENANCE_NAME].size <= MAX_BYTES:
+        known = read_provenance(target.read(PROVENANCE_NAME).parent)
     return known, card.told if same or not card.text else {}
 
 
-def _combined(local: Origin, known: Origin, given: Origin, told: dict[str, Any]) -> tuple[Origin, dict[str, Any]]:
+def _combined(
+    local: Provenance, known: Provenance, given: Provenance, told: dict[str, Any]
+) -> tuple[Provenance, dict[str, Any]]:
     """Return what goes onto a card.
 
     Args:
@@ -309,7 +311,10 @@ def _combined(local: Origin, known: Origin, given: Origin, told: dict[str, Any])
         What is known then; and the metadata, without those of a licence that it replaces.
     """
     made_of, license = local.updated(known), told.get("license")
-    if known != Origin() and license not in (None, license_id(made_of.license)):  # somebody has written another since
+    if known != Provenance() and license not in (
+        None,
+        license_id(made_of.license),
+    ):  # somebody has written another since
         made_of = dataclasses.replace(made_of, license=None)
     elsewhere = made_of.dataset_name is not None and given.dataset_name not in (None, made_of.dataset_name)
     of_others = made_of.license is not None and license != license_id(made_of.license)
@@ -321,13 +326,13 @@ def _combined(local: Origin, known: Origin, given: Origin, told: dict[str, Any])
     return made_of, told
 
 
-def _card_files(target: _Target, card: str, made_of: Origin) -> list[Any]:
+def _card_files(target: _Target, card: str, made_of: Provenance) -> list[Any]:
     """Return what writes a card, and what it was told beside it. What is that already makes no commit."""
     operations: list[Any] = [CommitOperationAdd(CARD_NAME, card.encode())]
-    if made_of != Origin():
-        operations.append(CommitOperationAdd(ORIGIN_NAME, origin_json(made_of)))
-    elif target.remote.pop(ORIGIN_NAME, None) is not None:
-        operations.append(CommitOperationDelete(ORIGIN_NAME))
+    if made_of != Provenance():
+        operations.append(CommitOperationAdd(PROVENANCE_NAME, provenance_json(made_of)))
+    elif target.remote.pop(PROVENANCE_NAME, None) is not None:
+        operations.append(CommitOperationDelete(PROVENANCE_NAME))
     return operations
 
 

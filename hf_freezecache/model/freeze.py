@@ -1,4 +1,4 @@
-"""Freezes the prefix: no gradients, eval mode whatever ``model.train()`` says, no optimizer state."""
+"""Freezes the prefix: it has no gradients and no optimizer state, and stays in eval mode under ``model.train()``."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["Frozen", "check_checkpointing", "freeze", "prune_optimizer", "restor
 
 
 def _stay_in_eval(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook. ``Trainer`` calls ``model.train()`` in every step; a frozen module must not follow."""
+    """Put a frozen module back into eval mode before its forward: ``Trainer`` calls ``model.train()`` in every step."""
     if module.training:
         module.eval()
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """What one call of ``freeze`` changed.
+    """The changes that one call of ``freeze`` made.
 
     Attributes:
         parameters: Parameters that required gradients before.
-        handles: Hooks that were added.
+        handles: Handles of the hooks that were added.
     """
 
     parameters: tuple[nn.Parameter, ...]
     handles: tuple[RemovableHandle, ...]
 
     def thaw(self) -> None:
-        """Undo it. Modules stay in eval mode until the next ``model.train()``."""
+        """Undo the changes. The modules stay in eval mode until the next ``model.train()``."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         for handle in self.handles:
@@ -42,13 +42,13 @@ class Frozen:
 
 
 def freeze(split: Split) -> Frozen:
-    """Freeze the prefix of a split model. Repeating it, or freezing a deeper prefix later, is fine.
+    """Freeze the prefix of a split model. It may be called again, for the same prefix or a deeper one.
 
-    Parameters stop requiring gradients and lose the ones they have. Modules get a hook that puts them back into eval
-    mode before each forward, so that dropout, drop-path and jittered position codes stay off.
+    The parameters stop requiring gradients, and their gradients are dropped. The modules get a hook that puts them into eval
+    mode before each forward: dropout, drop-path and the jitter of position embeddings stay off.
 
     Returns:
-        What was changed by this call, and can be undone.
+        The changes of this call, which ``Frozen.thaw`` can undo.
     """
     parameters = tuple(p for p in split.prefix_parameters().values() if p.requires_grad)
     for parameter in parameters:
@@ -63,37 +63,37 @@ def freeze(split: Split) -> Frozen:
 
 
 def prune_optimizer(optimizer: Any) -> int:
-    """Drop frozen parameters from an optimizer, in place, and release their state.
+    """Remove frozen parameters from an optimizer, in place, and free their state.
 
-    Groups keep their order and options, so a learning-rate scheduler built on the optimizer stays valid.
+    The groups keep their order and options, so that a learning-rate scheduler of the optimizer stays valid.
 
     Args:
         optimizer: A ``torch.optim.Optimizer``, or accelerate's wrapper around one.
 
     Returns:
-        Bytes of optimizer state that were released.
+        Number of bytes of optimizer state that were freed.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    released = 0
+    freed_bytes = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not parameter.requires_grad:
                 for value in optimizer.state.pop(parameter, {}).values():
                     if isinstance(value, torch.Tensor):
-                        released += value.numel() * value.element_size()
+                        freed_bytes += value.numel() * value.element_size()
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    return released
+    return freed_bytes
 
 
 def restore_groups(optimizer: Any, groups: list[list[nn.Parameter]] | None) -> list[list[nn.Parameter]]:
-    """Give a user's optimizer back the parameters that pruning took; the first time, note which these are.
+    """Put the parameters that ``prune_optimizer`` removed back into a user's optimizer.
 
     Args:
         optimizer: A ``torch.optim.Optimizer``, or accelerate's wrapper around one.
-        groups: What this returned before; ``None`` the first time.
+        groups: The result of the first call; ``None`` for the first call, which changes nothing.
 
     Returns:
-        The parameters of each group.
+        The parameters of each group, as they were at the first call.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if groups is None:
@@ -104,10 +104,10 @@ def restore_groups(optimizer: Any, groups: list[list[nn.Parameter]] | None) -> l
 
 
 def check_checkpointing(model: nn.Module) -> None:
-    """Refuse reentrant activation checkpointing, which loses all gradients behind a frozen prefix.
+    """Refuse reentrant activation checkpointing: behind a frozen prefix it computes no gradients at all.
 
     Raises:
-        UnsupportedSetupError: A module checkpoints with ``use_reentrant=True``.
+        UnsupportedSetupError: A module uses activation checkpointing with ``use_reentrant=True``.
     """
     for name, module in model.named_modules():
         function = getattr(module, "_gradient_checkpointing_func", None)

@@ -1,4 +1,4 @@
-"""Hashes of a prefix: its weights and its configuration."""
+"""Hashes of a prefix: of its weights, and of the configuration of its model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["hash_prefix", "hash_tensors"]
+from .split import Split
 
-#: Configuration entries that say nothing about the prefix: the head, names, versions.
+__all__ = ["hash_config", "hash_prefix", "hash_tensors"]
+
+#: Configuration entries on which the prefix does not depend: those of the head, names and versions.
 _UNRELATED_CONFIG = frozenset(
     {
         "_name_or_path",
@@ -33,7 +35,7 @@ _UNRELATED_CONFIG = frozenset(
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the given order."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes of tensors, in the order of the mapping."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -41,13 +43,17 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def hash_prefix(split: Any) -> str:
-    """SHA-256 over the weights of the prefix of a ``Split``: what its hidden states depend on beside configuration and dtype."""
+def hash_prefix(split: Split) -> str:
+    """Return the SHA-256 of the parameters and buffers of a prefix."""
     return hash_tensors({**split.prefix_parameters(), **split.prefix_buffers()})
 
 
 def hash_config(config: Any) -> str:
-    """SHA-256 over a model configuration without what concerns only head, names and versions."""
+    """Return the SHA-256 of a model configuration, without entries of the head, names and versions.
+
+    Args:
+        config: A ``PretrainedConfig``, or ``None`` for a model without one, whose hash is ``"none"``.
+    """
     if config is None:
         return "none"
     entries = {name: value for name, value in config.to_dict().items() if name not in _UNRELATED_CONFIG}

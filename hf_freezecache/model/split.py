@@ -1,8 +1,8 @@
 """Splits a ViT-like model at a block, without re-implementing any part of it.
 
 The suffix is the model's own forward, in which the embeddings and the first ``k`` blocks are bypassed and the given
-hidden states appear at block ``k``. Modules are patched on the instance and only while a suffix runs, so names,
-attributes and state-dict keys never change and the model stays the ordinary model between steps.
+hidden states appear at block ``k``. Modules are patched on the instance and only while a suffix runs. Names, attributes
+and state-dict keys never change, and the model stays the ordinary model between steps.
 """
 
 from __future__ import annotations
@@ -10,61 +10,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .probe import Trace, find_blocks, first_tensor, placeholder, trace_model, with_first_tensor
 
-__all__ = ["Split", "find_blocks", "first_tensor", "split_model", "token_grid"]
+__all__ = [
+    "Split",
+    "Splits",
+    "find_blocks",
+    "first_tensor",
+    "split_model",
+]
 
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
-    """Return name and container of the encoder blocks.
-
-    They are the shallowest ``ModuleList`` or ``Sequential`` of at least two modules of one class, each of which has
-    a submodule whose class name contains "attention".
-
-    Raises:
-        UnsupportedModelError: The model has no such container.
-    """
-    candidates = [
-        (name.count("."), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential))
-        and len(module) >= 2
-        and len({type(block) for block in module}) == 1
-        and all(any("attention" in type(m).__name__.lower() for m in block.modules()) for block in module)
-    ]
-    if not candidates:
-        lists = [name for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be split: looked for a ModuleList or Sequential of at least two modules "
-            "of one class that contain attention (a submodule whose class name contains 'Attention'), and found "
-            f"none among {lists or 'no list of modules at all'}. Use a ViT-like encoder, or plain Trainer."
-        )
-    _, name, blocks = min(candidates, key=lambda candidate: candidate[0])
-    return name, blocks
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of a module's output: itself, or the first in a tuple, list or ``ModelOutput``."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, dict) else output
-    return next(value for value in values if isinstance(value, Tensor))
-
-
-def _with_first_tensor(template: Any, tensor: Tensor) -> Any:
-    """Return ``template`` with its first tensor replaced by ``tensor``."""
-    if isinstance(template, Tensor):
-        return tensor
-    items = list(template)
-    position = next(i for i, item in enumerate(items) if isinstance(item, Tensor))
-    items[position] = tensor
-    return tuple(items) if isinstance(template, tuple) else items
+ImageShape = tuple[int, int, int]
 
 
 class _PrefixDone(Exception):
@@ -75,166 +37,108 @@ class _PrefixDone(Exception):
         self.hidden_states = hidden_states
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """What one traced forward of one image tells about the model.
+def _configured_image_shape(model: nn.Module) -> ImageShape | None:
+    """Return the shape that the model's configuration, or the model itself, names; ``None`` if neither does."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return getattr(model, "image_shape", None)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    return (getattr(config, "num_channels", 3), height, width)
 
-    Attributes:
-        stem: Modules that run before block 0, in order of their first call; the embeddings come first.
-        stem_output: Output of the embeddings (a tensor, or a tuple such as Data2Vec's).
-        bypassable: Those of the other stem modules that map hidden states to hidden states (CLIP's pre-norm).
-        block_outputs: Output of each block.
-        parameters: Names of all parameters on which the hidden states at the split depend.
+
+class Splits:
+    """All splits of one model for images of one shape. Each is made once, and all share one trace of the model.
+
+    Args:
+        model: The model. Its modules must not be replaced while this object is in use.
+        image_shape: (channels, height, width) of the images. Default: the shape that the model is configured for.
+
+    Raises:
+        UnsupportedModelError: The model has no blocks to split at.
     """
 
-    stem: tuple[nn.Module, ...]
-    stem_output: Any
-    bypassable: tuple[nn.Module, ...]
-    block_outputs: tuple[Any, ...]
-    parameters: frozenset[str]
+    def __init__(self, model: nn.Module, image_shape: ImageShape | None = None) -> None:
+        self.model = model
+        self.image_shape = image_shape
+        self.blocks_name, self.blocks = find_blocks(model)
+        self._splits: dict[int, Split] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of the model."""
+        return len(self.blocks)
+
+    @functools.cached_property
+    def trace(self) -> Trace:
+        """What one forward of one blank image tells about the model; made when it is first needed.
+
+        Raises:
+            UnsupportedModelError: See ``trace_model``.
+        """
+        # The configured size is the one that every model takes without being asked to interpolate.
+        return trace_model(self.model, _configured_image_shape(self.model) or self.image_shape or (3, 224, 224))
+
+    def at(self, split_point: int) -> Split:
+        """Return the split before block ``split_point``.
+
+        Raises:
+            UnsupportedModelError: The split point is out of range.
+        """
+        if split_point not in self._splits:
+            self._splits[split_point] = Split(self, split_point)
+        return self._splits[split_point]
 
 
 class Split:
     """A model cut before block ``k``: ``suffix(prefix(x))`` is ``model(x)``.
 
-    Attributes:
-        model: The whole model, unchanged.
+    Args:
+        splits: The splits of the model.
         split_point: ``k``, the number of blocks in the prefix.
-        num_blocks: Number of blocks of the model.
-        blocks_name: Dotted name of the container of the blocks.
-        image_shape: (channels, height, width) of the images; read from the configuration until ``prefix`` sees one.
+
+    Raises:
+        UnsupportedModelError: The split point is out of range.
     """
 
-    def __init__(self, model: nn.Module, split_point: int) -> None:
-        """Use ``split_model``, which says what can go wrong."""
-        self.model = model
-        self.blocks_name, self._blocks = find_blocks(model)
-        self.num_blocks = len(self._blocks)
+    def __init__(self, splits: Splits, split_point: int) -> None:
+        self._splits = splits
+        self.model = splits.model
+        self.blocks_name = splits.blocks_name
+        self._blocks = splits.blocks
+        self.num_blocks = splits.num_blocks
         if not isinstance(split_point, int) or not 0 <= split_point <= self.num_blocks:
             raise UnsupportedModelError(
-                f"Split point {split_point!r} is not possible: {type(model).__name__} has {self.num_blocks} blocks at "
-                f"'{self.blocks_name}'; give a whole number from 0 to {self.num_blocks}."
+                f"Split point {split_point!r} is not possible: {type(self.model).__name__} has {self.num_blocks} blocks "
+                f"at '{self.blocks_name}'; give a whole number from 0 to {self.num_blocks}."
             )
         self.split_point = split_point
-        self.image_shape = self._configured_image_shape()
-
-    def _configured_image_shape(self) -> tuple[int, int, int]:
-        config = getattr(self.model, "config", None)
-        config = getattr(config, "vision_config", config)
-        size = getattr(config, "image_size", None)
-        if size is None:
-            return getattr(self, "image_shape", (3, 224, 224))
-        height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
-        return (getattr(config, "num_channels", 3), height, width)
+        self._seen_shape: ImageShape | None = None
 
     @property
-    def _reference_parameter(self) -> Tensor:
-        return next(p for p in self.model.parameters() if p.is_floating_point())
+    def image_shape(self) -> ImageShape:
+        """(channels, height, width) of the images.
 
-    def placeholder(self, batch_size: int, image_shape: tuple[int, int, int] | None = None) -> Tensor:
-        """Return blank pixel values that take no memory (all strides 0).
-
-        Args:
-            batch_size: Images.
-            image_shape: (channels, height, width); default ``self.image_shape``, since some models read the size.
+        It is the shape given to ``Splits``. Without one it is that of the first images that ``prefix`` saw, and before
+        those the configured shape.
         """
-        like = self._reference_parameter
-        shape = self.image_shape if image_shape is None else image_shape
-        return torch.zeros(1, dtype=like.dtype, device=like.device).expand(batch_size, *shape)
+        return self._splits.image_shape or self._seen_shape or _configured_image_shape(self.model) or (3, 224, 224)
 
-    @functools.cached_property
-    def _probe(self) -> _Probe:
-        """Run one blank image through the model and watch the order in which modules run."""
-        ancestors = {""} | {
-            ".".join(self.blocks_name.split(".")[:depth]) for depth in range(1, self.blocks_name.count(".") + 2)
-        }
-        outer = {
-            name: module
-            for name, module in self.model.named_modules()
-            if name not in ancestors and name.rpartition(".")[0] in ancestors and module not in set(self._blocks)
-        }
-        calls: list[tuple[nn.Module, tuple[Any, ...], Any]] = []
-        block_outputs: list[Any] = []
-        hidden_at_split: list[Tensor] = []
+    @property
+    def _trace(self) -> Trace:
+        return self._splits.trace
 
-        def on_outer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not block_inputs and all(module is not seen for seen, _, _ in calls):
-                calls.append((module, args, output))
+    def placeholder(self, batch_size: int) -> Tensor:
+        """Return blank pixel values (batch_size, *image_shape) that take no memory: all strides are 0.
 
-        block_inputs: list[Tensor] = []
-
-        def on_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            block_inputs.append(args[0] if args else kwargs["hidden_states"])
-            if len(block_inputs) == self.split_point + 1:
-                hidden_at_split.append(block_inputs[-1])
-
-        def after_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            block_outputs.append(output)
-
-        training = {module: module.training for module in self.model.modules()}
-        trainable = {p: p.requires_grad for p in self.model.parameters()}
-        handles = [module.register_forward_hook(on_outer) for module in outer.values()]
-        for block in self._blocks:
-            handles.append(block.register_forward_pre_hook(on_block, with_kwargs=True))
-            handles.append(block.register_forward_hook(after_block))
-        try:
-            self.model.eval()
-            for parameter in trainable:
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(True)
-            # The caller may be inside `no_grad`; which parameters matter is read off the graph.
-            with torch.enable_grad():
-                # The size that every model takes without being asked to interpolate.
-                pixel_values = self.placeholder(1, self._configured_image_shape()).contiguous()
-                self.model(pixel_values=pixel_values)
-                if len(block_outputs) == self.num_blocks and not hidden_at_split:
-                    hidden_at_split.append(first_tensor(block_outputs[-1]))
-                if hidden_at_split:
-                    names, parameters = zip(
-                        *((n, p) for n, p in self.model.named_parameters() if p.requires_grad), strict=True
-                    )
-                    gradients = torch.autograd.grad(hidden_at_split[0].float().sum(), parameters, allow_unused=True)
-                    depends = {n for n, g in zip(names, gradients, strict=True) if g is not None}
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot be split: tracing it on one blank image of shape "
-                f"{self._configured_image_shape()} failed with {type(error).__name__}: {error}"
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, flag in trainable.items():
-                parameter.requires_grad_(flag)
-            for module, flag in training.items():
-                module.training = flag
-        if len(block_outputs) != self.num_blocks or not calls:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot be split: its {self.num_blocks} modules at '{self.blocks_name}' "
-                f"ran {len(block_outputs)} times for one image and {len(calls)} modules ran before them; expected "
-                "each block once, and embeddings before them."
-            )
-        first = block_inputs[0]
-        bypassable = tuple(
-            module
-            for module, args, output in calls[1:]
-            if isinstance(output, Tensor) and output.shape == first.shape and args and args[0].shape == first.shape
-        )
-
-        def shell(output: Any) -> Any:
-            # Keep the structure, not the graph.
-            return _with_first_tensor(output, torch.empty(0))
-
-        return _Probe(
-            stem=tuple(module for module, _, _ in calls),
-            stem_output=shell(calls[0][2]),
-            bypassable=bypassable,
-            block_outputs=tuple(shell(output) for output in block_outputs),
-            parameters=frozenset(depends),
-        )
+        They have the true shape, since some models read the height and the width.
+        """
+        return placeholder(self.model, batch_size, self.image_shape)
 
     def prefix_modules(self) -> list[nn.Module]:
         """Return the modules that make up the prefix: all that run before block 0, then blocks ``[:k]``."""
-        return [*self._probe.stem, *list(self._blocks)[: self.split_point]]
+        return [*self._trace.stem, *list(self._blocks)[: self.split_point]]
 
     def prefix_parameters(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of the prefix, in the model's order.
@@ -242,7 +146,11 @@ class Split:
         Those of ``prefix_modules``, and any other on which the hidden states at the split were seen to depend.
         """
         members = {p for module in self.prefix_modules() for p in module.parameters()}
-        return {name: p for name, p in self.model.named_parameters() if p in members or name in self._probe.parameters}
+        return {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p in members or name in self._trace.parameters[self.split_point]
+        }
 
     def prefix_buffers(self) -> dict[str, Tensor]:
         """Return name -> buffer of the prefix modules, in the model's order."""
@@ -259,8 +167,11 @@ class Split:
         Returns:
             Hidden states (batch, tokens, hidden) that enter block ``k``, or leave the last block if there is none.
             The dtype is whatever the model computes in: fp32 under bf16 autocast with fp32 weights.
+
+        Raises:
+            UnsupportedModelError: The images have another shape than this split was made for.
         """
-        self.image_shape = tuple(pixel_values.shape[1:])  # type: ignore[assignment]
+        self._check_shape(pixel_values)
         if self.split_point == 0:
 
             def before_first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -281,6 +192,16 @@ class Split:
             handle.remove()
         raise AssertionError("the forward ended without reaching the split")
 
+    def _check_shape(self, pixel_values: Tensor) -> None:
+        found: ImageShape = tuple(pixel_values.shape[1:])  # type: ignore[assignment]
+        expected = self._splits.image_shape or self._seen_shape
+        if expected is not None and found != expected:
+            raise UnsupportedModelError(
+                f"This split of {type(self.model).__name__} is for images of shape {expected}, found {found}. Make another "
+                f"one: split_model(model, {self.split_point}, image_shape={found})."
+            )
+        self._seen_shape = found
+
     @contextmanager
     def injecting(self, hidden_states: Tensor) -> Iterator[None]:
         """While active, a forward of the model skips the prefix and finds ``hidden_states`` at block ``k``.
@@ -291,7 +212,7 @@ class Split:
         Args:
             hidden_states: (batch, tokens, hidden), on the model's device.
         """
-        probe = self._probe
+        trace = self._trace
         patched: list[tuple[nn.Module, Any]] = []
 
         def patch(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -314,13 +235,13 @@ class Split:
                 handle = self._blocks[0].register_forward_pre_hook(inject, with_kwargs=True)
             # Every skipped module answers with the hidden states at the split: the models build masks from their
             # shape, dtype and device only.
-            patch(probe.stem[0], answer(_with_first_tensor(probe.stem_output, hidden_states)))
-            for module in probe.bypassable:
+            patch(trace.stem[0], answer(with_first_tensor(trace.stem_output, hidden_states)))
+            for module in trace.bypassable:
                 patch(module, answer(hidden_states))
             for block, template in zip(
-                list(self._blocks)[: self.split_point], probe.block_outputs[: self.split_point], strict=True
+                list(self._blocks)[: self.split_point], trace.block_outputs[: self.split_point], strict=True
             ):
-                patch(block, answer(_with_first_tensor(template, hidden_states)))
+                patch(block, answer(with_first_tensor(template, hidden_states)))
             yield
         finally:
             for module, own in reversed(patched):
@@ -369,7 +290,7 @@ class Split:
         def after_last(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             raise _PrefixDone(first_tensor(output))
 
-        _ = self._probe  # runs the model; must not meet the hook
+        _ = self._trace  # runs the model; must not meet the hook
         handle = self._blocks[stop - 1].register_forward_hook(after_last)
         try:
             with self.injecting(hidden_states):
@@ -392,7 +313,7 @@ class Split:
             the last ``nn.Linear`` behind the blocks that gives as many values as the output has. Without one, the output.
         """
         # Also runs the model, which must not meet the hooks.
-        before_head = [*self._probe.stem, *self._blocks]
+        before_head = [*self._trace.stem, *self._blocks]
         inside = {module for part in before_head for module in part.modules()}
         seen: list[tuple[int, Tensor]] = []
 
@@ -450,33 +371,7 @@ class Split:
         return difference
 
 
-def token_grid(num_tokens: int, image_shape: tuple[int, int, int], config: Any = None) -> tuple[int, tuple[int, int]]:
-    """Find how the tokens of hidden states lie on the image.
-
-    Args:
-        num_tokens: Tokens per sample.
-        image_shape: (channels, height, width) of the images.
-        config: The model's configuration, for its ``patch_size``.
-
-    Returns:
-        Number of leading prefix tokens (CLS, distillation, registers), and (height, width) of the grid of patches. Where no
-        grid of the image's proportions with at most 16 prefix tokens is found: 0 and (1, num_tokens).
-    """
-    _, height, width = image_shape
-    patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
-    if isinstance(patch, int) and patch > 0:
-        grid = (height // patch, width // patch)
-        if 0 <= num_tokens - grid[0] * grid[1] <= 16 and min(grid) > 0:
-            return num_tokens - grid[0] * grid[1], grid
-    for prefix_tokens in range(min(17, num_tokens)):
-        patches = num_tokens - prefix_tokens
-        rows = round((patches * height / width) ** 0.5)
-        if rows > 0 and patches % rows == 0 and rows * rows * width == patches * height:
-            return prefix_tokens, (rows, patches // rows)
-    return 0, (1, num_tokens)
-
-
-def split_model(model: nn.Module, k: int) -> Split:
+def split_model(model: nn.Module, k: int, image_shape: ImageShape | None = None) -> Split:
     """Cut a ViT-like model before block ``k``.
 
     The blocks are found by looking at the model, not at its name. Nothing of the model is changed.
@@ -484,8 +379,9 @@ def split_model(model: nn.Module, k: int) -> Split:
     Args:
         model: A model whose forward takes ``pixel_values``.
         k: Number of blocks in the prefix, from 0 to the number of blocks.
+        image_shape: (channels, height, width) of the images. Default: that of the first images that ``prefix`` sees.
 
     Raises:
         UnsupportedModelError: No blocks were found (the message says what was looked for), or ``k`` is out of range.
     """
-    return Split(model, k)
+    return Splits(model, image_shape).at(k)

@@ -13,13 +13,10 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from ..cache.index import CacheIndex
-from ..codecs import DTYPES
 from ..config import (
     CacheConfig,
     FreezeConfig,
 )
-from ..errors import RunError
 from .figures import (
     figures_of,
     read_baseline,
@@ -37,14 +34,9 @@ from .plots import (
     pictures_of,
     save_png,
 )
-from .record import (
-    RUN_NAME,
-    RunRecord,
-    read_run,
-    write_run,
-)
+from .record import RunRecord, write_run
 
-__all__ = ["ReportCallback", "describe_run", "describe_stage", "write_card"]
+__all__ = ["ReportCallback", "describe_run", "write_card"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +46,7 @@ _TRAINING = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "seed"),
 )
 #: Where a cache lies and what a user calls data and code are nobody else's business.
-_PRIVATE = ("cache_dir", "transform_id", "dataset_id")
+_PRIVATE = ("freezecache_dir", "transform_id", "dataset_id")
 
 
 def _versions() -> dict[str, str]:
@@ -102,32 +94,16 @@ def describe_run(
     record.device += "" if on_gpu else f", {threads} thread{'s' if threads > 1 else ''}"
 
 
-def describe_stage(split_point: int, index: CacheIndex) -> dict[str, Any]:
-    """Return what the record keeps of a stage's cache."""
-    tokens, hidden = index.hidden_shape
-    return {
-        "split_point": split_point,
-        "num_views": index.num_views,
-        "num_samples": index.num_samples,
-        "tokens": tokens,
-        "hidden": hidden,
-        "dtype": str(DTYPES[index.dtype]).removeprefix("torch."),
-        "codec": index.codec["name"],
-        "calibration": index.calibration,
-        "copies_calibration": index.copies_calibration,
-    }
-
-
 def write_card(
-    output_dir: Path, record: RunRecord, model: Any, given: dict[str, Any], baseline: str | Path | None = None
+    output_dir: Path, record: RunRecord, model: Any, settings: dict[str, Any], baseline: str | Path | None = None
 ) -> None:
     """Write README.md and what it is made from: the record, and the picture if matplotlib is there.
 
     Args:
         output_dir: The run's folder.
         record: The run's.
-        model: The model, for what was not given: the model it was made from, and its task.
-        given: Arguments of ``Trainer.create_model_card``, and ``model_id``.
+        model: The model, for what the settings leave open: the model it was made from, and its task.
+        settings: Arguments of ``Trainer.create_model_card``, and ``model_id``.
         baseline: ``output_dir`` of a run without freezing.
 
     Raises:
@@ -136,17 +112,20 @@ def write_card(
     """
     if baseline is not None:
         record.baseline = read_baseline(Path(baseline))
-    given = {**given, "model_name": given["model_name"] or record.name}
+    settings = {**settings, "model_name": settings["model_name"] or record.name}
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    if given["finetuned_from"] is None and not Path(source).exists():
-        given["finetuned_from"] = source
-    if given["tasks"] is None and type(model).__name__.endswith("ForImageClassification"):
-        given["tasks"] = "image-classification"
+    if settings["finetuned_from"] is None and not Path(source).exists():
+        settings["finetuned_from"] = source
+    if settings["tasks"] is None and type(model).__name__.endswith("ForImageClassification"):
+        settings["tasks"] = "image-classification"
     path = output_dir / "README.md"
     if path.is_file():  # as Trainer does
         tags = ModelCard.load(path, ignore_metadata_errors=True).data.get("tags")
-        given["tags"] = [*([given["tags"]] if isinstance(given["tags"], str) else given["tags"] or []), *(tags or [])]
-    record.card = card_arguments(**given)
+        settings["tags"] = [
+            *([settings["tags"]] if isinstance(settings["tags"], str) else settings["tags"] or []),
+            *(tags or []),
+        ]
+    record.card = card_arguments(**settings)
     write_run(output_dir, record)
     figures = figures_of(record)
     try:
@@ -161,7 +140,7 @@ def write_card(
 
 
 class ReportCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes ``freezecache_run.json`` into ``output_dir`` at each stage, and a report when training ends.
+    """Writes ``freezecache_run.json`` into ``output_dir`` at each stage and checkpoint, and a report when training ends.
 
     ``FreezeCacheTrainer`` adds one by itself. It writes where the run saves: not under ``save_strategy="no"``, unless
     ``always``; and on the process of rank 0 alone. The report, ``freezecache_report/report.html`` and its pictures, needs
@@ -181,18 +160,18 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         return state.is_world_process_zero and (self.always or args.save_strategy != SaveStrategy.NO)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over what an interrupted run knew of its stages."""
-        self._trained, self.record.complete, self.record.stages = False, False, []
+        """Mark the run as unfinished."""
+        self._trained, self.record.complete = False, False
         self.record.max_steps = state.max_steps
-        if state.global_step > 0 and self._writes(args, state) and (Path(args.output_dir) / RUN_NAME).is_file():
-            try:
-                self.record.stages = read_run(Path(args.output_dir)).stages
-            except RunError as error:
-                logger.warning("Stages before the resume will be missing from the report: %s", error)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write the record when a stage begins."""
-        if logs is not None and "freezecache/split_point" in logs and self._writes(args, state):
+    def stage_began(self, args: Any, state: Any) -> None:
+        """Write the record, which holds the decision of the stage. The trainer calls this; ``Trainer`` has no such event."""
+        if self._writes(args, state):
+            self.write(Path(args.output_dir), state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the record as far as the checkpoint: a run that is killed later has its epochs."""
+        if self._writes(args, state):
             self.write(Path(args.output_dir), state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

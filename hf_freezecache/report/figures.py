@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .cost import (
-    Epoch,
     Rate,
-    read_epochs,
+    passes_spent,
     unfrozen_rate,
     unfrozen_seconds,
 )
@@ -20,16 +19,12 @@ from .record import (
     RunRecord,
     read_run,
 )
+from .text import is_share
 
-__all__ = ["comparison", "figures_of", "is_share", "read_baseline", "standard_error"]
+__all__ = ["comparison", "figures_of", "read_baseline", "standard_error"]
 
 Figures = dict[str, Any]
 
-_STAGE_LOGS = (
-    *("trainable_parameters", "cache_bytes", "cache_bytes_per_image", "bits_per_element", "build_seconds"),
-    *("built_shards", "distortion", "agreement", "relative_error", "copy_distortion", "copy_agreement"),
-    *("copy_relative_error", "similarity"),
-)
 #: Evaluation figures that are no metric of the model.
 _NO_METRICS = (
     "loss",
@@ -39,8 +34,6 @@ _NO_METRICS = (
     "model_preparation_time",
     "jit_compilation_time",
 )
-#: Metrics that are shares of 1, and are shown in per cent.
-_SHARES = ("accuracy", "f1", "precision", "recall", "top5", "top_5")
 
 
 # ---- Evaluation ----
@@ -50,12 +43,7 @@ def _metric_names(entry: Mapping[str, Any]) -> list[str]:
     """Return the metrics in a log entry, e.g. ``eval_accuracy``, best known first."""
     names = [name for name in entry if name.startswith("eval_") and not name.endswith(_NO_METRICS)]
     names = [name for name in names if isinstance(entry[name], (int, float))]
-    return sorted(names, key=lambda name: ("accuracy" not in name, not name.endswith(_SHARES), names.index(name)))
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share of 1."""
-    return metric.endswith(_SHARES)
+    return sorted(names, key=lambda name: ("accuracy" not in name, not is_share(name), names.index(name)))
 
 
 def _evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -142,8 +130,7 @@ def _training(record: RunRecord) -> _Training | None:
         images *= last / steps
     if not first and _misses_losses(entry, before, last):
         return None
-    own = read_epochs(record.log_history)
-    if not first and own and own[-1].cumulative_seconds > runtime + 1:
+    if not first and record.epochs and record.epochs[-1].cumulative_seconds > runtime + 1:
         return None
     evaluations = [log for log in _evaluations(before) if not first or log.get("step", 0) > first + error]
     seconds = runtime - sum(log.get("eval_runtime", 0.0) for log in evaluations)
@@ -186,7 +173,7 @@ def _baseline_of(record: RunRecord) -> Figures:
     seconds, timed = _whole_seconds(record), _training(record)
     end: Mapping[str, Any] = next((entry for entry in record.log_history if "train_runtime" in entry), {})
     epochs = end.get("epoch") or (record.log_history[-1].get("epoch") if record.log_history else None)
-    frozen = max((int(entry.get("freezecache/split_point", 0)) for entry in record.log_history), default=0)
+    frozen = max((decision.split_point for decision in record.decisions), default=0)
     return {
         "run": record.name,
         "result": _result(record),
@@ -253,40 +240,28 @@ def _curve(record: RunRecord) -> list[Figures]:
     return points
 
 
-def _stages(record: RunRecord, epochs: Sequence[Epoch]) -> list[Figures]:
-    """Return the stages that were entered; one that a resume entered again counts once, its builds together."""
+def _stages(record: RunRecord) -> list[Figures]:
+    """Return what each stage did, by its decision, and what it took, by its epochs."""
     stages: list[Figures] = []
-    kept = {int(stage["split_point"]): stage for stage in record.stages if "split_point" in stage}
-    for entry in record.log_history:
-        if "freezecache/split_point" not in entry:
-            continue
-        split_point = int(entry["freezecache/split_point"])
-        logged = {name: entry[f"freezecache/{name}"] for name in _STAGE_LOGS if f"freezecache/{name}" in entry}
-        if stages and stages[-1]["split_point"] == split_point:
-            built = stages[-1].get("build_seconds", 0.0) + logged.get("build_seconds", 0.0)
-            stages[-1] |= {**logged, **({"build_seconds": built} if "build_seconds" in logged else {})}
-            continue
-        detail = kept.get(split_point, {}) if "cache_bytes" in logged else {}
-        sensitivity = (detail.get("copies_calibration") or {}).get("sensitivity")
+    for decision in record.decisions:
+        epochs = [epoch for epoch in record.epochs if epoch.stage == decision.stage]
+        end = max((epoch.epoch for epoch in epochs), default=decision.start_epoch)
+        if decision is record.decisions[-1]:  # as far as it came
+            end = max(end, *(entry.get("epoch", 0.0) for entry in record.log_history), 0.0)
+        rates = [epoch.images_per_second for epoch in epochs]
+        spent = passes_spent(record, decision)
         stages.append(
             {
-                "split_point": split_point,
-                "start_epoch": entry.get("epoch", 0.0),
-                **logged,
-                "num_views": detail.get("num_views"),
-                "codec": detail.get("codec"),
-                "sensitivity": sensitivity,
+                **asdict(decision),
+                "has_cache": decision.has_cache,
+                "runs_frozen_blocks": decision.runs_frozen_blocks,
+                "end_epoch": end,
+                "train_seconds": round(sum(epoch.seconds for epoch in epochs), 3),
+                "entering_seconds": round(sum(epoch.entering_seconds for epoch in epochs), 3),
+                "images_per_second": round(statistics.median(rates), 3) if rates else None,
+                "passes_spent": None if spent is None else round(spent, 1),
             }
         )
-    for stage in stages:
-        own = [epoch for epoch in epochs if epoch.split_point == stage["split_point"]]
-        stage["end_epoch"] = max([epoch.epoch for epoch in own], default=stage["start_epoch"])
-        if stage is stages[-1]:  # as far as it came
-            stage["end_epoch"] = max(stage["end_epoch"], *(entry.get("epoch", 0.0) for entry in record.log_history))
-        stage["train_seconds"] = round(sum(epoch.seconds for epoch in own), 3)
-        stage["entering_seconds"] = round(sum(epoch.entering_seconds for epoch in own), 3)
-        rates = [epoch.images_per_second for epoch in own]
-        stage["images_per_second"] = round(statistics.median(rates), 3) if rates else None
     return stages
 
 
@@ -297,16 +272,15 @@ def figures_of(record: RunRecord, baseline: Mapping[str, Any] | None = None) -> 
         record: The run, as ``read_run`` returns it.
         baseline: A run without freezing, as ``read_baseline`` returns it; default: the one in the record, if any.
     """
-    epochs = read_epochs(record.log_history)
-    num_blocks = int(record.model.get("num_blocks") or 0)
-    given = dict(baseline) if baseline is not None else record.baseline
+    epochs = record.epochs
+    compared_to = dict(baseline) if baseline is not None else record.baseline
     rate: Rate | None = None
-    if given is not None and given["images_per_second"] and not given["frozen_blocks"]:
-        text = f"measured in the baseline run '{given['run']}', evaluation left out"
-        rate = Rate(given["images_per_second"], "baseline", text)
-    elif num_blocks:
-        rate = unfrozen_rate(epochs, num_blocks, record.cache.get("mode") == "always")
-    unfrozen = unfrozen_seconds(epochs, rate) if rate else [None] * len(epochs)
+    if compared_to is not None and compared_to["images_per_second"] and not compared_to["frozen_blocks"]:
+        text = f"measured in the baseline run '{compared_to['run']}', evaluation left out"
+        rate = Rate(compared_to["images_per_second"], "baseline", text)
+    else:
+        rate = unfrozen_rate(record)
+    unfrozen = unfrozen_seconds(record, rate) if rate else [None] * len(epochs)
     whole = _whole_seconds(record)
     last = next((entry["epoch"] for entry in reversed(record.log_history) if "epoch" in entry), None)
     figures: Figures = {
@@ -321,11 +295,12 @@ def figures_of(record: RunRecord, baseline: Mapping[str, Any] | None = None) -> 
         "cache": record.cache,
         "planned_stages": record.planned_stages,
         "stopped_early": record.complete and record.global_step < record.max_steps,
-        "stages": _stages(record, epochs),
+        "stages": _stages(record),
         "epochs": [
             {
                 "epoch": epoch.epoch,
-                "split_point": epoch.split_point,
+                "stage": epoch.stage,
+                "split_point": record.decision_of(epoch).split_point,
                 "images_per_second": epoch.images_per_second,
                 "seconds": epoch.seconds,
                 "entering_seconds": round(epoch.entering_seconds, 4),
@@ -354,7 +329,7 @@ def figures_of(record: RunRecord, baseline: Mapping[str, Any] | None = None) -> 
         "training": record.training,
         "versions": record.versions,
         "device": record.device,
-        "baseline": given,
+        "baseline": compared_to,
     }
     figures["comparison"] = comparison(figures)
     return figures

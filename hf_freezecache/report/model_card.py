@@ -9,11 +9,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .figures import comparison
-from .templating import fill_template
+from .page import fill_template
 from .text import (
     accuracy_cost,
     describe_schedule,
     how_it_ended,
+    how_it_trained,
     metric,
     points,
     time_cost,
@@ -125,6 +126,7 @@ def render_card(figures: Figures, card: Mapping[str, Any], plot: str | None = No
         plot=plot,
         schedule=describe_schedule(figures),
         ending=how_it_ended(figures),
+        training_source=how_it_trained(figures),
         accuracy_cost=accuracy_cost(figures),
         time_cost=time_cost(figures),
         when_not_to_use=when_not_to_use(figures),

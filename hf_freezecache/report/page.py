@@ -7,26 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .figures import is_share
+import jinja2
+
 from .plots import (
     pictures_of,
     save_png,
     to_svg,
 )
-from .templating import fill_template
 from .text import (
     accuracy_cost,
     describe_schedule,
+    distortion_of,
     duration,
     how_it_ended,
+    how_it_trained,
+    is_share,
     metric,
     points,
+    size_words,
+    stage_account,
     time_cost,
     when_not_to_use,
 )
-from .wording import size_words
 
-__all__ = ["PAGE_NAME", "PLOT_NAME", "REPORT_FOLDER", "render_page", "write_report"]
+__all__ = ["PAGE_NAME", "PLOT_NAME", "REPORT_FOLDER", "fill_template", "render_page", "write_report"]
 
 #: Folder in ``output_dir``. Part of what ``push_to_hub`` uploads.
 REPORT_FOLDER = "freezecache_report"
@@ -35,6 +39,29 @@ PAGE_NAME = "report.html"
 PLOT_NAME = f"{REPORT_FOLDER}/timeline.png"
 
 Figures = Mapping[str, Any]
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """Return the text of a template; what goes into an ``.html`` one is escaped.
+
+    Raises:
+        jinja2.UndefinedError: The template asks for a value that is not there.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=name.endswith(".html"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "duration": duration,
+        "size": size_words,
+        "account": stage_account,
+        "distortion": distortion_of,
+    }
+    return environment.get_template(name).render(**values)
 
 
 def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
@@ -54,20 +81,19 @@ def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
     if cost["no_freezing_seconds"] is not None:
         kind = "measured in the baseline" if cost["no_freezing_measured"] else "estimated, not measured"
         tiles.append((duration(cost["no_freezing_seconds"]), "without freezing", kind))
-    cached = [stage for stage in figures["stages"] if "cache_bytes" in stage]
-    if cached:
-        number = f"{len(cached)} cache{'s' if len(cached) > 1 else ''} on disk"
-        bits = " and ".join(f"{stage['bits_per_element']:.1f}" for stage in (cached[0], *cached[1:][-1:]))
-        tiles.append((size_words(sum(stage["cache_bytes"] for stage in cached)), number, f"{bits} bits per element"))
+    # Stages of one split point may share a cache.
+    caches = list({stage["split_point"]: stage for stage in figures["stages"] if stage["has_cache"]}.values())
+    if caches:
+        number = f"{len(caches)} cache{'s' if len(caches) > 1 else ''} on disk"
+        bits = " and ".join(f"{stage['bits_per_element']:.1f}" for stage in (caches[0], *caches[1:][-1:]))
+        tiles.append((size_words(sum(stage["cache_bytes"] for stage in caches)), number, f"{bits} bits per element"))
     return tiles
 
 
 def _settings(figures: Figures) -> dict[str, dict[str, Any]]:
     """Return settings and versions in groups, without those at nothing."""
     groups = {
-        "Freezing": figures["freezing"]
-        if figures["freezing"].get("policy")
-        else {"schedule": figures["freezing"].get("schedule")},
+        "Freezing": figures["freezing"],
         "Caching": figures["cache"],
         "Training": figures["training"],
         "Model and data": {**figures["model"], **figures["data"], "device": figures["device"]},
@@ -91,6 +117,7 @@ def render_page(figures: Figures) -> str:
         figures=figures,
         schedule=describe_schedule(figures),
         ending=how_it_ended(figures),
+        training_source=how_it_trained(figures),
         tiles=_tiles(figures),
         pictures=pictures,
         accuracy_cost=accuracy_cost(figures),

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .text import duration, is_share, size_words
 
-from .figures import is_share
-from .text import duration
-from .wording import size_words
-
-__all__ = ["Picture", "pictures_of", "save_png", "to_svg"]
+__all__ = ["Picture", "draw_runs", "pictures_of", "save_png", "to_svg"]
 
 Figures = Mapping[str, Any]
 
@@ -30,6 +26,8 @@ _VARIABLES = {
     _INK: "currentColor",
     _GRID: "var(--grid)",
 }
+# Of runs side by side; the building of their caches has one colour in all of them.
+_RUN_COLORS, _BUILD_COLOR = ["#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"], "#F0C05A"
 _WIDTH = 4.2  # inches: at 72 units each, about as many as a phone has pixels
 _STYLE = {
     "font.size": 10,
@@ -131,7 +129,8 @@ def _draw_stages(figures: Figures, axes: Any, label: bool) -> None:
     stages = [stage for stage in figures["stages"] if stage["end_epoch"] > stage["start_epoch"]]
     num_blocks = figures["model"].get("num_blocks") or max([stage["split_point"] for stage in stages], default=1)
     baseline = (figures["baseline"] or {}).get("evaluations", []) if axes.get_label() == "scores" else []
-    length = max([figures["epochs_done"] or 0.0, *(point["epoch"] for point in baseline)]) or 1.0
+    ends = [stage["end_epoch"] for stage in stages] + [point["epoch"] for point in baseline]
+    length = max([figures["epochs_done"] or 0.0, *ends]) or 1.0
     for number, stage in enumerate(stages):
         start, end, frozen = stage["start_epoch"], stage["end_epoch"], stage["split_point"]
         axes.axvspan(start, end, color=_BLUE, alpha=0.04 + 0.22 * frozen / max(num_blocks, 1), linewidth=0)
@@ -242,13 +241,21 @@ def _cost(figures: Figures, figure: Any) -> None:
 
 
 def _cached(figures: Figures) -> list[Figures]:
-    return [stage for stage in figures["stages"] if "cache_bytes" in stage]
+    return [stage for stage in figures["stages"] if stage["has_cache"]]
+
+
+def _stage_names(stages: Sequence[Figures]) -> list[str]:
+    """Return the frozen blocks of each stage, and its first epoch if two stages have the same."""
+    split_points = [stage["split_point"] for stage in stages]
+    if len(set(split_points)) == len(stages):
+        return [f"{split_point} frozen" for split_point in split_points]
+    return [f"{stage['split_point']} from epoch {stage['start_epoch']}" for stage in stages]
 
 
 def _storage(figures: Figures, figure: Any) -> None:
     stages = _cached(figures)
     bits, sizes = figure.subplots(1, 2, sharey=True)
-    names = [f"{stage['split_point']} frozen" for stage in stages]
+    names = _stage_names(stages)
     for axes, values, color, texts, title in (
         (
             bits,
@@ -276,39 +283,8 @@ def _storage(figures: Figures, figure: Any) -> None:
     bits.set_ylim(len(stages) - 0.5, -0.5)
 
 
-def _sensitivity(figures: Figures, figure: Any) -> None:
-    from matplotlib import colormaps
-
-    stages = [stage for stage in figures["stages"] if stage["sensitivity"]]
-    grid = figure.subplots(len(stages), 2, squeeze=False, width_ratios=[1, 1.15])
-    values = np.concatenate([np.ravel(stage["sensitivity"]["tokens"]) for stage in stages])
-    # One scale for all maps, so that stages can be compared.
-    low, high = float(values.min()), max(float(values.max()), float(values.min()) + 0.01)
-    for (tokens, channels), stage in zip(grid, stages, strict=True):
-        found = stage["sensitivity"]
-        cells = np.array(found["tokens"])
-        mesh = tokens.pcolormesh(cells, cmap=colormaps["viridis"].resampled(16), vmin=low, vmax=high, edgecolor="face")
-        tokens.invert_yaxis()
-        tokens.set_aspect("equal")
-        tokens.set_xticks([])
-        tokens.set_yticks([])
-        tokens.set_title(f"{stage['split_point']} frozen: tokens")
-        tokens.spines[["left", "bottom"]].set_visible(False)
-        figure.colorbar(mesh, ax=tokens, shrink=0.8, pad=0.04).outline.set_visible(False)
-        order = np.sort(found["channels"])
-        channels.plot(np.linspace(0, 100, len(order)), order, color=_BLUE, linewidth=1.6)
-        channels.axhline(found["overall"], color=_ORANGE, linewidth=1.2, linestyle="--")
-        side = {"ha": "left", "va": "bottom", "color": _ORANGE, "fontsize": 9.5}
-        channels.text(2, found["overall"] + 0.01, f"all: {found['overall']:.2f}", **side)
-        channels.set_ylim(min(0.0, float(order[0])), 1.0)
-        channels.set_xlim(0, 100)
-        channels.set_title("channels, sorted")
-        channels.grid(axis="y", linewidth=0.6)
-    grid[-1][1].set_xlabel("% of the channels")
-
-
 def pictures_of(figures: Figures) -> list[Picture]:
-    """Return the pictures that a run has figures for: ``timeline``, ``cost``, ``storage``, ``sensitivity``."""
+    """Return the pictures that a run has figures for: ``timeline``, ``cost``, ``storage``."""
     pictures = []
     cost, stages = figures["cost"], _cached(figures)
     frozen = ", ".join(f"{stage['split_point']} from epoch {stage['start_epoch']:g}" for stage in figures["stages"])
@@ -345,8 +321,8 @@ def pictures_of(figures: Figures) -> list[Picture]:
         )
     if stages:
         listed = "; ".join(
-            f"{stage['split_point']} frozen: {stage['bits_per_element']:.2f} bits per element, {size_words(stage['cache_bytes'])}"
-            for stage in stages
+            f"{name}: {stage['bits_per_element']:.2f} bits per element, {size_words(stage['cache_bytes'])}"
+            for name, stage in zip(_stage_names(stages), stages, strict=True)
         )
         pictures.append(
             Picture(
@@ -358,20 +334,59 @@ def pictures_of(figures: Figures) -> list[Picture]:
                 lambda figure: _storage(figures, figure),
             )
         )
-    measured = [stage for stage in figures["stages"] if stage["sensitivity"]]
-    if measured:
-        listed = "; ".join(
-            f"{stage['split_point']} frozen: {stage['sensitivity']['overall']:.2f}" for stage in measured
-        )
-        pictures.append(
-            Picture(
-                "sensitivity",
-                "What augmentation moves",
-                "Share of an augmented view's variance that the first view predicts, averaged over held-out images: 1 is all of "
-                "it, and what is low is sensitive. Left by place in the image, right by channel.",
-                f"Maps of similarity by token and curves by channel. All together: {listed}.",
-                0.35 + 1.75 * len(measured),
-                lambda figure: _sensitivity(figures, figure),
-            )
-        )
     return pictures
+
+
+def draw_runs(runs: Sequence[Figures], path: Path, title: str = "") -> None:
+    """Write a PNG: seconds of each run, split into build and training; beside it accuracy against seconds.
+
+    Args:
+        runs: At most six, each as for ``text.format_runs``, with ``accuracy_after_seconds``: pairs of seconds and accuracy.
+        path: The file.
+        title: Line above both.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: The file cannot be written.
+    """
+    # Without pyplot: no global state, and no window system is asked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(12, 4.6), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    FigureCanvasAgg(figure)
+    bars, curves = figure.subplots(1, 2, width_ratios=[1.1, 1])
+    if title:
+        figure.suptitle(title, fontsize=13)
+    longest = max(run["seconds"] for run in runs)
+    for row, (run, color) in enumerate(zip(runs, _RUN_COLORS, strict=False)):
+        build = run["build_seconds"]
+        bars.barh(row, build, color=_BUILD_COLOR, height=0.55)
+        bars.barh(row, run["seconds"] - build, left=build, color=color, height=0.55)
+        label = f"{run['seconds']:.1f} s, accuracy {run['accuracy']:.1%}"
+        bars.text(run["seconds"] + 0.015 * longest, row, label, va="center", fontsize=10.5)
+        points = run["accuracy_after_seconds"]
+        curves.plot(
+            [seconds for seconds, _ in points],
+            [100 * accuracy for _, accuracy in points],
+            color=color,
+            marker="o",
+            markersize=3.5,
+            label=run["run"],
+        )
+    bars.set_yticks(range(len(runs)), [run["run"] for run in runs], fontsize=11)
+    bars.invert_yaxis()
+    bars.set_xlim(0, 1.65 * longest)  # room for the labels behind the bars
+    bars.set_xlabel("seconds, cache build included, evaluation left out")
+    if any(run["build_seconds"] > 0 for run in runs):
+        bars.barh(0, 0, color=_BUILD_COLOR, label="building the caches")
+        bars.legend(loc="lower right", frameon=False)
+    curves.set_xlabel("seconds, cache build included, evaluation left out")
+    curves.set_ylabel("accuracy on held-out images, %")
+    curves.set_xlim(left=0)
+    curves.legend(loc="lower right", frameon=False)
+    curves.grid(alpha=0.3)
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")

@@ -1,6 +1,6 @@
 """The record of a run: a small JSON file beside the model, from which its report and its model card are made."""
 
-from __future__ import annotations
+# Annotations stay objects here, not text: `strict` checks values against them.
 
 import dataclasses
 import json
@@ -11,16 +11,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import (  # type: ignore[attr-defined]
+    StrictDataclassFieldValidationError,
+    strict,
+)
+
 from ..errors import RunError
 
-__all__ = ["RUN_NAME", "RunRecord", "read_run", "write_run"]
+__all__ = [
+    "RUN_NAME",
+    "Decision",
+    "Epoch",
+    "RunRecord",
+    "progress_to_dict",
+    "read_run",
+    "restore_progress",
+    "write_run",
+]
 
 #: Name of the file. ``trainer_state.json`` takes no foreign keys.
 RUN_NAME = "freezecache_run.json"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _STATE_NAME = "trainer_state.json"
 
+Number = int | float
 
+
+@strict
 @dataclass
 class Decision:
     """What one stage did, and why. It is made once, when the stage begins; log, record, card, report and cost read it.
@@ -31,9 +48,9 @@ class Decision:
         split_point: Number of frozen blocks.
         trained_from: ``"cache"``, or ``"images"`` if the frozen blocks run in every step.
         reason: Why, in one sentence.
-        cache: ``"built"``, ``"found"``, or ``"none"``.
-        built_from: Where a cache that this run built has its hidden states from: ``"images"``, or
-            ``"cache of split point k"``. Empty if nothing was built.
+        cache: ``"built"`` by this run, ``"found"``, or ``"none"``.
+        built_from: Split point of the cache whose hidden states this run's cache was computed from; 0 if it was computed
+            from the images. ``None`` if this run built nothing.
         calibrated: Whether this run chose the codec by measurement.
         num_views: Stored views per image; 0 without a cache.
         codec: The base view's codec, as ``Codec.to_dict`` gives it.
@@ -60,7 +77,7 @@ class Decision:
     trained_from: str = "images"
     reason: str = ""
     cache: str = "none"
-    built_from: str = ""
+    built_from: int | None = None
     calibrated: bool = False
     num_views: int = 0
     codec: dict[str, Any] = field(default_factory=dict)
@@ -68,16 +85,64 @@ class Decision:
     calibration: dict[str, Any] | None = None
     copies_calibration: dict[str, Any] | None = None
     cache_bytes: int = 0
-    cache_bytes_per_image: float = 0.0
-    bits_per_element: float = 0.0
+    cache_bytes_per_image: Number = 0.0
+    bits_per_element: Number = 0.0
     built_shards: int = 0
-    distortion: dict[str, float | None] = field(default_factory=dict)
+    distortion: dict[str, int | float | None] = field(default_factory=dict)
     trainable_parameters: int = 0
     released_optimizer_bytes: int = 0
-    predicted: dict[str, float] = field(default_factory=dict)
-    build_seconds: float = 0.0
+    predicted: dict[str, Number] = field(default_factory=dict)
+    build_seconds: Number = 0.0
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether there is a cache of this stage."""
+        return self.cache != "none"
+
+    @property
+    def runs_frozen_blocks(self) -> bool:
+        """Whether every training step runs the frozen blocks, since the stage trains on images."""
+        return self.split_point > 0 and self.trained_from == "images"
+
+    def add_earlier(self, earlier: "Decision") -> None:
+        """Add what this run did for the stage before it was interrupted and resumed.
+
+        A cache that this run built earlier and finds now counts as built.
+        """
+        self.build_seconds += earlier.build_seconds
+        self.built_shards += earlier.built_shards
+        if self.cache == "found" and earlier.cache == "built":
+            self.cache, self.built_from, self.calibrated = "built", earlier.built_from, earlier.calibrated
 
 
+@strict
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch, or the part of one up to a checkpoint or from there on.
+
+    Attributes:
+        stage: Index of its stage in the schedule, from 0.
+        epoch: Epochs done at its end.
+        images_per_second: Images trained on, by the seconds that training took.
+        seconds: Training alone: no building, evaluating or saving.
+        entering_seconds: Spent before it on entering a stage, which includes building its cache.
+        cumulative_seconds: Training and entering of stages, from the start of the run.
+    """
+
+    stage: int
+    epoch: Number
+    images_per_second: Number
+    seconds: Number
+    entering_seconds: Number
+    cumulative_seconds: Number
+
+    @property
+    def images(self) -> float:
+        """Images trained on."""
+        return self.images_per_second * self.seconds
+
+
+@strict
 @dataclass
 class RunRecord:
     """A run as far as it came. Holds no paths and no images.
@@ -89,9 +154,9 @@ class RunRecord:
         data: ``train_images``, ``image_shape``.
         freezing: ``FreezeConfig``.
         cache: ``CacheConfig`` without its folder and names.
-        planned_stages: ``start_epoch`` and ``split_point`` of each.
-        stages: Of each stage that was entered and cached: ``split_point``, ``num_views``, ``codec``, ``dtype``,
-            ``calibration``, ``copies_calibration`` (which holds the sensitivity).
+        planned_stages: ``index``, ``start_epoch`` and ``split_point`` of each.
+        decisions: What each stage did that was entered, in order.
+        epochs: Each epoch that was trained, in order.
         training: Hyperparameters, as ``TrainingArguments`` names them.
         versions: Of libraries.
         device: What was trained on.
@@ -112,11 +177,12 @@ class RunRecord:
     freezing: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
     planned_stages: list[dict[str, int]] = field(default_factory=list)
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
-    preflight_seconds: float = 0.0
+    preflight_seconds: Number = 0.0
     best_step: int | None = None
     global_step: int = 0
     max_steps: int = 0
@@ -125,10 +191,24 @@ class RunRecord:
     baseline: dict[str, Any] | None = None
     card: dict[str, Any] | None = None
 
-    def keep_stage(self, stage: Mapping[str, Any]) -> None:
-        """Add what is known of a stage, in place of what was known of the same split point."""
-        others = [known for known in self.stages if known["split_point"] != stage["split_point"]]
-        self.stages = sorted([*others, dict(stage)], key=lambda known: known["split_point"])
+    def keep_decision(self, decision: Decision) -> None:
+        """Keep what a stage did, in place of what was kept of the same stage.
+
+        If the run was resumed within the stage, the seconds and shards of earlier building are added to the decision.
+        """
+        others = [known for known in self.decisions if known.stage != decision.stage]
+        for known in self.decisions:
+            if known.stage == decision.stage and known is not decision:
+                decision.add_earlier(known)
+        self.decisions = sorted([*others, decision], key=lambda known: known.stage)
+
+    def add_epoch(self, epoch: Epoch) -> None:
+        """Add an epoch, or a part of one, that was just trained."""
+        self.epochs = [*self.epochs, epoch]
+
+    def decision_of(self, epoch: Epoch) -> Decision:
+        """Return what the stage of an epoch did."""
+        return next(decision for decision in self.decisions if decision.stage == epoch.stage)
 
     @property
     def is_plain(self) -> bool:
@@ -137,9 +217,11 @@ class RunRecord:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for: a loss may be NaN."""
+    """Return plain JSON, with null for what JSON has no word for: a loss may be NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _finite(vars(value))
     if isinstance(value, Mapping):
         return {str(name): _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -154,7 +236,7 @@ def write_run(folder: Path, record: RunRecord) -> Path:
         OSError: It cannot be written.
     """
     path = folder / RUN_NAME
-    document = {"format_version": _FORMAT_VERSION, **_finite(dataclasses.asdict(record))}
+    document = {"format_version": _FORMAT_VERSION, **_finite(record)}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -175,25 +257,69 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def _progress_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the decisions and epochs of a JSON object.
+
+    Raises:
+        TypeError: One of them has other fields.
+        StrictDataclassFieldValidationError: A field holds a value of another type.
+        ValueError: An epoch is of a stage without a decision.
+    """
+    decisions = [Decision(**decision) for decision in document.get("decisions", [])]
+    epochs = [Epoch(**epoch) for epoch in document.get("epochs", [])]
+    orphans = {epoch.stage for epoch in epochs} - {decision.stage for decision in decisions}
+    if orphans:
+        raise ValueError(f"it has epochs of stage {min(orphans)}, but no decision of that stage")
+    return {"decisions": decisions, "epochs": epochs}
+
+
+_DAMAGE = (TypeError, ValueError, AttributeError, StrictDataclassFieldValidationError)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def progress_to_dict(record: RunRecord) -> dict[str, Any]:
+    """Return the decisions and epochs of a run as plain JSON, for a checkpoint to hold."""
+    document: dict[str, Any] = _finite({name: getattr(record, name) for name in ("decisions", "epochs")})
+    return document
+
+
+def restore_progress(record: RunRecord, document: Mapping[str, Any]) -> None:
+    """Put the decisions and epochs of a checkpoint into a record, in place of those it has.
+
+    Args:
+        record: The record of the run that is resumed.
+        document: As ``progress_to_dict`` returned it when the checkpoint was saved.
+
+    Raises:
+        RunError: The document is damaged.
+    """
+    try:
+        progress = _progress_of(document)
+    except _DAMAGE as error:
+        raise RunError(
+            f"The checkpoint's account of its stages cannot be read: {_one_line(error)}. Resume from another checkpoint, or "
+            "start anew."
+        ) from error
+    record.decisions, record.epochs = progress["decisions"], progress["epochs"]
+
+
 def _record_of(path: Path) -> RunRecord:
     document = _read_json(path)
     version = document.pop("format_version", None)
     if version != _FORMAT_VERSION:
         raise RunError(
-            f"{path} has format version {version!r}, this library reads {_FORMAT_VERSION}: use the version that wrote it."
+            f"{path} has format version {version!r}, this library reads {_FORMAT_VERSION}. Read it with the version of "
+            "hf-freezecache that wrote it, or train again."
         )
-    default = RunRecord()
-    record = RunRecord(**{name: value for name, value in document.items() if hasattr(default, name)})
-    for known in dataclasses.fields(RunRecord):
-        value, expected = getattr(record, known.name), getattr(default, known.name)
-        optional = known.name in ("best_step", "baseline", "card")
-        if not (optional or isinstance(value, (int, float) if isinstance(expected, float) else type(expected))):
-            raise RunError(
-                f"{path} is damaged: {known.name} is {type(value).__name__}, expected {type(expected).__name__}."
-            )
-    if not all(isinstance(entry, dict) for entry in [*record.log_history, *record.stages, *record.planned_stages]):
-        raise RunError(f"{path} is damaged: an entry of its log or of its stages is no JSON object.")
-    return record
+    try:
+        return RunRecord(**{**document, **_progress_of(document)})
+    except _DAMAGE as error:
+        raise RunError(
+            f"{path} is damaged: {_one_line(error)}. Restore it, or delete it to go by the checkpoints."
+        ) from error
 
 
 def _last_state(folder: Path) -> Path | None:
@@ -206,6 +332,13 @@ def _last_state(folder: Path) -> Path | None:
     own = folder / _STATE_NAME
     states = [own, *(path for _, path in sorted(checkpoints, reverse=True))]
     return next((path for path in states if path.is_file()), None)
+
+
+def _cut(record: RunRecord, epoch: float) -> None:
+    """Forget what a run did after a checkpoint that was saved at an epoch."""
+    record.epochs = [known for known in record.epochs if known.epoch <= epoch + 1e-6]
+    entered = {known.stage for known in record.epochs}
+    record.decisions = [known for known in record.decisions if known.stage in entered]
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -227,13 +360,16 @@ def read_run(folder: Path) -> RunRecord:
         )
     record = _record_of(path) if path.is_file() else RunRecord()
     above = folder.resolve().parent / RUN_NAME
-    if not path.is_file() and folder.resolve().name.startswith("checkpoint-") and above.is_file():
+    is_checkpoint = not path.is_file() and folder.resolve().name.startswith("checkpoint-") and above.is_file()
+    if is_checkpoint:
         record = dataclasses.replace(_record_of(above), complete=False, log_history=[], global_step=0, best_step=None)
     record.name = record.name or folder.resolve().name
     state = _read_json(state_path) if state_path is not None else {}
     log_history, steps = state.get("log_history"), state.get("global_step")
     if state and not (isinstance(log_history, list) and isinstance(steps, int)):
         raise RunError(f"{state_path} has no log_history or no global_step: it is no file of Trainer.")
+    if is_checkpoint:
+        _cut(record, state.get("epoch") or 0.0)
     log_history, known = _finite(log_history or []), record.log_history
     # States of other runs into the same folder do not go on where this one was when it was written.
     goes_on = not record.complete and len(log_history) > len(known) and log_history[: len(known)] == _finite(known)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = ["Stopwatch"]
 
@@ -25,15 +27,15 @@ class Stopwatch:
         self._since = time.perf_counter()
         self._pause: float | None = None
 
-    def pause(self) -> None:
-        """Stop the clock."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock while the context is active."""
         self._pause = time.perf_counter()
-
-    def go_on(self) -> None:
-        """Start it again."""
-        assert self._pause is not None
-        self._since += time.perf_counter() - self._pause
-        self._pause = None
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - self._pause
+            self._pause = None
 
     def take(self, step: int) -> dict[str, float] | None:
         """Return ``images``, ``seconds`` and ``entering_seconds`` since the last time; ``None`` if no step was done."""

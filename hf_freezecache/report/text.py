@@ -1,24 +1,33 @@
-"""Figures in a reader's words: the same on the page, in the model card and on the command line."""
+"""Figures in a reader's words: the same on pages, on cards and on the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from .figures import is_share
 
 __all__ = [
     "accuracy_cost",
+    "codec_words",
     "describe_schedule",
+    "distortion_of",
+    "distortion_words",
     "duration",
+    "format_runs",
     "how_it_ended",
+    "how_it_trained",
+    "is_share",
     "metric",
     "points",
+    "size_words",
+    "stage_account",
     "time_cost",
     "when_not_to_use",
 ]
 
 Figures = Mapping[str, Any]
+
+#: Metrics that are shares of 1, and are shown in per cent.
+_SHARES = ("accuracy", "f1", "precision", "recall", "top5", "top_5")
 
 
 def duration(seconds: float) -> str:
@@ -28,6 +37,20 @@ def duration(seconds: float) -> str:
     if seconds < 600:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+
+
+def size_words(num_bytes: float) -> str:
+    """Return a size in B, KiB, MiB or GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def is_share(name: str) -> bool:
+    """Say whether a metric is a share of 1."""
+    return name.endswith(_SHARES)
 
 
 def metric(name: str, value: float) -> str:
@@ -40,18 +63,125 @@ def points(name: str, difference: float) -> str:
     return f"{100 * difference:+.2f} points" if is_share(name) else f"{difference:+.4g}"
 
 
+def codec_words(codec: dict[str, Any]) -> str:
+    """Return a codec, ``{"name", "configuration"}``, in one line."""
+    words = []
+    for step in codec["configuration"]["steps"] if codec["name"] == "pipeline" else [codec]:
+        settings = ", ".join(
+            f"{name} {f'({len(value)} of them)' if isinstance(value, list) and len(value) > 4 else value}"
+            for name, value in step["configuration"].items()
+            if name != "state"
+        )
+        words.append(f"{step['name']} ({settings})" if settings else step["name"])
+    return " > ".join(words)
+
+
+def distortion_words(calibration: dict[str, Any]) -> str:
+    """Return what calibration measured of a lossy codec, in one line."""
+    agreement = "" if calibration["agreement"] is None else f"agreement {calibration['agreement']:.1%}, "
+    return (
+        f"{calibration['distortion']:.3g} ({calibration['measure']}), {agreement}relative error "
+        f"{calibration['relative_error']:.3f}, on {calibration['num_test']} held-out images, states from the "
+        f"{calibration['source']}"
+    )
+
+
+# ---- What a run did ----
+
+
 def describe_schedule(figures: Figures) -> str:
     """Return the schedule, e.g. ``6 of 12 blocks frozen from epoch 0, 9 from epoch 3``; and what of it was not reached."""
     num_blocks, done = figures["model"].get("num_blocks"), figures["epochs_done"]
     stages = figures["planned_stages"] or figures["stages"]
     if not stages:
         return "no block frozen"
-    parts = []
+    words = []
     for number, stage in enumerate(stages):
         first = f"{f' of {num_blocks}' if num_blocks else ''} blocks frozen" if number == 0 else ""
         ahead = " (not reached)" if number and done is not None and stage["start_epoch"] >= done else ""
-        parts.append(f"{stage['split_point']}{first} from epoch {stage['start_epoch']:g}{ahead}")
-    return ", ".join(parts)
+        words.append(f"{stage['split_point']}{first} from epoch {stage['start_epoch']:g}{ahead}")
+    return ", ".join(words)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"one {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def how_it_trained(figures: Figures) -> str | None:
+    """Say from what the stages with frozen blocks were trained; ``None`` if no stage was entered."""
+    stages = figures["stages"]
+    if not stages:
+        return None
+    frozen = [stage for stage in stages if stage["split_point"]]
+    cached = [stage for stage in frozen if stage["trained_from"] == "cache"]
+    if not frozen:
+        return "No block was frozen, and nothing was cached."
+    if not cached:
+        nothing = "" if any(stage["has_cache"] for stage in stages) else "; nothing was cached"
+        return f"The frozen blocks ran in every step{nothing}."
+    if len(cached) == len(frozen):
+        return (
+            "The frozen blocks ran once per stored view of an image; the rest was trained from a cache of their output."
+        )
+    rest = len(frozen) - len(cached)
+    return (
+        f"Of {len(frozen)} stages with frozen blocks, {len(cached)} trained from a cache of their output; in the other"
+        f"{f' {rest}' if rest > 1 else ''} the frozen blocks ran in every step."
+    )
+
+
+def _training_source(stage: Figures) -> str:
+    """Say what a stage was trained on, and where its cache came from."""
+    if stage["trained_from"] == "images" and not stage["split_point"]:
+        return "It trained on images, and no block was frozen."
+    if stage["trained_from"] == "images":
+        return f"It trained on images, and {_count(stage['split_point'], 'frozen block')} ran in every step."
+    cache = f"It trained from a cache of {_count(stage['num_views'], 'view')} of each image"
+    if stage["cache"] == "found":
+        return f"{cache}, which was found."
+    chosen = ", with a codec chosen by measurement" if stage["calibrated"] else ""
+    source = f"the cache of split point {stage['built_from']}" if stage["built_from"] else "the images"
+    return f"{cache}, which this run built from {source}{chosen}."
+
+
+def stage_account(stage: Figures) -> str:
+    """Say what a stage did, why, and what it cost against what was predicted, in a few sentences.
+
+    Args:
+        stage: One of ``figures["stages"]``.
+    """
+    sentences = [_training_source(stage)]
+    if stage["reason"]:
+        sentences.append(f"Reason: {stage['reason'].rstrip('.')}.")
+    predicted, spent = stage["predicted"], stage["passes_spent"]
+    if predicted:
+        costs = [
+            f"{predicted[name]:,.4g} {words}"
+            for name, words in (("cached_passes", "with a cache"), ("live_passes", "without one"))
+            if name in predicted
+        ]
+        taken = "" if spent is None else f"; it took {spent:,.4g}"
+        sentences.append(f"Predicted passes through blocks per image: {', '.join(costs)}{taken}.")
+    trained = duration(stage["train_seconds"])
+    if stage["has_cache"]:
+        doing = "Building" if stage["cache"] == "built" else "Finding"
+        sentences.append(f"{doing} the cache took {duration(stage['build_seconds'])}, training {trained}.")
+    elif stage["build_seconds"]:
+        sentences.append(f"Trying to build a cache took {duration(stage['build_seconds'])}, training {trained}.")
+    else:
+        sentences.append(f"Training took {trained}.")
+    return " ".join(sentences)
+
+
+def distortion_of(stage: Figures) -> str:
+    """Return what the cache of a stage cost in nats per image, for a table."""
+    if not stage["has_cache"]:
+        return "\N{EN DASH}"
+    distortion = stage["distortion"].get("distortion")
+    if distortion is not None:
+        return f"{distortion:.2g}"
+    # Every lossy codec of the base view has a calibration.
+    return "exact" if stage["calibration"] is None else "not measured"
 
 
 def how_it_ended(figures: Figures) -> str | None:
@@ -127,3 +257,36 @@ def when_not_to_use(figures: Figures) -> list[str]:
             kind = "measured" if cost["no_freezing_measured"] else "estimated"
             lines.insert(0, f"In a run like this one: it took {ratio:.2f} times the {kind} time without freezing.")
     return lines
+
+
+# ---- Runs side by side ----
+
+
+def format_runs(runs: Sequence[Figures]) -> str:
+    """Return a plain-text table, one line per run: name, accuracy, seconds, of which build, bytes per image.
+
+    Args:
+        runs: Each with ``run`` (a name), ``accuracy`` (from 0 to 1), ``seconds``, of which ``build_seconds``, and
+            ``cache_bytes_per_image``.
+    """
+    rows = [("run", "accuracy", "seconds", "of it build", "bytes per image")]
+    for run in runs:
+        cached = run["cache_bytes_per_image"] > 0
+        rows.append(
+            (
+                run["run"],
+                f"{run['accuracy']:.1%}",
+                f"{run['seconds']:.1f}",
+                f"{run['build_seconds']:.1f}" if cached else "-",
+                f"{run['cache_bytes_per_image']:,.0f}" if cached else "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

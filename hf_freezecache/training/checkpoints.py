@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import zipfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache.index import atomic_write
+from ..distributed.process_group import ProcessGroup
 from ..errors import UnsupportedSetupError
+from ..schedules import Stage
 
 __all__ = [
     "STATE_NAME",
+    "SavedStage",
     "check_complete",
+    "find_checkpoint",
     "last_complete",
     "load_stage",
-    "load_world_size",
     "move_scheduler",
+    "move_to_world_size",
     "moved_step",
     "restore_weights",
     "save_stage",
@@ -35,14 +40,38 @@ logger = logging.getLogger(__name__)
 #: Written into every checkpoint; ``trainer_state.json`` takes no foreign keys.
 STATE_NAME = "freezecache_state.json"
 _TRAINER_STATE = "trainer_state.json"
+_FORMAT_VERSION = 2
 
 
-def save_stage(checkpoint: Path, split_point: int, world_size: int = 1) -> None:
-    """Write the number of frozen blocks, and of processes, into a checkpoint folder, which is made if need be."""
+@dataclass(frozen=True)
+class SavedStage:
+    """What a checkpoint says of the run that saved it.
+
+    Attributes:
+        stage: The stage that was being trained; ``None`` for a checkpoint of plain ``Trainer``.
+        world_size: Number of processes; ``None`` if the checkpoint does not say.
+        progress: Decisions and epochs of the record, see ``report.record``.
+    """
+
+    stage: Stage | None = None
+    world_size: int | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def split_point(self) -> int:
+        """Number of blocks that were frozen."""
+        return 0 if self.stage is None else self.stage.split_point
+
+
+def save_stage(checkpoint: Path, saved: SavedStage) -> None:
+    """Write what ``load_stage`` reads into a checkpoint folder, which is made if need be.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
     checkpoint.mkdir(parents=True, exist_ok=True)
-    state = {"format_version": 1, "split_point": split_point, "world_size": world_size}
     with atomic_write(checkpoint / STATE_NAME) as file:
-        file.write((json.dumps(state) + "\n").encode())
+        file.write((json.dumps({"format_version": _FORMAT_VERSION, **asdict(saved)}) + "\n").encode())
 
 
 def _flaw(checkpoint: Path) -> str | None:
@@ -108,30 +137,25 @@ def last_complete(output_dir: Path) -> Path | None:
     return None
 
 
-def load_stage(checkpoint: Path) -> int:
-    """Return the number of blocks that were frozen when a checkpoint was saved; 0 for one of plain ``Trainer``.
+def load_stage(checkpoint: Path) -> SavedStage:
+    """Return what a checkpoint says of the run that saved it; nothing if it is one of plain ``Trainer``.
 
     Raises:
-        UnsupportedSetupError: The file is there and cannot be read.
+        UnsupportedSetupError: The file is there and cannot be read, or is of another version.
     """
     path = checkpoint / STATE_NAME
     if not path.is_file():
         logger.warning("%s has no %s: taking it for a checkpoint of plain training.", checkpoint, STATE_NAME)
-        return 0
+        return SavedStage()
     try:
-        return int(json.loads(path.read_text())["split_point"])
+        state = json.loads(path.read_bytes())
+        if state["format_version"] != _FORMAT_VERSION:
+            raise ValueError(f"format version {state['format_version']}, expected {_FORMAT_VERSION}")
+        return SavedStage(Stage(**state["stage"]), int(state["world_size"]), dict(state["progress"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedSetupError(
             f"{path} cannot be read ({error!r}). Resume from another checkpoint, or start anew."
         ) from error
-
-
-def load_world_size(checkpoint: Path) -> int | None:
-    """Return the number of processes that saved a checkpoint; ``None`` if it does not say."""
-    try:
-        return int(json.loads((checkpoint / STATE_NAME).read_bytes())["world_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def moved_step(epoch: float, steps_per_epoch: int, accumulation: int) -> tuple[int, int, int]:
@@ -202,3 +226,59 @@ def restore_weights(checkpoint: Path, model: nn.Module) -> bool:
         )
     model.load_state_dict(restored.state_dict(), strict=True)
     return True
+
+
+def find_checkpoint(asked: Any, args: Any, everyone: ProcessGroup) -> Any:
+    """Return the checkpoint to resume from: never one whose saving was cut off, which ``Trainer`` would take. Collective.
+
+    Args:
+        asked: ``resume_from_checkpoint``: a path, ``True`` for the last one, or ``None`` or ``False``.
+        args: ``TrainingArguments``.
+        everyone: All processes of the run.
+
+    Raises:
+        UnsupportedSetupError: The checkpoint that was asked for is not complete.
+        ValueError: There is no complete checkpoint.
+    """
+    if asked is None or asked is False:
+        return asked
+    if asked is not True:
+        everyone.on_main_process(lambda: check_complete(Path(asked)))
+        return asked
+    last = everyone.on_main_process(lambda: last_complete(Path(args.output_dir)))
+    if last is None:
+        raise ValueError(f"No complete checkpoint found in the output directory ({args.output_dir}).")
+    return str(last)
+
+
+def move_to_world_size(
+    checkpoint: str, args: Any, state: Any, *, num_update_steps_per_epoch: int, max_steps: int
+) -> tuple[int, int, int] | None:
+    """Return where a run goes on from a checkpoint of another number of processes, whose epochs have other steps.
+
+    Args:
+        checkpoint: Its folder.
+        args: ``TrainingArguments`` of this run.
+        state: ``TrainerState`` of the checkpoint.
+        num_update_steps_per_epoch: Optimizer steps of this run's epochs.
+        max_steps: Optimizer steps of this run.
+
+    Returns:
+        Optimizer step, whole epochs done, and batches to skip in the next; ``None`` if the number is the same.
+    """
+    saved = load_stage(Path(checkpoint))
+    if saved.world_size in (None, args.world_size) or state.epoch is None:
+        return None
+    step, epochs, skip = moved_step(state.epoch, num_update_steps_per_epoch, args.gradient_accumulation_steps)
+    logger.warning(
+        "%s was saved by %d processes, in step %d: going on with %d in epoch %.2f, now step %d of %d. Samples of an epoch "
+        "that had begun may be seen again, or left out.",
+        checkpoint,
+        saved.world_size,
+        state.global_step,
+        args.world_size,
+        step / num_update_steps_per_epoch,
+        step,
+        max_steps,
+    )
+    return step, epochs, 0 if args.ignore_data_skip else skip

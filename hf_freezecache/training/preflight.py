@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from torch import nn
 
-from ..data.collators import Collator, _check_label_values
-from ..data.views import (
-    ViewDataset,
-    seeded,
-)
+from ..compression.base_view import CodecChooser
+from ..config import CacheConfig
+from ..data.feature_augmentation import parse_feature_augmentation, step_generator
+from ..data.feature_augmenter import FeatureAugmenter
 from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheWriteError,
-    DataError,
     UnsupportedSetupError,
 )
+from ..model.freeze import check_checkpointing
+from ..model.split import Split, Splits, first_tensor
 from ..model.suffix import SuffixModel
+from ..model.tokens import token_grid
+from ..report.record import RunRecord
+from ..schedules import Stage
+from .data_checks import prepare_data
+from .freezer import Freezer
+from .planner import make_sampler, shuffle_seed, view_seed
+from .runtime import Runtime
+from .stage import StageRunner
+from .stage_cache import StageCache
 
 __all__ = [
     "check_arguments",
-    "check_batch",
+    "check_augmenter",
     "check_cache_dir",
-    "check_collator",
-    "check_labels",
+    "check_overrides",
     "check_pushed",
-    "check_same_rows",
     "check_writable",
+    "make_augmenter",
+    "prepare_run",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_arguments(args: Any) -> None:
@@ -126,139 +136,158 @@ def check_writable(cache_dir: Path) -> None:
         ) from error
 
 
-def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -> None:
-    """Check that there are rows, and that the integer label column of a ``datasets.Dataset`` holds classes of the model.
+def make_augmenter(
+    config: CacheConfig, args: Any, classes: int | None, own_loss: str | None
+) -> FeatureAugmenter | None:
+    """Return what augments cached batches, or ``None`` if nothing does.
 
     Args:
-        dataset: Anything; only ``datasets.Dataset`` is looked at.
-        num_labels: Classes of the model; ``None`` leaves label values unchecked.
-        columns: Names a label column may have; the first that exists and holds integers is checked.
+        config: The user's settings of caches.
+        args: ``TrainingArguments``.
+        classes: Classes of the model; ``None`` if its labels are not classes.
+        own_loss: Name of what computes the loss in place of the model, if anything does.
 
     Raises:
-        DataError: There are no rows, or a label lies outside ``[0, num_labels)`` and is not -100.
+        UnsupportedSetupError: The text cannot be read, or samples are to be mixed under a loss of the user's own.
     """
-    if len(dataset) == 0:
-        raise DataError("The training data set has no rows.")
-    if num_labels is None or not isinstance(dataset, datasets.Dataset):
-        return
-    for name in columns:
-        if name not in dataset.features or not str(dataset.features[name].dtype).startswith(("int", "uint")):
-            continue
-        labels = dataset.with_format("arrow").select_columns([name])[:][name].to_numpy()
-        positions = np.flatnonzero(((labels < 0) | (labels >= num_labels)) & (labels != -100))
-        if len(positions):
-            raise DataError(
-                f"Labels out of range: row {positions[0]} has {name}={labels[positions[0]]:.0f}, but the model has "
-                f"{num_labels} classes, so labels must lie in [0, {num_labels}) ({len(positions)} such rows). Give the model "
-                "num_labels=..., or remap the labels."
-            )
-        return
-
-
-def check_same_rows(dataset: Any, processes: ProcessGroup, num_rows: int = 16) -> None:
-    """Refuse data sets that differ between processes: each builds shards of one cache, from rows it finds by number.
-
-    Collective. Of a ``datasets.Dataset`` the content of a few rows is compared, of others only the length.
-
-    Raises:
-        UnsupportedSetupError: They differ.
-    """
-    if processes.size == 1:
-        return
-    found = str(len(dataset))
-    if isinstance(dataset, datasets.Dataset):
-        rows = sorted({place * (len(dataset) - 1) // (num_rows - 1) for place in range(num_rows)})
-        cells = [cell for column in dataset.with_format("arrow").select(rows)[:].columns for cell in column.to_pylist()]
-        # Machines may hold copies of one file in folders of their own.
-        plain = [
-            {**cell, "path": Path(cell["path"]).name} if isinstance(cell, dict) and cell.get("path") else cell
-            for cell in cells
-        ]
-        found += f" {hashlib.sha256(repr(plain).encode()).hexdigest()}"
-    everyone = processes.gather(found)
-    if len(set(everyone)) > 1:
-        lengths = [int(each.split()[0]) for each in everyone]
-        what = f"they have {lengths} rows" if len(set(lengths)) > 1 else "rows of the same number differ"
-        raise UnsupportedSetupError(
-            f"train_dataset is not the same on all processes: {what}. Give every process the same rows in the same order: seed "
-            "shuffle() and train_test_split(), and do not shard the data set by rank; the trainer does that."
-        )
-
-
-def check_batch(
-    views: ViewDataset, collate: Collator, label_names: Sequence[str] | None, num_labels: int | None
-) -> dict[str, Any]:
-    """Render and collate the first few rows, and check what comes out.
-
-    Args:
-        views: Renders the rows.
-        collate: The user's collator.
-        label_names: Names under which the model takes labels.
-        num_labels: Classes of the model; ``None`` leaves label values unchecked.
-
-    Returns:
-        The batch.
-
-    Raises:
-        DataError: Images or labels are missing; something is no tensor; a label is out of range.
-    """
-    examples = [views[row, 0] for row in range(min(2, len(views)))]
-    keys = sorted(examples[0]) if isinstance(examples[0], dict) else type(examples[0]).__name__
-    hint = (
-        f"The transform returned {keys}. With a transform that needs other columns set "
-        "TrainingArguments(remove_unused_columns=False), and let transform and data_collator return pixel_values and "
-        "labels."
+    text = config.feature_augmentation
+    if text is None:
+        return None
+    augmenter = FeatureAugmenter(
+        parse_feature_augmentation(text), classes, shuffle_seed(args), args.label_smoothing_factor, args.process_index
     )
-    with seeded(0, 0, 0):
-        try:
-            batch = dict(collate(examples))
-        except Exception as error:
-            raise DataError(
-                f"The data_collator failed on the first rows: {type(error).__name__}: {error}. {hint}"
-            ) from error
-    pixel_values = batch.get("pixel_values")
-    if not isinstance(pixel_values, torch.Tensor) or pixel_values.dim() != 4:
-        found = (
-            sorted(batch) if pixel_values is None else f"pixel_values of {getattr(pixel_values, 'shape', pixel_values)}"
+    if augmenter.mixes and own_loss is not None:
+        raise UnsupportedSetupError(
+            f"feature_augmentation={text!r} mixes samples and trains on soft labels by cross-entropy, in place of the loss "
+            f"that {own_loss} computes. Leave mixup and cutmix out, or train with the model's own loss."
         )
-        raise DataError(
-            "A training batch must hold images as pixel_values (batch, channels, height, width); found "
-            f"{found}. Is the image column missing? {hint}"
-        )
-    if label_names and not any(name in batch for name in label_names):
-        raise DataError(f"A training batch must hold {' or '.join(label_names)}; found {sorted(batch)}. {hint}")
-    for name, value in batch.items():
-        if not isinstance(value, torch.Tensor) or value.dim() == 0 or len(value) != len(examples):
-            raise DataError(
-                f"The data_collator returned {name!r} as {type(value).__name__}; everything it returns must be a tensor "
-                "with one entry per sample, to be stored with the sample."
-            )
-    _check_label_values(batch, label_names, num_labels)
-    return batch
+    return augmenter
 
 
-def check_collator(views: ViewDataset, collate: Collator, trials: int = 32) -> None:
-    """Refuse a collator that mixes samples (Mixup, CutMix) or draws random numbers of its own.
+def check_augmenter(
+    augmenter: FeatureAugmenter, split: Split, runtime: Runtime, labels: Any, batch: dict[str, Any]
+) -> None:
+    """Augment one batch, so that what would fail once a cache is built fails now.
 
-    Collates two samples together and one alone, a few times under different random states: the first sample must come
-    out the same.
+    Args:
+        augmenter: What augments cached batches.
+        split: The model, split at the deepest split point of the run.
+        runtime: The trainer.
+        labels: Classes of the batch.
+        batch: Inputs of the model, without labels, on its device.
 
     Raises:
-        DataError: It does not.
+        UnsupportedSetupError: An augmentation needs a grid of patches, or mixing does not fit the model's loss.
+        DataError: Logits or labels are not what mixing needs.
     """
-    if len(views) < 2:
-        return
-    first, second = views[0, 0], views[1, 0]
-    with seeded(0, 0, 0):
-        alone = collate([first])
-    for trial in range(trials):
-        with seeded(trial + 1, 0, 0):
-            together = collate([first, second])
-        for name, value in alone.items():
-            if not torch.equal(together[name][:1], value):
-                raise DataError(
-                    f"The data_collator gives a sample another {name!r} when it is collated with another sample, or in "
-                    "another draw. Hidden states are cached sample by sample, so a collator that mixes samples (Mixup, "
-                    "CutMix) or augments cannot be cached: remove it, augment in the data set's transform, or train with "
-                    "CacheConfig(mode='never') without freeze stages."
-                )
+    hidden_states = runtime.run_frozen(split.prefix, **batch)
+    grid = token_grid(hidden_states.shape[1], split.image_shape, getattr(split.model, "config", None))
+    augmenter.augment(hidden_states, labels, grid, step_generator(0, 0))
+    extra = {name: value for name, value in batch.items() if name != "pixel_values"}
+
+    def unrounded(hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden_states = hidden_states.to(next(split.model.parameters()).dtype)
+            return first_tensor(split.suffix(hidden_states, **extra))
+
+    def suffix(states: torch.Tensor) -> torch.Tensor:
+        return runtime.run_frozen(unrounded, hidden_states=states)  # type: ignore[no-any-return]
+
+    for name in augmenter.without_effect(suffix, hidden_states, grid):
+        logger.warning(
+            "feature_augmentation: %s changes nothing that %s computes behind %d frozen blocks: its output does not "
+            "depend on what this changes (the order of the patches, or patches at all). Leave it out.",
+            name,
+            type(split.model).__name__,
+            split.split_point,
+        )
+    if augmenter.mixes:
+        outputs = runtime.run_frozen(split.model, **batch, labels=labels)
+        augmenter.check_loss(first_tensor(outputs), outputs, labels)
+
+
+def check_overrides(trainer_class: type, base: type) -> None:
+    """Refuse overrides of what cached training does not use.
+
+    Args:
+        trainer_class: The class of the user's trainer.
+        base: ``FreezeCacheTrainer``.
+
+    Raises:
+        UnsupportedSetupError: The class overrides the sampler or the loader of training data.
+    """
+    for name in ("_get_train_sampler", "get_train_dataloader"):
+        if getattr(trainer_class, name) is not getattr(base, name):
+            raise UnsupportedSetupError(
+                f"{trainer_class.__name__} overrides {name}, which cached training would not use: it shuffles by chunks of "
+                "the cache. Remove the override, or train without freeze_config."
+            )
+
+
+def prepare_run(
+    runtime: Runtime,
+    config: CacheConfig,
+    stages: Sequence[Stage],
+    num_epochs: int,
+    dataset: Any,
+    transforms: tuple[Any, Any],
+    freezer: Freezer,
+    record: RunRecord,
+    augmenter: FeatureAugmenter | None = None,
+) -> StageRunner:
+    """Check data, split and folder, and return what runs the stages. Collective; nothing is built.
+
+    Args:
+        runtime: The trainer.
+        config: The user's settings of caches.
+        stages: The stages, in order.
+        num_epochs: Epochs of the run.
+        dataset: The data set that the user passed.
+        transforms: The user's ``train_transform`` and ``eval_transform``, or ``(None, None)``.
+        freezer: What the trainer has frozen.
+        record: The record of the run.
+        augmenter: Augments cached batches.
+
+    Raises:
+        FreezeCacheError: See ``prepare_data``, ``Split.verify``, ``check_augmenter`` and ``StageCache.check_settings``.
+    """
+    sampler = make_sampler(len(dataset), config, runtime.args, runtime.cache_group, runtime.batch_size)
+    layout = sampler.layouts[runtime.cache_group.group_index]
+    data = prepare_data(runtime, config, dataset, transforms, layout, view_seed(config, runtime.args))
+    model, splits = runtime.model, Splits(runtime.model, data.image_shape)
+    split_points = tuple(stage.split_point for stage in stages)
+    deepest = splits.at(max(split_points))
+    device = next(model.parameters()).device
+    inputs = {"pixel_values", *data.prefix_inputs}
+    batch = {name: value.to(device) for name, value in data.example_batch.items() if name in inputs}
+    check_checkpointing(model)
+    logger.info("Split of %s verified: largest difference %.3g.", type(model).__name__, deepest.verify(batch))
+    if augmenter is not None and deepest.split_point > 0:
+        check_augmenter(augmenter, deepest, runtime, data.example_batch.get("labels"), batch)
+    batch_size = config.build_batch_size or runtime.batch_size
+    workers = config.build_num_workers
+    cache = StageCache(
+        config,
+        CodecChooser(config, data, splits, runtime.run_frozen, batch_size),
+        str(runtime.accelerator.mixed_precision),
+        runtime.args.dataloader_num_workers if workers is None else workers,
+        not runtime.args.disable_tqdm,
+        split_points,
+        runtime.cache_group,
+    )
+    if config.mode != "never" and any(split_points):
+        cache.check_settings()
+        _check_folder(config, runtime.cache_group)
+        if transforms[0] is not None and config.num_views == 1:
+            logger.warning("num_views=1 stores the eval rendering only: train_transform is not used in cached stages.")
+    return StageRunner(runtime, config, stages, num_epochs, data, splits, sampler, augmenter, cache, freezer, record)
+
+
+def _check_folder(config: CacheConfig, process_group: ProcessGroup) -> None:
+    """Try to write to the folder of caches; only ``mode="auto"`` goes on without it."""
+    try:
+        process_group.on_main_process(lambda: check_writable(Path(config.freezecache_dir)))
+    except CacheWriteError as error:
+        if config.mode == "always":
+            raise
+        logger.warning("mode='auto': %s", error)

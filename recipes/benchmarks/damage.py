@@ -32,7 +32,7 @@ from hf_freezecache.codecs import (
     make_codec,
 )
 from hf_freezecache.compression.step_search import fit_codec
-from hf_freezecache.data.collators import collate_cached, split_packed
+from hf_freezecache.data.collators import CheckedCollator, collate_cached, split_packed
 from hf_freezecache.data.geometry import GEOMETRY_NAME
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.dataset import CachedDataset
@@ -108,7 +108,9 @@ def build_caches(folder: Path) -> dict[str, Path]:
     caches = {}
     for kind, change in changes.items():
         built = dataclasses.replace(plan, fingerprint=Fingerprint({"kind": kind}), **change)
-        caches[kind] = build_cache(folder, built, _Rows(), default_collate, _prefix, batch_size=4).directory
+        caches[kind] = build_cache(
+            folder, built, _Rows(), CheckedCollator(default_collate), _prefix, batch_size=4
+        ).directory
     return caches
 
 

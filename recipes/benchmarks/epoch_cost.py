@@ -50,12 +50,12 @@ from hf_freezecache.codecs import (
 from hf_freezecache.compression.distortion import DistortionMeter
 from hf_freezecache.compression.step_search import calibrate, fit_codec
 from hf_freezecache.config import DEFAULT_MAX_DISTORTION
-from hf_freezecache.data.collators import collate_cached, split_packed
+from hf_freezecache.data.collators import CheckedCollator, collate_cached, split_packed
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.model.freeze import freeze
-from hf_freezecache.model.split import token_grid
+from hf_freezecache.model.tokens import token_grid
 
 SHAPES = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}  # width, heads; 12 blocks, patch 16
 SEED = 0
@@ -150,7 +150,7 @@ class Bench:
             folder,
             self.plan(),
             self.views,
-            collate,
+            CheckedCollator(collate),
             self.prefix,
             batch_size=self.args.batch_size,
             num_workers=self.args.workers,

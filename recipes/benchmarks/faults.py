@@ -65,6 +65,7 @@ from hf_freezecache import (
 )
 from hf_freezecache.errors import FreezeCacheError
 from hf_freezecache.training.checkpoints import last_complete
+from hf_freezecache.training.stage import StageRunner
 from hf_freezecache.training.stage_cache import StageCache
 
 ROWS, SIZE, BATCH = 50, 16, 5
@@ -132,19 +133,20 @@ class Phases:
 
 def watched(phases: Phases) -> type[FreezeCacheTrainer]:
     """Return a trainer that says what it is doing."""
-    build = StageCache._build
+    build, enter = StageCache.build, StageRunner.enter
 
-    def build_watched(self: StageCache, split: Any, plan: Any, source: Any) -> Any:
-        with phases.within("build" if source is None else "promotion"):
-            return build(self, split, plan, source)
+    def build_watched(self: StageCache, split: Any, planned: Any, started: float) -> Any:
+        with phases.within("build" if planned.source is None else "promotion"):
+            return build(self, split, planned, started)
 
-    StageCache._build = build_watched  # type: ignore[method-assign]
+    def enter_watched(self: StageRunner, *args: Any) -> Any:
+        with phases.within("stage change"):
+            return enter(self, *args)
+
+    StageCache.build = build_watched  # type: ignore[method-assign]
+    StageRunner.enter = enter_watched  # type: ignore[method-assign]
 
     class Watched(FreezeCacheTrainer):
-        def _enter_stage(self, split_point: int) -> None:
-            with phases.within("stage change"):
-                super()._enter_stage(split_point)
-
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             with phases.within("step"):
                 return super().training_step(*args, **kwargs)

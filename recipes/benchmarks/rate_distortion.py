@@ -52,7 +52,7 @@ from hf_freezecache.codecs import (
     make_codec,
 )
 from hf_freezecache.codecs.entropy import compress_frame
-from hf_freezecache.model.split import token_grid
+from hf_freezecache.model.tokens import token_grid
 
 SEED = 0
 PEERS = ("zfpy", "pysz", "blosc2")

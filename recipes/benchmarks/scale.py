@@ -31,7 +31,7 @@ from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.shard_writer import CachePlan
 from hf_freezecache.cache.writer import build_cache
 from hf_freezecache.codecs import make_codec
-from hf_freezecache.data.collators import collate_cached
+from hf_freezecache.data.collators import CheckedCollator, collate_cached
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.dataset import CachedDataset
@@ -73,7 +73,7 @@ def build(folder: Path, rows: int, width: int) -> Path:
         shard_chunks=32,
         codec=make_codec("lossless"),
     )
-    return build_cache(folder, plan, Rows(rows), collate, prefix, batch_size=1024).directory
+    return build_cache(folder, plan, Rows(rows), CheckedCollator(collate), prefix, batch_size=1024).directory
 
 
 def measure(directory: Path) -> dict[str, float]:

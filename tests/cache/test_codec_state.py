@@ -29,13 +29,13 @@ from hf_freezecache.cache.index import (
     CODEC_NAME,
     INDEX_NAME,
     FileRecord,
-    file_sha256,
     load_index,
     save_index,
     shard_name,
     table_name,
 )
 from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.cache.shard_file import file_sha256
 from hf_freezecache.cache.shard_writer import CachePlan
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs import (
@@ -48,7 +48,7 @@ from hf_freezecache.data.collators import PACKED, collate_cached, split_packed
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import CacheCorruptError
 
-GOLDEN_CACHE = Path(__file__).parents[1] / "golden" / "v1" / "k02-61fcedc61c1e8f04"
+GOLDEN_CACHE = Path(__file__).parents[1] / "golden" / "v2" / "k02-61fcedc61c1e8f04"
 CALIBRATION = {
     "chosen_by": "distortion",
     "max_distortion": 0.0625,
@@ -236,7 +236,8 @@ def test_missing_metadata_is_damage(path, name) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format_version": 2},
+        {"format_version": 1},
+        {"format_version": 3},
         {"codec": "not json"},
         {"codec": []},
         {"codec": {"name": "pipeline", "configuration": {"steps": ["planes", "zstd"]}}},

@@ -82,16 +82,16 @@ CHANGES = {
 
 
 @pytest.mark.by_default(3)
-@pytest.mark.parametrize("part", CHANGES)
-def test_a_change_is_noticed_and_named(images, part, caplog) -> None:
+@pytest.mark.parametrize("component", CHANGES)
+def test_a_change_is_noticed_and_named(images, component, caplog) -> None:
     built = cached_run(images)
     assert built == 8
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        rebuilt = cached_run(**{"dataset": images, **CHANGES[part](images)})
+        rebuilt = cached_run(**{"dataset": images, **CHANGES[component](images)})
     assert rebuilt > 0
     (message,) = [m for m in caplog.messages if "No cache fits" in m]
-    assert part in message.split("differs in: ")[1]
+    assert component in message.split("differs in: ")[1]
 
 
 def test_a_change_of_codec_is_noticed_and_named(images, monkeypatch, caplog) -> None:
@@ -136,12 +136,12 @@ def test_view_seed_lets_runs_of_several_seeds_share_a_cache(images) -> None:
     assert cached_run(images, cache={"view_seed": 0}, seed=5) == 0
 
 
-def test_opening_a_cache_of_other_inputs_names_the_parts(images) -> None:
+def test_opening_a_cache_of_other_inputs_names_the_components(images) -> None:
     cached_run(images)
     (directory,) = Path("caches").glob("k02-*")
-    parts = CacheReader(directory).index.fingerprint
-    with pytest.raises(CacheMismatchError, match="these parts differ: prefix weights, view seed"):
-        CacheReader(directory, Fingerprint({**parts, "prefix weights": "x", "view seed": "9"}))
+    components = CacheReader(directory).index.fingerprint
+    with pytest.raises(CacheMismatchError, match="these differ: prefix weights, view seed"):
+        CacheReader(directory, Fingerprint({**components, "prefix weights": "x", "view seed": "9"}))
 
 
 def test_dataset_hash_is_of_content(images, tmp_path) -> None:
@@ -179,7 +179,7 @@ def test_data_sets_that_cannot_be_hashed_need_a_name(images) -> None:
         make_trainer(tiny_vit(), Rows(), num_train_epochs=1).train()
     trainer = make_trainer(tiny_vit(), Rows(), cache={"dataset_id": "rows-1"}, num_train_epochs=1)
     trainer.train()
-    assert trainer._codec is not None
+    assert trainer._run.step is not None
 
 
 def test_transforms_that_cannot_be_hashed_need_a_name(images) -> None:

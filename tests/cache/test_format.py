@@ -22,23 +22,21 @@ from safetensors import safe_open
 from support import tiny_cache
 
 from hf_freezecache.cache import index as format_module
+from hf_freezecache.cache import shard_file
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.index import (
     FORMAT_VERSION,
     INDEX_NAME,
     CacheIndex,
-    ExtraSpec,
     FileRecord,
     atomic_write,
-    file_sha256,
     load_index,
-    read_shard_header,
     save_index,
     shard_name,
     table_name,
-    write_shard_header,
 )
 from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.cache.shard_file import ExtraSpec, file_sha256, read_shard_header, write_shard_header
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.errors import (
@@ -48,7 +46,7 @@ from hf_freezecache.errors import (
     UnsupportedSetupError,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
+GOLDEN = Path(__file__).parents[1] / "golden" / "v2"
 GOLDEN_CACHE = GOLDEN / "k02-61fcedc61c1e8f04"
 #: The permutation of eight rows by seed 3, and what rows 0..7 show in view 0 and 1. Written down, not computed: a change
 #: of the layout's or of the views' seeding makes every existing cache useless and must show here.
@@ -102,7 +100,7 @@ def cache(tmp_path) -> Path:
 
 def test_golden_files_are_all_there() -> None:
     assert sorted(files_of(GOLDEN)) == sorted(["environment.json", *(f"{GOLDEN_CACHE.name}/{name}" for name in FILES)])
-    assert FORMAT_VERSION == 1, "a new format needs a golden folder of its own, beside the old ones"
+    assert FORMAT_VERSION == 2, "a new format needs a golden folder of its own, beside the old ones"
 
 
 def test_todays_reader_reads_the_golden_cache() -> None:
@@ -113,7 +111,7 @@ def test_todays_reader_reads_the_golden_cache() -> None:
     assert reader.index.split_point == 2
     assert reader.index.image_shape == (1, 1, 2)
     assert reader.index.hidden_shape == (2, 3)
-    assert reader.index.fingerprint == plan.fingerprint.parts
+    assert reader.index.fingerprint == plan.fingerprint.components
     assert reader.dtype is torch.float32
     assert reader.index.extras == (
         ExtraSpec("labels", "int64", ()),
@@ -149,7 +147,7 @@ def test_todays_writer_writes_the_golden_cache(tmp_path) -> None:
     """Byte by byte where nothing but this package decides about bytes.
 
     zstd may compress better from one version to the next, and parquet names the version that wrote it; the index holds
-    the hashes of both. So shards are compared in full under the zstd of the golden files, and index and parts under the
+    the hashes of both. So shards are compared in full under the zstd of the golden files, and index and tables under the
     pyarrow and datasets of the golden files too; under others, by what they say.
     """
     recorded, current = golden_environment()
@@ -197,11 +195,12 @@ def test_a_shard_is_a_safetensors_file_of_zstd_frames() -> None:
                 frames = file.get_tensor("frames").tobytes()
             assert metadata == {
                 "format": "hf_freezecache",
-                "format_version": "1",
+                "format_version": "2",
                 "fingerprint": tiny_cache.make_plan().fingerprint.digest,
                 "view": str(view),
                 "shard": str(shard),
                 "codec": '{"configuration": {"level": 1}, "name": "lossless"}',
+                "num_tokens": "2",
                 "hidden_shape": "[2, 3]",
                 "dtype": "F32",
                 "extras": '[{"dtype": "int64", "name": "labels", "shape": []}, '
@@ -221,7 +220,7 @@ def test_a_shard_is_a_safetensors_file_of_zstd_frames() -> None:
                 assert np.frombuffer(contents[4], "<i8").tolist() == (members % 3).tolist()
 
 
-def test_index_parts_name_every_row() -> None:
+def test_index_tables_name_every_row() -> None:
     tables = [pq.read_table(GOLDEN_CACHE / table_name(view, shard)) for view in range(2) for shard in range(2)]
     rows = [row for table in tables for row in table.to_pylist()]
     assert rows == [
@@ -308,14 +307,44 @@ def test_an_index_of_many_gigabytes_is_refused_unread(cache) -> None:
         load_index(cache)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, 2.5])
 def test_another_format_version_is_refused(cache, version, monkeypatch) -> None:
     monkeypatch.setattr(format_module, "FORMAT_VERSION", version)
     save_index(cache, dataclasses.replace(load_index_of_any_version(cache), split_point=2))
     monkeypatch.undo()
-    with pytest.raises(UnsupportedSetupError, match="this version of hf_freezecache reads 1") as caught:
+    with pytest.raises(UnsupportedSetupError, match="this version of hf_freezecache reads 2") as caught:
         load_index(cache)
     assert f"format version {version!r}" in str(caught.value)
+
+
+def test_a_cache_of_format_1_says_what_to_do(tmp_path) -> None:
+    """The index of a real one."""
+    cache = Path(shutil.copytree(GOLDEN.parent / "v1", tmp_path / "k02-61fcedc61c1e8f04"))
+    expected = (
+        f"{cache / INDEX_NAME} has format version 1; this version of hf_freezecache reads 2. Delete the folder, or give "
+        "another cache_dir, to rebuild the cache; or install the version that wrote it."
+    )
+    for open_cache in (load_index, CacheReader):
+        with pytest.raises(UnsupportedSetupError) as caught:
+            open_cache(cache)
+        assert str(caught.value) == expected
+    assert verify_cache(cache) == [expected]
+
+
+@pytest.mark.parametrize("where", ["index", "record", "extra"])
+def test_entries_of_a_later_version_are_refused_by_name(cache, where) -> None:
+    """None is passed over in silence: what it means might change what the others mean."""
+    document = json.loads((cache / INDEX_NAME).read_text())
+    del document["checksum"]
+    record = document["files"][shard_name(0, 0)]
+    {"index": document, "record": record, "extra": document["extras"][0]}[where]["token_weights"] = 1
+    document["checksum"] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    (cache / INDEX_NAME).write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
+    with pytest.raises((UnsupportedSetupError, CacheCorruptError), match="token_weights") as caught:
+        load_index(cache)
+    if where == "index":
+        assert isinstance(caught.value, UnsupportedSetupError)
+        assert "does not know: token_weights. A later version wrote it" in str(caught.value)
 
 
 def load_index_of_any_version(cache: Path) -> CacheIndex:
@@ -404,11 +433,11 @@ def test_an_extra_of_an_unknown_dtype_is_refused(cache) -> None:
             CacheReader(cache).read_chunk(0, 0)
 
 
-def test_another_fingerprint_is_refused_and_the_parts_named(cache) -> None:
-    parts = tiny_cache.make_plan().fingerprint.parts
-    CacheReader(cache, Fingerprint(parts))
-    with pytest.raises(CacheMismatchError, match="these parts differ: data, image size") as caught:
-        CacheReader(cache, Fingerprint({**parts, "data": "others", "image size": "224"}))
+def test_another_fingerprint_is_refused_and_the_components_named(cache) -> None:
+    components = tiny_cache.make_plan().fingerprint.components
+    CacheReader(cache, Fingerprint(components))
+    with pytest.raises(CacheMismatchError, match="these differ: data, image size") as caught:
+        CacheReader(cache, Fingerprint({**components, "data": "others", "image size": "224"}))
     assert isinstance(caught.value, ValueError)
 
 
@@ -433,7 +462,7 @@ def test_every_flipped_bit_of_a_shard_is_found_or_harmless(cache) -> None:
     reader, found = CacheReader(cache), 0
     with Patched(path) as patched:
         for bit in patched.flips():
-            reader._heads.clear()
+            reader._headers.clear()
             try:
                 decoded = reader.read_chunk(1, 2)
             except CacheCorruptError as error:
@@ -490,9 +519,9 @@ def test_shards_that_changed_places_are_refused(cache) -> None:
     contents = a.read_bytes(), b.read_bytes()
     a.write_bytes(contents[1])
     b.write_bytes(contents[0])
-    with pytest.raises(CacheCorruptError, match="hash of its head"):
+    with pytest.raises(CacheCorruptError, match="hash of its header"):
         CacheReader(cache).read_chunk(0, 0)
-    # The index made to fit: the head itself says which view it holds.
+    # The index made to fit: the header itself says which view it holds.
     index = load_index(cache)
     files = {
         **index.files,
@@ -522,15 +551,15 @@ def test_another_layout_seed_is_refused(cache) -> None:
     ids=repr,
 )
 def test_an_index_that_does_not_fit_its_shards_gives_no_wrong_values(cache, changes) -> None:
-    """(3, 2) has as many elements as (2, 3); the shard's own head says what it holds."""
+    """(3, 2) has as many elements as (2, 3); the shard's own header says what it holds."""
     save_index(cache, dataclasses.replace(load_index(cache), **changes))
     with pytest.raises(CacheCorruptError):
         CacheReader(cache).read_chunk(0, 0)
 
 
-# ---- Heads ----
+# ---- Headers ----
 
-METADATA = {"format": "hf_freezecache", "format_version": "1", "view": "0"}
+METADATA = {"format": "hf_freezecache", "format_version": "2", "view": "0"}
 
 
 def write_shard(path: Path, header: dict | bytes, numbers: list[int], frames: bytes) -> None:
@@ -552,24 +581,24 @@ def header_of(chunks: int = 2, width: int = 3, rows: int = 5, size: int = 10, **
 OFFSETS, INDICES = [0, 2, 5, 5, 5, 10], [4, 2, 0, 1, 3]
 
 
-def test_heads_round_trip_and_are_valid_safetensors(tmp_path) -> None:
+def test_headers_round_trip_and_are_valid_safetensors(tmp_path) -> None:
     path = tmp_path / "shard.safetensors"
     with path.open("wb") as file:
-        file.seek(format_module.header_size(2, 2, 5, METADATA))
+        file.seek(shard_file.header_size(2, 2, 5, METADATA))
         file.write(b"0123456789")
         write_shard_header(file, np.array(OFFSETS).reshape(2, 3), np.array(INDICES), METADATA)
-    head = read_shard_header(path)
-    assert head.metadata == METADATA
-    assert head.frame_offsets.tolist() == [OFFSETS[:3], OFFSETS[3:]]
-    assert head.sample_indices.tolist() == INDICES
-    assert path.read_bytes()[head.header_bytes :] == b"0123456789"
-    assert head.header_bytes % 8 == 0
+    header = read_shard_header(path)
+    assert header.metadata == METADATA
+    assert header.frame_offsets.tolist() == [OFFSETS[:3], OFFSETS[3:]]
+    assert header.sample_indices.tolist() == INDICES
+    assert path.read_bytes()[header.header_bytes :] == b"0123456789"
+    assert header.header_bytes % 8 == 0
     with safe_open(path, framework="np") as file:
         assert file.metadata() == METADATA
         assert file.get_tensor("frames").tobytes() == b"0123456789"
 
 
-def test_a_plain_head_is_read(tmp_path) -> None:
+def test_a_plain_header_is_read(tmp_path) -> None:
     path = tmp_path / "shard.safetensors"
     write_shard(path, header_of(), OFFSETS + INDICES, b"0123456789")
     assert read_shard_header(path).frame_offsets.tolist() == [OFFSETS[:3], OFFSETS[3:]]
@@ -627,7 +656,7 @@ def test_offsets_that_do_not_tile_the_frames_are_refused(tmp_path, offsets, reas
     ],
     ids=lambda header: repr(header)[:40],
 )
-def test_heads_that_are_no_heads_are_refused(tmp_path, header) -> None:
+def test_headers_that_are_no_headers_are_refused(tmp_path, header) -> None:
     path = tmp_path / "shard.safetensors"
     write_shard(path, header, OFFSETS + INDICES, b"0123456789")
     with pytest.raises(CacheCorruptError) as caught:
@@ -645,8 +674,8 @@ def test_a_header_that_claims_another_size_is_refused_unread(tmp_path, claimed) 
         read_shard_header(path)
 
 
-def test_no_flipped_bit_of_a_head_gives_another_error_than_ours(tmp_path) -> None:
-    """Resuming reads heads that no index vouches for yet."""
+def test_no_flipped_bit_of_a_header_gives_another_error_than_ours(tmp_path) -> None:
+    """Resuming reads headers that no index vouches for yet."""
     path = tmp_path / "shard.safetensors"
     shutil.copy(GOLDEN_CACHE / shard_name(0, 1), path)
     refused = 0

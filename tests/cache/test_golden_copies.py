@@ -12,13 +12,14 @@ import torch
 from support import tiny_copies
 
 from hf_freezecache.cache.codec_state import load_copies
-from hf_freezecache.cache.index import COPIES_NAME, INDEX_NAME, read_shard_header, shard_name, table_name
+from hf_freezecache.cache.index import COPIES_NAME, INDEX_NAME, shard_name, table_name
 from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.cache.shard_file import read_shard_header
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs.view_codec import COPY
 from hf_freezecache.data.geometry import GEOMETRY_NAME
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v1-copies"
+GOLDEN = Path(__file__).parents[1] / "golden" / "v2-copies"
 GOLDEN_CACHE = GOLDEN / "k02-c9721ff71de814c4"
 #: The permutation of five rows by seed 3. Written down, not computed.
 ORDER = [2, 1, 3, 4, 0]
@@ -80,7 +81,7 @@ def test_the_golden_copies_hold_what_is_not_predicted(view) -> None:
 
 
 def test_todays_writer_writes_the_golden_copies(tmp_path) -> None:
-    """As for ``v1``: byte by byte under the versions of the libraries that wrote it, else by what files say."""
+    """As for ``v2``: byte by byte under the versions of the libraries that wrote it, else by what files say."""
     spec = importlib.util.spec_from_file_location("make_golden", GOLDEN.parent / "make_golden.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -41,14 +41,14 @@ def test_there_are_enough_cases() -> None:
     assert len(hostile.CASES) - len(hostile.ONLY_VERIFIED) >= 100
 
 
-@pytest.mark.parametrize("name", ["lossless", "copies", "int8", "transform"])
+@pytest.mark.parametrize("name", ["lossless", "copies", "int8", "transform", "few_tokens"])
 def test_sound_caches_are_read(sound, name) -> None:
     """The other tests would pass on a reader that refuses all."""
     hostile.read_all(sound[name])
     assert verify_cache(sound[name]) == []
 
 
-@pytest.mark.parametrize("name", ["lossless", "copies", "int8", "transform"])
+@pytest.mark.parametrize("name", ["lossless", "copies", "int8", "transform", "few_tokens"])
 def test_sealing_a_sound_cache_leaves_it_sound(sound, name, tmp_path) -> None:
     """So that what is refused is the tampering, and not the tools."""
     cache = Path(shutil.copytree(sound[name], tmp_path / "cache"))
@@ -58,6 +58,8 @@ def test_sealing_a_sound_cache_leaves_it_sound(sound, name, tmp_path) -> None:
     if name == "copies":
         hostile.set_predictor(cache)
         hostile.seal(cache, copies_calibration={"storage": "residual"})
+    if name == "few_tokens":
+        hostile.set_tokens(cache, 8)
     hostile.read_all(cache)
     assert verify_cache(cache) == []
 
@@ -160,7 +162,7 @@ def test_verify_names_links_and_pipes_that_do_not_belong(sound, tmp_path) -> Non
 def opened(sound, tmp_path) -> CachedDataset:
     cache = Path(shutil.copytree(sound["lossless"], tmp_path / "cache"))
     dataset = CachedDataset.from_pretrained(cache)
-    dataset[2]  # of the first chunk, whose shard's head is known from now on
+    dataset[2]  # of the first chunk, whose shard's header is known from now on
     return dataset
 
 
@@ -179,7 +181,7 @@ def test_a_cache_deleted_while_in_use_says_what_to_do(opened) -> None:
 
 def test_a_file_that_shrinks_while_in_use_is_damage(opened) -> None:
     opened._chunks.clear()
-    os.truncate(opened.reader.directory / shard_name(0, 0), opened.reader._heads[0, 0].header_bytes + 10)
+    os.truncate(opened.reader.directory / shard_name(0, 0), opened.reader._headers[0, 0].header_bytes + 10)
     with pytest.raises(CacheCorruptError, match=r"shard-00000.safetensors is damaged in chunk 0: \d+ bytes left of"):
         opened[2]
 

@@ -144,7 +144,12 @@ def test_a_remote_cache_that_vanishes_says_so(memory, sound) -> None:
 
 def test_hostile_caches_are_refused_from_a_store_too(memory, sound, tmp_path) -> None:
     for number, name in enumerate(
-        ["hidden_states_of_nan", "frame_of_four_gigabytes_of_zeros", "head_of_60_megabytes", "index_of_a_million_lists"]
+        [
+            "hidden_states_of_nan",
+            "frame_of_four_gigabytes_of_zeros",
+            "header_of_60_megabytes",
+            "index_of_a_million_lists",
+        ]
     ):
         (tmp_path / str(number)).mkdir()
         upload(hostile.make_hostile(name, sound, tmp_path / str(number)), memory, f"/bucket/{number}")
@@ -221,7 +226,7 @@ def test_a_chunk_fetches_its_own_range_and_the_head_once(counted, larger) -> Non
     counted.sent.clear()
     reader = dataset.reader
     reader.read_chunk(0, 3)
-    offsets, record = reader._heads[0, 0].frame_offsets[3], reader.index.files[shard_name(0, 0)]
+    offsets, record = reader._headers[0, 0].frame_offsets[3], reader.index.files[shard_name(0, 0)]
     own = int(offsets[-1] - offsets[0])
     assert counted.sent == [
         (shard.name, 0, record.header_bytes),

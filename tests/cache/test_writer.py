@@ -24,11 +24,10 @@ from hf_freezecache.cache.shard_writer import CachePlan
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.cache.writer import build_cache
 from hf_freezecache.codecs import make_codec
+from hf_freezecache.data.collators import CheckedCollator
 from hf_freezecache.data.layout import ChunkLayout
-from hf_freezecache.data.views import (
-    ViewDataset,
-    seeded,
-)
+from hf_freezecache.data.seeding import seeded
+from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import (
     CacheLockedError,
@@ -107,8 +106,8 @@ def test_killed_build_resumes_at_the_next_shard(train_dataset, tmp_path, stop_at
     assert not (directory / "index.json").exists()
     assert "no finished cache" in verify_cache(directory)[0]
     finished = {path: path.stat().st_mtime_ns for path in directory.glob("view-*/*.safetensors")}
-    parts = list(directory.glob("index/*/*.parquet"))
-    assert len(finished) == len(parts) > 0
+    tables = list(directory.glob("index/*/*.parquet"))
+    assert len(finished) == len(tables) > 0
 
     trainer = build(train_dataset)
     (entry,) = [e for e in trainer.state.log_history if "freezecache/built_shards" in e]
@@ -196,7 +195,7 @@ def test_folder_that_cannot_be_written(train_dataset, where) -> None:
         build(train_dataset, cache={"cache_dir": where})
 
 
-def test_index_parts_name_every_row(train_dataset) -> None:
+def test_index_tables_name_every_row(train_dataset) -> None:
     """``load_dataset`` on the index shows rows and labels, and they point at the right place."""
     build(train_dataset)
     directory = only_cache()
@@ -255,7 +254,7 @@ def test_memory_does_not_grow_with_rows(tmp_path) -> None:
             peak = max(peak, psutil.Process().memory_info().rss)
             return prefix(pixel_values)
 
-        build_cache(tmp_path, plan, ViewDataset(Wide(rows), 0), collate, watched, batch_size=64)
+        build_cache(tmp_path, plan, ViewDataset(Wide(rows), 0), CheckedCollator(collate), watched, batch_size=64)
         peaks.append(peak)
         for path in (tmp_path / plan.name).rglob("*.safetensors"):
             path.unlink()
@@ -263,7 +262,7 @@ def test_memory_does_not_grow_with_rows(tmp_path) -> None:
 
 
 @pytest.mark.by_default(1)
-@pytest.mark.parametrize("what", ["frame", "part"])
+@pytest.mark.parametrize("what", ["frame", "table"])
 def test_a_resumed_build_does_not_bless_damage(train_dataset, what) -> None:
     """Hashes of kept shards are taken when the build ends: a flipped bit must be found before."""
     build(train_dataset)

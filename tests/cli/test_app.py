@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -21,7 +22,8 @@ from support.commands import assert_one_line, call
 from support.tiny import TinyTransform, make_trainer, tiny_vit
 from typer.testing import CliRunner
 
-from hf_freezecache.cache import reader
+from hf_freezecache import CacheConfig, FreezeConfig
+from hf_freezecache.cache import verify
 from hf_freezecache.cache.index import load_index
 from hf_freezecache.cli import (
     app as cli,
@@ -30,11 +32,8 @@ from hf_freezecache.cli import (
     demo,
 )
 from hf_freezecache.errors import CacheCorruptError
-from hf_freezecache.report.sensitivity_plot import (
-    draw_runs,
-    format_runs,
-)
-from hf_freezecache.report.wording import size_words
+from hf_freezecache.report.plots import draw_runs
+from hf_freezecache.report.text import format_runs, size_words
 
 NAME = "k02-0123456789abcdef"
 
@@ -62,9 +61,9 @@ def cache(built: Path, tmp_path: Path) -> Path:
 
 
 def files_of(cache: Path) -> list[str]:
-    """Names of what makes up a cache; on ``origin.json``, words for a card, nothing depends."""
+    """Names of what makes up a cache; on ``provenance.json``, words for a card, nothing depends."""
     names = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
-    names.remove("origin.json")
+    names.remove("provenance.json")
     assert len(names) == 9
     return names
 
@@ -77,11 +76,11 @@ def size_of(cache: Path) -> int:
 # ---- Help and errors ----
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "demo", "report"])
+@pytest.mark.parametrize("command", ["build", "inspect", "verify", "push", "pull", "demo", "report", "settings"])
 def test_help_shows_an_example(command) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0
-    assert f"Example: hf-freezecache {command} " in " ".join(out.split())
+    assert f"Example: hf-freezecache {command} " in " ".join([*out.split(), ""])
 
 
 def test_help_names_commands_and_exit_codes() -> None:
@@ -119,11 +118,44 @@ def test_an_error_of_another_kind_is_one_line_too(cache, monkeypatch) -> None:
     def fail(path: Path) -> list[str]:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(reader, "verify_cache", fail)
+    monkeypatch.setattr(verify, "verify_cache", fail)
     status, _, err = call("verify", cache)
     assert status == 1
     assert_one_line(err)
     assert "RuntimeError: two lines" in err
+
+
+# ---- settings ----
+
+
+def test_settings_are_printed_in_groups() -> None:
+    status, out, err = call("settings")
+    assert (status, err) == (0, "")
+    freezing, caching, advanced = out.split("\n\n")
+    assert freezing.startswith("When to freeze: FreezeConfig\n  --schedule  (default: None)\n")
+    assert caching.startswith("Where and how to cache: CacheConfig\n  --freezecache_dir  (default: caches)\n")
+    assert advanced.startswith("Advanced: CacheConfig\n")
+    words = " ".join(out.split())
+    for group, config in ((freezing, FreezeConfig), (caching + advanced, CacheConfig)):
+        for field in dataclasses.fields(config):
+            assert f"\n  --{field.name}  (default: {field.default})\n" in group
+            assert field.metadata["help"].removeprefix("Advanced: ")[1:] in words
+    assert "--chunk_size" in advanced
+    assert "--num_views" in caching
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_command_is_one_function(monkeypatch) -> None:
+    """What the frame's docstring says of adding one."""
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+
+    @cli.app.command()
+    def plan() -> None:
+        """Say what would pay."""
+        print("planned")
+
+    assert call("plan") == (0, "planned\n", "")
+    assert "Say what would pay." in call("--help")[1]
 
 
 # ---- start and completion ----
@@ -174,7 +206,7 @@ def test_completion_gives_the_subcommands(shell) -> None:
         "fish": {"_TYPER_COMPLETE_ARGS": "hf-freezecache ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
     }[shell]
     found = complete(f"complete_{shell}", **words)
-    for command in ("build", "demo", "inspect", "pull", "push", "report", "verify"):
+    for command in ("build", "demo", "inspect", "pull", "push", "report", "settings", "verify"):
         assert command in found
     if shell == "bash":
         assert complete("complete_bash", COMP_WORDS="hf-freezecache ver", COMP_CWORD="1").split() == ["verify"]
@@ -191,13 +223,13 @@ def test_completion_can_be_installed() -> None:
 
 
 def test_inspect_prints_what_a_cache_holds(cache) -> None:
-    origin = {
+    provenance = {
         "dataset_name": "somebody/pictures",
         "license": "mit",
         "model_id": "facebook/vit",
         "model_revision": "0123",
     }
-    (cache / "origin.json").write_text(json.dumps(origin))
+    (cache / "provenance.json").write_text(json.dumps(provenance))
     status, out, err = call("inspect", cache)
     assert (status, err) == (0, "")
     rows = {parts[0]: parts[2].strip() for parts in (line.strip().partition("  ") for line in out.splitlines()[:0:-1])}
@@ -225,7 +257,7 @@ def test_inspect_prints_json(cache) -> None:
     (entry,) = json.loads(out)["caches"]
     size = size_of(cache)
     assert status == 0
-    assert entry["fingerprint_parts"] == load_index(cache).fingerprint
+    assert entry["fingerprint_components"] == load_index(cache).fingerprint
     expected = {
         "path": str(cache),
         "split_point": 2,
@@ -241,7 +273,7 @@ def test_inspect_prints_json(cache) -> None:
         "bits_per_element": 8 * size / 40 / (17 * 16),
     }
     assert entry["extras"] == [{"name": "labels", "dtype": "int64", "shape": []}]
-    assert entry["origin"] == {"label_names": ["a", "b", "c", "d"]}
+    assert entry["provenance"] == {"label_names": ["a", "b", "c", "d"]}
     assert {name: entry[name] for name in expected} == pytest.approx(expected)
 
 
@@ -400,14 +432,14 @@ def test_verify_of_a_folder_checks_all_caches(cache, monkeypatch) -> None:
     assert f"problem: {other}/index.json" in out
     assert f"sound: {cache}" in out
     # A file that cannot be read hides nothing that is found in the next cache.
-    sound = reader.verify_cache
+    sound = verify.verify_cache
 
     def verify_cache(path: Path) -> list[str]:
         if path == other:
             raise PermissionError(13, "Permission denied", f"{other}/view-00")
         return sound(path)
 
-    monkeypatch.setattr(reader, "verify_cache", verify_cache)
+    monkeypatch.setattr(verify, "verify_cache", verify_cache)
     status, out, _ = call("verify", cache.parent)
     assert status == 1
     assert "Permission denied" in out
@@ -594,7 +626,7 @@ def test_picture_of_runs_without_a_cache(tmp_path) -> None:
 @pytest.mark.slow
 def test_the_whole_demo_ends_in_time(tmp_path, monkeypatch) -> None:
     """As the example of its help says it."""
-    epilog = next(command.epilog for command in cli.app.registered_commands if command.callback is cli.demo)
+    epilog = next(command.epilog for command in cli.app.registered_commands if command.callback.__name__ == "demo")
     example = epilog.removeprefix("Example: ").split()
     assert example == ["hf-freezecache", "demo", "--output-dir", "freezecache-demo"]
     done = subprocess.run(

@@ -29,10 +29,10 @@ from hf_freezecache.errors import (
     UnsupportedSetupError,
 )
 from hf_freezecache.hub.provenance import (
-    Origin,
-    keep_origin,
-    origin_json,
-    read_origin,
+    Provenance,
+    keep_provenance,
+    provenance_json,
+    read_provenance,
 )
 
 
@@ -176,7 +176,9 @@ def test_the_card_of_a_cache_that_was_built_here_says_of_what(server, tmp_path) 
     cache = Path(json.loads(out)["path"])
     assert verify_cache(cache) == []
     commit = server.repo(MODEL, "model").refs["main"]
-    assert read_origin(cache) == Origin(model_id=MODEL, model_revision=commit, label_names=tuple(FLOWER_CLASSES))
+    assert read_provenance(cache) == Provenance(
+        model_id=MODEL, model_revision=commit, label_names=tuple(FLOWER_CLASSES)
+    )
     status, _, err = call("push", cache, "user/flowers", "--license", "cc-by-2.0", "--dataset", "flower photos")
     assert status == 0, err
     card = server.read("user/flowers", "README.md").decode()
@@ -193,10 +195,10 @@ def test_the_card_of_a_cache_that_was_built_here_says_of_what(server, tmp_path) 
     assert server.read("user/again", "README.md").decode() == card.replace("user/flowers", "user/again")
 
 
-def test_an_origin_that_cannot_be_understood_is_passed_over(caplog) -> None:
-    Path("origin.json").write_text(json.dumps({"license": "mit"}))
-    Path("origin.json").write_text(json.dumps({"license": "mit", "of a later version": 1}))
-    assert read_origin(Path()) == Origin(license="mit")
+def test_a_provenance_that_cannot_be_understood_is_passed_over(caplog) -> None:
+    Path("provenance.json").write_text(json.dumps({"license": "mit"}))
+    Path("provenance.json").write_text(json.dumps({"license": "mit", "of a later version": 1}))
+    assert read_provenance(Path()) == Provenance(license="mit")
     for text in (
         "",
         "[]",
@@ -207,38 +209,40 @@ def test_an_origin_that_cannot_be_understood_is_passed_over(caplog) -> None:
         '{"label_names": [1]}',
         "[" * 9999,
     ):
-        Path("origin.json").write_text(text)
+        Path("provenance.json").write_text(text)
         caplog.clear()
-        assert read_origin(Path()) == Origin()
-        assert "origin.json is passed over" in caplog.text
+        assert read_provenance(Path()) == Provenance()
+        assert "provenance.json is passed over" in caplog.text
 
 
 def test_words_are_one_clean_line_whatever_they_hold() -> None:
-    Path("origin.json").write_text(
+    Path("provenance.json").write_text(
         json.dumps({"license": " a\n\x1b[31mb\ud800 ", "model_id": " ", "label_names": ["\x07"]})
     )
-    found = read_origin(Path())
-    assert found == Origin(license="a [31mb\N{REPLACEMENT CHARACTER}", label_names=("",))
+    found = read_provenance(Path())
+    assert found == Provenance(license="a [31mb\N{REPLACEMENT CHARACTER}", label_names=("",))
     assert found.words() == "images (a [31mb\N{REPLACEMENT CHARACTER})"
-    assert json.loads(origin_json(found)) == {"license": found.license, "label_names": [""]}
+    assert json.loads(provenance_json(found)) == {"license": found.license, "label_names": [""]}
 
 
 def test_what_is_given_stands_in_place_of_what_was_known() -> None:
-    known = Origin("somebody/pictures", "1" * 40, "mit", "somebody/vit", "2" * 40, ("a", "b"))
-    assert known.updated(Origin()) == known
-    assert known.updated(Origin(license="cc-by-4.0")) == replace(known, license="cc-by-4.0")
-    other = known.updated(Origin(dataset_name="others", model_id="somebody/vit"))
-    assert other == Origin("others", None, None, "somebody/vit", "2" * 40, ("a", "b"))
-    assert known.updated(Origin(model_id="others/vit")) == replace(known, model_id="others/vit", model_revision=None)
+    known = Provenance("somebody/pictures", "1" * 40, "mit", "somebody/vit", "2" * 40, ("a", "b"))
+    assert known.updated(Provenance()) == known
+    assert known.updated(Provenance(license="cc-by-4.0")) == replace(known, license="cc-by-4.0")
+    other = known.updated(Provenance(dataset_name="others", model_id="somebody/vit"))
+    assert other == Provenance("others", None, None, "somebody/vit", "2" * 40, ("a", "b"))
+    assert known.updated(Provenance(model_id="others/vit")) == replace(
+        known, model_id="others/vit", model_revision=None
+    )
 
 
 def test_what_built_a_cache_is_not_written_over(images) -> None:
     """Nor is it an error that it cannot be written: it is a matter of words."""
     cached = make_trainer(tiny_vit(), images.with_transform(TinyTransform(augment=False)), schedule="0:1").build_cache()
     folder = Path(cached.reader.directory)
-    assert read_origin(folder) == Origin(label_names=("a", "b", "c", "d"))
-    (folder / "origin.json").write_text('{"license": "mit"}')
+    assert read_provenance(folder) == Provenance(label_names=("a", "b", "c", "d"))
+    (folder / "provenance.json").write_text('{"license": "mit"}')
     make_trainer(tiny_vit(), images.with_transform(TinyTransform(augment=False)), schedule="0:1").build_cache()
-    assert read_origin(folder) == Origin(license="mit")
+    assert read_provenance(folder) == Provenance(license="mit")
     Path("file").write_text("")
-    assert not keep_origin(Path("file/below"), Origin)
+    assert not keep_provenance(Path("file/below"), Provenance)

@@ -28,16 +28,15 @@ from hf_freezecache.data.feature_augmentation import (
     Brightness,
     CutMix,
     FeatureAugmentation,
-    FeatureAugmenter,
     FeatureBatch,
     Mixup,
     TokenDropout,
     TokenFlip,
-    class_targets,
     parse_feature_augmentation,
-    soft_cross_entropy,
     step_generator,
 )
+from hf_freezecache.data.feature_augmenter import FeatureAugmenter
+from hf_freezecache.data.soft_labels import class_targets, soft_cross_entropy
 from hf_freezecache.errors import (
     DataError,
     UnsupportedSetupError,

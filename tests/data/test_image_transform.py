@@ -22,11 +22,8 @@ from transformers.models import vit
 
 from hf_freezecache.data.geometry import ViewParameters, recorded
 from hf_freezecache.data.image_transform import ImageTransform
-from hf_freezecache.data.views import (
-    ViewDataset,
-    check_repeatable,
-    seeded,
-)
+from hf_freezecache.data.seeding import seeded
+from hf_freezecache.data.views import ViewDataset, check_repeatable
 from hf_freezecache.errors import (
     DataError,
     UnsupportedSetupError,

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.tiny import IMAGE_SIZE, TinyTransform
 
+from hf_freezecache.data.seeding import preserved_random_state, seeded
 from hf_freezecache.data.views import (
     ViewDataset,
     check_repeatable,
-    preserved_random_state,
-    seeded,
     with_rgb_images,
 )
 from hf_freezecache.errors import (

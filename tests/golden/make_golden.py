@@ -1,8 +1,8 @@
-"""Writes ``tests/golden/v1``, ``tests/golden/v1-copies`` and ``tests/golden/codecs/<name>``. Run it by hand, once per folder; no test ever does.
+"""Writes ``tests/golden/v2``, ``tests/golden/v2-copies`` and ``tests/golden/codecs/<name>``. Run it by hand, once per folder; no test ever does.
 
     python tests/golden/make_golden.py
 
-It adds what is missing and never replaces what exists. A change of what it writes into ``v1`` or ``v1-copies`` is a change of
+It adds what is missing and never replaces what exists. A change of what it writes into ``v2`` or ``v2-copies`` is a change of
 the format: raise ``FORMAT_VERSION`` and write into a new folder beside this one. A change of what a codec makes of its frames is one
 too: caches that hold such frames are of no use any more.
 """
@@ -14,17 +14,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-GOLDEN = Path(__file__).resolve().parent / "v1"
-COPIES = GOLDEN.parent / "v1-copies"
+GOLDEN = Path(__file__).resolve().parent / "v2"
+COPIES = GOLDEN.parent / "v2-copies"
 CODECS = GOLDEN.parent / "codecs"
 sys.path.insert(0, str(GOLDEN.parents[1]))
 
 import datasets  # noqa: E402
 import pyarrow as pa  # noqa: E402
-import tiny_copies  # noqa: E402
 import torch  # noqa: E402
 import zstandard  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from support import tiny_copies  # noqa: E402
 from support.tiny_cache import build, make_plan  # noqa: E402
 
 from hf_freezecache.codecs import (  # noqa: E402

@@ -19,12 +19,14 @@ from hf_freezecache import CachedDataset
 from hf_freezecache.cache.index import load_index
 from hf_freezecache.hub.dataset_card import cache_card
 from hf_freezecache.hub.provenance import (
-    Origin,
-    origin_of_dataset,
-    origin_of_model,
+    Provenance,
+    provenance_of_dataset,
+    provenance_of_model,
 )
 
-FULL = Origin("somebody/pictures", "a" * 40, "cc-by-4.0", "somebody/vit", "b" * 40, label_names=("zero", "one", "two"))
+FULL = Provenance(
+    "somebody/pictures", "a" * 40, "cc-by-4.0", "somebody/vit", "b" * 40, label_names=("zero", "one", "two")
+)
 PLACEHOLDER = re.compile(
     r"unknown|(?-i:\bNone\b)|more information needed|\[more|todo|tbd|placeholder|lorem|\.\.\.|\{\w*\}", re.I
 )
@@ -50,16 +52,20 @@ def lossy(tmp_path_factory: pytest.TempPathFactory, images: datasets.Dataset) ->
     return Path(trainer.build_cache().reader.directory)
 
 
-def render(cache: Path, origin: Origin | None) -> str:
-    return cache_card(cache, load_index(cache), "user/cache", origin)
+def render(cache: Path, provenance: Provenance | None) -> str:
+    return cache_card(cache, load_index(cache), "user/cache", provenance)
 
 
 @needs_validation
-@pytest.mark.parametrize("origin", [None, FULL, Origin(dataset_name="photos of mine", license="ask the photographer")])
+@pytest.mark.parametrize(
+    "provenance", [None, FULL, Provenance(dataset_name="photos of mine", license="ask the photographer")]
+)
 @pytest.mark.parametrize("which", ["plain", "lossy"])
-def test_cards_pass_the_hubs_validation_and_hold_no_placeholder(which, origin, request, tmp_path, monkeypatch) -> None:
+def test_cards_pass_the_hubs_validation_and_hold_no_placeholder(
+    which, provenance, request, tmp_path, monkeypatch
+) -> None:
     cache = request.getfixturevalue(which)
-    card = DatasetCard(render(cache, origin))
+    card = DatasetCard(render(cache, provenance))
     with HubServer(tmp_path / "server") as server:
         connect(server, tmp_path / "home", monkeypatch)
         card.validate()
@@ -112,7 +118,7 @@ def test_a_card_says_nothing_that_it_was_not_told(plain) -> None:
     for words in ("icence", "source data set", "somebody", "| model |", "revision"):
         assert words not in text
     # Words are no identifiers: they stay words.
-    data = DatasetCard(render(plain, Origin(dataset_name="photos of mine", license="ask me"))).data.to_dict()
+    data = DatasetCard(render(plain, Provenance(dataset_name="photos of mine", license="ask me"))).data.to_dict()
     assert "source_datasets" not in data
     assert data["license"] == "other"
 
@@ -127,8 +133,8 @@ def test_a_lossy_cache_states_its_fidelity(lossy) -> None:
 
 
 def test_names_of_classes_only_where_they_fit(plain) -> None:
-    def names(origin: Origin) -> object:
-        info = DatasetCard(render(plain, origin)).data.to_dict()["dataset_info"][0]
+    def names(provenance: Provenance) -> object:
+        info = DatasetCard(render(plain, provenance)).data.to_dict()["dataset_info"][0]
         return next(column for column in info["features"] if column["name"] == "labels")["dtype"]
 
     assert names(FULL) == {"class_label": {"names": {"0": "zero", "1": "one", "2": "two"}}}
@@ -138,32 +144,32 @@ def test_names_of_classes_only_where_they_fit(plain) -> None:
 
 
 def test_text_cannot_break_out_of_its_cell(plain) -> None:
-    text = render(plain, Origin(dataset_name="a|b\n# c", license="x\n---\ny"))
+    text = render(plain, Provenance(dataset_name="a|b\n# c", license="x\n---\ny"))
     assert "| source data set | a\\|b # c |" in text
     assert "| licence of the source | x --- y |" in text
-    text = render(plain, Origin(dataset_name="<img src=x> [a](b)", dataset_revision="`c", license="*d*"))
+    text = render(plain, Provenance(dataset_name="<img src=x> [a](b)", dataset_revision="`c", license="*d*"))
     assert "| source data set | \\<img src=x\\> \\[a\\](b) at revision `c` |" in text
     assert "| licence of the source | \\*d\\* |" in text
 
 
 def test_what_data_and_model_say_of_themselves(images, model, plain, tmp_path) -> None:
-    assert origin_of_dataset(images) == {"label_names": ("a", "b", "c", "d")}
-    assert origin_of_dataset([1, 2]) == {}
+    assert provenance_of_dataset(images) == {"label_names": ("a", "b", "c", "d")}
+    assert provenance_of_dataset([1, 2]) == {}
     numbered = datasets.Features({"label": datasets.ClassLabel(names=[3, 4])})
-    found = Origin(**origin_of_dataset(datasets.Dataset.from_dict({"label": [0]}, features=numbered)))
-    assert found == Origin(label_names=("3", "4"))
+    found = Provenance(**provenance_of_dataset(datasets.Dataset.from_dict({"label": [0]}, features=numbered)))
+    assert found == Provenance(label_names=("3", "4"))
     known = images.select(range(4))
     known.info.license = " mit "
-    assert origin_of_dataset(known) == {"license": "mit", "label_names": ("a", "b", "c", "d")}
+    assert provenance_of_dataset(known) == {"license": "mit", "label_names": ("a", "b", "c", "d")}
     index = load_index(plain)
     model.save_pretrained(tmp_path / "somebody" / "vit")
-    assert origin_of_model(model, index) == {}
-    assert origin_of_model(type(model).from_pretrained("somebody/vit"), index) == {}
+    assert provenance_of_model(model, index) == {}
+    assert provenance_of_model(type(model).from_pretrained("somebody/vit"), index) == {}
     for odd in (Path("elsewhere/vit"), 3, None, ["a/b"]):
         model.config._name_or_path = odd
-        assert origin_of_model(model, index) == {}
+        assert provenance_of_model(model, index) == {}
     model.config._name_or_path = "elsewhere/vit"
-    assert origin_of_model(model, index) == {}  # nothing was fetched
+    assert provenance_of_model(model, index) == {}  # nothing was fetched
 
 
 @pytest.fixture
@@ -192,14 +198,14 @@ FIRST = {"dataset_name": "somebody/more_pictures", "dataset_revision": "e" * 40}
 def test_a_data_set_of_the_hub_is_named_however_it_was_mapped(sources) -> None:
     named = {**FIRST, "license": "licence of first"}
     first = sources["first"]
-    assert origin_of_dataset(first) == named
-    assert origin_of_dataset(sources["local"]) == {"license": "licence of local"}
+    assert provenance_of_dataset(first) == named
+    assert provenance_of_dataset(sources["local"]) == {"license": "licence of local"}
     for same in (
         first.map(lambda row: {"b": row["a"]}),
         first.shuffle(seed=0).select([0]),
         datasets.concatenate_datasets([first, first]),
     ):
-        assert origin_of_dataset(same) == named
+        assert provenance_of_dataset(same) == named
 
 
 def test_of_several_data_sets_all_are_named_or_none_and_no_licence(sources) -> None:
@@ -208,7 +214,7 @@ def test_of_several_data_sets_all_are_named_or_none_and_no_licence(sources) -> N
     other = datasets.Dataset.from_dict({"a": [3]}, info=datasets.DatasetInfo(license="mit"))
     columns = datasets.Dataset.from_dict({"b": [2]})
     both = f"other/pictures at revision {'e' * 40}, somebody/more_pictures at revision {'e' * 40}"
-    assert origin_of_dataset(datasets.concatenate_datasets([first, second])) == {"dataset_name": both}
+    assert provenance_of_dataset(datasets.concatenate_datasets([first, second])) == {"dataset_name": both}
     for mixed in (
         datasets.concatenate_datasets([first, local]),
         datasets.concatenate_datasets([first, memory]),
@@ -217,12 +223,12 @@ def test_of_several_data_sets_all_are_named_or_none_and_no_licence(sources) -> N
         datasets.interleave_datasets([first, memory]),
         first.add_item({"a": 4}),
     ):
-        assert origin_of_dataset(mixed) == {}
+        assert provenance_of_dataset(mixed) == {}
     # Written beside the first of them, as one file, or put together in memory.
     for merged in ([first, second], [first, memory], [memory, other]):
         for keep_in_memory in (False, True):
             mapped = datasets.concatenate_datasets(merged).map(lambda row: {"c": 1}, keep_in_memory=keep_in_memory)
-            assert origin_of_dataset(mapped) == {}
+            assert provenance_of_dataset(mapped) == {}
 
 
 def test_the_card_of_a_trained_cache(images) -> None:

@@ -45,8 +45,8 @@ from hf_freezecache.hub import (
     push as pushing,
 )
 from hf_freezecache.hub.provenance import (
-    Origin,
-    read_origin,
+    Provenance,
+    read_provenance,
 )
 
 REPO = "user/cache"
@@ -396,9 +396,9 @@ def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monk
             return real(self, repo_id, operations, **settings)
 
         monkeypatch.setattr(HfApi, "create_commit", cut)
-    given = Origin(dataset_name="somebody/pictures", model_id="somebody/vit", model_revision="b" * 40)
+    given = Provenance(dataset_name="somebody/pictures", model_id="somebody/vit", model_revision="b" * 40)
     with pytest.raises((HubError, KeyboardInterrupt)):
-        pushing.push_cache(cache, REPO, origin=given)
+        pushing.push_cache(cache, REPO, provenance=given)
     server.fail_after = None
     if sent == 16:
         monkeypatch.setattr(HfApi, "create_commit", real)
@@ -428,11 +428,11 @@ def test_metadata_that_are_not_ours_stay(server, cache, told, kept) -> None:
     server.publish(REPO, made, "dataset")
     server.repo(REPO).private = True
     pushing.push_cache(cache, REPO)
-    pushing.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(model_id="somebody/vit"))
     data = DatasetCard(server.read(REPO, "README.md").decode()).data.to_dict()
     assert {name: data.get(name) for name in kept} == kept
     assert b"licence of the source" not in server.read(REPO, "README.md")
-    pushing.push_cache(cache, REPO, origin=Origin(license="cc0-1.0"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(license="cc0-1.0"))
     data = DatasetCard(server.read(REPO, "README.md").decode()).data.to_dict()
     assert data["license"] == "cc0-1.0"
     assert "license_name" not in data
@@ -441,7 +441,7 @@ def test_metadata_that_are_not_ours_stay(server, cache, told, kept) -> None:
 def test_our_tag_alone_does_not_make_a_card_ours(server, cache) -> None:
     card = b"---\ntags: [hf-freezecache]\nlicense: mit\n---\n# My results\n"
     server.publish(REPO, make_folder(cache.parent / "made", {"README.md": card}), "dataset")
-    server.publish("user/words", make_folder(cache.parent / "words", {"origin.json": b'{"mine": 1}'}), "dataset")
+    server.publish("user/words", make_folder(cache.parent / "words", {"provenance.json": b'{"mine": 1}'}), "dataset")
     for name in (REPO, "user/words"):
         server.repo(name).private = True
         before = dict(server.files(name))
@@ -459,17 +459,17 @@ def test_a_licence_stays_that_of_whom_it_was_given_for(server, cache) -> None:
     made = b"---\nlicense: other\nlicense_name: ours\nlicense_link: http://x\n---\n"
     server.publish(REPO, make_folder(cache.parent / "made", {"README.md": made}), "dataset")
     server.repo(REPO).private = True
-    pushing.push_cache(cache, REPO, origin=Origin(license="terms of the images"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(license="terms of the images"))
     assert metadata()["license"] == "other"
     assert not {"license_name", "license_link"} & metadata().keys()
-    pushing.push_cache(cache, REPO, origin=Origin(dataset_name="a/b", license="mit"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(dataset_name="a/b", license="mit"))
     for edited in ("license: cc-by-nc-4.0", "license: other\nlicense_name: ours", "license: [mit, cc0-1.0]"):
         card = re.sub("license: mit", edited, server.read(REPO, "README.md").decode())
         server.replace(REPO, "README.md", card.encode())
-        pushing.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+        pushing.push_cache(cache, REPO, provenance=Provenance(model_id="somebody/vit"))
         assert metadata()["license"] == {"[": ["mit", "cc0-1.0"], "o": "other"}.get(edited[9], "cc-by-nc-4.0")
         assert b"| licence of the source | mit" not in server.read(REPO, "README.md")
-        pushing.push_cache(cache, REPO, origin=Origin(license="mit"))
+        pushing.push_cache(cache, REPO, provenance=Provenance(license="mit"))
         assert metadata()["license"] == "mit"
         assert "license_name" not in metadata()
 
@@ -503,29 +503,29 @@ def test_a_card_that_cannot_be_read_is_not_written_over(server, cache, broken) -
 
 
 def test_what_was_given_once_stays_and_goes_on_with_the_cache(server, cache, tmp_path) -> None:
-    pushing.push_cache(cache, REPO, origin=Origin(dataset_name="somebody/pictures", license="mit"))
-    pushing.push_cache(cache, REPO, origin=Origin(model_id="somebody/vit"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(dataset_name="somebody/pictures", license="mit"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(model_id="somebody/vit"))
     card = server.read(REPO, "README.md").decode()
     for words in ("| source data set | somebody/pictures |", "license: mit", "| model | somebody/vit |"):
         assert words in card
     CachedDataset.from_pretrained(REPO).push_to_hub("user/copy")
     assert server.read("user/copy", "README.md").decode() == card.replace(REPO, "user/copy")
-    pushing.push_cache(cache, REPO, origin=Origin(dataset_name="others"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(dataset_name="others"))
     assert "mit" not in server.read(REPO, "README.md").decode()
 
 
 def test_nothing_of_a_cache_that_is_replaced_is_said_of_the_next(server, cache, tmp_path) -> None:
     other = tiny_cache.build(tmp_path / "others", tiny_cache.make_plan(10, data="other rows")).directory
-    given = Origin(dataset_name="somebody/pictures", license="mit")
+    given = Provenance(dataset_name="somebody/pictures", license="mit")
     server.fail_after = 0
     with pytest.raises(HubError):
-        pushing.push_cache(cache, "user/begun", origin=given)
-    assert "origin.json" in server.files("user/begun")
+        pushing.push_cache(cache, "user/begun", provenance=given)
+    assert "provenance.json" in server.files("user/begun")
     server.fail_after = None
-    pushing.push_cache(cache, REPO, origin=given)
+    pushing.push_cache(cache, REPO, provenance=given)
     for name in (REPO, "user/begun"):
         pushing.push_cache(other, name, overwrite=name == REPO)
-        assert "origin.json" not in server.files(name)
+        assert "provenance.json" not in server.files(name)
         card = server.read(name, "README.md").decode()
         assert "somebody/pictures" not in card
         assert "mit\n" not in card
@@ -533,9 +533,9 @@ def test_nothing_of_a_cache_that_is_replaced_is_said_of_the_next(server, cache, 
 
 def test_a_licence_that_the_hub_refuses_is_refused_before_anything_is_sent(server, cache) -> None:
     with pytest.raises(UnsupportedSetupError, match=r"does not take the card.*\n.*license.*cc-by-4\.0"):
-        pushing.push_cache(cache, REPO, origin=Origin(license="apache2"))
+        pushing.push_cache(cache, REPO, provenance=Provenance(license="apache2"))
     assert server.num_uploads == 0
-    pushing.push_cache(cache, REPO, origin=Origin(license="apache-2.0"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(license="apache-2.0"))
 
 
 def test_a_shard_that_is_gone_is_sent_again_and_the_card_stays(server, cache) -> None:
@@ -546,7 +546,7 @@ def test_a_shard_that_is_gone_is_sent_again_and_the_card_stays(server, cache) ->
     report = pushing.push_cache(cache, REPO)
     assert report.uploaded == [name]
     assert server.read(REPO, "README.md") == card
-    assert pushing.push_cache(cache, REPO, origin=Origin(license="cc-by-4.0")).commits == 1
+    assert pushing.push_cache(cache, REPO, provenance=Provenance(license="cc-by-4.0")).commits == 1
     assert DatasetCard(server.read(REPO, "README.md").decode()).data.license == "cc-by-4.0"
     assert len(CachedDataset.from_pretrained(REPO)) == 24
 
@@ -697,7 +697,7 @@ def test_a_pull_into_the_folder_where_one_stands(server, cache, tmp_path, monkey
 
 
 def test_a_pull_keeps_words_and_takes_none_of_another_cache(server, cache, tmp_path, monkeypatch) -> None:
-    pushing.push_cache(cache, REPO, origin=Origin(license="mit"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(license="mit"))
     other = tiny_cache.build(tmp_path / "others", tiny_cache.make_plan(10, data="other rows")).directory
     pushing.push_cache(other, "user/other")
     name = "view-01/shard-00002.safetensors"
@@ -708,26 +708,26 @@ def test_a_pull_keeps_words_and_takes_none_of_another_cache(server, cache, tmp_p
         with pytest.raises(CacheCorruptError, match=name):
             pulling.pull_cache(REPO, target)
         pulling.pull_cache("user/other", target)
-        assert read_origin(target) == Origin()
+        assert read_provenance(target) == Provenance()
         assert verify_cache(target) == []
     server.alter(REPO, name, 9)
     # What is known here stays; where nothing is, it is taken.
     copy = CachedDataset.from_pretrained(cache).save_pretrained(tmp_path / "copy")
     (copy / name).unlink()
     pulling.pull_cache(REPO, copy)
-    assert read_origin(copy) == Origin(license="mit")
-    (copy / "origin.json").unlink()
+    assert read_provenance(copy) == Provenance(license="mit")
+    (copy / "provenance.json").unlink()
     assert pulling.pull_cache(REPO, copy).kept_files == 17
-    assert read_origin(copy) == Origin(license="mit")
-    (copy / "origin.json").write_text('{"license": "mine"}')
+    assert read_provenance(copy) == Provenance(license="mit")
+    (copy / "provenance.json").write_text('{"license": "mine"}')
     (copy / name).unlink()
     pulling.pull_cache(REPO, copy)
-    assert read_origin(copy) == Origin(license="mine")
+    assert read_provenance(copy) == Provenance(license="mine")
     # Where nothing can be written, a sound cache is one without them.
-    (copy / "origin.json").unlink()
+    (copy / "provenance.json").unlink()
     (copy / ".freezecache-pull").write_text("root may write into any folder")
     assert pulling.pull_cache(REPO, copy).kept_files == 17
-    assert read_origin(copy) == Origin()
+    assert read_provenance(copy) == Provenance()
     # A folder of another name is somebody's own.
     (tmp_path / "own" / ".pull").mkdir(parents=True)
     (tmp_path / "own" / ".pull" / "mine").write_text("mine")
@@ -735,10 +735,10 @@ def test_a_pull_keeps_words_and_takes_none_of_another_cache(server, cache, tmp_p
         pulling.pull_cache(REPO, tmp_path / "own")
     # A folder in which a pull was begun is no place for it where somebody put words of his own.
     (tmp_path / "theirs" / ".freezecache-pull").mkdir(parents=True)
-    (tmp_path / "theirs" / "origin.json").write_text("mine")
+    (tmp_path / "theirs" / "provenance.json").write_text("mine")
     with pytest.raises(CacheWriteError, match="not empty"):
         pulling.pull_cache(REPO, tmp_path / "theirs")
-    assert (tmp_path / "theirs" / "origin.json").read_text() == "mine"
+    assert (tmp_path / "theirs" / "provenance.json").read_text() == "mine"
 
 
 def test_a_pull_through_links_and_back(server, cache, tmp_path, monkeypatch) -> None:
@@ -755,11 +755,11 @@ def test_a_pull_through_links_and_back(server, cache, tmp_path, monkeypatch) -> 
 
 
 def test_words_that_are_too_long_are_left_where_they_are(server, cache, tmp_path, monkeypatch) -> None:
-    pushing.push_cache(cache, REPO, origin=Origin(license="mit"))
+    pushing.push_cache(cache, REPO, provenance=Provenance(license="mit"))
     monkeypatch.setattr(pulling, "MAX_BYTES", 10)
     pulling.pull_cache(REPO, tmp_path / "pulled")
     CachedDataset.from_pretrained(REPO)
-    assert "origin.json" not in server.downloads
+    assert "provenance.json" not in server.downloads
 
 
 def test_save_pretrained_copies_checked_files_or_nothing(cache, tmp_path) -> None:
@@ -887,7 +887,7 @@ def test_a_model_that_was_trained_before_is_not_taken_for_that_of_the_hub(server
 
     def card() -> str:
         trainer = make_trainer(model, rows, schedule="0:2", cache={"cache_dir": str(tmp_path / "caches")})
-        (Path(trainer.build_cache().reader.directory) / "origin.json").unlink()
+        (Path(trainer.build_cache().reader.directory) / "provenance.json").unlink()
         before = torch.get_rng_state()
         trainer.push_cache_to_hub(REPO, overwrite=True)  # looks again
         assert torch.equal(torch.get_rng_state(), before)
@@ -906,8 +906,8 @@ def test_the_trainer_tells_the_card_what_it_knows(server, images, writable) -> N
     trainer = make_trainer(tiny_vit(), rows, schedule="0:2")
     cache = Path(trainer.build_cache().reader.directory)
     if not writable:
-        (cache / "origin.json").unlink()
-        (cache / "origin.json").mkdir()  # root may write into any folder
+        (cache / "provenance.json").unlink()
+        (cache / "provenance.json").mkdir()  # root may write into any folder
     trainer.push_cache_to_hub(REPO)
     names = {"0": "a", "1": "b", "2": "c", "3": "d"}
     for given in (names, {name: name.upper() for name in names}):

@@ -20,11 +20,8 @@ from hf_freezecache import (
 )
 from hf_freezecache.errors import UnsupportedModelError
 from hf_freezecache.model.freeze import freeze
-from hf_freezecache.model.split import (
-    find_blocks,
-    first_tensor,
-    token_grid,
-)
+from hf_freezecache.model.split import find_blocks, first_tensor
+from hf_freezecache.model.tokens import token_grid
 
 NUM_BLOCKS = 4
 POSITION_BIASES = [
@@ -522,8 +519,7 @@ def test_blocks_between_know_the_size_of_the_images(family) -> None:
     extra = {"interpolate_pos_encoding": True}
     with torch.no_grad():
         earlier, expected = (split_model(model, k).prefix(pixel_values, **extra) for k in (1, 3))
-        split = split_model(model, 1)
-        split.image_shape = (3, 16, 24)
+        split = split_model(model, 1, image_shape=(3, 16, 24))
         assert torch.equal(split.run_blocks(earlier, 3, **extra), expected)
 
 

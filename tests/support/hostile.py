@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import zstandard
+from torch.utils.data import default_collate
 
 from hf_freezecache.cache.codec_state import (
     CodecState,
@@ -34,10 +35,11 @@ from hf_freezecache.cache.codec_state import (
 )
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.index import (
-    file_sha256,
     shard_name,
     table_name,
 )
+from hf_freezecache.cache.schema import TOKEN_POSITIONS
+from hf_freezecache.cache.shard_file import file_sha256
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs import (
     PRESETS,
@@ -92,12 +94,21 @@ def fitted() -> Pipeline:
 
 def sound_caches(folder: Path) -> dict[str, Path]:
     """Sound caches by name: golden ones, and two lossy ones built into a folder."""
-    (lossless,), (copies,) = ([p for p in (GOLDEN / name).iterdir() if p.is_dir()] for name in ("v1", "v1-copies"))
+    (lossless,), (copies,) = ([p for p in (GOLDEN / name).iterdir() if p.is_dir()] for name in ("v2", "v2-copies"))
     caches = {"lossless": lossless, "copies": copies}
     for name, codec in (("int8", PRESETS["int8"]), ("transform", fitted())):
         plan = dataclasses.replace(tiny_cache.make_plan(codec=name), codec=codec, calibration={})
         caches[name] = tiny_cache.build(folder / name, plan, prefix=prefix).directory
+    plan = dataclasses.replace(tiny_cache.make_plan(codec="few tokens"), num_tokens=7)
+    caches["few_tokens"] = tiny_cache.build(folder / "few_tokens", plan, collate=collate_few_tokens).directory
     return caches
+
+
+def collate_few_tokens(examples: list[Any]) -> dict[str, Any]:
+    """Say that the two tokens of ``tiny_cache`` are the first and one more of seven."""
+    batch = default_collate(examples)
+    rows = batch["pixel_values"][:, 0, 0, 0].to(torch.int16)
+    return {**batch, TOKEN_POSITIONS: torch.stack([torch.zeros_like(rows), 1 + rows % 6], 1)}
 
 
 def make_hostile(name: str, sound: dict[str, Path], folder: Path) -> Path:
@@ -141,14 +152,14 @@ def seal(cache: Path, document: dict[str, Any] | None = None, records: bool = Tr
         raw = path.read_bytes()
         record.update(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
         if name.startswith("view"):
-            head = head_bytes_of(raw)
-            record.update(header_bytes=head, head_sha256=hashlib.sha256(raw[:head]).hexdigest())
+            size = header_bytes_of(raw)
+            record.update(header_bytes=size, header_sha256=hashlib.sha256(raw[:size]).hexdigest())
     document.pop("checksum", None)
     document["checksum"] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
     (cache / "index.json").write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
 
 
-def head_bytes_of(raw: bytes) -> int:
+def header_bytes_of(raw: bytes) -> int:
     (length,) = struct.unpack_from("<Q", raw)
     return int(8 + length + json.loads(raw[8 : 8 + length])["frames"]["data_offsets"][0])
 
@@ -162,9 +173,9 @@ class Shard:
         (length,) = struct.unpack_from("<Q", raw)
         self.header = json.loads(raw[8 : 8 + length])
         (chunks, width), (rows,) = self.header["frame_offsets"]["shape"], self.header["sample_indices"]["shape"]
-        numbers = np.frombuffer(raw[8 + length : head_bytes_of(raw)], "<i8")
+        numbers = np.frombuffer(raw[8 + length : header_bytes_of(raw)], "<i8")
         offsets, self.indices = numbers[: chunks * width].reshape(chunks, width), numbers[chunks * width :].copy()
-        body = raw[head_bytes_of(raw) :]
+        body = raw[header_bytes_of(raw) :]
         self.chunks = [[body[a:b] for a, b in itertools.pairwise(ends)] for ends in offsets.tolist()]
         assert len(self.indices) == rows
 
@@ -185,10 +196,10 @@ class Shard:
         self.header["frame_offsets"].update(shape=list(ends.shape), data_offsets=[0, middle])
         self.header["sample_indices"].update(shape=[len(self.indices)], data_offsets=[middle, stop])
         self.header["frames"].update(shape=[size], data_offsets=[stop, stop + size])
-        head = json.dumps(self.header, sort_keys=True).encode()
-        head = head.ljust(-(-len(head) // 8) * 8)
+        header = json.dumps(self.header, sort_keys=True).encode()
+        header = header.ljust(-(-len(header) // 8) * 8)
         numbers = ends.tobytes() + np.asarray(self.indices, dtype="<i8").tobytes()
-        self.path.write_bytes(struct.pack("<Q", len(head)) + head + numbers + body)
+        self.path.write_bytes(struct.pack("<Q", len(header)) + header + numbers + body)
         if sealed:
             seal(self.cache)
 
@@ -296,9 +307,9 @@ def set_extras(cache: Path, **changes: Any) -> None:
     document = document_of(cache)
     document["extras"][0].update(changes)
     for view, shard in itertools.product(range(2), range(2)):
-        part = Shard(cache, view, shard)
-        part.header["__metadata__"]["extras"] = json.dumps(document["extras"], sort_keys=True)
-        part.write(sealed=False)
+        opened = Shard(cache, view, shard)
+        opened.header["__metadata__"]["extras"] = json.dumps(document["extras"], sort_keys=True)
+        opened.write(sealed=False)
     seal(cache, document)
 
 
@@ -307,7 +318,7 @@ def replace_by(path: Path, make: Callable[[Path], Any]) -> None:
     make(path)
 
 
-def edit_part(cache: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> None:
+def edit_table(cache: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> None:
     path = cache / table_name(0, 0)
     table = pq.read_table(path)
     place = table.schema.names.index(column)
@@ -338,18 +349,23 @@ _index_case("index_with_a_text_for_a_count", num_views="2")
 _index_case("index_with_a_negative_count", shard_chunks=-2)
 _index_case("index_with_a_list_for_a_count", split_point=[2])
 _index_case("index_with_a_text_for_a_seed", layout_seed="3")
+_index_case("index_with_an_absurd_number_of_tokens", num_tokens=10**9)
+_index_case("index_with_a_text_for_the_number_of_tokens", num_tokens="2")
+_index_case(
+    "index_with_a_file_record_that_says_more", files={"index.json": {"bytes": 1, "sha256": "0" * 64, "mode": 7}}
+)
 _index_case("index_with_an_absurd_hidden_shape", hidden_shape=[10**6, 10**6])
 _index_case("index_with_hidden_states_of_no_axes", hidden_shape=[])
 _index_case("index_with_an_absurd_image_shape", image_shape=[3, 10**9, 10**9])
 _index_case("index_with_a_text_for_an_image_shape", image_shape="abc")
 _index_case("index_with_an_unknown_dtype", dtype="F8_E4M3")
 _index_case("index_with_a_list_for_a_dtype", dtype=["F32"])
-_index_case("index_with_fingerprint_parts_that_are_no_texts", fingerprint={"data": 7})
+_index_case("index_with_fingerprint_components_that_are_no_texts", fingerprint={"data": 7})
 _index_case("index_with_a_list_for_a_fingerprint", fingerprint=["data"])
 _index_case("index_with_an_entry_that_no_cache_has", command="rm")
 _index_case("index_with_a_text_for_a_codec", codec="lossless")
 _index_case("index_with_an_unknown_codec", codec={"name": "zip", "configuration": {}})
-_index_case("index_of_another_format_version", format_version=2)
+_index_case("index_of_another_format_version", format_version=3)
 _index_case("index_of_a_boolean_format_version", format_version=True)
 _index_case("index_with_a_text_for_files", files="all")
 _index_case("index_with_nan_in_its_calibration", base="int8", calibration={"distortion": float("nan")})
@@ -391,31 +407,31 @@ for _name, _path in {
 
 
 @case()
-def part_of_a_data_set_of_absurd_size(cache: Path) -> None:
+def rows_of_a_data_set_of_absurd_size(cache: Path) -> None:
     count = document_of(cache)["num_samples"]
-    seal(cache, part=[0, count, 2**40])
+    seal(cache, rows=[0, count, 2**40])
 
 
 @case()
-def part_that_has_other_rows(cache: Path) -> None:
-    seal(cache, part=[0, document_of(cache)["num_samples"] - 1, 100])
+def rows_that_are_not_as_many_as_samples(cache: Path) -> None:
+    seal(cache, rows=[0, document_of(cache)["num_samples"] - 1, 100])
 
 
 @case()
-def part_beyond_the_last(cache: Path) -> None:
+def rows_beyond_the_last(cache: Path) -> None:
     count = document_of(cache)["num_samples"]
-    seal(cache, part=[count, 2 * count, 2 * count - 1])
+    seal(cache, rows=[count, 2 * count, 2 * count - 1])
 
 
 @case()
-def part_of_texts(cache: Path) -> None:
-    seal(cache, part=["0", "8", "16"])
+def rows_that_are_texts(cache: Path) -> None:
+    seal(cache, rows=["0", "8", "16"])
 
 
 @case()
-def part_whose_rows_are_not_those_of_the_shards(cache: Path) -> None:
+def rows_that_are_not_those_of_the_shards(cache: Path) -> None:
     count = document_of(cache)["num_samples"]
-    seal(cache, part=[count, 2 * count, 2 * count])
+    seal(cache, rows=[count, 2 * count, 2 * count])
 
 
 @case()
@@ -483,7 +499,7 @@ def index_with_files_of_exabytes(cache: Path) -> None:
 
 
 @case()
-def index_with_a_head_larger_than_its_shard(cache: Path) -> None:
+def index_with_a_header_larger_than_its_shard(cache: Path) -> None:
     document = document_of(cache)
     document["files"][shard_name(0, 0)]["header_bytes"] = 2**40
     seal(cache, document, records=False)
@@ -499,7 +515,7 @@ def index_with_a_text_for_a_size(cache: Path) -> None:
 @case()
 def index_with_a_hash_that_is_none(cache: Path) -> None:
     document = document_of(cache)
-    document["files"][shard_name(0, 0)]["head_sha256"] = None
+    document["files"][shard_name(0, 0)]["header_sha256"] = None
     seal(cache, document, records=False)
 
 
@@ -515,7 +531,7 @@ def shard_that_links_out_of_the_cache(cache: Path) -> None:
 
 
 @case()
-def part_that_links_out_of_the_cache(cache: Path) -> None:
+def table_that_links_out_of_the_cache(cache: Path) -> None:
     path = cache / table_name(0, 0)
     path.rename(cache.parent / "elsewhere")
     path.symlink_to("../../../elsewhere")
@@ -585,17 +601,17 @@ def folder_that_is_a_file(cache: Path) -> None:
     (cache / "view-01").write_text("x")
 
 
-# ---- Heads ----
+# ---- Headers ----
 
 
 @case()
-def head_that_claims_2_to_the_63(cache: Path) -> None:
+def header_that_claims_2_to_the_63(cache: Path) -> None:
     path = cache / shard_name(0, 0)
     raw = path.read_bytes()
-    head = document_of(cache)["files"][shard_name(0, 0)]["header_bytes"]
+    size = document_of(cache)["files"][shard_name(0, 0)]["header_bytes"]
     path.write_bytes(struct.pack("<Q", 2**63) + raw[8:])
     document = document_of(cache)
-    for limit, name in ((None, "sha256"), (head, "head_sha256")):
+    for limit, name in ((None, "sha256"), (size, "header_sha256")):
         document["files"][shard_name(0, 0)][name] = hashlib.sha256(path.read_bytes()[:limit]).hexdigest()
     seal(cache, document, records=False)
 
@@ -608,24 +624,24 @@ def _long_header(cache: Path, junk: bytes) -> None:
     raw = struct.pack("<Q", len(header)) + header + raw[8 + length :]
     path.write_bytes(raw)
     document = document_of(cache)
-    head = len(raw) - (len(raw) - 8 - len(header))
-    record = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "header_bytes": head}
-    document["files"][shard_name(0, 0)] = {**record, "head_sha256": hashlib.sha256(raw[:head]).hexdigest()}
+    size = 8 + len(header)
+    record = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "header_bytes": size}
+    document["files"][shard_name(0, 0)] = {**record, "header_sha256": hashlib.sha256(raw[:size]).hexdigest()}
     seal(cache, document, records=False)
 
 
 @case()
-def head_of_60_megabytes(cache: Path) -> None:
+def header_of_60_megabytes(cache: Path) -> None:
     _long_header(cache, b"{}," * (20 * 2**20) + b"{}")
 
 
 @case()
-def head_nested_deeply(cache: Path) -> None:
+def header_nested_deeply(cache: Path) -> None:
     _long_header(cache, b"[" * 100_000 + b"]" * 100_000)
 
 
 @case()
-def head_full_of_lists(cache: Path) -> None:
+def header_full_of_lists(cache: Path) -> None:
     _long_header(cache, b"[]," * 300_000 + b"[]")
 
 
@@ -652,7 +668,7 @@ _offsets_case("offsets_with_a_hole", lambda ends: ends[1].__setitem__(0, ends[1]
 
 
 @case()
-def head_whose_frames_end_beyond_the_file(cache: Path) -> None:
+def header_whose_frames_end_beyond_the_file(cache: Path) -> None:
     shard = Shard(cache)
     offsets = shard.offsets()
     offsets[-1][-1] += 2**40
@@ -666,10 +682,12 @@ def frame_of_a_gigabyte_of_nothing(cache: Path) -> None:
     offsets = shard.offsets()
     offsets[-1][-1] += GIB
     shard.write(offsets, frame_bytes=offsets[-1][-1], sealed=False)
-    head = head_bytes_of(shard.path.read_bytes())
-    os.truncate(shard.path, head + offsets[-1][-1])
+    size = header_bytes_of(shard.path.read_bytes())
+    os.truncate(shard.path, size + offsets[-1][-1])
     document = document_of(cache)
-    document["files"][shard_name(0, 0)].update(bytes=head + offsets[-1][-1], head_sha256=file_sha256(shard.path, head))
+    document["files"][shard_name(0, 0)].update(
+        bytes=size + offsets[-1][-1], header_sha256=file_sha256(shard.path, size)
+    )
     seal(cache, document, records=False)
 
 
@@ -888,6 +906,74 @@ _geometry_case("geometry_without_extent", [0.5, 0.0, 0.5, 1.0, 0.0], 0)
 _geometry_case("geometry_of_infinity", [0.0, 0.0, float("inf"), 1.0, 0.0], 2)
 
 
+def _positions_case(name: str, values: list[list[int]]) -> None:
+    def tamper(cache: Path) -> None:
+        number = 4 + [extra["name"] for extra in document_of(cache)["extras"]].index(TOKEN_POSITIONS)
+        set_frame(cache, compress_frame(torch.tensor(values, dtype=torch.int16).numpy().tobytes(), 3), number=number)
+
+    tamper.__name__ = name
+    case("few_tokens")(tamper)
+
+
+_positions_case("token_position_out_of_range", [[0, 1], [0, 7], [0, 1]])
+_positions_case("token_position_negative", [[0, 1], [0, 1], [-1, 1]])
+_positions_case("token_position_twice", [[0, 1], [3, 3], [0, 1]])
+_positions_case("token_positions_that_descend", [[2, 1], [0, 1], [0, 1]])
+_positions_case("token_positions_of_another_size", [[0, 1], [0, 1]])
+
+
+def set_tokens(cache: Path, num_tokens: int, rename: str = TOKEN_POSITIONS) -> None:
+    """Change the number of tokens of the model, and the name of the extra, in the index and in all shards."""
+    document = document_of(cache)
+    document["num_tokens"] = num_tokens
+    for extra in document["extras"]:
+        extra["name"] = rename if extra["name"] == TOKEN_POSITIONS else extra["name"]
+    for view, shard in itertools.product(range(2), range(2)):
+        opened = Shard(cache, view, shard)
+        opened.header["__metadata__"]["extras"] = json.dumps(document["extras"], sort_keys=True)
+        opened.header["__metadata__"]["num_tokens"] = str(num_tokens)
+        opened.write(sealed=False)
+    seal(cache, document)
+
+
+@case("few_tokens")
+def more_tokens_stored_than_the_model_has(cache: Path) -> None:
+    set_tokens(cache, 1)
+
+
+@case("few_tokens")
+def token_positions_where_all_tokens_are_stored(cache: Path) -> None:
+    set_tokens(cache, 2)
+
+
+@case("few_tokens")
+def fewer_tokens_than_some_positions_need(cache: Path) -> None:
+    set_tokens(cache, 3)
+
+
+@case("few_tokens")
+def tokens_without_positions(cache: Path) -> None:
+    set_tokens(cache, 7, rename="other_positions")
+
+
+@case()
+def fewer_tokens_without_positions(cache: Path) -> None:
+    set_tokens(cache, 5)
+
+
+@case("few_tokens")
+def token_positions_of_another_dtype(cache: Path) -> None:
+    document = document_of(cache)
+    (extra,) = [extra for extra in document["extras"] if extra["name"] == TOKEN_POSITIONS]
+    extra.update(dtype="uint16")
+    seal(cache, document)
+
+
+@case()
+def tokens_of_the_model_in_the_index_only(cache: Path) -> None:
+    seal(cache, num_tokens=2**20)
+
+
 @case("int8")
 def steps_of_nan(cache: Path) -> None:
     step = np.full(6, np.nan, np.float32).view(np.uint8).reshape(-1, 4).T
@@ -1065,41 +1151,41 @@ def frames_of_another_codec(cache: Path) -> None:
     set_codec(cache, PRESETS["fp16"])
 
 
-# ---- Index parts: training does not read them ----
+# ---- Index tables: training does not read them ----
 
 
 @case(only_verified=True)
-def part_with_another_label(cache: Path) -> None:
-    edit_part(cache, "labels", lambda values: [values[0] + 1, *values[1:]])
+def table_with_another_label(cache: Path) -> None:
+    edit_table(cache, "labels", lambda values: [values[0] + 1, *values[1:]])
 
 
 @case(only_verified=True)
-def part_with_labels_of_another_dtype(cache: Path) -> None:
-    edit_part(cache, "labels", lambda values: [float(value) for value in values])
+def table_with_labels_of_another_dtype(cache: Path) -> None:
+    edit_table(cache, "labels", lambda values: [float(value) for value in values])
 
 
 @case(only_verified=True)
-def part_with_texts_for_labels(cache: Path) -> None:
-    edit_part(cache, "labels", lambda values: [str(value) for value in values])
+def table_with_texts_for_labels(cache: Path) -> None:
+    edit_table(cache, "labels", lambda values: [str(value) for value in values])
 
 
 @case(only_verified=True)
-def part_with_other_sample_indices(cache: Path) -> None:
-    edit_part(cache, "sample_index", lambda values: values[::-1])
+def table_with_other_sample_indices(cache: Path) -> None:
+    edit_table(cache, "sample_index", lambda values: values[::-1])
 
 
 @case(only_verified=True)
-def part_with_another_chunk(cache: Path) -> None:
-    edit_part(cache, "chunk", lambda values: [value + 1 for value in values])
+def table_with_another_chunk(cache: Path) -> None:
+    edit_table(cache, "chunk", lambda values: [value + 1 for value in values])
 
 
 @case(only_verified=True)
-def part_with_nothing(cache: Path) -> None:
-    edit_part(cache, "row", lambda values: [None, *values[1:]])
+def table_with_nothing(cache: Path) -> None:
+    edit_table(cache, "row", lambda values: [None, *values[1:]])
 
 
 @case(only_verified=True)
-def part_with_a_column_too_many(cache: Path) -> None:
+def table_with_a_column_too_many(cache: Path) -> None:
     path = cache / table_name(0, 0)
     table = pq.read_table(path)
     pq.write_table(table.append_column("notes", pa.array(["x"] * len(table))), path)
@@ -1107,7 +1193,7 @@ def part_with_a_column_too_many(cache: Path) -> None:
 
 
 @case(only_verified=True)
-def part_of_fifty_million_rows(cache: Path) -> None:
+def table_of_fifty_million_rows(cache: Path) -> None:
     """A few kilobytes of repetitions."""
     path = cache / table_name(0, 0)
     schema = pq.read_schema(path)
@@ -1117,13 +1203,13 @@ def part_of_fifty_million_rows(cache: Path) -> None:
 
 
 @case(only_verified=True)
-def part_that_is_no_parquet(cache: Path) -> None:
+def table_that_is_no_parquet(cache: Path) -> None:
     (cache / table_name(0, 0)).write_bytes(b"PAR1" + bytes(64) + b"\xff\xff\xff\x7fPAR1")
     seal(cache)
 
 
 @case(only_verified=True)
-def part_of_another_view(cache: Path) -> None:
+def table_of_another_view(cache: Path) -> None:
     (cache / table_name(0, 0)).write_bytes((cache / table_name(1, 0)).read_bytes())
     seal(cache)
 

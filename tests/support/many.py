@@ -42,11 +42,12 @@ class Watched(Recorder):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "freezecache/built_shards" in logs:
             self.built = [*getattr(self, "built", []), logs["freezecache/built_shards"]]
+        if "freezecache/split_point" in logs:  # a stage was entered
+            self.note_stage(int(logs["freezecache/split_point"]))
         super().log(logs, *args, **kwargs)
 
-    def _enter_stage(self, split_point: int) -> None:
-        super()._enter_stage(split_point)
-        loader = self._stage_loader
+    def note_stage(self, split_point: int) -> None:
+        loader = self._run.current.loader
         self.stages = [*getattr(self, "stages", []), {"split_point": split_point, "reduced": None, "decoded": []}]
         self.cached = loader.dataset if isinstance(loader.dataset, CachedDataset) else None
         self.wrapped = self.model_wrapped

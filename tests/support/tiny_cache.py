@@ -17,6 +17,7 @@ from hf_freezecache.cache.writer import (
     build_cache,
 )
 from hf_freezecache.codecs import make_codec
+from hf_freezecache.data.collators import CheckedCollator, Collator
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.views import ViewDataset
 
@@ -48,10 +49,10 @@ def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def make_plan(
-    num_samples: int = 8, chunk_size: int = 3, shard_chunks: int = 2, num_views: int = 2, **parts: str
+    num_samples: int = 8, chunk_size: int = 3, shard_chunks: int = 2, num_views: int = 2, **components: str
 ) -> CachePlan:
     return CachePlan(
-        fingerprint=Fingerprint({"data": "rows", "prefix weights": "none", **parts}),
+        fingerprint=Fingerprint({"data": "rows", "prefix weights": "none", **components}),
         split_point=2,
         image_shape=(1, 1, 2),
         num_views=num_views,
@@ -65,6 +66,8 @@ def make_views(plan: CachePlan) -> ViewDataset:
     return ViewDataset(Rows(plan.layout.num_samples), VIEW_SEED)
 
 
-def build(cache_dir: Path, plan: CachePlan, batch_size: int = 4, **settings: Any) -> BuildReport:
-    arguments = {"views": make_views(plan), "collate": default_collate, "prefix": prefix, **settings}
+def build(
+    cache_dir: Path, plan: CachePlan, batch_size: int = 4, collate: Collator = default_collate, **settings: Any
+) -> BuildReport:
+    arguments = {"views": make_views(plan), "collate": CheckedCollator(collate), "prefix": prefix, **settings}
     return build_cache(cache_dir, plan, batch_size=batch_size, **arguments)

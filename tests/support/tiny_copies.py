@@ -28,6 +28,7 @@ from hf_freezecache.codecs import (
     make_codec,
 )
 from hf_freezecache.codecs.transform import digest
+from hf_freezecache.data.collators import CheckedCollator
 from hf_freezecache.data.geometry import GEOMETRY_NAME
 from hf_freezecache.data.layout import ChunkLayout
 
@@ -100,4 +101,4 @@ def make_plan() -> CachePlan:
 
 
 def build(cache_dir: Path, batch_size: int = 4) -> BuildReport:
-    return build_cache(cache_dir, make_plan(), Views(), default_collate, prefix, batch_size=batch_size)
+    return build_cache(cache_dir, make_plan(), Views(), CheckedCollator(default_collate), prefix, batch_size=batch_size)

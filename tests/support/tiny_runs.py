@@ -6,26 +6,56 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_freezecache.report.record import RunRecord
+from hf_freezecache.report.record import Decision, Epoch, RunRecord
 
-SENSITIVITY = {
-    "overall": 0.4,
-    "prefix": 0.5,
-    "channels": [0.1, 0.3, 0.5, 0.7],
-    "tokens": [[0.2, 0.4], [0.6, 0.8]],
-    "augmentations": {"flip": 0.9},
-    "num_images": 16,
-    "known_geometry": True,
+#: What a stage with a cache did, as far as it does not matter to a test.
+CACHED: dict[str, Any] = {
+    "trained_from": "cache",
+    "cache": "built",
+    "built_from": 0,
+    "reason": "mode='always'",
+    "num_views": 2,
+    "codec": {"name": "pipeline", "configuration": {"steps": []}},
+    "calibration": {"budget": 0.002},
+    "calibrated": True,
+    "cache_bytes": 2_000_000,
+    "cache_bytes_per_image": 20_000,
+    "bits_per_element": 2.5,
+    "build_seconds": 3.0,
+    "built_shards": 2,
+    "distortion": {"distortion": 0.002, "agreement": 1.0, "relative_error": 0.05},
+    "predicted": {"cached_passes": 48, "live_passes": 48},
 }
+LIVE: dict[str, Any] = {"trained_from": "images", "reason": "No block is frozen."}
 
 
-def stage_log(epoch: float, split_point: int, **cache: Any) -> dict[str, Any]:
-    return {"epoch": epoch, **{f"freezecache/{name}": v for name, v in {"split_point": split_point, **cache}.items()}}
+def decision(stage: int, start_epoch: int, split_point: int, **settings: Any) -> Decision:
+    """What a stage did: with a cache if it froze blocks, unless the settings say otherwise."""
+    known = CACHED if split_point else LIVE
+    return Decision(stage, start_epoch, split_point, **{**known, "trainable_parameters": 500, **settings})
 
 
-def epoch_log(epoch: float, rate: float, seconds: float, until: float) -> dict[str, Any]:
-    figures = {"train_images_per_second": rate, "epoch_seconds": seconds, "cumulative_seconds": until}
-    return {"epoch": epoch, **{f"freezecache/{name}": value for name, value in figures.items()}}
+def live(stage: int, start_epoch: int, split_point: int, reason: str, **settings: Any) -> Decision:
+    """A stage whose frozen blocks ran in every step."""
+    return Decision(stage, start_epoch, split_point, **{**LIVE, "reason": reason, **settings})
+
+
+def decisions(unfrozen: bool = True) -> list[Decision]:
+    return [decision(0, 0, 0 if unfrozen else 3), decision(1, 2, 6)]
+
+
+def epochs(*rows: tuple[int, float, float, float, float]) -> list[Epoch]:
+    """Epochs by (stage, epochs done, images per second, seconds, seconds of entering before)."""
+    made: list[Epoch] = []
+    total = 0.0
+    for stage, epoch, rate, seconds, entering in rows:
+        total += seconds + entering
+        made.append(Epoch(stage, epoch, rate, seconds, entering, total))
+    return made
+
+
+#: Four epochs of 100 images: two of them at ``k = 0`` or 3 of 12, two at 6; 10, 10, 5 and 5 s, and 4 s of entering.
+EPOCHS = epochs((0, 1, 10.0, 10.0, 0.0), (0, 2, 10.0, 10.0, 0.0), (1, 3, 20.0, 5.0, 4.0), (1, 4, 20.0, 5.0, 0.0))
 
 
 def eval_log(epoch: float, accuracy: float, loss: float, step: int = 0) -> dict[str, Any]:
@@ -33,28 +63,29 @@ def eval_log(epoch: float, accuracy: float, loss: float, step: int = 0) -> dict[
     return {"epoch": epoch, "step": step, "eval_accuracy": accuracy, "eval_loss": loss, **speed}
 
 
-CACHE = {"cache_bytes": 2_000_000, "cache_bytes_per_image": 20_000, "bits_per_element": 2.5, "build_seconds": 3.0}
-
-
-def log_history(unfrozen: bool = True) -> list[dict[str, Any]]:
-    """Four epochs of 100 images: two of them at ``k = 0`` or 3 of 12, two at 6; 10, 10, 5 and 5 s, and 4 s of entering."""
-    first = stage_log(0, 0) if unfrozen else stage_log(0, 3, **CACHE)
+def log_history() -> list[dict[str, Any]]:
+    """What ``Trainer`` itself logs over four epochs of 10 steps."""
     return [
-        {**first, "step": 0},
         {"epoch": 0.5, "step": 5, "loss": 2.0},
         eval_log(1, 0.5, 1.2, 10),
-        epoch_log(1, 10.0, 10.0, 10.0),
         {"epoch": 1.5, "step": 15, "loss": 1.0},
         eval_log(2, 0.8, 0.9, 20),
-        epoch_log(2, 10.0, 10.0, 20.0),
-        stage_log(2, 6, **CACHE, distortion=0.002, similarity=0.4),
         {"epoch": 2.5, "step": 25, "loss": 0.5},
         eval_log(3, 0.7, 0.8, 30),
-        epoch_log(3, 20.0, 5.0, 29.0),
         eval_log(4, 0.75, 0.7, 40),
-        epoch_log(4, 20.0, 5.0, 34.0),
         {"epoch": 4, "step": 40, "train_runtime": 40.0, "train_samples_per_second": 10.0},
     ]
+
+
+def partial_record(epoch: float, unfrozen: bool = True, **settings: Any) -> RunRecord:
+    """The same run, interrupted after some epochs."""
+    known = record(unfrozen, complete=False, **settings)
+    known.log_history = [
+        entry for entry in known.log_history if entry["epoch"] <= epoch and "train_runtime" not in entry
+    ]
+    known.epochs = [trained for trained in known.epochs if trained.epoch <= epoch]
+    known.decisions = [made for made in known.decisions if made.start_epoch <= epoch]
+    return known
 
 
 def record(unfrozen: bool = True, **settings: Any) -> RunRecord:
@@ -63,7 +94,7 @@ def record(unfrozen: bool = True, **settings: Any) -> RunRecord:
         "complete": True,
         "model": {"class": "ViTForImageClassification", "num_blocks": 12, "parameters": 1000},
         "data": {"train_images": 100, "image_shape": [3, 16, 16]},
-        "freezing": {"schedule": "0:0,2:6", "policy": None},
+        "freezing": {"schedule": "0:0,2:6"},
         "cache": {
             "mode": "always",
             "num_views": 2,
@@ -72,19 +103,18 @@ def record(unfrozen: bool = True, **settings: Any) -> RunRecord:
             "feature_augmentation": None,
         },
         "planned_stages": [
-            {"start_epoch": 0, "split_point": 0 if unfrozen else 3},
-            {"start_epoch": 2, "split_point": 6},
+            {"index": 0, "start_epoch": 0, "split_point": 0 if unfrozen else 3},
+            {"index": 1, "start_epoch": 2, "split_point": 6},
         ],
-        "stages": [
-            {"split_point": 6, "num_views": 2, "codec": "transform", "copies_calibration": {"sensitivity": SENSITIVITY}}
-        ],
+        "decisions": decisions(unfrozen),
+        "epochs": EPOCHS,
         "training": {"num_train_epochs": 4, "per_device_train_batch_size": 10, "precision": "fp32"},
         "versions": {"torch": "2.13.0"},
         "device": "cpu",
         "preflight_seconds": 1.0,
         "global_step": 40,
         "max_steps": 40,
-        "log_history": log_history(unfrozen),
+        "log_history": log_history(),
     }
     return RunRecord(**{**known, **settings})
 

@@ -35,8 +35,8 @@ def test_cached_and_uncached_training_are_the_same_to_the_bit(train_dataset, set
     """50 rows in batches of 10: build and training batches have one shape."""
     live = run(train_dataset, "never", **settings)
     cached = run(train_dataset, "always", **settings)
-    assert cached._codec is not None
-    assert live._codec is None
+    assert cached._run.step is not None
+    assert live._run.step is None
     assert len(live.losses) == 20
     assert live.losses == cached.losses
     assert_same(parameters_of(live.model), parameters_of(cached.model))
@@ -97,7 +97,7 @@ def test_prefix_does_not_move_and_suffix_does(train_dataset) -> None:
     model = tiny_vit()
     before = parameters_of(copy.deepcopy(model))
     trainer = run(train_dataset, "always", model, schedule="0:2")
-    frozen = trainer._split.prefix_parameters().keys()
+    frozen = trainer._run.current.split.prefix_parameters().keys()
     after = parameters_of(trainer.model)
     assert len(frozen) > 30
     for name in before:

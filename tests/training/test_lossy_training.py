@@ -311,8 +311,8 @@ def test_promotion_always_never_ends_in_a_lossless_cache_of_lossy_states(images,
 @pytest.mark.slow
 def test_rates_of_earlier_stages_are_part_of_a_promoted_cache(images) -> None:
     cache = {"codec": "transform", "build_from": "previous_cache"}
-    lossy_run(images, cache={**cache, "compression": "0:3.0,2:6.0"})
-    finer = lossy_run(images, cache={**cache, "compression": "0:8.0,2:6.0"})
+    lossy_run(images, cache={**cache, "bits_per_element": "0:3.0,2:6.0"})
+    finer = lossy_run(images, cache={**cache, "bits_per_element": "0:8.0,2:6.0"})
     assert [stage["built_shards"] for stage in stages(finer)] == [8, 8]
 
 
@@ -339,11 +339,11 @@ def test_resume_at_the_change_of_stage_promotes_again(images) -> None:
 # ---- Rates ----
 
 
-def test_an_explicit_schedule_of_rates(images) -> None:
+@pytest.mark.parametrize("codec", ["auto", "transform"])
+def test_an_explicit_schedule_of_rates(images, codec) -> None:
     rates = {1: 6.0, 2: 3.0}
-    lossy_run(
-        images, cache={"codec": "transform", "compression": "0:6.0,2:3.0", "build_from": "images", "chunk_size": 25}
-    )
+    cache = {"codec": codec, "copies": "full", "build_from": "images", "chunk_size": 25}
+    lossy_run(images, cache={**cache, "bits_per_element": "0:6.0,2:3.0"})
     for split_point, rate in rates.items():
         calibration = load_index(cache_of(split_point)).calibration
         assert calibration["chosen_by"] == "rate"
@@ -353,26 +353,35 @@ def test_an_explicit_schedule_of_rates(images) -> None:
 
 def test_settings_parse_from_a_command_line() -> None:
     (config,) = HfArgumentParser(CacheConfig).parse_args_into_dataclasses(
-        ["--codec", "transform", "--compression", "0:4.0,6:2.5", "--gradient_weight", "0.5", "--build_from", "never"]
+        [
+            "--codec",
+            "transform",
+            "--bits_per_element",
+            "0:4.0,6:2.5",
+            "--gradient_weight",
+            "0.5",
+            "--build_from",
+            "images",
+        ]
     )
-    assert (config.codec, config.compression, config.gradient_weight, config.build_from) == (
+    assert (config.codec, config.bits_per_element, config.gradient_weight, config.build_from) == (
         "transform",
         "0:4.0,6:2.5",
         0.5,
-        "never",
+        "images",
     )
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"codec": "auto", "compression": "0:4.0"}, "codec='auto' takes its rate from distortion"),
-        ({"codec": "transform", "compression": "6:4.0"}, "says nothing about split point 1"),
-        ({"codec": "transform", "compression": "steep"}, "expected split_point:bits"),
-        ({"codec": "auto", "max_distortion": 0.0}, "distortion must be a positive number, got 0.0"),
-        ({"codec": "auto", "gradient_weight": 2.0}, "from 0 to 1, got 2.0"),
-        ({"codec": "auto", "calibration_samples": 3}, "calibration_samples must be a whole number >= 4"),
-        ({"build_from": "sometimes"}, "build_from must be"),
+        ({"codec": "lossless", "bits_per_element": "0:4.0"}, "needs a codec with 'transform'"),
+        ({"codec": "transform", "bits_per_element": "6:4.0"}, "says nothing about split point 1"),
+        ({"codec": "auto", "bits_per_element": "steep"}, "split_point:bits pairs"),
+        ({"codec": "auto", "max_distortion": 0.0}, "'max_distortion': .*expected a number above 0, got 0.0"),
+        ({"codec": "auto", "gradient_weight": 2.0}, "'gradient_weight': .*at most 1, got 2.0"),
+        ({"codec": "auto", "calibration_samples": 3}, "'calibration_samples': .*at least 4, got 3"),
+        ({"build_from": "sometimes"}, "'build_from': .*got sometimes"),
         ({"codec": '["zstd", "pack"]'}, "'zstd' cannot be first"),
         ({"codec": "[1"}, "not valid JSON"),
     ],
@@ -384,9 +393,9 @@ def test_settings_that_cannot_work_are_refused_at_construction(train_dataset, se
 
 def test_a_rate_needs_a_step_to_choose(images) -> None:
     with pytest.raises(UnsupportedSetupError, match="needs a codec with 'transform'"):
-        make_trainer(tiny_vit(), images, cache={"codec": "int8", "compression": "linear"})
+        make_trainer(tiny_vit(), images, cache={"codec": "int8", "bits_per_element": "3.25"})
     lossy_run(
-        images, schedule="0:1", cache={"codec": json.loads(PIPELINE), "compression": "linear"}, num_train_epochs=1
+        images, schedule="0:1", cache={"codec": json.loads(PIPELINE), "bits_per_element": 3.25}, num_train_epochs=1
     )
     assert load_index(cache_of(1)).calibration["target_bits"] == 3.25
 
@@ -429,6 +438,6 @@ def test_restoring_can_be_compiled_in_one_graph(images, codec) -> None:
 
 def test_integers_travel_to_the_training_device(images) -> None:
     trainer = lossy_run(images, schedule="0:2", num_train_epochs=1)
-    batch = next(iter(trainer._stage_loader))
+    batch = next(iter(trainer._run.current.loader))
     assert batch["packed.values"].dtype == torch.int16
     assert "hidden_states" not in batch

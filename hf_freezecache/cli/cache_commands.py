@@ -1,0 +1,161 @@
+"""Commands that build caches, look into them and check them.
+
+Each command imports what takes long to import, so that help and completion answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import FreezeCacheError
+from .base import EXIT_CODES, AsJson, CachePath, Debug, app, one_line_errors, print_error
+from .describe import describe_cache, description_lines, find_caches
+
+__all__ = ["build", "inspect", "verify"]
+
+
+@app.command(
+    epilog="Example: hf-freezecache build facebook/deit-tiny-patch16-224 ./flower_photos --split-point 6 --views 4"
+)
+def build(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model on the Hub, or its folder.", show_default=False)],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="Folder of images (one folder per class) or of parquet files, a parquet file, what save_to_disk wrote, or a "
+            "data set on the Hub.",
+            show_default=False,
+        ),
+    ],
+    split_point: Annotated[int, typer.Option(min=1, help="Number of blocks to run.", show_default=False)],
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    views: Annotated[int, typer.Option(min=1, help="Renderings of each image; all but the first are augmented.")] = 1,
+    codec: Annotated[str, typer.Option(help="As of CacheConfig: 'lossless', 'auto', ...")] = "lossless",
+    cache_dir: Annotated[Path, typer.Option(help="Folder of caches.")] = Path("caches"),
+    image_column: Annotated[str, typer.Option(help="Column of the images.")] = "image",
+    label_column: Annotated[str, typer.Option(help="Column of the classes.")] = "label",
+    min_crop_scale: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Least share of the area in a random crop.")
+    ] = 0.35,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward of the prefix.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the views and the chunk layout.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run under bf16 autocast.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Build the cache of one split point without training, or go on with one that is unfinished.
+
+    The model's image processor decides the size of the images. If the cache exists, nothing is computed.
+    """
+    with one_line_errors(debug):
+        from .build import BuildSettings
+        from .build import build as build_cache
+
+        cached, _ = build_cache(
+            BuildSettings(
+                model=model,
+                dataset=dataset,
+                split_point=split_point,
+                split=split,
+                num_views=views,
+                codec=codec,
+                cache_dir=str(cache_dir),
+                image_column=image_column,
+                label_column=label_column,
+                min_crop_scale=min_crop_scale,
+                batch_size=batch_size,
+                seed=seed,
+                bf16=bf16,
+                revision=revision,
+                show_progress=sys.stderr.isatty(),
+            )
+        )
+        described = describe_cache(Path(cached.reader.directory), cached.reader.index)
+        typer.echo(json.dumps(described, indent=1) if as_json else "\n".join(description_lines(described)))
+
+
+@app.command(epilog="Example: hf-freezecache inspect caches/k06-0123456789abcdef")
+def inspect(
+    path: CachePath,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a cache holds: split point, views, shapes, codec, sizes, and all that it depends on.
+
+    This command reads index.json only; "verify" checks the other files.
+    """
+    with one_line_errors(debug):
+        from ..cache.index import load_index
+
+        caches, unfinished = find_caches(path)
+        described, damaged = [], []
+        for cache in caches:
+            try:
+                described.append(describe_cache(cache, load_index(cache)))
+            except FreezeCacheError as error:  # go on with the other caches
+                damaged.append(error)
+        if as_json and described:
+            typer.echo(json.dumps({"caches": described, "unfinished": list(map(str, unfinished))}, indent=1))
+        elif not as_json:
+            for entry in described:
+                typer.echo("\n".join(description_lines(entry)))
+            _note_unfinished(unfinished)
+        for other in damaged[1:]:
+            print_error(other)
+        if damaged:
+            raise damaged[0]
+
+
+@app.command(epilog=f"Example: hf-freezecache verify caches\n\n{EXIT_CODES}")
+def verify(path: CachePath, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Check every bit of every file of a cache, or of all caches in a folder.
+
+    It names each damaged, missing or foreign file. The exit status is 1 if there is one, or if there is no cache.
+    """
+    with one_line_errors(debug):
+        from ..cache.index import INDEX_NAME
+
+        caches, unfinished = find_caches(path)
+        results = [_verify(cache) for cache in caches]
+        problems = sum(len(result["problems"]) for result in results) + len(unfinished)
+        if as_json:
+            document = {"sound": not problems, "caches": results, "unfinished": list(map(str, unfinished))}
+            typer.echo(json.dumps(document, indent=1))
+        else:
+            for result in results:
+                for problem in result["problems"]:
+                    typer.echo(f"problem: {' '.join(problem.split())}")
+                if not result["problems"]:
+                    typer.echo(f"sound: {result['path']}, {result['files']} files, {result['bytes']:,} bytes")
+            for folder in unfinished:
+                typer.echo(f"problem: {folder} has no {INDEX_NAME}: its build is unfinished, or the file is lost.")
+        if problems:
+            raise typer.Exit(1)
+
+
+def _verify(cache: Path) -> dict[str, Any]:
+    from ..cache.index import INDEX_NAME, load_index
+    from ..cache.verify import verify_cache
+
+    result: dict[str, Any] = {"path": str(cache), "files": None, "bytes": None}
+    try:
+        result["problems"] = verify_cache(cache)
+        if not result["problems"]:
+            index = load_index(cache)
+            result["files"] = len(index.files) + 1
+            result["bytes"] = index.total_bytes + (cache / INDEX_NAME).stat().st_size
+    except OSError as error:  # a file that cannot be read: go on with the other caches
+        result["problems"] = [f"{cache} cannot be read: {error}"]
+    return result
+
+
+def _note_unfinished(unfinished: list[Path]) -> None:
+    for folder in unfinished:
+        typer.echo(f"note: {folder} is unfinished; the training script that began it will finish it.")

@@ -1,0 +1,178 @@
+"""Reads off a trainer what its stages need. The trainer is a ``FreezeCacheTrainer``; this module does not import it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch.utils.data import IterableDataset
+
+from ..compression.base_view import requested_codec
+from ..data.feature_augmenter import FeatureAugmenter
+from ..dataset import CachedDataset
+from ..distributed.ddp import check_parallelism
+from ..distributed.process_group import ProcessGroup, find_process_group
+from ..errors import UnsupportedSetupError
+from ..model.hashing import hash_prefix
+from ..model.split import find_blocks
+from ..report.callback import describe_run
+from ..schedules import Stage
+from .data_checks import check_labels, num_classes
+from .planner import make_sampler, plan_run
+from .preflight import check_arguments, check_cache_dir, check_overrides, make_augmenter, prepare_run
+from .runtime import Runtime
+from .stage import StageRunner
+
+__all__ = [
+    "augmenter_of",
+    "build_cache_of",
+    "check_setup",
+    "describe",
+    "find_process_groups",
+    "plan_stages_of",
+    "start_run",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def find_process_groups(trainer: Any) -> tuple[ProcessGroup, ProcessGroup]:
+    """Return all processes of the run, and those that share this one's folder of caches. Collective.
+
+    Raises:
+        UnsupportedSetupError: Parameters or batches are divided in a way that does not fit; see ``check_parallelism``.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    fsdp = bool(trainer.is_fsdp_enabled)
+    check_parallelism(accelerator, args, deepspeed=trainer.is_deepspeed_enabled, fsdp=fsdp)
+    check_arguments(args)
+    everyone = find_process_group(args.world_size, accelerator.local_process_index, per_node=False)
+    if trainer.cache_config.cache_placement != "node":
+        return everyone, everyone
+    return everyone, find_process_group(args.world_size, accelerator.local_process_index, per_node=True)
+
+
+def check_setup(trainer: Any, base: type) -> None:
+    """Refuse what can be refused before anything runs.
+
+    Args:
+        trainer: The user's trainer.
+        base: ``FreezeCacheTrainer``.
+
+    Raises:
+        UnsupportedSetupError: The setup cannot work with cached training.
+        UnsupportedModelError: The model has no blocks to split at.
+        ScheduleError: The schedule cannot be read, or asks for more blocks than there are.
+        DataError: The training data set has no rows, or labels that are no classes of the model.
+    """
+    config, dataset = trainer.cache_config, trainer.train_dataset
+    if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
+        raise UnsupportedSetupError(
+            "train_dataset is an IterableDataset: its rows have no number by which to find their hidden states. Use "
+            "a map-style data set (datasets.load_dataset without streaming=True)."
+        )
+    check_overrides(type(trainer), base)
+    stages, _ = plan_stages_of(trainer)
+    if config.mode != "never":
+        check_cache_dir(Path(config.freezecache_dir), Path(trainer.args.output_dir))
+    for stage in stages:
+        requested_codec(config, max(stage.split_point, 1))
+    if dataset is not None:
+        check_labels(dataset, num_classes(trainer.model), [*(trainer.label_names or []), "label"])
+    if augmenter_of(trainer, base) is not None and not any(stage.split_point for stage in stages):
+        logger.warning("feature_augmentation acts on cached stages only: no stage of this schedule is one.")
+
+
+def plan_stages_of(trainer: Any) -> tuple[list[Stage], int]:
+    """Return the stages of a trainer's run, and its number of epochs.
+
+    Raises:
+        ScheduleError: The schedule cannot be read, or asks for more blocks than there are.
+        UnsupportedSetupError: There are too few rows for so many processes.
+    """
+    args, dataset, sampler = trainer.args, trainer.train_dataset, None
+    if dataset is not None and (args.max_steps > 0 or args.world_size > 1):
+        cache_group, batch_size = trainer._process_groups[1], trainer._train_batch_size
+        sampler = make_sampler(len(dataset), trainer.cache_config, args, cache_group, batch_size)
+    return plan_run(trainer.freeze_config, args, len(find_blocks(trainer.model)[1]), sampler)
+
+
+def augmenter_of(trainer: Any, base: type) -> FeatureAugmenter | None:
+    """Return what augments a trainer's cached batches, or ``None``; see ``make_augmenter`` for errors."""
+    own_loss = "compute_loss_func" if trainer.compute_loss_func is not None else None
+    if type(trainer).compute_loss is not base.compute_loss:  # type: ignore[attr-defined]
+        own_loss = f"{type(trainer).__name__}.compute_loss"
+    return make_augmenter(trainer.cache_config, trainer.args, num_classes(trainer.model), own_loss)
+
+
+def start_run(trainer: Any, stages: list[Stage], num_epochs: int, augmenter: FeatureAugmenter | None) -> StageRunner:
+    """Check a trainer's data, split and folder, and return what runs its stages; see ``prepare_run`` for errors."""
+    everyone, cache_group = trainer._process_groups
+    runtime = Runtime(
+        model=trainer.model,
+        args=trainer.args,
+        accelerator=trainer.accelerator,
+        everyone=everyone,
+        cache_group=cache_group,
+        batch_size=trainer._train_batch_size,
+        label_names=tuple(trainer.label_names or ()),
+        num_classes=num_classes(trainer.model),
+        raw_collator=trainer.data_collator,
+        collate=trainer._get_collator_with_removed_columns(trainer.data_collator, description="training"),
+        prepare_inputs=trainer._prepare_inputs,
+        compute_loss=trainer.compute_loss,
+        autocast=trainer.compute_loss_context_manager,
+    )
+    return prepare_run(
+        runtime,
+        trainer.cache_config,
+        stages,
+        num_epochs,
+        trainer.train_dataset,
+        trainer._transforms,
+        trainer._freezer,
+        trainer._record,
+        augmenter,
+    )
+
+
+def describe(trainer: Any) -> None:
+    """Write into a trainer's record what is known before the first step."""
+    record, num_blocks = trainer._record, len(find_blocks(trainer.model)[1])
+    describe_run(record, trainer.args, trainer.model, num_blocks, trainer.freeze_config, trainer.cache_config)
+    record.planned_stages = [vars(stage) for stage in plan_stages_of(trainer)[0]]
+    if trainer._run is not None:
+        data = trainer._run.data
+        record.data = {"train_images": len(data.views), "image_shape": list(data.image_shape)}
+
+
+def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
+    """Build or find a cache without training. Collective.
+
+    Args:
+        trainer: The user's trainer.
+        split_point: Number of frozen blocks; default that of the schedule's first stage that freezes any.
+
+    Raises:
+        UnsupportedSetupError: There is no data set or no split point, or the processes have different weights.
+        FreezeCacheError: See ``prepare_run`` and ``StageCache.open``.
+    """
+    if trainer.freeze_config is None or trainer.train_dataset is None:
+        raise UnsupportedSetupError("build_cache needs a freeze_config and a train_dataset.")
+    stages, num_epochs = plan_stages_of(trainer)
+    stages = [stage for stage in stages if stage.split_point > 0]
+    if split_point is not None:
+        stages = [Stage(0, 0, split_point)]
+    if not stages:
+        raise UnsupportedSetupError("No stage of the schedule freezes a block; give build_cache a split_point.")
+    trainer._run = run = start_run(trainer, stages[:1], num_epochs, None)
+    split, everyone = run.splits.at(stages[0].split_point), run.runtime.everyone
+    # While training, DDP has given all processes the weights of the first; here nobody has.
+    if everyone.size > 1 and len(set(everyone.gather(hash_prefix(split)))) > 1:
+        raise UnsupportedSetupError(
+            "The processes have different weights in the blocks to freeze: each of them would write other hidden states "
+            "into the cache. Load the model from one checkpoint, or seed its initialisation."
+        )
+    return CachedDataset(run.open_cache(split).reader)

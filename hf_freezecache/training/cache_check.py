@@ -1,0 +1,116 @@
+"""Checks a cache that is there against what its rows, its prefix and this run's suffix give now."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ..cache.reader import CacheReader
+from ..compression.base_view import CodecChooser
+from ..data.collators import collate_cached
+from ..data.seeding import preserved_random_state
+from ..dataset import CachedDataset
+from ..errors import CacheMismatchError
+from ..model.split import Split
+
+__all__ = ["measure_distortion", "spot_check"]
+
+logger = logging.getLogger(__name__)
+
+#: A cache calibrated with another suffix may exceed its budget by this factor before a warning.
+_BUDGET_MARGIN = 1.5
+
+
+def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader) -> dict[str, float | None]:
+    """Measure a lossy cache with today's suffix, since it may have been calibrated with another head.
+
+    Args:
+        chooser: Measures.
+        split: The model, split where the cache was made.
+        reader: The cache.
+
+    Returns:
+        ``distortion``, ``agreement`` and ``relative_error``, and the same of further views under ``copy_...`` if these have
+        a codec of their own. Empty for a lossless cache.
+
+    Raises:
+        DataError: The model's output is not finite.
+    """
+    reports = {"": reader.index.calibration, "copy_": reader.index.copies_calibration}
+    if not any(reports.values()):
+        return {}
+    with preserved_random_state():
+        measured = chooser.measure(split, reader)
+    for prefix, report in reports.items():
+        if not report:
+            continue
+        distortion, budget = measured[prefix + "distortion"], report.get("budget")
+        subject = "views beyond the first" if prefix else "its states"
+        logger.info(
+            "With this run's suffix the distortion of %s is %.3g, relative error %.3f.",
+            subject,
+            distortion,
+            measured[prefix + "relative_error"],
+        )
+        if budget is not None and distortion is not None and distortion > _BUDGET_MARGIN * budget:
+            logger.warning(
+                "The cache %s was calibrated with another suffix (distortion of %s %.3g): with this one it is %.3g, over the "
+                "budget of %g. Delete the folder to build a finer one.",
+                reader.directory,
+                subject,
+                report["distortion"],
+                distortion,
+                budget,
+            )
+    return measured
+
+
+def spot_check(
+    chooser: CodecChooser, split: Split, reader: CacheReader, mixed_precision: str, num_samples: int = 4
+) -> None:
+    """Compute a few samples of a cache again: the fingerprint cannot see all code that data pass through.
+
+    Args:
+        chooser: Gives the data, and runs the prefix.
+        split: The model, split where the cache was made.
+        reader: The cache.
+        mixed_precision: The run's autocast: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        num_samples: Samples to compute, spread over the rows, in the views in turn.
+
+    Raises:
+        CacheMismatchError: The cache does not hold what its rows give now.
+    """
+    data, available = chooser.data, reader.available_rows()
+    if not len(available):
+        return
+    # The same rows for every process.
+    last = max(num_samples - 1, 1)
+    rows = sorted({int(available[place * (len(available) - 1) // last]) for place in range(num_samples)})
+    keys = [(row, position % reader.index.num_views) for position, row in enumerate(rows)]
+    with preserved_random_state():
+        batch = data.collate([data.views[key] for key in keys])
+        inputs = {name: batch[name] for name in batch.keys() & {"pixel_values", *data.prefix_inputs}}
+        exact = chooser.run(split.prefix, **inputs).to("cpu").float()
+    stored = collate_cached(CachedDataset(reader).__getitems__(keys))
+    difference = exact - stored["hidden_states"].float()
+    # bf16 rounds to 8 bits, and other batch shapes and kernels round otherwise.
+    tolerance = 0.05 if mixed_precision in ("bf16", "fp16") else 1e-3
+    if reader.views.lossless:
+        error, limit = float(difference.abs().max()), tolerance * float(exact.abs().max())
+    else:
+        # Other images may fare somewhat worse than those that calibration measured.
+        copies = reader.index.copies_calibration
+        reports = [reader.index.calibration if view == 0 or copies is None else copies for _, view in keys]
+        limits = torch.tensor([1.5 * float((report or {}).get("worst_error", 0.0)) + tolerance for report in reports])
+        errors = (difference.square().mean((1, 2)) / exact.square().mean((1, 2))).sqrt()
+        worst = int((errors / limits).argmax())
+        error, limit = float(errors[worst]), float(limits[worst])
+    extras = [name for name in stored if name != "hidden_states" and not torch.equal(stored[name], batch[name])]
+    if not error <= limit or extras:
+        raise CacheMismatchError(
+            f"Cache {reader.directory} has the right fingerprint but not what rows {rows} give now (hidden states "
+            f"differ by {error:.3g}, at most {limit:.3g} expected; differing extras: {extras or 'none'}). "
+            "Code of the transform, the data set or the model has changed. Use another cache_dir, or delete the "
+            "folder to rebuild."
+        )

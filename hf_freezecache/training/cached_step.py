@@ -1,0 +1,100 @@
+"""One training step on a batch of hidden states, around ``Trainer``'s own step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..codecs import ViewCodec
+from ..data.collators import split_packed
+from ..data.feature_augmenter import FeatureAugmenter
+from ..model.split import Split
+from ..model.tokens import token_grid
+
+__all__ = ["CachedStep"]
+
+
+@dataclass(frozen=True)
+class CachedStep:
+    """Trains on batches of a cache through the suffix; batches of images go to ``Trainer`` as they are.
+
+    Attributes:
+        split: The model, split where the cached hidden states enter.
+        decoder: Decodes packed batches on the training device.
+        dtype: Dtype of the hidden states.
+        compute_dtype: Dtype of the decoder's arithmetic; ``None`` for fp32.
+        augmenter: Augments hidden states, if the user asks for it.
+        prepare_inputs: Moves a batch to the training device.
+        num_tokens: Tokens per sample of the hidden states.
+    """
+
+    split: Split
+    decoder: ViewCodec
+    dtype: torch.dtype
+    compute_dtype: torch.dtype | None
+    augmenter: FeatureAugmenter | None
+    prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    num_tokens: int
+
+    def __call__(
+        self,
+        training_step: Callable[..., Tensor],
+        global_step: int,
+        model: nn.Module,
+        inputs: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run ``training_step(model, inputs, ...)``, which finds the hidden states at the split.
+
+        Args:
+            training_step: ``Trainer.training_step``.
+            global_step: Optimizer steps done, for the random numbers of the augmenter.
+            model: The model, wrapped or not.
+            inputs: A packed batch, or one of images.
+            args: As for ``training_step``.
+            kwargs: As for ``training_step``.
+
+        Returns:
+            The loss, a scalar.
+        """
+        packed, rest = split_packed(inputs) if isinstance(inputs, Mapping) else ({}, {})
+        if not packed:
+            return training_step(model, inputs, *args, **kwargs)
+        batch = self.prepare_inputs(rest) if rest else {}
+        packed = self.prepare_inputs(packed)
+        with torch.no_grad():
+            hidden_states = self.decoder.dequantize(packed, self.dtype, self.compute_dtype)
+        batch["pixel_values"] = self.split.placeholder(len(hidden_states))
+        if self.augmenter is not None:
+            grid = token_grid(hidden_states.shape[1], self.split.image_shape, getattr(self.split.model, "config", None))
+            hidden_states = self.augmenter.step(hidden_states, batch.get("labels"), grid, global_step)
+        try:
+            with self.split.injecting(hidden_states):
+                return training_step(model, batch, *args, **kwargs)
+        finally:
+            if self.augmenter is not None:
+                self.augmenter.targets = None
+
+    @property
+    def soft_loss(self) -> Callable[..., Tensor] | None:
+        """The loss on soft labels while a batch of mixed samples is trained on, else ``None``."""
+        if self.augmenter is None or self.augmenter.targets is None:
+            return None
+        return self.augmenter.loss
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int | None:
+        """Count 6 operations per trainable parameter and token of a packed batch; ``None`` for one of images.
+
+        Source: the estimate of ``PreTrainedModel.floating_point_ops``, with tokens for inputs and without what does not
+        run.
+        """
+        packed, _ = split_packed(inputs)
+        if not packed:
+            return None
+        samples = len(next(iter(packed.values())))
+        return 6 * samples * self.num_tokens * sum(p.numel() for p in self.split.model.parameters() if p.requires_grad)

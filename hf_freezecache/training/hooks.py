@@ -1,0 +1,89 @@
+"""The private parts of ``transformers.Trainer`` that cached training relies on, checked against the installed version."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import transformers
+
+from ..errors import UnsupportedSetupError
+
+__all__ = ["TRAINER_HOOKS", "TrainerHook", "check_trainer_hooks", "missing_hooks"]
+
+
+@dataclass(frozen=True)
+class TrainerHook:
+    """A private method of ``Trainer`` that is overridden or called.
+
+    Attributes:
+        name: Name of the method.
+        parameters: Names of the parameters that are relied on.
+        purpose: What it is for, in a few words.
+    """
+
+    name: str
+    parameters: frozenset[str]
+    purpose: str
+
+
+def _hook(name: str, parameters: str, purpose: str) -> TrainerHook:
+    return TrainerHook(name, frozenset(parameters.split()), purpose)
+
+
+#: One line for each private method that ``FreezeCacheTrainer`` overrides or calls.
+TRAINER_HOOKS = (
+    _hook("_run_epoch", "model epoch train_dataloader num_update_steps_per_epoch", "stages change before an epoch"),
+    _hook(
+        "_prepare_for_training",
+        "max_steps train_dataloader resume_from_checkpoint",
+        "frozen blocks leave the optimizer before it is made",
+    ),
+    _hook(
+        "_init_training_state",
+        "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint",
+        "a checkpoint of another number of processes is continued",
+    ),
+    _hook("_maybe_log_save_evaluate", "tr_loss model epoch", "the stopwatch rests while a run evaluates and saves"),
+    _hook("_save_checkpoint", "model trial", "the stage is written into each checkpoint"),
+    _hook("_save_rng_state", "output_dir", "a checkpoint is complete once all processes have saved"),
+    _hook("_load_from_checkpoint", "resume_from_checkpoint model", "weights are restored strictly"),
+    _hook("_load_best_model", "", "weights are restored strictly"),
+    _hook("_push_from_checkpoint", "checkpoint_folder", "no cache is pushed with a model"),
+    _hook("_get_train_sampler", "train_dataset", "a CachedDataset is shuffled chunk by chunk"),
+    _hook("_get_collator_with_removed_columns", "data_collator description", "columns are removed as Trainer does"),
+    _hook("_get_output_dir", "trial", "the folder of a checkpoint"),
+    _hook("_prepare_inputs", "inputs", "batches go to the training device"),
+)
+
+
+def missing_hooks(trainer_class: type) -> list[str]:
+    """Return what the installed ``Trainer`` lacks, as ``name(missing parameters)``; empty if nothing.
+
+    Args:
+        trainer_class: ``transformers.Trainer``.
+    """
+    missing = []
+    for hook in TRAINER_HOOKS:
+        method = getattr(trainer_class, hook.name, None)
+        if method is None:
+            missing.append(f"{hook.name} ({hook.purpose})")
+            continue
+        absent = hook.parameters - set(inspect.signature(method).parameters)
+        if absent:
+            missing.append(f"parameters {sorted(absent)} of {hook.name} ({hook.purpose})")
+    return missing
+
+
+def check_trainer_hooks(trainer_class: type) -> None:
+    """Refuse a version of transformers whose ``Trainer`` lacks a hook.
+
+    Raises:
+        UnsupportedSetupError: The message names what is missing.
+    """
+    missing = missing_hooks(trainer_class)
+    if missing:
+        raise UnsupportedSetupError(
+            f"The Trainer of transformers {transformers.__version__} lacks what cached training relies on: "
+            f"{'; '.join(missing)}. Install transformers>=5.4, or train without freeze_config."
+        )

@@ -1,0 +1,115 @@
+"""What a run will do, before it does it: its order of samples, its stages, and what they cost in block passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import CacheConfig, FreezeConfig
+from ..data.layout import ChunkLayout
+from ..data.sampler import ChunkSampler
+from ..distributed.process_group import ProcessGroup
+from ..schedules import Stage, plan_stages
+
+__all__ = ["make_sampler", "plan_run", "predict_passes", "shuffle_seed", "view_seed"]
+
+#: A backward pass takes about two forward passes: one for the gradients of inputs, one for those of weights.
+_BACKWARD_PASSES = 2
+
+
+def shuffle_seed(args: Any) -> int:
+    """Return the seed of the order of samples, as ``Trainer`` chooses it."""
+    return int(args.seed if args.data_seed is None else args.data_seed)
+
+
+def view_seed(config: CacheConfig, args: Any) -> int:
+    """Return the seed of the views: ``view_seed``, or else that of the order of samples."""
+    return shuffle_seed(args) if config.view_seed is None else config.view_seed
+
+
+def make_sampler(
+    num_samples: int, config: CacheConfig, args: Any, process_group: ProcessGroup, batch_size: int
+) -> ChunkSampler:
+    """Return the sampler of a run, for cached and live stages alike.
+
+    Args:
+        num_samples: Rows of the training data set.
+        config: The user's settings of caches.
+        args: ``TrainingArguments``.
+        process_group: Processes that share a folder of caches.
+        batch_size: Samples per batch of one process.
+
+    Raises:
+        UnsupportedSetupError: There are too few chunks for so many processes.
+    """
+    seed = view_seed(config, args)
+    return ChunkSampler(
+        [
+            ChunkLayout.of_rows(num_samples, config.chunk_size, seed, *rows)
+            for rows in process_group.rows_of_groups(num_samples)
+        ],
+        shuffle_seed(args),
+        seed,
+        config.num_views,
+        config.shuffle_window,
+        process_group.group_of_rank,
+        batch_size,
+        args.dataloader_drop_last,
+    )
+
+
+def _num_epochs(args: Any, sampler: ChunkSampler | None) -> int:
+    """Return the number of epochs of a run, rounded up; ``max_steps`` rules if it is set."""
+    if args.max_steps <= 0 or sampler is None:
+        return max(math.ceil(args.num_train_epochs), 1)
+    batches = len(sampler) / args.train_batch_size / args.world_size
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    return max(math.ceil(args.max_steps / max(steps_per_epoch, 1)), 1)
+
+
+def plan_run(
+    freeze_config: FreezeConfig, args: Any, num_blocks: int, sampler: ChunkSampler | None
+) -> tuple[list[Stage], int]:
+    """Return the stages of a run, and its number of epochs.
+
+    Args:
+        freeze_config: The user's schedule.
+        args: ``TrainingArguments``.
+        num_blocks: Blocks of the model.
+        sampler: Order of the training data; ``None`` without any.
+
+    Raises:
+        ScheduleError: The schedule cannot be read, or asks for more blocks than there are.
+    """
+    num_epochs = _num_epochs(args, sampler)
+    return plan_stages(freeze_config.schedule, num_epochs, num_blocks), num_epochs
+
+
+def predict_passes(
+    stage: Stage, stages: Sequence[Stage], num_epochs: int, num_blocks: int, num_views: int
+) -> dict[str, float]:
+    """Count the passes through blocks that a stage takes per image, with and without a cache.
+
+    A forward pass of one block counts 1, a backward pass 2. Without a cache, each epoch runs the frozen blocks forward and
+    the others forward and backward. With one, the frozen blocks run once for each stored view. Embeddings, head, image
+    pipeline and codec are left out.
+
+    Args:
+        stage: The stage.
+        stages: All stages of the run, in order.
+        num_epochs: Epochs of the run.
+        num_blocks: Blocks of the model.
+        num_views: Stored views per image.
+
+    Returns:
+        ``cached_passes`` and ``live_passes`` per image, over all epochs of the stage.
+    """
+    following = [later.start_epoch for later in stages if later.index > stage.index]
+    epochs = max(min([num_epochs, *following]) - stage.start_epoch, 0)
+    trained = (1 + _BACKWARD_PASSES) * (num_blocks - stage.split_point) * epochs
+    return {
+        "cached_passes": float(trained + num_views * stage.split_point),
+        "live_passes": float(trained + epochs * stage.split_point),
+    }

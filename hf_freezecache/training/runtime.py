@@ -1,0 +1,91 @@
+"""What the stages of a run need of their trainer, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from ..distributed.process_group import ProcessGroup
+
+__all__ = ["Runtime"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The trainer as its stages see it.
+
+    Attributes:
+        model: The model, not wrapped.
+        args: ``TrainingArguments``.
+        accelerator: accelerate's ``Accelerator``.
+        everyone: All processes of the run.
+        cache_group: Processes that share this one's folder of caches.
+        batch_size: Samples per training batch of one process.
+        label_names: Names under which the model takes labels.
+        num_classes: Classes of the model; ``None`` if its labels are not classes.
+        raw_collator: The user's collator, as it was passed.
+        collate: The same, with unused columns removed as ``Trainer`` does.
+        prepare_inputs: Moves a batch to the training device.
+        compute_loss: The trainer's loss of (model, batch), a scalar.
+        autocast: Enters the run's autocast.
+    """
+
+    model: nn.Module
+    args: Any
+    accelerator: Any
+    everyone: ProcessGroup
+    cache_group: ProcessGroup
+    batch_size: int
+    label_names: tuple[str, ...]
+    num_classes: int | None
+    raw_collator: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor]
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def run_frozen(self, function: Callable[..., Any], **inputs: Any) -> Any:
+        """Call a function of tensors on the training device, in eval mode, without gradients.
+
+        The run's own autocast is on: hidden states computed in fp32 are not those of a bf16 run.
+
+        Args:
+            function: Called with ``inputs`` on the training device.
+            inputs: Tensors, or dicts of tensors.
+        """
+        inputs = self.prepare_inputs(inputs)
+        training = self.model.training
+        try:
+            self.model.eval()
+            with torch.no_grad(), self.autocast(), self.accelerator.autocast():
+                return function(**inputs)
+        finally:
+            self.model.train(training)
+
+    def make_loader(self, dataset: Any, sampler: Sampler[Any], collate: Callable[[list[Any]], Any]) -> Any:
+        """Return a prepared ``DataLoader`` with the settings of ``TrainingArguments``."""
+        args = self.args
+        return self.accelerator.prepare(
+            DataLoader(
+                dataset,
+                batch_size=self.batch_size,
+                sampler=sampler,
+                collate_fn=collate,
+                num_workers=args.dataloader_num_workers,
+                # Starting workers draws a seed: from here, so that the global state is the same with kept workers or
+                # after a resume. Views are seeded by themselves.
+                generator=torch.Generator(),
+                # Absent from early 5.x.
+                multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+                pin_memory=args.dataloader_pin_memory,
+                persistent_workers=args.dataloader_persistent_workers,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                drop_last=args.dataloader_drop_last,
+            )
+        )

@@ -1,0 +1,338 @@
+"""Enters the stages of a run one after the other: freezes, finds or builds the cache, and says what was decided."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.reader import CacheReader
+from ..codecs import DTYPES
+from ..config import CacheConfig
+from ..data.collators import collate_cached
+from ..data.feature_augmenter import FeatureAugmenter
+from ..data.sampler import ChunkSampler
+from ..data.training_data import TrainingData
+from ..dataset import CachedDataset
+from ..distributed.ddp import is_replicated, unused_parameters, unwrapped, wrap_again
+from ..errors import CacheWriteError, UnsupportedSetupError
+from ..hub.provenance import Provenance, keep_provenance, provenance_of_dataset, provenance_of_model
+from ..model.split import Split, Splits
+from ..report.record import Decision, RunRecord
+from ..report.stopwatch import Stopwatch
+from ..schedules import Stage, stage_at
+from .cached_step import CachedStep
+from .checkpoints import last_complete
+from .freezer import Freezer
+from .planner import predict_passes
+from .runtime import Runtime
+from .stage_cache import OpenedCache, StageCache
+
+__all__ = ["ActiveStage", "StageRunner"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ActiveStage:
+    """The stage that is being trained.
+
+    Attributes:
+        stage: The stage.
+        split: The model, split where its frozen blocks end.
+        loader: Gives its batches, of hidden states or of images.
+        step: Trains on batches of hidden states; ``None`` if the stage is trained on images.
+        decision: What was decided for the stage, and why.
+    """
+
+    stage: Stage
+    split: Split
+    loader: Any
+    step: CachedStep | None
+    decision: Decision
+
+
+@dataclass
+class StageRunner:
+    """The state of one call of ``train()`` or ``build_cache()``.
+
+    Attributes:
+        runtime: The trainer.
+        config: The user's settings of caches.
+        stages: All stages of the run, in order.
+        num_epochs: Epochs of the run.
+        data: The training data.
+        splits: The splits of the model.
+        sampler: Order of the samples, of cached and live stages alike.
+        augmenter: Augments cached batches, if the user asks for it.
+        cache: Finds and builds caches; it is not used under ``mode="never"``.
+        freezer: What the trainer has frozen.
+        record: The record of the run.
+        frozen: Blocks that are frozen now; ``None`` before the first stage.
+        active: The stage that is being trained; ``None`` before the first.
+        stopwatch: Times the epoch that is being trained.
+        moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
+    """
+
+    runtime: Runtime
+    config: CacheConfig
+    stages: Sequence[Stage]
+    num_epochs: int
+    data: TrainingData
+    splits: Splits
+    sampler: ChunkSampler
+    augmenter: FeatureAugmenter | None
+    cache: StageCache
+    freezer: Freezer
+    record: RunRecord
+    frozen: int | None = None
+    active: ActiveStage | None = None
+    stopwatch: Stopwatch | None = None
+    moved_to: int | None = None
+
+    @property
+    def current(self) -> ActiveStage:
+        """The stage that is being trained.
+
+        Raises:
+            RuntimeError: No stage has been entered.
+        """
+        if self.active is None:
+            raise RuntimeError("no stage has been entered")
+        return self.active
+
+    @property
+    def step(self) -> CachedStep | None:
+        """What trains on batches of the stage's cache; ``None`` if the stage is trained on images, or there is none."""
+        return None if self.active is None else self.active.step
+
+    def use_model(self, model: nn.Module) -> None:
+        """Go on with another model of the same kind: that of ``model_init``, which ``Trainer`` calls in ``train()``."""
+        if model is self.runtime.model:
+            return
+        self.runtime = replace(self.runtime, model=model)
+        self.splits = Splits(model, self.data.image_shape)
+        self.cache.chooser = replace(self.cache.chooser, splits=self.splits, run=self.runtime.run_frozen)
+
+    def live_loader(self) -> Any:
+        """Return a loader that renders views as they are needed."""
+        return self.runtime.make_loader(self.data.views, self.sampler, self.data.collate)
+
+    # ---- Freezing ----
+
+    def freeze(self, split_point: int, optimizer: Any) -> int:
+        """Freeze that many blocks; return the bytes of optimizer state that were released.
+
+        Raises:
+            UnsupportedSetupError: The model uses reentrant activation checkpointing.
+        """
+        self.frozen = split_point
+        return self.freezer.freeze(self.splits.at(split_point), optimizer)
+
+    def unwrap(self, wrapped: nn.Module) -> nn.Module:
+        """Return the model without its wrapper for several processes, for a new one around what trains now.
+
+        DDP is told to look for unused parameters in every step, ``Trainer``'s default, only where the model has some.
+        """
+        accelerator = self.runtime.accelerator
+        if not is_replicated(accelerator):
+            return wrapped
+        inner = unwrapped(accelerator, wrapped)
+        handler = getattr(accelerator, "ddp_handler", None)
+        if handler is None or self.runtime.args.ddp_find_unused_parameters is not None:
+            return inner
+
+        def loss() -> Tensor:
+            with accelerator.autocast():
+                batch = self.runtime.prepare_inputs(dict(self.data.example_batch))
+                return self.runtime.compute_loss(self.runtime.model, batch)
+
+        unused = unused_parameters(self.runtime.model, loss)
+        handler.find_unused_parameters = bool(unused)
+        if unused:
+            logger.warning(
+                "The loss does not depend on %d parameters that are to be trained (%s, ...): DDP looks for them in every "
+                "step. Set requires_grad=False for what your model does not use.",
+                len(unused),
+                unused[0],
+            )
+        return inner
+
+    # ---- Stages ----
+
+    def begins(self, epoch: int) -> Stage | None:
+        """Return the stage that begins in an epoch, or with which a resumed run begins; ``None`` if none does."""
+        stage = stage_at(self.stages, epoch)
+        return None if self.active is not None and self.active.stage == stage else stage
+
+    def enter(self, stage: Stage, optimizer: Any, wrapped: nn.Module) -> nn.Module:
+        """Freeze, prune the optimizer, wrap the model anew, and find or build the cache of a stage. Collective.
+
+        Args:
+            stage: The stage.
+            optimizer: The optimizer.
+            wrapped: The model in its wrapper for several processes.
+
+        Returns:
+            The model in its wrapper for this stage. ``active`` is the stage.
+
+        Raises:
+            UnsupportedSetupError: The stage freezes fewer blocks than are frozen.
+            FreezeCacheError: See ``StageCache.open``.
+        """
+        if self.frozen is not None and stage.split_point < self.frozen:
+            raise UnsupportedSetupError(
+                f"The checkpoint was saved with {self.frozen} frozen blocks, the schedule now asks for "
+                f"{stage.split_point}: frozen blocks cannot thaw. Resume with the schedule of the interrupted run."
+            )
+        if self.active is not None:
+            accelerator, loader = self.runtime.accelerator, self.active.loader
+            accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not loader]
+            self.active = None
+        changed = stage.split_point != self.frozen
+        released = self.freeze(stage.split_point, optimizer)
+        if changed and is_replicated(self.runtime.accelerator):
+            wrapped = wrap_again(self.runtime.accelerator, self.unwrap(wrapped))
+        decision = Decision(
+            stage=stage.index,
+            start_epoch=stage.start_epoch,
+            split_point=stage.split_point,
+            trainable_parameters=sum(p.numel() for p in self.runtime.model.parameters() if p.requires_grad),
+            released_optimizer_bytes=released,
+            predicted=predict_passes(
+                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config.num_views
+            ),
+        )
+        self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
+        split, opened = self.splits.at(stage.split_point), None
+        if stage.split_point == 0:
+            decision.reason = "No block is frozen."
+        elif self.config.mode == "never":
+            decision.reason = "mode='never' runs the frozen blocks in every step."
+        else:
+            decision.reason = f"mode={self.config.mode!r} trains a stage with frozen blocks from a cache."
+            opened = self._open(split, decision)
+        if opened is None:
+            logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
+            self.active = ActiveStage(stage, split, self.live_loader(), None, decision)
+        else:
+            self._describe(decision, opened)
+            self.active = self._cached(stage, split, opened, decision)
+        self.record.keep_decision(decision)
+        return wrapped
+
+    def _open(self, split: Split, decision: Decision) -> OpenedCache | None:
+        """Find or build a stage's cache; ``None`` if it cannot be written and ``mode="auto"`` takes that."""
+        several = self.runtime.cache_group.num_groups > 1
+        try:
+            with self.runtime.everyone.fail_together() if several else nullcontext():
+                return self.open_cache(split)
+        except CacheWriteError as error:
+            if self.config.mode == "auto":
+                decision.reason = f"The cache could not be written: {error}"
+                logger.warning("mode='auto': training on without a cache. %s", error)
+                return None
+            last = last_complete(Path(self.runtime.args.output_dir))
+            raise CacheWriteError(
+                f"{error} "
+                + (
+                    f"To go on from {last.name}, call trainer.train(resume_from_checkpoint=True)."
+                    if last is not None
+                    else "No checkpoint was saved yet: trainer.train() begins anew, with the finished shards."
+                )
+            ) from error
+
+    def open_cache(self, split: Split) -> OpenedCache:
+        """Find or build the cache of a split point, and write down beside it what it was made of. Collective.
+
+        Raises:
+            FreezeCacheError: See ``StageCache.open``.
+        """
+        opened = self.cache.open(split)
+        if self.runtime.cache_group.is_main_process:
+            keep_provenance(Path(opened.reader.directory), lambda: self.provenance(opened.reader))
+        return opened
+
+    def provenance(self, reader: CacheReader) -> Provenance:
+        """Return what is known of the data set and of the model that a cache of this run was made of."""
+        index = reader.index
+        known = provenance_of_dataset(self.data.dataset)
+        if index.split_point <= self.freezer.trained_from:  # else the model is no longer that of the Hub
+            known |= provenance_of_model(self.runtime.model, index)
+        return Provenance(**known)
+
+    @staticmethod
+    def _describe(decision: Decision, opened: OpenedCache) -> None:
+        index, report = opened.reader.index, opened.report
+        decision.trained_from = "cache"
+        decision.cache = "found" if opened.built_from is None else "built"
+        decision.built_from = opened.built_from
+        decision.calibrated = opened.calibrated
+        decision.num_views = index.num_views
+        decision.codec = dict(index.codec)
+        decision.dtype = str(DTYPES[index.dtype]).removeprefix("torch.")
+        decision.calibration = index.calibration
+        decision.copies_calibration = index.copies_calibration
+        decision.cache_bytes = report.total_bytes
+        decision.cache_bytes_per_image = report.total_bytes / index.num_samples
+        decision.bits_per_element = round(index.bits_per_element, 4)
+        decision.built_shards = report.built_shards
+        decision.distortion = opened.distortion
+        decision.build_seconds = round(report.seconds, 3)
+
+    def _cached(self, stage: Stage, split: Split, opened: OpenedCache, decision: Decision) -> ActiveStage:
+        """Return a stage that trains on a cache."""
+        reader, window = opened.reader, self.config.shuffle_window
+        dataset = CachedDataset(
+            reader,
+            max_chunks=window + min(self.runtime.batch_size, window),
+            packed=True,
+            keep_read=self.runtime.args.world_size > 1,
+        )
+        bf16 = self.runtime.accelerator.mixed_precision == "bf16"
+        step = CachedStep(
+            split,
+            reader.views,
+            reader.dtype,
+            # What bf16 rounds off the states is far below what the codec did.
+            torch.bfloat16 if bf16 else None,
+            self.augmenter,
+            self.runtime.prepare_inputs,
+            reader.index.hidden_shape[0],
+        )
+        loader = self.runtime.make_loader(dataset, self.sampler, collate_cached)
+        return ActiveStage(stage, split, loader, step, decision)
+
+    def push_cache(self, repo_id: str, private: bool, settings: dict[str, Any]) -> Any:
+        """Push the cache that was opened last to a data set on the Hub. Collective; the main process pushes.
+
+        Args:
+            repo_id: ``user/name``.
+            private: Whether the repository is to be private.
+            settings: As for ``CachedDataset.push_to_hub``.
+
+        Raises:
+            UnsupportedSetupError: There is no cache, or each machine has a part of it.
+            FreezeCacheError: See ``CachedDataset.push_to_hub``.
+        """
+        reader = self.cache.current
+        if reader is None:
+            raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
+        if self.runtime.cache_group.num_groups > 1:
+            raise UnsupportedSetupError(
+                "With cache_placement='node' each machine has a part of the cache. To push one, build it with 'shared'."
+            )
+
+        def push() -> Any:
+            kept = keep_provenance(Path(reader.directory), lambda: self.provenance(reader))
+            # A folder that takes no files keeps nothing: then the card is told here.
+            provenance = {} if kept else vars(self.provenance(reader).updated(Provenance.among(settings)))
+            return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **provenance})
+
+        return self.runtime.everyone.on_main_process(push)
