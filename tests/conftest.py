@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,9 +112,15 @@ class SlowBudget:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet_session() -> Iterator[None]:
-    """Set up once what no test changes: no network, and no garbage among imported modules."""
+def _session() -> Iterator[Callable[..., None]]:
+    """Set up once what holds for all tests; yield how a report is drawn.
+
+    There is no network, and no garbage among imported modules. Runs that save draw no report: it takes a second or two, which
+    only tests with the fixture ``drawing`` need.
+    """
     import torch
+
+    from hf_freezecache.report.callback import ReportCallback
 
     gc.collect()
     gc.freeze()  # accelerate asks for collections: they would spend most of the time on what imports made
@@ -128,32 +134,30 @@ def _quiet_session() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
-        yield
+        draw = ReportCallback.draw
+        patch.setattr(ReportCallback, "draw", lambda self, output_dir: None)
+        yield draw
 
 
 @pytest.fixture(autouse=True)
-def _isolated(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seed the test and give it a folder.
-
-    Runs that save would draw a report each: a second or two that only tests with the fixture ``drawing`` need.
-    """
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed the test and give it a folder."""
     import datasets
     import torch
     import transformers
-
-    from hf_freezecache.report.callback import ReportCallback
 
     monkeypatch.chdir(tmp_path)
     transformers.set_seed(0)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    if "drawing" not in request.fixturenames:
-        monkeypatch.setattr(ReportCallback, "draw", lambda self, output_dir: None)
 
 
 @pytest.fixture
-def drawing() -> None:
+def drawing(_session: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs draw their report."""
+    from hf_freezecache.report.callback import ReportCallback
+
+    monkeypatch.setattr(ReportCallback, "draw", _session)
 
 
 @pytest.fixture

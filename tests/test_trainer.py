@@ -25,12 +25,27 @@ DROPOUT = {"hidden_dropout_prob": 0.1}
 SCHEDULE = "0:1,1:2,3:4"
 
 
-def full_run(train_dataset, **settings) -> FreezeCacheTrainer:
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory: pytest.TempPathFactory) -> FreezeCacheTrainer:
+    """A run that has saved each epoch. Tests that change its folder change a copy."""
+    folder = tmp_path_factory.mktemp("finished")
     trainer = make_trainer(
-        tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2}, save_only_model=False, **settings
+        tiny_vit(**DROPOUT),
+        images.with_transform(TinyTransform(augment=True)),
+        schedule=SCHEDULE,
+        cache={"num_views": 2, "cache_dir": str(folder / "caches")},
+        save_strategy="epoch",
+        save_only_model=False,
+        output_dir=str(folder / "out"),
     )
     trainer.train()
     return trainer
+
+
+@pytest.fixture
+def out(finished, tmp_path: Path) -> Path:
+    """A copy of what the finished run has saved, where a trainer of this test looks for it."""
+    return Path(shutil.copytree(finished.args.output_dir, tmp_path / "out"))
 
 
 def check_resume(train_dataset, settings, steps: list[int] | None = None) -> None:
@@ -77,32 +92,27 @@ def test_resume_at_every_checkpoint_is_bit_identical(train_dataset, settings) ->
 
 
 @pytest.mark.slow
-def test_resume_true_takes_the_last_checkpoint(train_dataset) -> None:
-    whole = full_run(train_dataset, save_strategy="epoch")
-    last = max(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+def test_resume_true_takes_the_last_checkpoint(train_dataset, finished, out) -> None:
+    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.rmtree(last)
     again = make_trainer(
         tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2}, save_strategy="epoch"
     )
     again.train(resume_from_checkpoint=True)
     assert len(again.losses) == 5
-    assert_same(parameters_of(again.model), parameters_of(whole.model))
+    assert_same(parameters_of(again.model), parameters_of(finished.model))
 
 
-def test_checkpoint_holds_stage_and_no_cache(train_dataset) -> None:
-    full_run(train_dataset, save_strategy="epoch")
-    stages = [
-        json.loads((Path("out") / f"checkpoint-{step}" / STATE_NAME).read_text())["stage"] for step in (5, 10, 20)
-    ]
+def test_checkpoint_holds_stage_and_no_cache(out) -> None:
+    stages = [json.loads((out / f"checkpoint-{step}" / STATE_NAME).read_text())["stage"] for step in (5, 10, 20)]
     assert [(stage["index"], stage["split_point"]) for stage in stages] == [(0, 1), (1, 2), (2, 4)]
-    assert not list(Path("out").rglob("view-00"))
+    assert not list(out.rglob("view-00"))
 
 
-def test_resume_with_a_schedule_that_unfreezes_is_refused(train_dataset) -> None:
-    full_run(train_dataset, save_strategy="epoch")
+def test_resume_with_a_schedule_that_unfreezes_is_refused(train_dataset, out) -> None:
     again = make_trainer(tiny_vit(), train_dataset, schedule="0:1", cache={"num_views": 2})
     with pytest.raises(ValueError, match=r"saved with 2 frozen blocks.*asks for 1"):
-        again.train(resume_from_checkpoint="out/checkpoint-15")
+        again.train(resume_from_checkpoint=str(out / "checkpoint-15"))
 
 
 def test_load_best_model_at_end_ends_on_the_best_checkpoint(train_dataset, eval_dataset) -> None:
@@ -341,14 +351,13 @@ def test_resume_with_the_users_own_optimizer(train_dataset) -> None:
         assert_same(run(resume_from_checkpoint=f"mine/checkpoint-{step}"), whole)
 
 
-def test_resume_from_an_incomplete_checkpoint_is_refused(train_dataset) -> None:
-    full_run(train_dataset, save_strategy="epoch")
-    path = Path("out/checkpoint-10/model.safetensors")
+def test_resume_from_an_incomplete_checkpoint_is_refused(train_dataset, out) -> None:
+    path = out / "checkpoint-10" / "model.safetensors"
     tensors = {name: t for name, t in load_file(path).items() if ".2." not in name}
     save_file(tensors, path, metadata={"format": "pt"})
     again = make_trainer(tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2})
     with pytest.raises(RuntimeError, match="does not hold the weights"):
-        again.train(resume_from_checkpoint="out/checkpoint-10")
+        again.train(resume_from_checkpoint=str(out / "checkpoint-10"))
 
 
 @pytest.mark.parametrize("name", ["_get_train_sampler", "get_train_dataloader"])
