@@ -15,7 +15,6 @@ from .cache.fingerprint import Fingerprint
 from .cache.index import Selection
 from .cache.reader import CacheReader
 from .cache.transfer import copy_cache
-from .data.collators import PACKED
 from .data.geometry import GEOMETRY_NAME
 from .data.sampler import (
     ChunkSampler,
@@ -43,8 +42,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         reader: The opened cache.
         max_chunks: Decoded chunks kept in memory. ``ChunkSampler`` needs its window and, where a batch spans two
             windows, what the batch touches of the next.
-        packed: Items hold the codec's integers, as ``"packed.<name>"``, in place of ``hidden_states``. They are a
-            quarter to half the size; ``ViewCodec.dequantize`` turns a batch of them into hidden states on the training
+        packed: Items hold the codec's integers, under the names of ``codecs.array_names``, in place of ``hidden_states``.
+            They are a quarter to half the size; ``ViewCodec.dequantize`` turns a batch of them into hidden states on the training
             device.
         geometry: Items hold ``view_geometry`` (5,), where the view lies in its image, if the cache has it.
         keep_read: A chunk stays in memory after all of its samples were read, until others need the room. ``ChunkSampler``
@@ -240,7 +239,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             return self._chunks[key]
         if self.packed:
             packed = self.reader.entropy_decode_chunk(view, chunk)
-            parts = {PACKED + name: array for name, array in packed.arrays.items()} | packed.extras
+            parts = packed.arrays | packed.extras
         else:
             decoded = self.reader.read_chunk(view, chunk)
             parts = {"hidden_states": decoded.hidden_states, **decoded.extras}

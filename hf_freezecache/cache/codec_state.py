@@ -144,10 +144,8 @@ def load_state(
 def load_copies(
     path: Path | StoredFile, fingerprint: str | None = None, max_bytes: int = _MAX_BYTES, data: bytes | None = None
 ) -> CodecState[CopyCodec]:
-    """Read and check the state of the codec of copies; see ``load_state``."""
-    return _load(
-        path, fingerprint, max_bytes, data, lambda data, tensors: CopyCodec.from_dict(data, tensors, codec_from_dict)
-    )
+    """Read and check the state of the codec of copies; otherwise as ``load_state``."""
+    return _load(path, fingerprint, max_bytes, data, CopyCodec.from_dict)
 
 
 def read_state(file: StoredFile, max_bytes: int = _MAX_BYTES) -> bytes:

@@ -22,6 +22,7 @@ from ..codecs import (
     Zstd,
     codec_from_dict,
 )
+from ..codecs.array_names import GEOMETRY
 from ..codecs.predictor import check_geometry
 from ..data.geometry import GEOMETRY_NAME
 from ..data.layout import ChunkLayout
@@ -311,7 +312,7 @@ class CacheReader:
                 with self._blaming(number, chunk):
                     check_geometry(decoded.extras[GEOMETRY_NAME])
             geometries = torch.stack([base.extras[GEOMETRY_NAME], packed.extras[GEOMETRY_NAME]], 1)
-            packed = PackedChunk({**base.arrays, **packed.arrays, "geometry": geometries}, packed.extras)
+            packed = PackedChunk({**base.arrays, **packed.arrays, GEOMETRY: geometries}, packed.extras)
         with self._blaming(view, chunk):
             self._check_finite(packed.arrays)
         return packed

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..codecs.array_names import is_packed
 from ..codecs.base import DTYPES
 
 __all__ = [
@@ -86,7 +87,7 @@ EXTRA_DTYPES: dict[str, torch.dtype] = {
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
     )
 }
-#: Names in a cached batch that no extra may have, beside those that begin with ``packed.``.
+#: Names in a cached batch that are not the collator's to use, beside those of ``codecs.array_names``.
 RESERVED_EXTRAS = frozenset({"hidden_states", "pixel_values"})
 #: Extra (samples, stored tokens) with the positions of the stored tokens. It exists exactly where not all are stored.
 TOKEN_POSITIONS = "token_positions"
@@ -187,9 +188,9 @@ def check_extra(extra: Any) -> int:
         raise ValueError(f"an extra is {_short(extra)}, expected name, dtype and shape")
     name, dtype = extra["name"], extra["dtype"]
     if not isinstance(name, str) or len(name) > 256:
-        raise ValueError(f"an extra has the name {_short(name)}, expected a short text")
-    if name in RESERVED_EXTRAS or name.startswith("packed."):
-        raise ValueError(f"an extra has the name {name!r}, which cached batches use for something else")
+        raise ValueError(f"an extra has the name {_short(name)}, expected a short string")
+    if name in RESERVED_EXTRAS or is_packed(name):
+        raise ValueError(f"an extra has the name {name!r}, which is taken in cached batches")
     if not isinstance(dtype, str) or dtype not in EXTRA_DTYPES:
         raise ValueError(f"extra {name!r} has the unknown dtype {_short(dtype)}")
     shape = _counts(extra["shape"], f"the shape of extra {name!r}", None, 0, 2**31)

@@ -99,9 +99,10 @@ def _copies_lines(cache: dict[str, Any]) -> dict[str, str]:
 
 def description_lines(cache: dict[str, Any]) -> list[str]:
     """Return what ``inspect`` prints of a cache, given what ``describe_cache`` returns of it."""
+    from ..codecs import codec_from_dict
     from ..hub.provenance import Provenance
 
-    measured = "exact" if cache["codec"]["name"] == "lossless" else "not measured"
+    measured = "exact" if codec_from_dict(cache["codec"]).lossless else "not measured"
     if cache["calibration"]:
         measured = distortion_words(cache["calibration"])
     extras = [f"{e['name']} ({e['dtype']}, {e['shape'] or 'one number'})" for e in cache["extras"]]

@@ -1,8 +1,21 @@
-"""The contracts of codecs: of a whole codec for chunks, and of the steps a pipeline is made of."""
+"""The contracts of the steps that a codec is made of.
+
+A codec is a chain: array steps, then one step that turns an array into bytes, then ``zstd``. To add a step:
+
+1. Write one file in this folder with one frozen dataclass, a subclass of ``ArrayStep`` or ``BytesStep``. Its fields are its
+   configuration, which must survive JSON and have defaults. It checks them in ``__post_init__`` with ``ValueError``.
+2. Add the class to ``STEPS`` in ``registry.py``. This is one line.
+
+From then on users can ask for the step by its name, and caches can be read that name it. A step that is *fitted* to a sample of
+hidden states overrides ``needs_fit``, ``fit`` and ``tensors``; the tensors come back as keyword arguments of the class, beside
+its configuration. A step whose quantization step size can be chosen to meet a rate or a distortion sets ``has_step_size`` and
+overrides ``step_size`` and ``with_step_size``. Nothing outside the step's own file needs to know its class.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,8 +23,25 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-__all__ = ["DTYPES", "ArraySpec", "Buffer", "Codec", "Step", "dtype_name", "largest_value"]
+__all__ = [
+    "BYTES",
+    "DTYPES",
+    "FLOATS",
+    "FRAMES",
+    "INTEGERS",
+    "ArraySpec",
+    "ArrayStep",
+    "Buffer",
+    "BytesStep",
+    "Step",
+    "check_tensors",
+    "digest",
+    "dtype_name",
+    "largest_of_samples",
+    "largest_value",
+]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -23,8 +53,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 
-#: What flows between the steps of a pipeline.
-FLOATS, INTEGERS, BYTES = "float array", "integer array", "bytes"
+#: What flows between the steps of a codec.
+FLOATS, INTEGERS, BYTES, FRAMES = "float array", "integer array", "bytes", "frames"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -33,20 +63,39 @@ def dtype_name(dtype: torch.dtype) -> str:
     Raises:
         KeyError: Hidden states of this dtype cannot be stored.
     """
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise KeyError(f"hidden states of {dtype} cannot be stored; expected one of {list(DTYPES.values())}")
 
 
 def largest_value(array: Tensor) -> float:
-    """Return the largest absolute value; NaN if there is one, 0 of nothing."""
+    """Return the largest absolute value; NaN if there is one, 0 of an empty array."""
     if array.numel() == 0:
         return 0.0
     low, high = (abs(float(value)) for value in torch.aminmax(array))
     return math.nan if math.isnan(low) or math.isnan(high) else max(low, high)
 
 
+def largest_of_samples(array: Tensor) -> Tensor:
+    """Return the largest absolute value of each sample, (samples,) float64; 0 of an empty sample."""
+    if array.numel() == 0:
+        return torch.zeros(len(array), dtype=torch.float64)
+    return array.flatten(1).abs().amax(1).double()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Shape and dtype of an array, known before it is.
+    """Shape and dtype of an array that does not exist yet.
 
     Attributes:
         shape: Shape; the first axis counts samples.
@@ -60,18 +109,36 @@ class ArraySpec:
 
     @property
     def num_bytes(self) -> int:
-        """Size in bytes; of a ragged array the largest."""
+        """Size in bytes; the largest possible size of a ragged array."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_tensors(owner: str, tensors: Mapping[str, Tensor], expected: Mapping[str, ArraySpec]) -> None:
+    """Check fitted tensors against their specs; a file may hold anything.
+
+    Raises:
+        ValueError: A tensor is missing, has another shape or dtype, or is not finite.
+    """
+    for name, spec in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"{owner} has no tensor {name!r}")
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise ValueError(
+                f"{name!r} of {owner} is {tuple(tensor.shape)} {tensor.dtype}, expected {spec.shape} {spec.dtype}"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name!r} of {owner} is not finite")
 
 
 @dataclasses.dataclass(frozen=True)
 class Step(ABC):
-    """One step of a pipeline. Abstract, as are its kinds; the classes at the ends are final.
+    """One step of a codec. Its two kinds are abstract too; all other subclasses are final.
 
     Attributes:
-        name: How it is stored and asked for.
-        takes: What it can be given: one or both kinds of arrays, or bytes.
-        gives: What it makes of that.
+        name: Name under which the step is stored and asked for.
+        takes: Kinds of input: ``FLOATS``, ``INTEGERS`` or both, or ``BYTES``.
+        gives: Kind of output.
     """
 
     name: ClassVar[str]
@@ -83,25 +150,72 @@ class Step(ABC):
         return {"name": self.name, "configuration": self.configuration()}
 
     def configuration(self) -> dict[str, Any]:
-        """Return what JSON can hold of the step; tensors are left to ``Codec.tensors``."""
+        """Return the fields as JSON can hold them, without those whose metadata say ``{"stored": False}``."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.metadata.get("stored", True)
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fitted tensors by the names of their fields; a step that is not fitted has none."""
+        return {}
+
 
 class ArrayStep(Step):
-    """Array to array(s): the main one, ``"values"``, and arrays beside it under names of their own."""
+    """Turns an array into one main array, called ``"values"``, and further arrays under names of their own."""
 
     lossless: ClassVar[bool] = False
+    #: Whether the step has a quantization step size that a search may choose. At most one step of a codec has.
+    has_step_size: ClassVar[bool] = False
+
+    # ---- Fitting. A step without anything to fit leaves these as they are. ----
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether the step cannot encode before ``fit``."""
+        return False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether ``fit`` needs the gradients."""
+        return False
+
+    def fit(self, sample: Tensor, prefix_tokens: int, grid: tuple[int, int], gradients: Tensor | None) -> Self:
+        """Return the step, fitted.
+
+        Args:
+            sample: (samples, tokens, hidden), what the step would be given to encode, on the CPU.
+            prefix_tokens: Number of leading tokens that are no patches.
+            grid: (height, width) of the patches; (1, patches) if they form no known grid.
+            gradients: Gradients of the loss with regard to ``sample``, of the same shape; needed if ``needs_gradients``.
+
+        Raises:
+            ValueError: The step cannot be fitted on this sample.
+        """
+        return self
+
+    @property
+    def step_size(self) -> float | None:
+        """Quantization step size; ``None`` before ``fit``, and of a step without any."""
+        return None
+
+    def with_step_size(self, step_size: float) -> Self:
+        """Return the same fit with another step size.
+
+        Raises:
+            ValueError: The step has no step size, is not fitted, or cannot have this one.
+        """
+        raise ValueError(f"{self.name!r} has no step size")
+
+    # ---- Encoding and decoding ----
 
     @abstractmethod
     def encoded_specs(self, spec: ArraySpec) -> dict[str, ArraySpec]:
         """Return the specs of what ``encode`` gives for an array of this spec.
 
         Raises:
-            ValueError: It cannot encode such an array.
+            ValueError: The step cannot encode such an array.
         """
 
     @abstractmethod
@@ -115,6 +229,10 @@ class ArrayStep(Step):
     def collatable(self, arrays: dict[str, Tensor], spec: ArraySpec) -> dict[str, Tensor]:
         """Return arrays whose first axes all count samples, so that samples of several chunks make one batch.
 
+        Args:
+            arrays: What ``encode`` gave.
+            spec: Spec of the array that was encoded.
+
         Raises:
             ValueError: The arrays contradict each other.
         """
@@ -125,9 +243,9 @@ class ArrayStep(Step):
         """Decode what ``collatable`` gave, on the device where it lies.
 
         Args:
-            arrays: By name; all first axes count samples.
-            dtype: Of the result.
-            compute_dtype: Of the arithmetic; ``None`` for that in which the bound holds.
+            arrays: Arrays by name; all first axes count samples.
+            dtype: Dtype of the result.
+            compute_dtype: Dtype of the arithmetic; ``None`` for the one in which the error bound holds.
         """
 
     @abstractmethod
@@ -135,7 +253,7 @@ class ArrayStep(Step):
         """Return the largest root-mean-square error of each sample, (samples,), float64."""
 
     def check(self, tokens: int, hidden: int) -> None:
-        """Check what was fitted against hidden states of (tokens, hidden); what a file holds may be anything.
+        """Check what was fitted against hidden states of (tokens, hidden); a file may hold anything.
 
         Raises:
             ValueError: It does not fit, or is not finite.
@@ -143,24 +261,27 @@ class ArrayStep(Step):
         return
 
     def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
-        """Return a bound of the absolute values that ``decode`` gives, cheaper than to decode; inf or NaN if it knows none.
+        """Return a bound of the absolute values that ``decode`` gives, at less cost than decoding.
 
         Args:
             arrays: What ``collatable`` gave, without ``"values"`` where another step decodes those.
             largest: Largest absolute value of ``"values"``.
+
+        Returns:
+            The bound; infinity or NaN if the step knows none.
         """
         return math.inf
 
 
 class BytesStep(Step):
-    """Array to bytes: one or several buffers."""
+    """Turns an array into one or several buffers of bytes."""
 
     @abstractmethod
     def max_bytes(self, spec: ArraySpec) -> list[int]:
         """Return the largest size of each buffer.
 
         Raises:
-            ValueError: It cannot serialize such an array.
+            ValueError: The step cannot serialize such an array.
         """
 
     @abstractmethod
@@ -169,136 +290,8 @@ class BytesStep(Step):
 
     @abstractmethod
     def decode(self, buffers: Sequence[Buffer], spec: ArraySpec) -> Tensor:
-        """Return the array, on the CPU, in memory of its own.
+        """Return the array, on the CPU, in memory that it shares with nothing.
 
         Raises:
             ValueError: The buffers do not hold such an array.
         """
-
-
-class CompressStep(Step):
-    """Bytes to bytes."""
-
-    @abstractmethod
-    def max_bytes(self, size: int) -> int:
-        """Return the largest compressed size of ``size`` bytes."""
-
-    @abstractmethod
-    def encode(self, data: Buffer) -> bytes:
-        """Compress."""
-
-    @abstractmethod
-    def decode(self, data: Buffer, max_bytes: int) -> bytes:
-        """Decompress to at most ``max_bytes``; no more memory than this is taken.
-
-        Raises:
-            ValueError: Damaged, or larger.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class Codec(ABC):
-    """Turns a chunk of hidden states into frames and back. Abstract; its subclasses are final.
-
-    A frame is an independent zstd frame with content size and checksum, so that a reader can check sizes before it
-    takes memory, and damage shows when a frame is decoded.
-
-    Decoding has two halves: ``entropy_decode``, which workers run, gives arrays of integers whose first axis counts samples;
-    ``dequantize`` turns a batch of them into hidden states on whatever device it lies.
-    """
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """Return ``{"name", "configuration"}``, from which ``codec_from_dict`` makes an equal codec."""
-
-    @property
-    @abstractmethod
-    def lossless(self) -> bool:
-        """Whether every bit comes back."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the fitted tensors, which JSON does not hold; a cache stores them once."""
-        return {}
-
-    @abstractmethod
-    def max_frame_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> list[int]:
-        """Return the largest size of each frame of a chunk, known before it is encoded.
-
-        Raises:
-            ValueError: Such a chunk cannot be encoded.
-        """
-
-    @abstractmethod
-    def encode(self, hidden_states: Tensor) -> list[bytes]:
-        """Encode a chunk.
-
-        Args:
-            hidden_states: (samples, tokens, hidden), one of ``DTYPES``, on the CPU.
-
-        Returns:
-            As many frames as ``max_frame_bytes`` has sizes.
-
-        Raises:
-            ValueError: A lossy codec was given NaN or infinite values, or values out of its range.
-        """
-
-    @abstractmethod
-    def entropy_decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Undo entropy coding and packing.
-
-        Args:
-            frames: What ``encode`` returned.
-            shape: (samples, tokens, hidden).
-            dtype: Dtype of the encoded hidden states.
-
-        Returns:
-            Name -> (samples, ...), on the CPU, in memory of their own.
-
-        Raises:
-            ValueError: A frame is damaged or of another size than shape and dtype allow.
-        """
-
-    @abstractmethod
-    def dequantize(
-        self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Turn a batch of what ``entropy_decode`` gave into hidden states, on the device where it lies.
-
-        Args:
-            arrays: Name -> (batch, ...).
-            dtype: Dtype of the hidden states.
-            compute_dtype: Dtype of the arithmetic, e.g. that of the run's autocast. ``None``: fp32, or fp64 for fp64
-                hidden states; ``error_bound`` holds for this one only.
-
-        Returns:
-            (batch, tokens, hidden).
-        """
-
-    @abstractmethod
-    def error_bound(self, hidden_states: Tensor) -> Tensor:
-        """Return the largest root-mean-square error of each sample, (samples,), float64. Zeros if lossless."""
-
-    def check(self, tokens: int, hidden: int) -> None:
-        """Check what was fitted against hidden states of (tokens, hidden); what a file holds may be anything.
-
-        Raises:
-            ValueError: It does not fit, or is not finite.
-        """
-        return
-
-    def abs_bound(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
-        """Return a bound of the absolute values that ``dequantize`` gives, cheaper than to restore; inf or NaN if it knows none."""
-        return math.inf
-
-    def decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Decode a chunk: ``entropy_decode``, then ``dequantize`` on the CPU.
-
-        Returns:
-            Hidden states of this shape and dtype, on the CPU, in memory of their own.
-
-        Raises:
-            ValueError: A frame is damaged or of another size than shape and dtype call for.
-        """
-        return self.dequantize(self.entropy_decode(frames, shape, dtype), dtype)

@@ -8,22 +8,24 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import (
     DTYPES,
     FLOATS,
     ArraySpec,
     ArrayStep,
+    largest_of_samples,
 )
 
 __all__ = ["Cast"]
 
 
 def check_finite(array: Tensor) -> None:
-    """Refuse what no lossy step can keep within a bound.
+    """Refuse values that no lossy step can keep within a bound.
 
     Raises:
-        ValueError: NaN or infinite values; the message names samples and channels.
+        ValueError: The array has NaN or infinite values; the message names their samples and channels.
     """
     finite = torch.isfinite(array)
     if not bool(finite.all()):
@@ -38,11 +40,11 @@ def check_finite(array: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Cast(ArrayStep):
-    """Rounds to nearest in another float dtype.
+    """Rounds to the nearest number of another float dtype.
 
     Attributes:
-        dtype: ``"F16"``, ``"BF16"`` or ``"F32"``. fp16 keeps 11 bits of numbers up to 65504, bf16 8 bits of any. Under
-            bf16 autocast hidden states between blocks are fp32: bf16 is lossy for them too.
+        dtype: ``"F16"``, ``"BF16"`` or ``"F32"``. fp16 keeps 11 bits of numbers up to 65504, and bf16 keeps 8 bits of any
+            number. bf16 is lossy under bf16 autocast too, since hidden states between blocks are fp32 then.
     """
 
     name: ClassVar[str] = "cast"
@@ -54,17 +56,17 @@ class Cast(ArrayStep):
         """Check the dtype.
 
         Raises:
-            ValueError: Not one of the dtypes above.
+            ValueError: The dtype is not one of those above.
         """
         if self.dtype not in ("F16", "BF16", "F32"):
             raise ValueError(f"dtype must be 'F16', 'BF16' or 'F32', got {self.dtype!r}")
 
+    @override
     def encoded_specs(self, spec: ArraySpec) -> dict[str, ArraySpec]:
-        """See base class."""
         return {"values": ArraySpec(spec.shape, DTYPES[self.dtype])}
 
+    @override
     def encode(self, array: Tensor) -> dict[str, Tensor]:
-        """See base class."""
         check_finite(array)
         values = array.to(DTYPES[self.dtype])
         # Rounding up may leave the range of either: bf16 makes 65536 of fp16's 65504.
@@ -75,16 +77,16 @@ class Cast(ArrayStep):
             )
         return {"values": values}
 
+    @override
     def decode(self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None) -> Tensor:
-        """See base class."""
         return arrays["values"].to(dtype)
 
+    @override
     def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
-        """See base class."""
         return largest
 
+    @override
     def error_bound(self, array: Tensor) -> Tensor:
-        """See base class: half a unit in the last place of the largest value, and half the smallest subnormal."""
+        """Return half a unit in the last place of the largest value, and half the smallest subnormal; (samples,), float64."""
         info = torch.finfo(DTYPES[self.dtype])
-        largest = array.flatten(1).abs().amax(1).double() if array.numel() else torch.zeros(len(array)).double()
-        return largest * info.eps / 2 + info.smallest_normal * info.eps / 2
+        return largest_of_samples(array) * info.eps / 2 + info.smallest_normal * info.eps / 2

@@ -1,9 +1,9 @@
-"""Packs small integers: several to a byte where they are small, a list of exceptions where they are rare.
+"""Packs small integers: several to a byte where they are small, and as a list of exceptions where they are rare.
 
-An array (samples, components, positions) is cut into *cells*: one component at a range of positions, over all samples. A
-cell has nearly one distribution, and neighbouring cells in the sorted streams have similar ones, which is what an entropy
-coder with one table per block needs. Every cell has a *limit*: values up to it go to a dense stream, several to a byte;
-what is left of larger values goes to a sparse stream of gaps and remainders. Nothing is clipped.
+An array (samples, components, positions) is cut into *cells*. A cell is one component at a range of positions, over all
+samples. Its values have nearly one distribution, and neighbouring cells in the sorted streams have similar ones; an entropy
+coder with one table per block needs that. Every cell has a *limit*. Values up to the limit go to a dense stream, several to a
+byte. What larger values exceed it by goes to a sparse stream of gaps and remainders, so nothing is clipped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import (
     BYTES,
@@ -31,21 +32,21 @@ __all__ = ["Pack"]
 
 Ints = npt.NDArray[Any]
 
-#: Class of a cell -> largest absolute value in its dense stream. Classes 1 to 3 are packed in base ``2 * limit + 1``.
+#: Kind of a cell -> largest absolute value in its dense stream. Kinds 1 to 3 are packed in base ``2 * limit + 1``.
 LIMITS = (0, 1, 2, 7, 127, 32767)
-#: Class -> values in one byte: 3**5, 5**3 and 15**2 are at most 256.
+#: Kind -> values in one byte: 3**5, 5**3 and 15**2 are at most 256.
 PER_BYTE = {1: 5, 2: 3, 3: 2}
-#: Class -> entropy in bits per value from which on it is chosen over the class before. Measured on DeiT-Tiny coefficients
+#: Kind -> entropy in bits per value from which on it is chosen over the kind before. Measured on DeiT-Tiny coefficients
 #: at k = 3 and 11 with zstd's Huffman coder, which spends at least one bit on a byte: within 2 to 5% of the entropy.
 ENTROPY = (0.6, 1.2, 1.75, 2.7)
-#: Levels of magnitude by which the cells of a class are sorted, in quarters of an octave; class and level share a byte.
+#: Levels of magnitude by which the cells of a kind are sorted, in quarters of an octave; kind and level share a byte.
 LEVELS = 32
-#: Class -> binary logarithm of the mean magnitude at level 0.
+#: Kind -> binary logarithm of the mean magnitude at level 0.
 FIRST_LEVEL = (-10, -4, -3, -2, -1, 4)
 
 
 def _tables() -> dict[int, Ints]:
-    """Return for classes 1 to 3 the values in each byte, (256, values per byte) int8; unused bytes give zeros."""
+    """Return for kinds 1 to 3 the values in each byte, (256, values per byte) int8; unused bytes give zeros."""
     tables = {}
     for kind, count in PER_BYTE.items():
         base = 2 * LIMITS[kind] + 1
@@ -60,15 +61,15 @@ _TABLES = _tables()
 
 @dataclass(frozen=True)
 class Pack(BytesStep):
-    """See module.
+    """Packs small integers; the module's docstring says how.
 
-    The buffers are: codes of the cells, the dense streams of classes 1 to 5, then gaps and remainders of cells without a
+    The buffers are: codes of the cells, the dense streams of kinds 1 to 5, then gaps and remainders of cells without a
     dense stream, and of the others.
 
     Attributes:
-        zones: Ranges of positions per component, with edges at equal steps of the square root of the position:
-            positions are taken to be ordered by frequency on a square grid. Fewer where there are under 16 positions a
-            zone. Default: on DeiT-Tiny at k = 3, 6, 9, 11 and a KL of 0.01, 6, 10 and 14 zones differ by less than
+        zones: Ranges of positions per component, with edges at equal steps of the square root of the position, since
+            positions are taken to be ordered by frequency on a square grid. There are fewer where a zone would have under 16
+            positions. On DeiT-Tiny at k = 3, 6, 9, 11 and a KL of 0.01, 6, 10 and 14 zones differ by less than
             0.4%, 1 zone costs 3 to 8%.
     """
 
@@ -90,11 +91,12 @@ class Pack(BytesStep):
         zones = max(1, min(self.zones, positions // 16))
         return [round((zone / zones) ** 2 * positions) for zone in range(zones + 1)]
 
+    @override
     def max_bytes(self, spec: ArraySpec) -> list[int]:
-        """See base class.
+        """Return the largest size of each buffer.
 
         Raises:
-            ValueError: Not three axes, or not int8 or int16.
+            ValueError: The array has not three axes, or is not int8 or int16.
         """
         if len(spec.shape) != 3 or spec.dtype not in (torch.int8, torch.int16):
             raise ValueError(f"pack takes three axes of int8 or int16, got {spec.shape} of {spec.dtype}")
@@ -104,8 +106,8 @@ class Pack(BytesStep):
         sparse = [count + count // 255 + 1, 2 * count]
         return [cells, *dense, count, 2 * count, *sparse, *sparse]
 
+    @override
     def encode(self, array: Tensor) -> list[bytes]:
-        """See base class."""
         values = array.numpy().astype(np.int16, copy=False)
         samples, components, positions = values.shape
         edges = self._edges(positions)
@@ -126,16 +128,14 @@ class Pack(BytesStep):
         buffers = [codes.tobytes()]
         remainders = flat.astype(np.int32)
         for kind, limit in enumerate(LIMITS[1:], start=1):
-            part = flat[starts[kind] : starts[kind + 1]]
-            dense = np.clip(part, -limit, limit)
-            remainders[starts[kind] : starts[kind + 1]] -= dense
+            of_kind = slice(starts[kind], starts[kind + 1])
+            dense = np.clip(flat[of_kind], -limit, limit)
+            remainders[of_kind] -= dense
             buffers.append(_pack(dense, kind))
-        for part in (remainders[: starts[1]], remainders[starts[1] :]):
-            buffers += _sparse(part)
-        return buffers
+        return [*buffers, *_sparse(remainders[: starts[1]]), *_sparse(remainders[starts[1] :])]
 
+    @override
     def decode(self, buffers: Sequence[Buffer], spec: ArraySpec) -> Tensor:
-        """See base class."""
         if len(buffers) != 10:
             raise ValueError(f"{len(buffers)} buffers, expected 10")
         samples, components, positions = spec.shape
@@ -174,7 +174,7 @@ class Pack(BytesStep):
 
 
 def _codes(block: Ints) -> Ints:
-    """Choose class and level of each row of (cells, values)."""
+    """Return the codes (kind and level) of cells, (cells,) uint8, from their values, (cells, values)."""
     if block.shape[1] == 0:
         return np.zeros(len(block), dtype=np.uint8)
     magnitude = np.abs(block.astype(np.int32))
@@ -239,8 +239,8 @@ def _sparse(remainders: Ints) -> list[bytes]:
     more, rest = np.divmod(gaps, 255)
     coded = np.full(len(gaps) + int(more.sum()), 255, dtype=np.uint8)
     coded[np.cumsum(more + 1) - 1] = rest
-    found = remainders[where]
-    return [coded.tobytes(), _planes((2 * np.abs(found) - (found > 0) - 1).astype(np.uint16))]
+    exceptions = remainders[where]
+    return [coded.tobytes(), _planes((2 * np.abs(exceptions) - (exceptions > 0) - 1).astype(np.uint16))]
 
 
 def _add_sparse(values: Ints, gaps: Buffer, remainders: Buffer) -> None:
@@ -253,5 +253,5 @@ def _add_sparse(values: Ints, gaps: Buffer, remainders: Buffer) -> None:
     where = np.cumsum(coded, dtype=np.int64)[last] + np.arange(len(last))
     if len(where) and where[-1] >= len(values):
         raise ValueError(f"an exception at {where[-1]} of {len(values)} values")
-    found = _join(raw).astype(np.int32) + 1
-    values[where] += np.where(found % 2 == 1, (found + 1) // 2, -(found // 2)).astype(np.int16)
+    exceptions = _join(raw).astype(np.int32) + 1
+    values[where] += np.where(exceptions % 2 == 1, (exceptions + 1) // 2, -(exceptions // 2)).astype(np.int16)

@@ -1,4 +1,4 @@
-"""Arrays as bytes without a change: one plane per byte of an element."""
+"""Arrays become bytes without a change: one plane per byte of an element."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import (
     BYTES,
@@ -27,25 +28,25 @@ __all__ = ["Planes"]
 class Planes(BytesStep):
     """Plane ``p`` holds byte ``p`` (little-endian) of every element.
 
-    Sign and exponent, which repeat, are set apart from mantissa bytes, which do not; zstd stores planes of noise as
-    they are, at the speed of a copy.
+    Sign and exponent, which repeat, are set apart from the lower bytes of the mantissa, which do not. zstd stores planes of
+    noise as they are, at the speed of a copy.
     """
 
     name: ClassVar[str] = "planes"
     takes: ClassVar[frozenset[str]] = frozenset({FLOATS, INTEGERS})
     gives: ClassVar[str] = BYTES
 
+    @override
     def max_bytes(self, spec: ArraySpec) -> list[int]:
-        """See base class."""
         return [math.prod(spec.shape)] * spec.dtype.itemsize
 
+    @override
     def encode(self, array: Tensor) -> list[bytes]:
-        """See base class."""
         elements = array.contiguous().flatten().view(torch.uint8).numpy()
         return [plane.tobytes() for plane in elements.reshape(-1, array.dtype.itemsize).T]
 
+    @override
     def decode(self, buffers: Sequence[Buffer], spec: ArraySpec) -> Tensor:
-        """See base class."""
         sizes = {len(buffer) for buffer in buffers}
         if len(buffers) != spec.dtype.itemsize or len(sizes) != 1:
             raise ValueError(f"planes of {sorted(sizes)} bytes, expected {spec.dtype.itemsize} equal ones")

@@ -1,4 +1,4 @@
-"""Predicts a view's hidden states from those of the base view and from where the view lies in the image."""
+"""Predicts the hidden states of a view from those of the base view and from where the view lies in the image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import largest_value
+from .base import ArraySpec, check_tensors, digest, largest_value
 from .cast import check_finite
-from .transform import digest
 
 __all__ = ["WHOLE", "Predictor", "check_geometry", "move_tokens"]
 
@@ -23,22 +22,23 @@ __all__ = ["WHOLE", "Predictor", "check_geometry", "move_tokens"]
 #: views whose geometry is unknown.
 WHOLE = (0.0, 0.0, 1.0, 1.0, 0.0)
 
-
 #: Ridge of the least squares, relative to the mean variance of the predictors: channels of ViTs are nearly collinear.
 _RIDGE = 1e-2
-
 
 #: Beyond the geometry of any view.
 _FAR = 1e6
 
 
 def _interpolation(start: Tensor, end: Tensor, size: int) -> Tensor:
-    """Return what bilinear interpolation takes along one axis, (batch, size, size): ``new[i] = sum_j w[i, j] old[j]``.
+    """Return the weights of bilinear interpolation along one axis: ``new[i] = sum_j w[i, j] old[j]``.
 
     Args:
-        start: Where the new axis begins on the old one, of length 1, (batch,). Larger than ``end`` if mirrored.
-        end: Where it ends.
-        size: Tokens on the axis.
+        start: Where the new axis begins on the old one, whose length is 1, (batch,). It is larger than ``end`` if mirrored.
+        end: Where the new axis ends, (batch,).
+        size: Number of tokens on the axis.
+
+    Returns:
+        (batch, size, size).
     """
     token = torch.arange(size, device=start.device, dtype=start.dtype)
     centre = (token + 0.5) / size
@@ -59,12 +59,12 @@ def _ends(geometry: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 def move_tokens(patches: Tensor, geometry: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resample the patch tokens of base views at the place of other views of the same images.
 
-    Bilinear on the token grid, as ``torch.nn.functional.grid_sample`` with ``padding_mode="border"``; rows and columns are
-    two products, since crops are upright.
+    The resampling is bilinear on the token grid, as by ``torch.nn.functional.grid_sample`` with ``padding_mode="border"``. It
+    takes two products, one for rows and one for columns, since crops are upright.
 
     Args:
-        patches: (batch, patches, hidden), row by row.
-        geometry: (batch, 2, 5): of the base view and of the other, see ``WHOLE``.
+        patches: Patch tokens row by row, (batch, patches, hidden).
+        geometry: Geometries of the base view and of the other, (batch, 2, 5); see ``WHOLE``.
         grid: (height, width) of the patches; (1, n) is no grid, and then they stay where they are.
 
     Returns:
@@ -86,10 +86,10 @@ def move_tokens(patches: Tensor, geometry: Tensor, grid: tuple[int, int]) -> Ten
 
 
 def check_geometry(geometry: Tensor) -> None:
-    """Check the geometries of views, (..., 5), which a file may hold anything in place of; see ``WHOLE``.
+    """Check the geometries of views, (..., 5); see ``WHOLE``. A file may hold anything.
 
     Raises:
-        ValueError: Not finite, far from any image, or a view without extent: tokens could not be moved.
+        ValueError: A number is not finite or far from any image, or a view has no extent, so tokens could not be moved.
     """
     spans = geometry[..., 2:4] - geometry[..., :2]
     if not bool((geometry.abs() < _FAR).all()) or not bool((spans > 1 / _FAR).all()):
@@ -104,14 +104,14 @@ class Predictor:
     calibration images, drawn towards the identity by ``pull``, and ``m`` the mean that is left per token position. Prefix
     tokens are predicted as zero.
 
-    Why ``pull``: least squares shrinks what it cannot know, and layer normalisation takes the lost length for signal. On
-    DeiT-Tiny, crops at split point 11, ``A`` halfway to the identity leaves more squared error but saves 7% of the bits at
-    equal KL.
+    Least squares shrinks what it cannot know, and layer normalisation takes the lost length for signal. ``pull`` is against
+    that: for crops on DeiT-Tiny at split point 11, ``A`` halfway to the identity leaves more squared error but saves 7% of the
+    bits at equal KL.
 
     Attributes:
-        pull: 0: least squares; 1: the moved tokens as they are.
+        pull: How far ``A`` is drawn to the identity. 0 is least squares, 1 the moved tokens as they are.
         full: Whether ``A`` mixes channels, or is one gain per channel.
-        prefix_tokens: Leading tokens that are no patches.
+        prefix_tokens: Number of leading tokens that are no patches.
         grid: (height, width) of the patches; (1, tokens) if they form no known grid.
         state: SHA-256 of the tensors. Set by ``fit``.
         gains: (hidden, hidden), or (1, hidden) unless ``full``, int8, columns in units of ``scale``. Set by ``fit``.
@@ -147,7 +147,7 @@ class Predictor:
             raise ValueError("the predictor's tensors are not those that the configuration names")
 
     def configuration(self) -> dict[str, Any]:
-        """Return what JSON can hold of it."""
+        """Return what JSON can hold of the predictor."""
         return {
             "pull": self.pull,
             "full": self.full,
@@ -163,10 +163,10 @@ class Predictor:
         return {"gains": self.gains, "scale": self.scale, "mean": self.mean}
 
     def check(self, tokens: int, hidden: int) -> None:
-        """Check that the tensors fit hidden states of (tokens, hidden); those of a file may be anything.
+        """Check the tensors against hidden states of (tokens, hidden); a file may hold anything.
 
         Raises:
-            ValueError: They do not, or are not finite.
+            ValueError: They do not fit, or are not finite.
         """
         patches = self.grid[0] * self.grid[1]
         # Moving tokens takes the square of a side: no more than the states themselves, some times over.
@@ -175,17 +175,12 @@ class Predictor:
             raise ValueError(
                 f"{self.prefix_tokens} prefix tokens and a grid of {self.grid[0]} x {self.grid[1]} make no {tokens} tokens"
             )
-        shapes = {
-            "gains": ((hidden if self.full else 1, hidden), torch.int8),
-            "scale": ((hidden,), torch.float32),
-            "mean": ((patches, hidden), torch.float16),
+        specs = {
+            "gains": ArraySpec((hidden if self.full else 1, hidden), torch.int8),
+            "scale": ArraySpec((hidden,), torch.float32),
+            "mean": ArraySpec((patches, hidden), torch.float16),
         }
-        for name, tensor in self.tensors().items():
-            shape, dtype = shapes[name]
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not bool(torch.isfinite(tensor.float()).all()):
-                raise ValueError(
-                    f"the predictor's {name} is {tuple(tensor.shape)} {tensor.dtype} or not finite, expected {shape} {dtype}"
-                )
+        check_tensors("the predictor", self.tensors(), specs)
 
     def abs_bound(self, largest: float) -> float:
         """Return a bound of the absolute values that are predicted from base views up to ``largest``."""
@@ -198,9 +193,9 @@ class Predictor:
         """Fit ``A`` and ``m``.
 
         Args:
-            base: (samples, tokens, hidden), base views as they are decoded.
-            geometry: (samples, 2, 5) of base and other view.
-            views: (samples, tokens, hidden), the other views, exact.
+            base: Base views as they are decoded, (samples, tokens, hidden).
+            geometry: Geometries of base view and view, (samples, 2, 5).
+            views: Exact hidden states of the views, (samples, tokens, hidden).
 
         Returns:
             The fitted predictor.
@@ -213,11 +208,11 @@ class Predictor:
         moved = move_tokens(base[:, self.prefix_tokens :].double(), geometry.double(), self.grid)
         patches = views[:, self.prefix_tokens :].double()
         hidden = patches.shape[2]
-        given, wanted = moved - moved.mean(0), patches - patches.mean(0)
-        x, y = given.reshape(-1, hidden), wanted.reshape(-1, hidden)
+        x = (moved - moved.mean(0)).reshape(-1, hidden)
+        y = (patches - patches.mean(0)).reshape(-1, hidden)
         floor = _RIDGE * float(x.square().mean()) + 1e-30
         if self.full:
-            # Tokens of the mean variance of all channels, as many as a hundredth of those given, that predict nothing.
+            # As if there were a hundredth more tokens, of the mean variance of all channels, that predict nothing.
             moment = x.T @ x / len(x) + floor * torch.eye(hidden, dtype=torch.float64)
             gains = torch.linalg.solve(moment, x.T @ y / len(x))
             gains = gains * (1 - self.pull) + self.pull * torch.eye(hidden, dtype=torch.float64)
@@ -241,11 +236,14 @@ class Predictor:
         """Predict views from base views.
 
         Args:
-            base: (batch, tokens, hidden), on any device.
-            geometry: (batch, 2, 5) of base and view.
+            base: Base views, (batch, tokens, hidden), on any device.
+            geometry: Geometries of base view and view, (batch, 2, 5).
 
         Returns:
             (batch, tokens, hidden), dtype of ``base``; zeros for prefix tokens.
+
+        Raises:
+            ValueError: The predictor has not been fitted.
         """
         if self.gains is None or self.scale is None or self.mean is None:
             raise ValueError("the predictor has not been fitted")

@@ -1,4 +1,4 @@
-"""Quantization with one step per channel."""
+"""Quantization with one scale per channel."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import (
     FLOATS,
     INTEGERS,
     ArraySpec,
     ArrayStep,
+    largest_of_samples,
     largest_value,
 )
 from .cast import check_finite
@@ -23,12 +25,12 @@ __all__ = ["Quantize"]
 
 @dataclass(frozen=True)
 class Quantize(ArrayStep):
-    """Rounds each channel to whole multiples of a step that is fitted to the channel's largest value in the chunk.
+    """Rounds each channel to whole multiples of a scale that is computed from the channel's largest value in the chunk.
 
-    Symmetric around zero, so that nothing is clipped. The known peer of ``Transform``: no correlation is used.
+    It is symmetric around zero, so nothing is clipped. It uses no correlation, and is what ``Transform`` is measured against.
 
     Attributes:
-        bits: 2 to 8; values run from ``-(2**(bits-1) - 1)`` to the same above.
+        bits: Bits of a value, 2 to 8; values run from ``-(2**(bits-1) - 1)`` to the same above.
     """
 
     name: ClassVar[str] = "quantize"
@@ -40,7 +42,7 @@ class Quantize(ArrayStep):
         """Check the number of bits.
 
         Raises:
-            ValueError: Not a whole number from 2 to 8.
+            ValueError: The number is not a whole one from 2 to 8.
         """
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be a whole number from 2 to 8, got {self.bits!r}")
@@ -50,8 +52,9 @@ class Quantize(ArrayStep):
         """Largest absolute value."""
         return int(2 ** (self.bits - 1)) - 1
 
+    @override
     def encoded_specs(self, spec: ArraySpec) -> dict[str, ArraySpec]:
-        """See base class. ``values`` (samples, hidden, tokens) int8, ``scale`` (1, hidden): the steps, fp32 or fp64."""
+        """Return the specs of ``values`` (samples, hidden, tokens) int8, and of ``scale`` (1, hidden), fp32 or fp64."""
         samples, tokens, hidden = spec.shape
         wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
         return {
@@ -62,40 +65,43 @@ class Quantize(ArrayStep):
     def _scale(self, array: Tensor) -> Tensor:
         wide = array.double() if array.dtype == torch.float64 else array.float()
         peak = wide.abs().amax((0, 1)) if len(array) else wide.new_zeros(array.shape[-1])
-        # A step of at least the smallest normal number: below it, dividing by the step overflows.
+        # A scale is at least the smallest normal number: below it, dividing by the scale overflows.
         scale = (peak / self.largest).clamp_min(torch.finfo(wide.dtype).smallest_normal)
-        # Rounded up, the step of the largest floats times the largest value would be infinite.
+        # Rounded up, the scale of the largest floats times the largest value would be infinite.
         return torch.where(torch.isfinite(scale * self.largest), scale, torch.nextafter(scale, scale.new_zeros(())))
 
+    @override
     def encode(self, array: Tensor) -> dict[str, Tensor]:
-        """See base class."""
         check_finite(array)
         scale = self._scale(array)
         values = torch.round(array.to(scale.dtype) / scale)
         return {"values": values.to(torch.int8).transpose(1, 2).contiguous(), "scale": scale[None]}
 
+    @override
     def collatable(self, arrays: dict[str, Tensor], spec: ArraySpec) -> dict[str, Tensor]:
-        """See base class."""
         if len(arrays["scale"]) != 1:
-            raise ValueError(f"{len(arrays['scale'])} rows of steps, expected one")
+            raise ValueError(f"{len(arrays['scale'])} rows of scales, expected one")
         return {"values": arrays["values"], "scale": arrays["scale"].expand(spec.shape[0], -1).clone()}
 
+    @override
     def decode(self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None) -> Tensor:
-        """See base class."""
         scale = arrays["scale"]
         compute_dtype = compute_dtype or scale.dtype
         values = arrays["values"].transpose(1, 2).to(compute_dtype) * scale[:, None].to(compute_dtype)
         return values.to(dtype).contiguous()
 
+    @override
     def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
-        """See base class."""
         return largest * largest_value(arrays["scale"])
 
+    @override
     def error_bound(self, array: Tensor) -> Tensor:
-        """See base class: half a step, and the rounding of the result, which is coarser than a step among subnormals."""
+        """Return half a scale plus the rounding of the result; (samples,), float64.
+
+        Among subnormals the rounding of the result is coarser than a scale.
+        """
         info = torch.finfo(array.dtype)
         scale = self._scale(array).double()
-        largest = array.flatten(1).abs().amax(1).double() if array.numel() else torch.zeros(len(array)).double()
         # Squares of the smallest and largest fp64 numbers are none.
-        half_a_step = (scale / scale.max()).square().mean().sqrt() * scale.max() / 2
-        return half_a_step * (1 + 1e-5) + largest * info.eps + info.smallest_normal * info.eps / 2
+        half_a_scale = (scale / scale.max()).square().mean().sqrt() * scale.max() / 2
+        return half_a_scale * (1 + 1e-5) + largest_of_samples(array) * info.eps + info.smallest_normal * info.eps / 2

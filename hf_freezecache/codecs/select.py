@@ -1,4 +1,4 @@
-"""Hard selection: some channels, and some tokens of each sample, are kept; the rest becomes zero."""
+"""Hard selection keeps some channels, and some tokens of each sample; the rest becomes zero."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import (
     FLOATS,
@@ -22,14 +23,14 @@ __all__ = ["Select"]
 
 @dataclass(frozen=True)
 class Select(ArrayStep):
-    """Keeps the channels that a fit chose, and of each sample the patch tokens with the most energy in other channels.
+    """Keeps listed channels, and of each sample the patch tokens with the most energy in other channels.
 
-    For residuals of predicted views, where zero means "as predicted". Prefix tokens are kept.
+    It is for residuals of predicted views, where zero means "as predicted". Prefix tokens are kept.
 
     Attributes:
         channels: Channels that are kept for all tokens, in rising order.
-        tokens: Patch tokens that are kept of each sample, in all channels.
-        prefix_tokens: Leading tokens that are no patches.
+        tokens: Number of patch tokens that are kept of each sample, in all channels.
+        prefix_tokens: Number of leading tokens that are no patches.
     """
 
     name: ClassVar[str] = "select"
@@ -54,18 +55,18 @@ class Select(ArrayStep):
         if sorted(set(self.channels)) != list(self.channels):
             raise ValueError(f"channels must rise, got {self.channels!r}")
 
+    @override
     def configuration(self) -> dict[str, Any]:
-        """See base class."""
         return {**dataclasses.asdict(self), "channels": list(self.channels)}
 
+    @override
     def encoded_specs(self, spec: ArraySpec) -> dict[str, ArraySpec]:
-        """See base class: ``values`` of the same shape and dtype."""
         if len(spec.shape) != 3:
             raise ValueError(f"select takes (samples, tokens, hidden), got {spec.shape}")
         return {"values": spec}
 
+    @override
     def encode(self, array: Tensor) -> dict[str, Tensor]:
-        """See base class."""
         self.encoded_specs(ArraySpec(tuple(array.shape), array.dtype))
         check_finite(array)
         if self.channels and self.channels[-1] >= array.shape[2]:
@@ -74,20 +75,21 @@ class Select(ArrayStep):
         keep[:, : self.prefix_tokens] = True
         keep[..., list(self.channels)] = True
         patches = array[:, self.prefix_tokens :]
-        left = patches.float().masked_fill(keep[:, self.prefix_tokens :], 0).square().sum(2)
-        best = left.topk(min(self.tokens, left.shape[1]), dim=1).indices
+        energy = patches.float().masked_fill(keep[:, self.prefix_tokens :], 0).square().sum(2)
+        best = energy.topk(min(self.tokens, energy.shape[1]), dim=1).indices
         keep[:, self.prefix_tokens :][torch.arange(len(array))[:, None], best] = True
         return {"values": array.masked_fill(~keep, 0)}
 
+    @override
     def decode(self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None) -> Tensor:
-        """See base class."""
         return arrays["values"].to(dtype)
 
+    @override
     def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
-        """See base class."""
         return largest
 
+    @override
     def error_bound(self, array: Tensor) -> Tensor:
-        """See base class: the root-mean-square of what is left out."""
-        left = array.double() - self.encode(array)["values"].double()
-        return left.flatten(1).square().mean(1).sqrt()
+        """Return the root-mean-square of what is left out; (samples,), float64."""
+        left_out = array.double() - self.encode(array)["values"].double()
+        return left_out.flatten(1).square().mean(1).sqrt()

@@ -1,10 +1,9 @@
-"""Transform coding: decorrelate across channels and across the token grid, then round to one uniform step."""
+"""Transform coding: decorrelates across channels and across the token grid, then rounds to one uniform step size."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,70 +11,45 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .base import (
-    FLOATS,
-    INTEGERS,
-    ArraySpec,
-    ArrayStep,
-    largest_value,
-)
+from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep, check_tensors, digest, largest_of_samples, largest_value
+from .basis import fit_basis
 from .cast import check_finite
+from .dct import inverse_matrices, to_frequencies, to_positions
 
-__all__ = ["Transform", "dct_matrix", "digest", "frequency_order"]
+__all__ = ["Transform"]
 
 #: Quanta of the stored mean per step. The mean is known to both sides, so this costs no error, only residual variance:
 #: a quarter of a step leaves at most (1/8)**2 of a step squared.
 _MEAN_QUANTA = 4
-#: Smallest eigenvalue kept of the gradients' second moment, relative to the largest: bounds how unequal the weights are.
-_LEAST_WEIGHT = 1e-4
-#: Tokens up to which the DCT is undone by one matrix of all frequencies: more arithmetic than rows and columns apart, but in
-#: one product, which for 196 tokens takes half the time (measured on a CPU in bf16).
-_DENSE_TOKENS = 1024
-#: Step of ``codec="transform"`` when nobody asks for a rate or a distortion, in root-mean-square values of the centred states.
-DEFAULT_RELATIVE_STEP = 0.5
+#: Step size where nobody asks for a rate or a distortion, in units of the root-mean-square of the centred states.
+_DEFAULT_RELATIVE_STEP_SIZE = 0.5
+#: Largest integer that is stored.
 _LARGEST = 32767
 #: Samples whose largest value is within this many steps are not decoded again to check the bound: some 400 products of that
 #: size summed in fp32 are wrong by at most 128 * 400 * 6e-8 = 0.003 steps.
 _ORDINARY = 128
 
 
-def dct_matrix(size: int) -> Tensor:
-    """Return the orthonormal DCT-II, (size, size) float64; row ``u`` is the ``u``-th cosine.
-
-    Source: Ahmed, Natarajan and Rao, "Discrete Cosine Transform", 1974; with the usual orthonormal scaling.
-    """
-    position = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi * (2 * position[None] + 1) * position[:, None] / (2 * size)) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix
-
-
-def frequency_order(height: int, width: int) -> Tensor:
-    """Return the positions of a (height, width) grid of frequencies from low to high, (height * width,) int64."""
-    rows = torch.arange(height, dtype=torch.float64)[:, None] / height
-    columns = torch.arange(width, dtype=torch.float64)[None] / width
-    return torch.argsort((rows.square() + columns.square()).flatten(), stable=True)
-
-
 @dataclass(frozen=True)
 class Transform(ArrayStep):
-    """Mean per token position removed, basis across channels, DCT over the token grid, one step; prefix tokens in fp16.
+    """Removes the mean per token position, applies a basis across channels and a DCT over the token grid, and rounds.
 
     With patch tokens ``x`` (tokens, hidden), mean ``m``, basis ``B`` (hidden, hidden) and orthonormal 2-D DCT ``C``, the
     stored integers are ``round(C (x - m) B^-T / step)``. ``B`` is ``W^-1 V``: ``W`` weighs directions, and the columns of
     ``V`` are the principal axes of ``W (x - m)``. Unweighted, ``B`` is orthonormal up to the rounding of its storage
     (8 bits; the encoder inverts what is stored), so the error of the coefficients is the error of the states.
 
-    A token whose coefficients might outgrow 16 bits is stored as it is, and so is a prefix token beyond fp16: nothing is
-    clipped.
+    Prefix tokens are stored in fp16. A token whose coefficients might outgrow 16 bits is stored as it is, and so is a prefix
+    token beyond fp16: nothing is clipped.
 
     Attributes:
-        step: Step in the units of the (weighted) states. ``None`` until fitted: half the root-mean-square of the centred
-            states.
+        step: Step size in the units of the (weighted) states. ``None`` lets ``fit`` choose half the root-mean-square of the
+            centred states.
         gradient_weight: ``W`` is the second moment of the loss gradients to the power of half this number, scaled to a
-            mean eigenvalue of 1. 0: all directions alike. 0.5: the square root of the second moment is the metric.
-        prefix_tokens: Leading tokens that are no patches. Set by ``fit``.
+            mean eigenvalue of 1. With 0 all directions count alike. With 0.5 the square root of the second moment is the metric.
+        prefix_tokens: Number of leading tokens that are no patches. Set by ``fit``.
         grid: (height, width) of the patches; (1, tokens) if they form no known grid, then there is no DCT. Set by ``fit``.
         state: SHA-256 of the fitted tensors. Set by ``fit``.
         basis: (hidden, hidden) int8, columns in units of ``scale``. Set by ``fit``.
@@ -86,6 +60,7 @@ class Transform(ArrayStep):
     name: ClassVar[str] = "transform"
     takes: ClassVar[frozenset[str]] = frozenset({FLOATS})
     gives: ClassVar[str] = INTEGERS
+    has_step_size: ClassVar[bool] = True
     step: float | None = None
     gradient_weight: float = 0.0
     prefix_tokens: int = 0
@@ -118,19 +93,30 @@ class Transform(ArrayStep):
         if tensors and (self.grid is None or digest(tensors) != self.state):
             raise ValueError("the fitted tensors are not those that the configuration names")
 
+    @override
     def configuration(self) -> dict[str, Any]:
-        """See base class."""
         stored = super().configuration()
         return {**stored, "grid": None if self.grid is None else list(self.grid)}
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
-        """Return ``basis``, ``scale`` and ``mean``, or nothing before ``fit``."""
         if self.basis is None or self.scale is None or self.mean is None:
             return {}
         return {"basis": self.basis, "scale": self.scale, "mean": self.mean}
 
     # ---- Fitting ----
 
+    @property
+    @override
+    def needs_fit(self) -> bool:
+        return self.basis is None
+
+    @property
+    @override
+    def needs_gradients(self) -> bool:
+        return self.gradient_weight > 0
+
+    @override
     def fit(
         self,
         sample: Tensor,
@@ -139,20 +125,10 @@ class Transform(ArrayStep):
         gradients: Tensor | None = None,
         rotate: bool = True,
     ) -> Transform:
-        """Fit mean and basis, and the step if there is none.
+        """Fit mean and basis, and the step size if there is none; see ``ArrayStep.fit``.
 
         A sample smaller than the hidden size, and constant channels, are fine: directions without variance get a basis
-        vector like all others.
-
-        Args:
-            sample: (samples, tokens, hidden), float, on the CPU.
-            prefix_tokens: Leading tokens that are no patches.
-            grid: (height, width) of the patches, if they form a grid.
-            gradients: Of the loss, like ``sample``; needed if ``gradient_weight`` is not 0.
-            rotate: Whether components are principal axes, or the channels themselves.
-
-        Returns:
-            The fitted step.
+        vector like all others. With ``rotate=False`` the components are the channels themselves, not principal axes.
 
         Raises:
             ValueError: Fewer than two samples, NaN or infinite values, a grid that does not fit, or no gradients.
@@ -161,57 +137,47 @@ class Transform(ArrayStep):
             raise ValueError(
                 f"a basis is fitted on at least 2 samples of (tokens, hidden), got a sample of shape {tuple(sample.shape)}"
             )
-        tokens, hidden = sample.shape[1] - prefix_tokens, sample.shape[2]
+        tokens = sample.shape[1] - prefix_tokens
         grid = grid or (1, tokens)
         if tokens < 1 or math.prod(grid) != tokens:
             raise ValueError(
                 f"{sample.shape[1]} tokens with {prefix_tokens} prefix tokens do not form a grid of {grid[0]} x {grid[1]}"
             )
         check_finite(sample)
-        patches = sample[:, prefix_tokens:].double()
-        mean = patches.mean(0)
-        centred = (patches - mean).reshape(-1, hidden)
-        covariance = centred.T @ centred / len(centred)
-        weights = torch.eye(hidden, dtype=torch.float64)
-        if self.gradient_weight:
-            if gradients is None:
-                raise ValueError(f"gradient_weight={self.gradient_weight} needs gradients")
-            check_finite(gradients)
-            weights = _weights(gradients[:, prefix_tokens:].double().reshape(-1, hidden), self.gradient_weight)
-        basis = torch.eye(hidden, dtype=torch.float64)
-        if rotate:
-            _, axes = torch.linalg.eigh(weights @ covariance @ weights)
-            basis = torch.linalg.solve(weights, axes.flip(1))
-        # Eigenvectors have no sign; one of them makes the fit repeatable.
-        basis = basis * torch.sign(basis.gather(0, basis.abs().argmax(0, keepdim=True)))
-        scale = (basis.abs().amax(0) / 127).float()
-        stored = torch.round(basis / scale).to(torch.int8).contiguous()
+        patch_gradients = None if gradients is None else gradients[:, prefix_tokens:]
+        basis = fit_basis(sample[:, prefix_tokens:], patch_gradients, self.gradient_weight, rotate)
         step = self.step
         if step is None:
-            spread = float(((centred @ weights) ** 2).mean().sqrt())
-            step = DEFAULT_RELATIVE_STEP * (spread or float(mean.abs().max()) or 1.0)
-        blank = torch.zeros(0, dtype=torch.int32)
+            step = _DEFAULT_RELATIVE_STEP_SIZE * (basis.spread or float(basis.mean.abs().max()) or 1.0)
+        # The mean comes last: it is stored in units of the step size and goes through the basis as it is stored.
+        columns, scale, no_mean = basis.columns, basis.scale, torch.zeros(0, dtype=torch.int32)
         fitted = dataclasses.replace(
             self,
             step=step,
             prefix_tokens=prefix_tokens,
             grid=grid,
-            basis=stored,
+            state=digest({"basis": columns, "scale": scale, "mean": no_mean}),
+            basis=columns,
             scale=scale,
-            mean=blank,
-            state=digest({"basis": stored, "scale": scale, "mean": blank}),
+            mean=no_mean,
         )
-        return fitted._with_mean(mean)
+        return fitted._with_mean(basis.mean)
 
-    def with_step(self, step: float) -> Transform:
-        """Return the same fit with another step.
+    @property
+    @override
+    def step_size(self) -> float | None:
+        return self.step
+
+    @override
+    def with_step_size(self, step_size: float) -> Transform:
+        """Return the same fit with another step size.
 
         Raises:
-            ValueError: Not a positive number, or not fitted.
+            ValueError: The step size is not a positive number or too fine for the mean, or nothing has been fitted.
         """
         self._check_fitted()
         mean = self._mean_tokens(torch.float64, torch.device("cpu"))
-        return dataclasses.replace(self, step=step)._with_mean(mean)
+        return dataclasses.replace(self, step=step_size)._with_mean(mean)
 
     def _with_mean(self, mean: Tensor) -> Transform:
         assert self.step is not None
@@ -238,36 +204,17 @@ class Transform(ArrayStep):
     def _inverse(self) -> Tensor:
         return torch.linalg.inv(self._basis(torch.float64, torch.device("cpu")))
 
-    def _grids(self) -> tuple[int, int]:
+    @property
+    def _grid(self) -> tuple[int, int]:
         assert self.grid is not None
         return self.grid
 
     def _forward(self, centred: Tensor) -> Tensor:
         """(samples, tokens, hidden) -> coefficients (samples, hidden, tokens) from low to high frequency."""
-        return self._spectrum(self._inverse.to(centred.dtype) @ centred.transpose(1, 2))
-
-    def _spectrum(self, components: Tensor) -> Tensor:
-        """Components (samples, hidden, tokens) -> coefficients, from low to high frequency."""
-        height, width = self._grids()
-        if height == 1:
-            return components
-        grid = components.reshape(*components.shape[:2], height, width)
-        rows, columns = dct_matrix(height).to(components.dtype), dct_matrix(width).to(components.dtype)
-        return (rows @ grid @ columns.T).flatten(2)[:, :, frequency_order(height, width)]
-
-    def _waves(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """Return what undoes the DCT: nothing without a grid, else one matrix, else rows, columns and inverse order."""
-        height, width = self._grids()
-        if height == 1:
-            return ()
-        order = frequency_order(height, width)
-        rows, columns = dct_matrix(height), dct_matrix(width)
-        if height * width <= _DENSE_TOKENS:
-            return (torch.kron(rows, columns)[order].to(device, dtype),)
-        return rows.to(device, dtype), columns.to(device, dtype), torch.argsort(order).to(device)
+        return to_frequencies(self._inverse.to(centred.dtype) @ centred.transpose(1, 2), self._grid)
 
     def _constants(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """Return mean of the tokens, basis times step, and waves."""
+        """Return the mean of the tokens, the basis times the step size, and the inverse matrices of the DCT."""
         key = (dtype, device)
         if key not in self._cached_constants:
             assert self.step is not None
@@ -276,7 +223,7 @@ class Transform(ArrayStep):
             self._cached_constants[key] = (
                 self._mean_tokens(exact, device).to(dtype),
                 (self._basis(exact, device) * self.step).to(dtype),
-                *self._waves(dtype, device),
+                *inverse_matrices(self._grid, dtype, device),
             )
         return self._cached_constants[key]
 
@@ -285,19 +232,12 @@ class Transform(ArrayStep):
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave derived tensors behind when copied into a worker process."""
+        """Return the state without derived tensors, which a worker process computes anew."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_cached_constants", "_inverse")}
 
-    def _backward(self, coefficients: Tensor, basis: Tensor, *waves: Tensor) -> Tensor:
+    def _backward(self, coefficients: Tensor, basis: Tensor, *matrices: Tensor) -> Tensor:
         """Coefficients (samples, hidden, tokens) -> (samples, tokens, hidden), in the dtype of the basis."""
-        if len(waves) == 1:
-            coefficients = coefficients.to(basis.dtype) @ waves[0]
-        elif waves:
-            rows, columns, order = waves
-            ordered = coefficients.index_select(2, order).to(basis.dtype)
-            grid = ordered.reshape(*ordered.shape[:2], *self._grids())
-            coefficients = (rows.T @ (grid @ columns)).flatten(2)
-        return coefficients.to(basis.dtype).transpose(1, 2) @ basis.T
+        return to_positions(coefficients, self._grid, basis.dtype, *matrices).transpose(1, 2) @ basis.T
 
     def _mean_tokens(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(tokens, hidden)."""
@@ -305,12 +245,14 @@ class Transform(ArrayStep):
         assert self.step is not None
         wide = torch.promote_types(dtype, torch.float32)
         coefficients = self.mean.to(device, wide).T[None] * (self.step / _MEAN_QUANTA)
-        return self._backward(coefficients, self._basis(wide, device), *self._waves(wide, device))[0].to(dtype)
+        matrices = inverse_matrices(self._grid, wide, device)
+        return self._backward(coefficients, self._basis(wide, device), *matrices)[0].to(dtype)
 
     # ---- The codec ----
 
+    @override
     def encoded_specs(self, spec: ArraySpec) -> dict[str, ArraySpec]:
-        """See base class.
+        """Return the specs of four arrays.
 
         ``values`` (samples, hidden, patches) int16; ``prefix`` (samples, prefix tokens, hidden) fp16; ``exact_index``
         (tokens stored as they are, 1) int32, and ``exact`` (the same, hidden) in the dtype of the states.
@@ -331,27 +273,22 @@ class Transform(ArrayStep):
             "exact": ArraySpec((samples * tokens, hidden), spec.dtype, ragged=True),
         }
 
+    @override
     def check(self, tokens: int, hidden: int) -> None:
-        """See base class."""
         self._check_fitted()
-        height, width = self._grids()
+        height, width = self._grid
         patches = height * width
         # Matrices of the DCT take the square of a side: no more than the states themselves, some times over.
         if self.prefix_tokens + patches != tokens or (height > 1 and max(height, width) ** 2 > 4 * patches * hidden):
             raise ValueError(
                 f"{self.prefix_tokens} prefix tokens and a grid of {height} x {width} make no {tokens} tokens"
             )
-        shapes = {
-            "basis": ((hidden, hidden), torch.int8),
-            "scale": ((hidden,), torch.float32),
-            "mean": ((patches, hidden), torch.int32),
+        specs = {
+            "basis": ArraySpec((hidden, hidden), torch.int8),
+            "scale": ArraySpec((hidden,), torch.float32),
+            "mean": ArraySpec((patches, hidden), torch.int32),
         }
-        tensors = self.tensors()
-        for name, (shape, dtype) in shapes.items():
-            tensor = tensors.get(name)
-            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
-                raise ValueError(f"the transform's {name} is {found}, expected {(shape, dtype)}")
+        check_tensors("the transform", self.tensors(), specs)
         # Not finite, or so large that fp32 arithmetic would overflow on the largest integers.
         if not self._peak(_LARGEST + 1, hidden) < torch.finfo(torch.float32).max:
             raise ValueError("the transform's scale, step or mean is not finite, or far too large")
@@ -367,17 +304,17 @@ class Transform(ArrayStep):
     def _peak(self, largest: float, hidden: int) -> float:
         # By Cauchy and Schwarz: the DCT keeps the length of a sample's coefficients.
         longest, mean = self._lengths
-        return 1.01 * (longest * largest * math.sqrt(math.prod(self._grids()) * hidden) + mean)
+        return 1.01 * (longest * largest * math.sqrt(math.prod(self._grid) * hidden) + mean)
 
+    @override
     def abs_bound(self, arrays: Mapping[str, Tensor], largest: float) -> float:
-        """See base class."""
         bounds = [self._peak(largest, arrays["prefix"].shape[2]), largest_value(arrays["prefix"])]
         if "exact" in arrays:
             bounds.append(largest_value(arrays["exact"]))
         return math.nan if any(math.isnan(bound) for bound in bounds) else max(bounds)
 
+    @override
     def encode(self, array: Tensor) -> dict[str, Tensor]:
-        """See base class."""
         self.encoded_specs(ArraySpec(tuple(array.shape), array.dtype))
         check_finite(array)
         assert self.step is not None
@@ -393,7 +330,9 @@ class Transform(ArrayStep):
         exact[:, : self.prefix_tokens] = ~torch.isfinite(prefix).all(2)
         exact[:, self.prefix_tokens :] = ~fits
         prefix = prefix.masked_fill(exact[:, : self.prefix_tokens, None], 0)
-        values = torch.round(self._spectrum(components.masked_fill(~fits[:, None], 0)) / self.step).to(torch.int16)
+        values = torch.round(to_frequencies(components.masked_fill(~fits[:, None], 0), self._grid) / self.step).to(
+            torch.int16
+        )
         # What arithmetic lost of extreme inputs (1e30 beside 1) must not break the bound, nor values round to infinity. In
         # ordinary samples it stays below the hundredth of the bound that is kept for it.
         peak = torch.finfo(array.dtype).max / 4
@@ -401,10 +340,10 @@ class Transform(ArrayStep):
         reach = extreme.to(wide).clamp_min(float(mean.abs().max()))
         check = ((reach > _ORDINARY * self.step) | (extreme > peak)).nonzero()[:, 0]
         if len(check):
-            given, skip = array[check, self.prefix_tokens :], exact[check, self.prefix_tokens :]
+            states, skip = array[check, self.prefix_tokens :], exact[check, self.prefix_tokens :]
             decoded = (self._backward(values[check], *maps) + mean).to(array.dtype).to(wide)
             skip = skip | ~torch.isfinite(decoded).all(2)
-            error = (decoded - given.to(wide)).masked_fill(skip[..., None], 0)
+            error = (decoded - states.to(wide)).masked_fill(skip[..., None], 0)
             excess = ~(error.double().square().mean((1, 2)).sqrt() <= self.error_bound(array[check]))
             exact[check, self.prefix_tokens :] = skip | excess[:, None]
         index = exact.flatten().nonzero()
@@ -415,8 +354,15 @@ class Transform(ArrayStep):
             "exact": array.reshape(-1, array.shape[-1])[index[:, 0]],
         }
 
+    @override
     def collatable(self, arrays: dict[str, Tensor], spec: ArraySpec) -> dict[str, Tensor]:
-        """See base class. Where no token of the chunk is stored as it is, those two arrays are left out."""
+        """Return ``values``, ``prefix``, and ``exact`` and ``is_exact`` if any token of the chunk is stored as it is.
+
+        ``exact`` is (samples, tokens, hidden) in the dtype of the states, and ``is_exact`` (samples, tokens) bool.
+
+        Raises:
+            ValueError: Places and tokens are not equally many, or a place lies outside the chunk.
+        """
         index, exact = arrays["exact_index"][:, 0].long(), arrays["exact"]
         samples, tokens, hidden = spec.shape
         if len(index) != len(exact) or (len(index) and not (index.min() >= 0 and index.max() < samples * tokens)):
@@ -430,8 +376,8 @@ class Transform(ArrayStep):
             collated["is_exact"] = mask.reshape(samples, tokens)
         return collated
 
+    @override
     def decode(self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None) -> Tensor:
-        """See base class."""
         values, prefix = arrays["values"], arrays["prefix"]
         wide = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
         mean, *maps = self._constants(wide, values.device)
@@ -447,34 +393,15 @@ class Transform(ArrayStep):
     def _gain(self) -> float:
         return float(torch.linalg.matrix_norm(self._basis(torch.float64, torch.device("cpu")), 2))
 
+    @override
     def error_bound(self, array: Tensor) -> Tensor:
-        """See base class: half a step times the largest singular value of the basis, plus 1% for arithmetic, and the rounding
-        of the result.
+        """Return the bound of each sample, (samples,), float64.
 
-        Coefficients are wrong by at most half a step; the DCT keeps root-mean-square values, and the basis stretches them
+        It is half a step size times the largest singular value of the basis, plus 1% for arithmetic, plus the rounding of
+        the result. Coefficients are wrong by at most half a step; the DCT keeps root-mean-square values, and the basis stretches them
         by at most its largest singular value. fp16 rounds prefix tokens to 11 bits.
         """
         self._check_fitted()
         assert self.step is not None
-        largest = array.flatten(1).abs().amax(1).double() if array.numel() else torch.zeros(len(array)).double()
-        rounding = largest * (torch.finfo(array.dtype).eps + 2.0**-11) + 2.0**-25
+        rounding = largest_of_samples(array) * (torch.finfo(array.dtype).eps + 2.0**-11) + 2.0**-25
         return self.step / 2 * self._gain * 1.01 + rounding
-
-
-def _weights(gradients: Tensor, power: float) -> Tensor:
-    """Return the symmetric (hidden, hidden) weights of directions."""
-    moment = gradients.T @ gradients / len(gradients)
-    values, axes = torch.linalg.eigh(moment)
-    if float(values[-1]) <= 0:
-        raise ValueError("all gradients are zero: they cannot weigh directions; use gradient_weight=0")
-    values = values.clamp_min(float(values[-1]) * _LEAST_WEIGHT).pow(power / 2)
-    return (axes * (values / values.mean())) @ axes.T
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors with their names, dtypes and shapes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

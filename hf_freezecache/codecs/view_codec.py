@@ -10,20 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import (
-    Buffer,
-    Codec,
-)
+from .array_names import BASE, COPY, GEOMETRY, IS_COPY, join_groups, main_array, split_groups
+from .base import Buffer
+from .codec import Codec
 from .predictor import Predictor
+from .registry import codec_from_dict
 
-__all__ = [
-    "COPY",
-    "CopyCodec",
-    "ViewCodec",
-]
-
-#: Prefix of the names of a copy's arrays beside those of its base view.
-COPY = "copy."
+__all__ = ["CopyCodec", "ViewCodec"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +24,8 @@ class CopyCodec:
     """Encodes views beside the base view: directly, or as the residual of their prediction from the decoded base.
 
     Attributes:
-        codec: Of the residual, or of the view itself.
-        predictor: ``None``: views are stored directly, and decoded without their base.
+        codec: Codec of the residual, or of the view itself.
+        predictor: Predictor of views. ``None`` says that views are stored directly and decoded without their base view.
     """
 
     codec: Codec
@@ -44,37 +37,35 @@ class CopyCodec:
         return {"name": "copy", "configuration": {"codec": self.codec.to_dict(), "predictor": predictor}}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor], read_codec: Any) -> CopyCodec:
-        """Return what ``to_dict`` and ``tensors`` describe; ``read_codec`` is ``codecs.codec_from_dict``.
+    def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CopyCodec:
+        """Return the codec that ``to_dict`` and ``tensors`` describe.
 
         Raises:
-            ValueError: They describe no copy codec.
+            ValueError: They describe no codec of copies.
+            UnsupportedSetupError: As ``codec_from_dict``.
         """
         if data.get("name") != "copy":
             raise ValueError(f"expected the codec of copies, got {data.get('name')!r}")
         configuration = data["configuration"]
-        parts: dict[str, dict[str, Tensor]] = {"codec": {}, "predictor": {}}
-        for name, tensor in tensors.items():
-            part, own = name.split(".", 1)
-            parts[part][own] = tensor
-        codec = read_codec(configuration["codec"], parts["codec"])
+        groups = split_groups(tensors)
+        if not groups.keys() <= {"codec", "predictor"}:
+            raise ValueError(f"tensors of {sorted(groups)}, expected those of 'codec' and 'predictor'")
+        codec = codec_from_dict(configuration["codec"], groups.get("codec"))
         if configuration["predictor"] is None:
             return cls(codec)
-        settings: dict[str, Any] = {**configuration["predictor"], **parts["predictor"]}
+        settings: dict[str, Any] = {**configuration["predictor"], **groups.get("predictor", {})}
         predictor = Predictor(**settings)
         if not predictor.tensors():
             raise ValueError("the predictor of copies has no tensors")
         return cls(codec, predictor)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the fitted tensors of codec and predictor."""
-        own = {} if self.predictor is None else self.predictor.tensors()
-        return {f"codec.{name}": t for name, t in self.codec.tensors().items()} | {
-            f"predictor.{name}": t for name, t in own.items()
-        }
+        """Return the fitted tensors, as ``codec.<position>.<name>`` and ``predictor.<name>``."""
+        predictor = {} if self.predictor is None else self.predictor.tensors()
+        return join_groups({"codec": self.codec.tensors(), "predictor": predictor})
 
     def residual(self, views: Tensor, base: Tensor | None, geometry: Tensor | None) -> Tensor:
-        """Return what the codec encodes of views, (samples, tokens, hidden) in their dtype."""
+        """Return what the codec encodes in place of views, (samples, tokens, hidden) in their dtype; see ``encode``."""
         if self.predictor is None:
             return views
         assert base is not None
@@ -86,9 +77,9 @@ class CopyCodec:
         """Encode a chunk.
 
         Args:
-            views: (samples, tokens, hidden), on the CPU.
-            base: The base views as they are decoded, like ``views``; needed with a predictor.
-            geometry: (samples, 2, 5) of base and view; needed with a predictor.
+            views: Hidden states of the views, (samples, tokens, hidden), on the CPU.
+            base: Base views as they are decoded, like ``views``; needed with a predictor.
+            geometry: Geometries of base view and view, (samples, 2, 5); needed with a predictor.
 
         Raises:
             ValueError: As ``Codec.encode``.
@@ -103,12 +94,19 @@ class CopyCodec:
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Turn what ``codec.entropy_decode`` gave of views into hidden states, where it lies.
+        """Turn a batch of what ``codec.entropy_decode`` gave as ``COPY`` into hidden states, on the device where it lies.
+
+        Args:
+            arrays: Arrays of (batch, ...) by name.
+            base: Base views, (batch, tokens, hidden); needed with a predictor.
+            geometry: Geometries of base view and view, (batch, 2, 5); needed with a predictor.
+            dtype: As for ``Codec.dequantize``.
+            compute_dtype: As for ``Codec.dequantize``.
 
         Returns:
             (batch, tokens, hidden).
         """
-        states = self.codec.dequantize(arrays, dtype, compute_dtype)
+        states = self.codec.dequantize(arrays, dtype, compute_dtype, COPY)
         if self.predictor is None:
             return states
         assert base is not None
@@ -117,22 +115,15 @@ class CopyCodec:
         return (states.to(wide) + self.predictor(base.to(wide), geometry)).to(dtype)
 
 
-def _parts(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what a packed batch holds of copies, and of base views."""
-    copies = {name.removeprefix(COPY): array for name, array in arrays.items() if name.startswith(COPY)}
-    return copies, {n: a for n, a in arrays.items() if not n.startswith(COPY) and n not in ("geometry", "is_copy")}
-
-
 @dataclass(frozen=True)
 class ViewCodec:
-    """Decodes the views of a cache.
+    """Encodes and decodes the views of a cache.
 
-    A packed batch holds, by name: what ``base.entropy_decode`` gave of base views; under ``COPY`` what ``copies.codec.entropy_decode`` gave
-    of others; ``geometry`` (batch, 2, 5) where there is a predictor; ``is_copy`` (batch,) bool. What a sample does not have
-    is zero.
+    A packed batch holds arrays of base views, of copies, or of both, under the names of ``array_names``; with a predictor also
+    their geometries. An array that only some of the samples have is zero for the others.
 
     Attributes:
-        base: Codec of view 0, and of all views if there is no other.
+        base: Codec of view 0, and of all views if ``copies`` is ``None``.
         copies: Codec of the other views.
     """
 
@@ -178,14 +169,13 @@ class ViewCodec:
         Raises:
             ValueError: As ``Codec.entropy_decode``.
         """
-        arrays = self.codec(view).entropy_decode(frames, shape, dtype)
         if view == 0 or self.copies is None:
-            return arrays
-        copies = {COPY + name: array for name, array in arrays.items()}
-        return {**copies, "is_copy": torch.ones(int(shape[0]), dtype=torch.bool)}
+            return self.base.entropy_decode(frames, shape, dtype)
+        arrays = self.copies.codec.entropy_decode(frames, shape, dtype, COPY)
+        return {**arrays, IS_COPY: torch.ones(int(shape[0]), dtype=torch.bool)}
 
     def check(self, tokens: int, hidden: int) -> None:
-        """Check what was fitted against hidden states of (tokens, hidden); what a file holds may be anything.
+        """Check what was fitted against hidden states of (tokens, hidden); a file may hold anything.
 
         Raises:
             ValueError: It does not fit, or is not finite.
@@ -197,25 +187,23 @@ class ViewCodec:
                 self.copies.predictor.check(tokens, hidden)
 
     def abs_bound(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
-        """Return a bound of the absolute values that ``dequantize`` gives, cheaper than to restore; inf or NaN if it knows none."""
-        copies, own = _parts(arrays)
-        base = self.base.abs_bound(own, dtype) if own else 0.0
-        if not copies:
+        """Return a bound of the absolute values that ``dequantize`` gives; see ``Codec.abs_bound``."""
+        base = self.base.abs_bound(arrays, dtype) if main_array(BASE) in arrays else 0.0
+        if IS_COPY not in arrays:
             return base
         assert self.copies is not None
-        residual = self.copies.codec.abs_bound(copies, dtype)
+        residual = self.copies.codec.abs_bound(arrays, dtype, COPY)
         copy = residual + (self.copies.predictor.abs_bound(base) if self.copies.predictor is not None else 0.0)
-        # Of both: a packed batch may hold samples of either. ``max`` would pass over NaN.
+        # A packed batch may hold samples of both. ``max`` would pass over NaN.
         return copy if math.isnan(copy) else max(base, copy)
 
     def dequantize(
         self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> Tensor:
         """Turn a packed batch into hidden states, on the device where it lies; see ``Codec.dequantize``."""
-        copies, own = _parts(arrays)
-        if not copies:
-            return self.base.dequantize(own, dtype, compute_dtype)
+        if IS_COPY not in arrays:
+            return self.base.dequantize(arrays, dtype, compute_dtype)
         assert self.copies is not None
-        base = self.base.dequantize(own, dtype, compute_dtype) if own else None
-        states = self.copies.dequantize(copies, base, arrays.get("geometry"), dtype, compute_dtype)
-        return states if base is None else torch.where(arrays["is_copy"][:, None, None], states, base)
+        base = self.base.dequantize(arrays, dtype, compute_dtype) if main_array(BASE) in arrays else None
+        states = self.copies.dequantize(arrays, base, arrays.get(GEOMETRY), dtype, compute_dtype)
+        return states if base is None else torch.where(arrays[IS_COPY][:, None, None], states, base)

@@ -17,7 +17,6 @@ from ..cache.codec_state import CodecState
 from ..cache.reader import CacheReader
 from ..codecs import (
     Codec,
-    Pipeline,
     Transform,
     make_codec,
 )
@@ -33,7 +32,7 @@ from ..model.tokens import token_grid
 from .distortion import DistortionMeter
 from .step_search import Calibration, calibrate, fit_codec, rate_at
 
-__all__ = ["CodecChooser", "Runner", "Sample", "check_rows", "is_weighted", "promoted", "requested_codec"]
+__all__ = ["CodecChooser", "Runner", "Sample", "check_rows", "promoted", "requested_codec"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +51,8 @@ def requested_codec(config: CacheConfig, split_point: int) -> tuple[Codec, float
         UnsupportedSetupError: There is no such codec, ``bits_per_element`` cannot be read, or the codec has no step to choose.
     """
     codec = make_codec("transform" if config.codec == "auto" else config.codec or "lossless")
-    if config.gradient_weight and isinstance(codec, Pipeline):
-        codec = Pipeline(
+    if config.gradient_weight:
+        codec = Codec(
             tuple(
                 dataclasses.replace(step, gradient_weight=config.gradient_weight)
                 if isinstance(step, Transform) and not step.tensors()
@@ -63,19 +62,12 @@ def requested_codec(config: CacheConfig, split_point: int) -> tuple[Codec, float
         )
     if config.bits_per_element is None:
         return codec, config.max_distortion if config.codec == "auto" else None, None
-    steps = codec.steps if isinstance(codec, Pipeline) else ()
-    if not any(isinstance(step, Transform) for step in steps):
+    if not codec.has_step_size:
         raise UnsupportedSetupError(
             f"bits_per_element={config.bits_per_element!r} needs a codec with 'transform', whose step can be chosen; codec="
             f"{config.codec!r} has none. Set codec='auto' or 'transform', or remove bits_per_element."
         )
     return codec, None, rate_at(str(config.bits_per_element), split_point)
-
-
-def is_weighted(codec: Codec) -> bool:
-    """Say whether fitting a codec takes gradients."""
-    steps = codec.steps if isinstance(codec, Pipeline) else ()
-    return any(isinstance(step, Transform) and step.gradient_weight for step in steps)
 
 
 def check_rows(count: int) -> None:
@@ -178,7 +170,7 @@ class CodecChooser:
         meter = self.meter(split, sample, middle)
         requested, budget, rate = requested_codec(config, split.split_point)
         prefix_tokens, grid = self.token_grid(split, sample)
-        gradients = self.gradients(split, sample, meter) if is_weighted(requested) else None
+        gradients = self.gradients(split, sample, meter) if requested.needs_gradients else None
         settings: dict[str, Any] = {"chunk_size": config.chunk_size, "budget": budget, "target_bits": rate}
         codec = fit_codec(requested, sample.states[:middle], prefix_tokens, grid, gradients)
         num_fit = middle if codec is not requested else 0

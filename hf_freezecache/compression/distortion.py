@@ -1,4 +1,21 @@
-"""Measures how far decoded hidden states lead the suffix astray."""
+"""Distortion: how far decoded hidden states lead the suffix astray, measured on held-out images.
+
+There are two measures:
+
+``logits``
+    KL(exact logits || logits from decoded states), in nats per image.
+``features``
+    Mean squared error of the final features, each in units of its variance over the images.
+
+Where the head's predictions say something, the distortion is the larger of the two, under the name ``"logits and features"``.
+They do if their mutual information with the image is at least 0.5 nats, or half of what is possible with two classes. While the
+head is still random, and for outputs that are no logits of classes, the distortion is ``"features"`` alone. Features that are
+the same for all images are left out. If all are, the squared relative error of the states takes their place, as ``"states"``.
+
+The two differ by a factor of 0.9 to 2.1 for the ImageNet head of DeiT-Tiny on Imagenette, at split points 3 to 11 and step sizes
+from a quarter to 1.6 standard deviations, so one budget serves for either. A head of few classes that was trained for an epoch
+is far less demanding: its KL alone would accept states that are half noise, of which a suffix still in training may have use.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +38,20 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 class DistortionMeter:
-    """Measures how far decoded states lead the suffix astray.
+    """Measures the distortion of decoded states.
 
     Args:
-        exact: (samples, tokens, hidden), the exact states of the images to measure on.
+        exact: Exact states of the images to measure on, (samples, tokens, hidden).
         outputs: Runs the suffix.
-        classes: Whether the outputs are logits of exclusive classes; if not, features are measured.
+        classes: Whether the outputs are logits of exclusive classes. If not, only features are measured.
+
+    Attributes:
+        measure: ``"logits and features"``, ``"features"``, or the same with ``"states"``.
+        uses_logits: Whether logits count.
+        information: Mutual information of predictions and images, in nats.
+
+    Raises:
+        DataError: The outputs of the exact states are NaN or infinite.
     """
 
     def __init__(self, exact: Tensor, outputs: Outputs, classes: bool = True) -> None:

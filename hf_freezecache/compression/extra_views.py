@@ -6,41 +6,20 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 
 from ..cache.codec_state import CodecState
 from ..cache.reader import CacheReader
-from ..codecs import (
-    Codec,
-    CopyCodec,
-    Pack,
-    Pipeline,
-    Predictor,
-    Select,
-    Transform,
-    Zstd,
-    make_codec,
-)
+from ..codecs import Codec, CopyCodec, Pack, Predictor, Select, Transform, Zstd, make_codec
 from ..config import CacheConfig
-from ..data.image_transform import ImageTransform
-from ..data.views import ViewDataset
 from ..model.split import Split
-from .base_view import (
-    CodecChooser,
-    Sample,
-    is_weighted,
-    requested_codec,
-)
+from .base_view import CodecChooser, requested_codec
 from .distortion import DistortionMeter
-from .sensitivity import (
-    Sensitivity,
-    measure_sensitivity,
-)
 from .step_search import Calibration, calibrate, fit_codec, roundtrip
 
 __all__ = ["choose_copies", "keeps_copies"]
@@ -48,33 +27,32 @@ __all__ = ["choose_copies", "keeps_copies"]
 logger = logging.getLogger(__name__)
 
 #: Pull towards the identity, and whether channels mix, of the predictors that are tried. Measured on DeiT-Tiny: least squares
-#: over all channels needs the fewest bits at split points 3 and 6, half the way to the identity at 9 and 11.
+#: over all channels needs the fewest bits at split points 3 and 6; half the way to the identity does at 9 and 11.
 _PREDICTORS = ((0.0, True), (0.5, True), (0.5, False))
-#: Images on which single augmentations are measured: half of them to fit, half to measure.
-_SENSITIVITY_IMAGES = 64
-#: Settings of the share of channels and tokens that a search of a hard selection tries: to 1/64.
+#: Shares of channels and tokens that a search for a hard selection tries; the last is found to 1/64.
 _SHARE_TRIALS = 6
 #: Share of the first view's bits that the others take together by default: calibration measures on a sample.
 _TOGETHER = 0.97
-#: Stored beside each view of a row: geometry, sample index, labels, and its row of the index. Measured: 62 with 200 rows in one
-#: shard, fewer with more.
+#: Bytes stored beside each view of a row: geometry, sample index, labels, and its row of the index. Measured: 62 with 200 rows
+#: in one shard, fewer with more.
 _ROW_BYTES = 62
-#: Step of a hard selection over that of the direct codec: rounding then spends a quarter of what the budget allows for.
-_SELECTED_STEP = 0.5
+#: Step size of a hard selection over that of the direct codec: rounding then spends a quarter of what the budget allows for.
+_SELECTED_STEP_SIZE = 0.5
 
 
 @dataclass(frozen=True)
 class _Views:
-    """What the codec of copies is chosen on: the first half to fit, the second to measure.
+    """Samples that the codec of copies is chosen on: the first half to fit, the second to measure.
 
     Attributes:
-        base: (samples, tokens, hidden), base views as they are decoded.
-        given: The same of the other views, as the cache will be given them: from the images, or from an earlier cache.
-        geometry: (samples, 2, 5).
+        base: Base views as they are decoded, (samples, tokens, hidden).
+        states: The other views as the cache will encode them, (samples, tokens, hidden): computed from the images, or from an
+            earlier cache.
+        geometry: Geometries of base view and view, (samples, 2, 5).
     """
 
     base: Tensor
-    given: Tensor
+    states: Tensor
     geometry: Tensor
 
     @property
@@ -107,14 +85,14 @@ def choose_copies(
     """Fit and calibrate the codec of views beyond the first.
 
     Args:
-        chooser: That of the base view.
+        chooser: The chooser of the base view's codec.
         split: The split.
         base: The codec of the base view.
         source: The earlier cache that the states come from; ``None`` if they come from the images.
 
     Returns:
-        Codec, and report: that of ``Calibration``, with ``storage`` ("direct", "residual" or "sensitive"), what was measured
-        of the others that were tried, and ``sensitivity``.
+        The codec, and the report of its ``Calibration`` with two more entries: ``storage`` ("direct", "residual" or
+        "sensitive"), and ``tried``, what was measured of each kind of storage.
 
     Raises:
         UnsupportedSetupError: The states cannot be encoded as asked.
@@ -122,17 +100,17 @@ def choose_copies(
     started = time.perf_counter()
     config = chooser.config
     base_sample, sample = (chooser.calibration_sample(split, copies=copies) for copies in (False, True))
-    given = (base_sample.states, sample.states)
+    base_states, states = base_sample.states, sample.states
     if source is not None:
-        given = (chooser.promoted(split, source, base_sample), chooser.promoted(split, source, sample))
-    decoded, _ = roundtrip(base.codec, given[0], config.chunk_size)
-    views = _Views(decoded, given[1], torch.stack([base_sample.geometry, sample.geometry], 1))
+        base_states, states = (chooser.promoted(split, source, views) for views in (base_sample, sample))
+    decoded, _ = roundtrip(base.codec, base_states, config.chunk_size)
+    views = _Views(decoded, states, torch.stack([base_sample.geometry, sample.geometry], 1))
     meter = chooser.meter(split, sample, sample.middle)
     prefix_tokens, grid = chooser.token_grid(split, sample)
     budget, rate = _budgets(config, base.calibration, sample.states, len(chooser.data.views))
     if source is not None and budget is not None:
         # No step can undo what the earlier cache lost: spend as much again.
-        asked, (alone, _) = budget, meter(given[1][sample.middle :])
+        asked, (alone, _) = budget, meter(states[sample.middle :])
         budget = max(budget, 2 * alone)
         if budget > asked:
             logger.warning(
@@ -144,9 +122,9 @@ def choose_copies(
                 budget,
             )
     requested, _, _ = requested_codec(config, split.split_point)
-    if not (isinstance(requested, Pipeline) and any(isinstance(step, Transform) for step in requested.steps)):
+    if not requested.has_step_size:
         requested = make_codec("transform")
-    gradients = chooser.gradients(split, sample, meter) if is_weighted(requested) else None
+    gradients = chooser.gradients(split, sample, meter) if requested.needs_gradients else None
 
     search = _Search(views, meter, requested, prefix_tokens, grid, gradients, config.chunk_size, budget, rate)
     direct = search.direct()
@@ -167,9 +145,9 @@ def choose_copies(
         ):
             chosen = tried["sensitive"] = selected
     else:
-        found = search.selected(direct, search.residual(direct))
-        assert found is not None
-        chosen = tried["sensitive"] = found
+        selected = search.selected(direct, search.residual(direct))
+        assert selected is not None
+        chosen = tried["sensitive"] = selected
 
     report = chosen.report.to_dict()
     report["storage"] = chosen.storage
@@ -177,20 +155,11 @@ def choose_copies(
         name: {"bits_per_element": choice.report.bits_per_element, "distortion": choice.report.distortion}
         for name, choice in tried.items()
     }
-    sensitivity = measure_sensitivity(
-        base_sample.states,
-        sample.states,
-        views.geometry,
-        prefix_tokens,
-        grid,
-        _by_augmentation(chooser, split, base_sample, prefix_tokens, grid),
-    )
-    report["sensitivity"] = sensitivity.to_dict()
     if source is not None:
         report["source"] = f"cache of split point {source.index.split_point}"
     logger.info(
         "Calibrated copies in %.1f s at split point %d: %s, %.2f bits per element at a distortion of %.3g (%s); stored directly "
-        "%.2f at %.3g; similarity to what the base view predicts %.2f.",
+        "%.2f at %.3g.",
         time.perf_counter() - started,
         split.split_point,
         chosen.storage,
@@ -199,7 +168,6 @@ def choose_copies(
         f"budget {budget:g}" if budget is not None else f"budget {rate:g} bits",
         direct.report.bits_per_element,
         direct.report.distortion,
-        sensitivity.overall,
     )
     return CodecState(chosen.codec, report)
 
@@ -263,59 +231,61 @@ class _Search:
         )
 
     def direct(self) -> _Choice:
-        """Store views as the base view is stored, with a fit and a step of their own."""
-        middle, given = self.views.middle, self.views.given
-        codec = fit_codec(self.requested, given[:middle], self.prefix_tokens, self.grid, self.gradients)
-        codec, report = self._calibrate(codec, given[middle:], None, fallback=True)
+        """Store views as the base view is stored, with a fit and a step size for them alone."""
+        middle, states = self.views.middle, self.views.states
+        codec = fit_codec(self.requested, states[:middle], self.prefix_tokens, self.grid, self.gradients)
+        codec, report = self._calibrate(codec, states[middle:], None, fallback=True)
         return _Choice("direct", CopyCodec(codec), report)
 
     def _predicted(self, predictor: Predictor) -> tuple[Tensor, Tensor]:
         """Return residuals and predictions of all views."""
         views = self.views
-        residuals = CopyCodec(self.requested, predictor).residual(views.given, views.base, views.geometry)
+        residuals = CopyCodec(self.requested, predictor).residual(views.states, views.base, views.geometry)
         return residuals, predictor(views.base.float(), views.geometry).to(residuals.dtype)
 
     def residual(self, direct: _Choice) -> _Choice:
         """Store residuals, with the predictor that serves best."""
         views, middle = self.views, self.views.middle
-        step = _step(direct.codec.codec)
-        found: list[_Choice] = []
+        step_size = direct.codec.codec.step_size
+        choices: list[_Choice] = []
         for pull, full in _PREDICTORS:
             predictor = Predictor(pull, full, self.prefix_tokens, self.grid)
-            predictor = predictor.fit(views.base[:middle], views.geometry[:middle], views.given[:middle])
+            predictor = predictor.fit(views.base[:middle], views.geometry[:middle], views.states[:middle])
             residuals, predicted = self._predicted(predictor)
             codec = fit_codec(self.requested, residuals[:middle], self.prefix_tokens, self.grid, self.gradients)
-            # From the step of the direct codec on, it does not take many trials.
-            codec = codec if step is None else _with_step(codec, step)
+            # From the step size of the direct codec on, it does not take many trials; where it is too fine, from another.
+            if step_size is not None:
+                with suppress(ValueError):
+                    codec = codec.with_step_size(step_size)
             codec, report = self._calibrate(codec, residuals[middle:], predicted[middle:], fallback=False)
             logger.debug("Predictor with pull %g, full %s: %s", pull, full, report)
-            found.append(_Choice("residual", CopyCodec(codec, predictor), report))
-        return min(found, key=lambda choice: _cost(choice.report, self.budget))
+            choices.append(_Choice("residual", CopyCodec(codec, predictor), report))
+        return min(choices, key=lambda choice: _cost(choice.report, self.budget))
 
     def selected(self, direct: _Choice, residual: _Choice, within: Calibration | None = None) -> _Choice | None:
         """Store residuals of the least similar channels and tokens, the rest as predicted.
 
         Args:
-            direct: Gives the step.
-            residual: Gives the predictor.
-            within: What is to be beaten; ``None``: a choice is made in any case.
+            direct: The choice whose step size is a guide.
+            residual: The choice whose predictor is used.
+            within: Calibration that must be beaten. ``None`` says that a choice is made in any case.
         """
         views, middle = self.views, self.views.middle
         assert residual.codec.predictor is not None
         predictor = residual.codec.predictor
         residuals, predicted = self._predicted(predictor)
-        patches = views.given[:middle, self.prefix_tokens :].double()
-        left = residuals[:middle, self.prefix_tokens :].double().square().mean((0, 1))
-        similarity = 1 - left / (patches - patches.mean(0)).square().mean((0, 1)).clamp_min(1e-30)
+        patches = views.states[:middle, self.prefix_tokens :].double()
+        error = residuals[:middle, self.prefix_tokens :].double().square().mean((0, 1))
+        similarity = 1 - error / (patches - patches.mean(0)).square().mean((0, 1)).clamp_min(1e-30)
         ranking = torch.argsort(similarity, stable=True)
-        step = _step(direct.codec.codec)
-        plain = Transform(step=None if step is None else step * _SELECTED_STEP)
+        step_size = direct.codec.codec.step_size
+        plain = Transform(step=None if step_size is None else step_size * _SELECTED_STEP_SIZE)
         plain = plain.fit(residuals[:middle], self.prefix_tokens, rotate=False)
 
-        def build(share: float) -> Pipeline:
+        def build(share: float) -> Codec:
             channels = sorted(ranking[: round(share * len(ranking))].tolist())
             select = Select(tuple(channels), round(share * patches.shape[1]), self.prefix_tokens)
-            return Pipeline((select, plain, Pack(), Zstd(matches="skip")))
+            return Codec((select, plain, Pack(), Zstd(matches="skip")))
 
         def bits(share: float) -> float:
             return roundtrip(build(share), residuals[middle:], self.chunk_size)[1]
@@ -357,8 +327,7 @@ class _Search:
 
 
 def _bisect(holds: Callable[[float], bool], *, largest: bool) -> float:
-    """Return the largest share in [0, 1] for which a condition holds that fails from some share on, or the smallest from
-    which on it holds."""
+    """Return the largest share in [0, 1] for which ``holds`` is true, or the smallest; ``holds`` changes its mind once."""
     low, high = 0.0, 1.0
     if largest and holds(1.0):
         return 1.0
@@ -369,42 +338,3 @@ def _bisect(holds: Callable[[float], bool], *, largest: bool) -> float:
         else:
             high = share
     return low if largest else high
-
-
-def _step(codec: Codec) -> float | None:
-    steps = codec.steps if isinstance(codec, Pipeline) else ()
-    return next((step.step for step in steps if isinstance(step, Transform)), None)
-
-
-def _with_step(codec: Codec, step: float) -> Codec:
-    assert isinstance(codec, Pipeline)
-    try:
-        return Pipeline(tuple(s.with_step(step) if isinstance(s, Transform) else s for s in codec.steps))
-    except ValueError:  # too fine for the mean
-        return codec
-
-
-def _by_augmentation(
-    chooser: CodecChooser, split: Split, base: Sample, prefix_tokens: int, grid: tuple[int, int]
-) -> dict[str, float]:
-    """Measure the similarity of views with one augmentation alone, where the transform can be taken apart."""
-    data = chooser.data
-    train, evaluation = data.transforms
-    if train is None and isinstance(data.dataset, datasets.Dataset):
-        train = (data.dataset.format or {}).get("format_kwargs", {}).get("transform")
-        evaluation = train
-    count = min(_SENSITIVITY_IMAGES, len(base.keys))
-    if not isinstance(train, ImageTransform) or evaluation is train or count < 4:
-        return {}
-    names = train.augmentations
-    found: dict[str, float] = {}
-    for name in names:
-        views = ViewDataset(data.views.dataset, data.views.seed, train.only(name), evaluation)
-        keys = [(row, 1) for row, _ in base.keys[:count]]
-        sample = chooser.sample(split, keys, views)
-        geometry = torch.stack([base.geometry[:count], sample.geometry], 1)
-        sensitivity: Sensitivity = measure_sensitivity(
-            base.states[:count], sample.states, geometry, prefix_tokens, grid
-        )
-        found[name] = sensitivity.overall
-    return found

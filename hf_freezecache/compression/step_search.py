@@ -1,21 +1,6 @@
 """Finds the cheapest codec setting that meets a distortion budget, or a rate, at one split point.
 
-Half of the calibration images fit the codec, the other half measure how far decoded states lead the suffix astray:
-
-``logits``
-    KL(exact logits || logits from decoded states), nats per image.
-``features``
-    Mean squared error of the final features, each in units of its variance over the images.
-
-Where the head's predictions say something (their mutual information with the image is at least 0.5 nats, or half of what is
-possible with two classes), the larger of the two is the distortion, under the name ``"logits and features"``; while the head is
-still random, and for outputs that are no logits of classes, it is ``"features"`` alone. Features that are the same for all
-images are left out; if all are, the squared relative error of the states takes their place, as ``"states"``.
-
-Why both: for the ImageNet head of DeiT-Tiny on Imagenette the two differ by a factor of 0.9 to 2.1 at split points 3 to 11 and
-steps from a quarter to 1.6 standard deviations, so one budget serves for either. A head of few classes that was trained for
-an epoch is far less demanding: its KL alone would accept states that are half noise, of which a suffix still in training
-may have use.
+Half of the calibration images fit the codec, the other half measure its distortion; see ``distortion``.
 """
 
 from __future__ import annotations
@@ -30,24 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import (
-    PRESETS,
-    Codec,
-    Pipeline,
-    Transform,
-)
-from ..errors import (
-    UnsupportedSetupError,
-)
+from ..codecs import PRESETS, Codec
+from ..errors import UnsupportedSetupError
 from .distortion import DistortionMeter
 
 __all__ = ["Calibration", "calibrate", "fit_codec", "rate_at", "roundtrip"]
 
 logger = logging.getLogger(__name__)
 
-
+#: Step sizes that one search tries at most.
 _MAX_TRIALS = 10
-#: Rate above which int8 is tried too.
+#: Bits per element above which int8 is tried too.
 _INT8_BITS = 6.0
 #: The search ends when this share of the budget is used.
 _CLOSE = 0.9
@@ -55,24 +33,24 @@ _CLOSE = 0.9
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a codec was chosen for, and what it was measured to cost, on images that it was not fitted on.
+    """What a codec was chosen for, and what it was measured to cost on images that it was not fitted on.
 
     Attributes:
         chosen_by: ``"distortion"``, ``"rate"`` or ``"user"``.
-        measure: ``"logits and features"``, ``"features"``, or the same with ``"states"``, see module.
+        measure: What the distortion is one of; see ``DistortionMeter.measure``.
         budget: The distortion asked for, or ``None``.
         target_bits: The bits per element asked for, or ``None``.
-        distortion: What was measured, nats per image or the unit of the features.
+        distortion: The distortion that was measured.
         agreement: Share of images whose largest output stays the same; ``None`` for a single output.
         relative_error: Root-mean-square error of the decoded states over the root-mean-square of the exact ones.
         worst_error: The largest such ratio of any single image.
-        bits_per_element: Of the encoded samples, without what is stored once per cache.
-        num_fit: Images that the codec was fitted on; 0 if it has nothing to fit.
-        num_test: Images that it was measured on.
-        trials: Settings that were tried.
+        bits_per_element: Bits per element of the encoded samples, without what is stored once per cache.
+        num_fit: Number of images that the codec was fitted on; 0 if it has nothing to fit.
+        num_test: Number of images that it was measured on.
+        trials: Number of settings that were tried.
         source: Where the states come from: ``"images"``, or ``"cache of split point k"``.
-        sources: Distortion and relative error of all sources that were compared, after the new codec; of an earlier cache
-            that already exceeds the budget, before it.
+        sources: Distortion and relative error of each source that was compared, with the new codec applied. For an earlier
+            cache that exceeds the budget by itself they are without it.
     """
 
     chosen_by: str
@@ -91,19 +69,8 @@ class Calibration:
     sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
+        """Return the attributes as JSON can hold them."""
         return dataclasses.asdict(self)
-
-
-def _transform(codec: Codec) -> Transform | None:
-    if isinstance(codec, Pipeline):
-        return next((step for step in codec.steps if isinstance(step, Transform)), None)
-    return None
-
-
-def _replace(codec: Codec, fitted: Transform) -> Codec:
-    assert isinstance(codec, Pipeline)
-    return Pipeline(tuple(fitted if isinstance(step, Transform) else step for step in codec.steps))
 
 
 def fit_codec(
@@ -113,36 +80,33 @@ def fit_codec(
     grid: tuple[int, int],
     gradients: Tensor | None = None,
 ) -> Codec:
-    """Fit what there is to fit in a codec; codecs without anything to fit are returned as they are.
+    """Fit a codec as ``Codec.fit`` does, and turn its errors into ours.
 
     Args:
-        codec: The codec.
+        codec: The codec; it is returned as it is if nothing in it needs to be fitted.
         sample: (samples, tokens, hidden).
-        prefix_tokens: Leading tokens that are no patches.
+        prefix_tokens: Number of leading tokens that are no patches.
         grid: (height, width) of the patches.
-        gradients: Like ``sample``; needed by a transform with ``gradient_weight``.
+        gradients: Gradients of the loss, like ``sample``; needed if ``codec.needs_gradients``.
 
     Raises:
         UnsupportedSetupError: The sample cannot be fitted; the message says why.
     """
-    step = _transform(codec)
-    if step is None or step.tensors():
-        return codec
     try:
-        return _replace(codec, step.fit(sample, prefix_tokens, grid, gradients))
+        return codec.fit(sample, prefix_tokens, grid, gradients)
     except ValueError as error:
         raise UnsupportedSetupError(f"The codec could not be fitted: {error}.") from error
 
 
 def roundtrip(codec: Codec, states: Tensor, chunk_size: int) -> tuple[Tensor, float]:
-    """Return decoded states, and bits per element."""
-    decoded, stored = [], 0
+    """Encode states chunk by chunk; return the decoded states, and bits per element."""
+    decoded, stored_bytes = [], 0
     for start in range(0, len(states), chunk_size):
         chunk = states[start : start + chunk_size]
         frames = codec.encode(chunk)
-        stored += sum(map(len, frames))
+        stored_bytes += sum(map(len, frames))
         decoded.append(codec.decode(frames, chunk.shape, chunk.dtype))
-    return torch.cat(decoded), 8 * stored / max(states.numel(), 1)
+    return torch.cat(decoded), 8 * stored_bytes / max(states.numel(), 1)
 
 
 @dataclass(frozen=True)
@@ -167,34 +131,34 @@ def calibrate(
     fallback: bool = True,
     offset: Tensor | None = None,
 ) -> tuple[Codec, Calibration]:
-    """Choose the step of a fitted codec, and measure it.
+    """Choose the step size of a fitted codec, and measure it.
 
-    With ``budget`` the largest step is sought whose distortion is within it. Where that takes more than 6 bits per element, or
-    no step is fine enough, int8 is tried as well, and lossless if int8 is too coarse. With ``target_bits`` the smallest step
-    is sought that needs no more. With neither, the codec is only measured.
+    With ``budget`` the search is for the largest step size whose distortion is within it. Where that takes more than 6 bits
+    per element, or no step size is fine enough, int8 is tried as well, and lossless is the answer if int8 is too coarse. With
+    ``target_bits`` the search is for the smallest step size that needs no more. With neither, the codec is only measured.
 
     Args:
-        codec: Fitted.
-        meter: Made from the exact states of images that the codec was not fitted on.
-        num_fit: Images that it was fitted on, for the report.
+        codec: The fitted codec.
+        meter: Meter made from the exact states of images that the codec was not fitted on.
+        num_fit: Number of images that the codec was fitted on, for the report.
         chunk_size: Samples per chunk, on which the rate depends.
-        states: What is to be encoded in place of the exact states: those from an earlier lossy cache.
-        budget: Distortion, see ``Calibration``.
-        target_bits: Bits per element of the encoded samples.
-        offset: Added to what is decoded: what was predicted of the states, if ``states`` are residuals.
-        fallback: Whether lossless may be the answer; if not, the finest setting that was tried is, though over budget.
+        states: States to encode in place of the exact ones, e.g. those from an earlier lossy cache.
+        budget: Largest distortion.
+        target_bits: Largest number of bits per element of the encoded samples.
+        offset: What is added after decoding: the predicted states, if ``states`` are residuals.
+        fallback: Whether lossless may be the answer. If not, the finest setting that was tried is, though over budget.
 
     Returns:
         The codec to use, and the report.
 
     Raises:
-        UnsupportedSetupError: The states cannot be encoded, or a step was asked for of a codec that has none.
+        UnsupportedSetupError: The states cannot be encoded, or the codec has no step size to choose.
     """
-    given = meter.exact if states is None else states
+    states = meter.exact if states is None else states
     trials: list[_Trial] = []
 
     def attempt(candidate: Codec) -> _Trial:
-        decoded, bits = roundtrip(candidate, given, chunk_size)
+        decoded, bits = roundtrip(candidate, states, chunk_size)
         decoded = decoded if offset is None else decoded + offset
         trial = _Trial(candidate, *meter(decoded), meter.relative_error(decoded), meter.worst_error(decoded), bits)
         logger.debug("Calibration: %s", trial)
@@ -227,13 +191,6 @@ def calibrate(
     return best.codec, report
 
 
-def _step(codec: Codec) -> Transform:
-    step = _transform(codec)
-    if step is None or step.step is None:
-        raise UnsupportedSetupError("A rate or a distortion can be sought for pipelines with 'transform' only.")
-    return step
-
-
 def _search(
     codec: Codec,
     attempt: Callable[[Codec], _Trial],
@@ -242,26 +199,32 @@ def _search(
     *,
     coarser_is_worse: bool,
 ) -> list[_Trial]:
-    """Try steps; return the trials within the target.
+    """Try step sizes; return the trials within the target.
 
     Args:
-        codec: Fitted, with a step to begin at.
+        codec: The fitted codec, with a step size to begin at.
         attempt: Encodes and measures.
-        share: Share of the target that a trial uses; it is within the target up to 1.
-        octaves: Binary logarithm of the factor by which the step should change to use the middle of what ends the search.
-        coarser_is_worse: Whether a larger step uses more of the target, or less.
+        share: Returns the share of the target that a trial uses; up to 1 it is within the target.
+        octaves: Returns the binary logarithm of the factor by which the step size should change to end the search.
+        coarser_is_worse: Whether a larger step size uses more of the target, or less.
+
+    Raises:
+        UnsupportedSetupError: The codec has no step size.
     """
-    transform = _step(codec)
-    assert transform.step is not None
+    if codec.step_size is None:
+        raise UnsupportedSetupError(
+            "The codec has no step size that could be chosen for a rate or a distortion. Use codec='auto', or a pipeline with a "
+            "step that has one, such as 'transform'."
+        )
     good: list[_Trial] = []
-    start = position = math.log2(transform.step)
+    start = position = math.log2(codec.step_size)
     low, high = -math.inf, math.inf
     for _ in range(_MAX_TRIALS):
         try:
-            candidate = transform.with_step(2.0**position)
-        except ValueError:  # too fine for the mean
+            candidate = codec.with_step_size(2.0**position)
+        except ValueError:  # too fine
             break
-        trial = attempt(_replace(codec, candidate))
+        trial = attempt(candidate)
         used = share(trial)
         if used <= 1:
             good.append(trial)
@@ -290,7 +253,7 @@ def _by_distortion(
         codec,
         attempt,
         lambda trial: trial.distortion / budget,
-        # Distortion grows with the square of the step, until it saturates.
+        # Distortion grows with the square of the step size, until it saturates.
         lambda trial: (
             0.5 * math.log2(aim / trial.distortion)
             if 0 < trial.distortion < math.inf
@@ -298,7 +261,7 @@ def _by_distortion(
         ),
         coarser_is_worse=True,
     )
-    # A channel's own step cannot beat a basis at rates below int8's, some 6.5 bits.
+    # One scale per channel cannot beat a basis at rates below int8's, some 6.5 bits.
     if not good or min(trial.bits for trial in good) > _INT8_BITS:
         int8 = attempt(PRESETS["int8"])
         good += [int8] if int8.distortion <= budget else []
@@ -320,7 +283,7 @@ def _by_rate(codec: Codec, target_bits: float, attempt: Callable[[Codec], _Trial
         codec,
         attempt,
         lambda trial: trial.bits / target_bits,
-        # An octave of the step saves a bit where there are several, and less where there are few.
+        # An octave of the step size saves a bit where there are several, and less where there are few.
         lambda trial: (trial.bits - aim) / min(1.0, max(trial.bits, 0.2)),
         coarser_is_worse=False,
     )

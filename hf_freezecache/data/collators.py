@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs.array_names import is_packed
 from ..errors import DataError
 from .geometry import GEOMETRY_NAME
 from .views import ViewKey
 
-__all__ = ["PACKED", "CheckedCollator", "Collator", "check_label_values", "collate_cached", "split_packed"]
+__all__ = ["CheckedCollator", "Collator", "check_label_values", "collate_cached", "split_packed"]
 
 #: Turns a list of examples into a batch: a dict of tensors (batch, ...).
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -97,10 +98,6 @@ def check_label_values(batch: Mapping[str, Any], label_names: Sequence[str] | No
                 )
 
 
-#: Prefix of the names of what ``Codec.entropy_decode`` gave, in items and batches.
-PACKED = "packed."
-
-
 def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples of a cache into a batch: ``hidden_states`` (batch, tokens, hidden), labels and other extras.
 
@@ -116,5 +113,5 @@ def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def split_packed(batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what ``ViewCodec.dequantize`` takes of a batch, and the rest of the batch."""
-    packed = {name.removeprefix(PACKED): value for name, value in batch.items() if name.startswith(PACKED)}
-    return packed, {name: value for name, value in batch.items() if not name.startswith(PACKED)}
+    packed = {name: value for name, value in batch.items() if is_packed(name)}
+    return packed, {name: value for name, value in batch.items() if not is_packed(name)}

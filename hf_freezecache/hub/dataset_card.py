@@ -19,7 +19,7 @@ from ..cache.index import (
     CacheIndex,
     table_name,
 )
-from ..codecs import DTYPES
+from ..codecs import DTYPES, codec_from_dict
 from ..report.text import (
     codec_words,
     distortion_words,
@@ -177,7 +177,7 @@ def _facts(index: CacheIndex, provenance: Provenance) -> dict[str, str]:
         "codec": codec_words(index.codec),
         "distortion": distortion_words(index.calibration) if index.calibration else "exact",
     }
-    if index.codec["name"] != "lossless" and not index.calibration:
+    if not codec_from_dict(index.codec).lossless and not index.calibration:
         rows["distortion"] = "not measured"
     if index.copies is not None and index.copies_calibration is not None:
         rows["codec of further views"] = codec_words(index.copies["configuration"].get("codec", index.copies))

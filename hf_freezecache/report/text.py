@@ -65,8 +65,12 @@ def points(name: str, difference: float) -> str:
 
 def codec_words(codec: dict[str, Any]) -> str:
     """Return a codec, ``{"name", "configuration"}``, in one line."""
+    from ..codecs import PRESETS  # here, since it imports torch
+
+    if codec == PRESETS["lossless"].to_dict():
+        return "lossless"
     words = []
-    for step in codec["configuration"]["steps"] if codec["name"] == "pipeline" else [codec]:
+    for step in codec["configuration"]["steps"]:
         settings = ", ".join(
             f"{name} {f'({len(value)} of them)' if isinstance(value, list) and len(value) > 4 else value}"
             for name, value in step["configuration"].items()

@@ -24,9 +24,10 @@ from ..cache.lock import SINGLE_PROCESS, build_lock, os_errors_as_cache_errors
 from ..cache.reader import CacheReader
 from ..cache.shard_writer import CachePlan, cache_name
 from ..cache.writer import BuildReport, build_cache
+from ..codecs.array_names import is_packed
 from ..compression.base_view import CodecChooser, check_rows, promoted, requested_codec
 from ..config import CacheConfig
-from ..data.collators import PACKED, CheckedCollator, collate_cached, split_packed
+from ..data.collators import CheckedCollator, collate_cached, split_packed
 from ..data.geometry import GEOMETRY_NAME
 from ..dataset import CachedDataset
 from ..distributed.process_group import ProcessGroup
@@ -346,7 +347,7 @@ class StageCache:
             batch_size=chooser.batch_size,
             num_workers=self.num_workers if source is None else 0,
             prefix_inputs=data.prefix_inputs,
-            is_input=lambda name: name == "pixel_values" or name.startswith(PACKED),
+            is_input=lambda name: name == "pixel_values" or is_packed(name),
             show_progress=self.show_progress,
             processes=self.process_group,
             lock_timeout=self.config.lock_timeout,

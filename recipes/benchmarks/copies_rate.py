@@ -10,6 +10,8 @@ Views: ``crop``, a random resized crop of .35 to 1 of the area and a flip in hal
 the views count but the fitted state. With ``weight`` the basis of both ways weighs directions by the gradient.
 
 Last, what calibration promises: a step chosen for the KL on the second part is measured on the third.
+
+With ``--plot`` a picture is drawn of what augmentation moves: how much of ``crop`` the first view predicts, by channel and token.
 """
 
 from __future__ import annotations
@@ -25,30 +27,32 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from hf_freezecache.report.sensitivity_plot import draw_sensitivity
 from record import save
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from hf_freezecache.codecs import (
+    Codec,
     CopyCodec,
     Pack,
-    Pipeline,
     Predictor,
     Transform,
     Zstd,
 )
 from hf_freezecache.codecs.predictor import WHOLE
+from hf_freezecache.compression.sensitivity import measure_sensitivity
 from hf_freezecache.compression.step_search import roundtrip
 from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.model.split import Split
 
 GRID, PREFIX, CHUNK = (14, 14), 1, 32
-#: As ``hf_freezecache.copying`` tries them: pull, and whether channels mix.
+#: As ``hf_freezecache.compression.extra_views`` tries them: pull, and whether channels mix.
 PREDICTORS = ((0.0, True), (0.5, True), (0.5, False))
 
 
-def codec(transform: Transform) -> Pipeline:
-    return Pipeline((transform, Pack(), Zstd(matches="skip")))
+def codec(transform: Transform) -> Codec:
+    return Codec((transform, Pack(), Zstd(matches="skip")))
 
 
 class Suffix:
@@ -86,7 +90,7 @@ def search(
     assert transform.step is not None
     position, tried = math.log2(transform.step), []
     for _ in range(9):
-        decoded, bits = roundtrip(codec(transform.with_step(2**position)), given, CHUNK)
+        decoded, bits = roundtrip(codec(transform.with_step_size(2**position)), given, CHUNK)
         found = max(kl(decoded + offset), 1e-9)
         tried.append((math.log(found), bits, position))
         if abs(math.log2(found / target)) < 0.04:
@@ -116,11 +120,11 @@ def compare(
         predictor = Predictor(pull, full, PREFIX, GRID).fit(base[first], place[first], view[first])
         residual, predicted = CopyCodec(codec(direct), predictor).residual(view, base, place), predictor(base, place)
         transform = fit(residual)
-        own_step, bits = search(transform.with_step(step), residual[second], predicted[second], chosen_on, target)
+        own_step, bits = search(transform.with_step_size(step), residual[second], predicted[second], chosen_on, target)
         if best is None or bits < best[0]:
             best = (bits, own_step, transform, residual, predicted, pull, full)
     _, own_step, transform, residual, predicted, pull, full = best
-    own = transform.with_step(own_step)
+    own = transform.with_step_size(own_step)
     _, residual_bits = search(own, residual[third], predicted[third], measured_on, target)
     promised, _ = roundtrip(codec(own), residual[third], CHUNK)
     left = residual[third][:, PREFIX:].square().sum()
@@ -146,6 +150,7 @@ def main() -> None:
     parser.add_argument("--bases", default="exact,0.002", help="KL of the first views that predict; exact: lossless.")
     parser.add_argument("--kl", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="PNG to draw.")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     rows = datasets.load_dataset("parquet", data_files={"test": f"{args.data}/test.parquet"})["test"]
@@ -172,7 +177,24 @@ def main() -> None:
         for name, batch in pixels.items():
             parts = [model(pixel_values=part, output_hidden_states=True).hidden_states for part in batch.split(CHUNK)]
             states[name] = tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
-    for split_point in map(int, args.split_points.split(",")):
+    split_points = [int(split_point) for split_point in args.split_points.split(",")]
+    if args.plot:
+        measured = []
+        for split_point in split_points:
+            flip, crop = (
+                partial(
+                    measure_sensitivity,
+                    states["base"][split_point],
+                    states[name][split_point],
+                    geometry[name],
+                    PREFIX,
+                    GRID,
+                )
+                for name in ("flip", "crop")
+            )
+            measured.append((split_point, crop({"flip": flip().overall})))
+        draw_sensitivity(measured, args.plot)
+    for split_point in split_points:
         suffix = Suffix(model, split_point)
         for distortion in args.bases.split(","):
             base = states["base"][split_point]
@@ -180,7 +202,7 @@ def main() -> None:
                 fitted = Transform().fit(base[first], PREFIX, GRID)
                 kl = partial(suffix.kl, suffix.logs(base[second]))
                 step, _ = search(fitted, base[second], 0.0, kl, float(distortion))
-                base, _ = roundtrip(codec(fitted.with_step(step)), base, CHUNK)
+                base, _ = roundtrip(codec(fitted.with_step_size(step)), base, CHUNK)
             for name in moving:
                 view, place = states[name][split_point], geometry[name]
                 for weight in map(float, args.weights.split(",")):
@@ -199,7 +221,7 @@ def main() -> None:
                         f"{found['kl_of_unseen_images']:.4f}",
                         flush=True,
                     )
-        config = {name: str(value) for name, value in vars(args).items() if name != "json"}
+        config = {name: str(value) for name, value in vars(args).items() if name not in ("json", "plot")}
         config |= {"model": Path(args.model).name, "data": Path(args.data).name}
         save(args.json, "copies_rate", config, results)
 

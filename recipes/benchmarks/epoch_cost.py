@@ -47,6 +47,7 @@ from hf_freezecache.codecs import (
     Codec,
     make_codec,
 )
+from hf_freezecache.codecs.array_names import is_packed
 from hf_freezecache.compression.distortion import DistortionMeter
 from hf_freezecache.compression.step_search import calibrate, fit_codec
 from hf_freezecache.config import DEFAULT_MAX_DISTORTION
@@ -195,7 +196,7 @@ class Bench:
         self.model.train()
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         labels, hidden_states = batch["labels"], batch.get("hidden_states")
-        if "packed.values" in batch:
+        if any(is_packed(name) for name in batch):
             hidden_states = self.dequantize(batch)
         with self.autocast():
             if hidden_states is None:

@@ -44,7 +44,6 @@ from hf_freezecache import split_model
 from hf_freezecache.codecs import (
     Codec,
     Pack,
-    Pipeline,
     Planes,
     Quantize,
     Transform,
@@ -309,7 +308,7 @@ def run(bench: Bench, missing: Sequence[str]) -> dict[str, Any]:
 
     def transform_maker(step: Transform) -> Callable[[float], Coder]:
         def make(knob: float) -> Coder:
-            codec = make_codec((step.with_step(knob), Pack(), Zstd(matches="skip")))
+            codec = make_codec((step.with_step_size(knob), Pack(), Zstd(matches="skip")))
             return of_library(codec, step=knob, gradient_weight=step.gradient_weight)
 
         return make
@@ -320,10 +319,10 @@ def run(bench: Bench, missing: Sequence[str]) -> dict[str, Any]:
         add_tuned(name, [transform_maker(step)], step.step)
 
     def naive(bits: int) -> Coder:
-        return of_library(Pipeline((Quantize(bits), Planes(), Zstd(3))), bits=bits)
+        return of_library(Codec((Quantize(bits), Planes(), Zstd(3))), bits=bits)
 
     def packed(bits: int) -> Coder:
-        return of_library(Pipeline((Quantize(bits), Pack(), Zstd(matches="skip"))), bits=bits)
+        return of_library(Codec((Quantize(bits), Pack(), Zstd(matches="skip"))), bits=bits)
 
     curves["int_naive"] = [bench.measure(naive(bits)) for bits in range(2, 9)]
     fits = [point for point in curves["int_naive"] if point["kl"] <= bench.args.target_kl]

@@ -41,10 +41,10 @@ from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs import (
     PRESETS,
     Codec,
-    Pipeline,
 )
+from hf_freezecache.codecs.array_names import BASE, COPY, IS_COPY, main_array, side_array
 from hf_freezecache.compression.step_search import fit_codec
-from hf_freezecache.data.collators import PACKED, collate_cached, split_packed
+from hf_freezecache.data.collators import collate_cached, split_packed
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import CacheCorruptError
 
@@ -77,14 +77,11 @@ def with_outlier(pixel_values: torch.Tensor) -> torch.Tensor:
     return states
 
 
-def fitted(seed: int = 0, step: float | None = None) -> Pipeline:
+def fitted(seed: int = 0, step: float | None = None) -> Codec:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(32, 1, 1, 2, generator=generator) * torch.tensor([8.0, 2000.0])
     codec = fit_codec(PRESETS["transform"], prefix(images), 1, GRID)
-    assert isinstance(codec, Pipeline)
-    if step is not None:
-        codec = Pipeline((codec.steps[0].with_step(step), *codec.steps[1:]))  # type: ignore[attr-defined]
-    return codec
+    return codec if step is None else codec.with_step_size(step)
 
 
 def plan_of(codec: Codec | None = None, **changes: Any) -> CachePlan:
@@ -104,7 +101,7 @@ def same_codec(a: Codec, b: Codec) -> bool:
 
 
 @pytest.fixture(scope="module")
-def codec() -> Pipeline:
+def codec() -> Codec:
     return fitted()
 
 
@@ -457,25 +454,28 @@ def test_packed_items_restore_to_the_decoded_ones(tmp_path, codec, states, prese
         expected = collate_cached(plain.__getitems__(batch))
         collated = collate_cached(packed.__getitems__(batch))
         arrays, extras = split_packed(collated)
-        assert {PACKED + name for name in arrays} | extras.keys() == collated.keys()
+        assert arrays.keys() | extras.keys() == collated.keys()
         restored = reader.codec.dequantize(arrays, reader.dtype)
         assert restored.dtype == expected["hidden_states"].dtype
         assert torch.equal(restored, expected.pop("hidden_states"))
         assert extras.keys() == expected.keys() == {"labels", "mask", "weights"}
         assert all(torch.equal(extras[name], expected[name]) for name in extras)
         if preset == "fitted":
-            assert ("0.exact" in arrays) == (states is with_outlier and any(row not in (0, 6) for row, _ in batch))
+            assert (side_array(BASE, 0, "exact") in arrays) == (
+                states is with_outlier and any(row not in (0, 6) for row, _ in batch)
+            )
             exact = torch.cat([states_of([row], view, states) for row, view in batch])
             assert torch.equal(restored.abs() > 1e19, exact.abs() > 1e19)
 
 
 def test_splitting_a_batch_keeps_what_is_not_packed() -> None:
     value, labels = torch.zeros(2, 3), torch.tensor([0, 1])
-    batch = {"packed.values": value, "packed.0.prefix": value, "labels": labels, "unpacked": value, "note": "text"}
+    main, side = main_array(BASE), side_array(COPY, 0, "prefix")
+    batch = {main: value, side: value, IS_COPY: value, "labels": labels, "unpacked": value, "note": "text"}
     packed, rest = split_packed(batch)
-    assert packed.keys() == {"values", "0.prefix"}
+    assert packed.keys() == {main, side, IS_COPY}
     assert rest.keys() == {"labels", "unpacked", "note"}
-    assert packed["values"] is value
+    assert packed[main] is value
     assert rest["labels"] is labels
     assert split_packed({"labels": labels})[0] == {}
 

@@ -18,7 +18,9 @@ from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.codecs import (
     PRESETS,
-    LosslessCodec,
+    Codec,
+    Planes,
+    Zstd,
 )
 from hf_freezecache.data.hashing import hash_dataset, hash_object
 from hf_freezecache.errors import (
@@ -96,7 +98,7 @@ def test_a_change_is_noticed_and_named(images, component, caplog) -> None:
 
 def test_a_change_of_codec_is_noticed_and_named(images, monkeypatch, caplog) -> None:
     cached_run(images)
-    monkeypatch.setitem(PRESETS, "lossless", LosslessCodec(level=3))
+    monkeypatch.setitem(PRESETS, "lossless", Codec((Planes(), Zstd(3))))
     assert cached_run(images) == 8
     assert "codec" in caplog.text.split("differs in: ")[1]
 

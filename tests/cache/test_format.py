@@ -199,7 +199,8 @@ def test_a_shard_is_a_safetensors_file_of_zstd_frames() -> None:
                 "fingerprint": tiny_cache.make_plan().fingerprint.digest,
                 "view": str(view),
                 "shard": str(shard),
-                "codec": '{"configuration": {"level": 1}, "name": "lossless"}',
+                "codec": '{"configuration": {"steps": [{"configuration": {}, "name": "planes"}, '
+                '{"configuration": {"level": 1, "matches": "search"}, "name": "zstd"}]}, "name": "pipeline"}',
                 "num_tokens": "2",
                 "hidden_shape": "[2, 3]",
                 "dtype": "F32",

@@ -15,7 +15,7 @@ import torch
 from support import hostile, independent_reader, tiny_cache
 
 from hf_freezecache.cache.reader import CacheReader
-from hf_freezecache.codecs import CODECS, PRESETS, Cast, Pack, Pipeline, Quantize, Zstd
+from hf_freezecache.codecs import PRESETS, STEPS, Cast, Codec, Pack, Quantize, Zstd
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -62,8 +62,8 @@ def test_a_cache_of_a_fitted_transform_is_read(sound) -> None:
 def test_caches_of_other_codecs_are_read(tmp_path, codec) -> None:
     """``zones``: enough positions for several ranges, and values for all classes and exceptions."""
     made = {
-        "zones": Pipeline((Quantize(8), Pack(3), Zstd())),
-        "cast then int8": Pipeline((Cast("F16"), Quantize(8), Pack(), Zstd())),
+        "zones": Codec((Quantize(8), Pack(3), Zstd())),
+        "cast then int8": Codec((Cast("F16"), Quantize(8), Pack(), Zstd())),
     }.get(codec) or PRESETS[codec]
 
     def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_the_document_names_every_key(sound) -> None:
 
 
 def test_the_document_names_every_step() -> None:
-    assert set(re.findall(r"^\*\*(\w+)\b", DOCUMENT.read_text(), re.M)) - {"Unknown"} == set(CODECS)
+    assert set(re.findall(r"^\*\*(\w+)\b", DOCUMENT.read_text(), re.M)) - {"Unknown"} == set(STEPS)
 
 
 def test_the_independent_reader_is_independent() -> None:

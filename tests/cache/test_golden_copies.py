@@ -16,7 +16,7 @@ from hf_freezecache.cache.index import COPIES_NAME, INDEX_NAME, shard_name, tabl
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.shard_file import read_shard_header
 from hf_freezecache.cache.verify import verify_cache
-from hf_freezecache.codecs.view_codec import COPY
+from hf_freezecache.codecs.array_names import COPY, IS_COPY
 from hf_freezecache.data.geometry import GEOMETRY_NAME
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v2-copies"
@@ -66,9 +66,7 @@ def test_the_golden_copies_hold_what_is_not_predicted(view) -> None:
     """By hand: true channels less (1, 1, 0) times what the base has at this place, less a quarter; the first token whole."""
     reader = CacheReader(GOLDEN_CACHE)
     packed = reader.entropy_decode_chunk(view, 0)
-    residual = reader.views.copies.codec.dequantize(
-        {name.removeprefix(COPY): array for name, array in packed.arrays.items() if name.startswith(COPY)}, reader.dtype
-    )
+    residual = reader.views.copies.codec.dequantize(packed.arrays, reader.dtype, view=COPY)
     for row, found in zip(ORDER[:2], residual.tolist(), strict=True):
         true = state(tiny_copies.patches(row, view))
         places = state(tiny_copies.moved(row, view))
@@ -77,7 +75,7 @@ def test_the_golden_copies_hold_what_is_not_predicted(view) -> None:
             (a, b, c), (x, y, _) = true[token], places[token]
             expected.append([a - x - 0.25, b - y - 0.25, c - 0.25])
         assert found == expected
-    assert packed.arrays["is_copy"].tolist() == [True, True]
+    assert packed.arrays[IS_COPY].tolist() == [True, True]
 
 
 def test_todays_writer_writes_the_golden_copies(tmp_path) -> None:

@@ -240,7 +240,7 @@ def test_inspect_prints_what_a_cache_holds(cache) -> None:
         "samples": "20 in 2 views",
         "images": "3 x 16 x 16",
         "hidden states": "17 tokens x 16, float32",
-        "codec": "lossless (level 1)",
+        "codec": "lossless",
         "shards": "4, up to 2 chunks of 8 samples",
         "size": f"({size:,} bytes)",
         "per element": f"{8 * size / (20 * 2 * 17 * 16):.2f} bits",

@@ -14,6 +14,7 @@ from hf_freezecache.codecs import (
     Codec,
     codec_from_dict,
 )
+from hf_freezecache.codecs.array_names import BASE, main_array, side_array
 from hf_freezecache.codecs.entropy import decompress_frame
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
@@ -85,5 +86,8 @@ def test_todays_code_makes_the_same_frames(name) -> None:
 def test_the_frames_hold_every_kind_of_array() -> None:
     """Tokens that are kept as they are, and a prefix token."""
     unpacked = load_file(GOLDEN / "transform" / "unpacked.safetensors")
-    assert unpacked.keys() == {"values", "0.prefix", "0.exact", "0.is_exact"}
-    assert unpacked["0.is_exact"].nonzero().tolist() == [[1, 4], [2, 0]]
+    assert unpacked.keys() == {
+        main_array(BASE),
+        *(side_array(BASE, 0, name) for name in ("prefix", "exact", "is_exact")),
+    }
+    assert unpacked[side_array(BASE, 0, "is_exact")].nonzero().tolist() == [[1, 4], [2, 0]]

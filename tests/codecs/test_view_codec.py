@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_freezecache.codecs import (
+    PRESETS,
     Codec,
     CopyCodec,
-    LosslessCodec,
     Pack,
-    Pipeline,
     Predictor,
     Select,
     Transform,
@@ -25,13 +24,14 @@ from hf_freezecache.codecs import (
     codec_from_dict,
     make_codec,
 )
+from hf_freezecache.codecs.array_names import GEOMETRY
 from hf_freezecache.codecs.base import ArraySpec
 from hf_freezecache.codecs.predictor import WHOLE, move_tokens
 from hf_freezecache.compression.step_search import (
     fit_codec,
     roundtrip,
 )
-from hf_freezecache.data.collators import PACKED, collate_cached, split_packed
+from hf_freezecache.data.collators import collate_cached, split_packed
 from hf_freezecache.errors import UnsupportedSetupError
 
 GRID, PREFIX, HIDDEN = (4, 4), 1, 6
@@ -227,11 +227,11 @@ def test_a_base_that_says_nothing_predicts_nothing_and_costs_nothing(full) -> No
     assert float((predictor.gains * predictor.scale).abs().max()) < 0.1
     transform = make_codec("transform")
     direct = fit_codec(transform, views[:400], PREFIX, GRID)
-    step = direct.steps[0].step
+    step = direct.step_size
     copies = CopyCodec(transform, predictor)
     residual = copies.residual(views, base, geometry)
     own = fit_codec(transform, residual[:400], PREFIX, GRID)
-    own = Pipeline((own.steps[0].with_step(step), *own.steps[1:]))
+    own = own.with_step_size(step)
     _, bits = roundtrip(direct, views[400:], 100)
     _, residual_bits = roundtrip(own, residual[400:], 100)
     assert residual_bits == pytest.approx(bits, rel=0.02)
@@ -277,10 +277,10 @@ def copy_codec(kind: str, dtype: torch.dtype = torch.float32, step: float = 0.1)
     predictor = None
     if kind != "direct":
         predictor = Predictor(0.0, True, PREFIX, GRID).fit(base, geometry, views)
-    residual = CopyCodec(LosslessCodec(), predictor).residual(views, base, geometry)
+    residual = CopyCodec(PRESETS["lossless"], predictor).residual(views, base, geometry)
     transform = Transform(step=step).fit(residual, PREFIX, GRID, rotate=kind != "selected")
     first = (Select((1, 4), 3, PREFIX),) if kind == "selected" else ()
-    return CopyCodec(Pipeline((*first, transform, Pack(), Zstd(matches="skip"))), predictor)
+    return CopyCodec(Codec((*first, transform, Pack(), Zstd(matches="skip"))), predictor)
 
 
 def base_codec(name: str) -> Codec:
@@ -299,7 +299,7 @@ def packed_chunk(codec: ViewCodec, base: Tensor, geometry: Tensor, views: Tensor
     frames = codec.encode(view, views, decoded(codec.base, base), geometry)
     arrays = codec.entropy_decode(view, frames, views.shape, views.dtype)
     if codec.needs_base(view):
-        arrays = {**codec.entropy_decode(0, base_frames, base.shape, base.dtype), **arrays, "geometry": geometry}
+        arrays = {**codec.entropy_decode(0, base_frames, base.shape, base.dtype), **arrays, GEOMETRY: geometry}
     return arrays
 
 
@@ -333,14 +333,14 @@ def test_what_the_predictor_knows_need_not_be_stored() -> None:
 
 def selection(channels: tuple[int, ...], tokens: int, step: float = 1e-3) -> CopyCodec:
     fine = copy_codec("selected", step=step)
-    return dataclasses.replace(fine, codec=Pipeline((Select(channels, tokens, PREFIX), *fine.codec.steps[1:])))
+    return dataclasses.replace(fine, codec=Codec((Select(channels, tokens, PREFIX), *fine.codec.steps[1:])))
 
 
 def test_nothing_selected_decodes_to_the_prediction_and_never_to_tokens_of_the_base() -> None:
     """No splice of two views: what is not stored is predicted, at the place of the view."""
     base, geometry, views = related(12, seed=20)
     copies = selection((), 0)
-    codec = ViewCodec(LosslessCodec(), copies)
+    codec = ViewCodec(PRESETS["lossless"], copies)
     found = codec.dequantize(packed_chunk(codec, base, geometry, views, 1), base.dtype)
     predicted = copies.predictor(base, geometry)
     torch.testing.assert_close(found[:, PREFIX:], predicted[:, PREFIX:], rtol=0, atol=0.01)
@@ -358,7 +358,7 @@ def test_nothing_selected_decodes_to_the_prediction_and_never_to_tokens_of_the_b
 def test_what_is_selected_is_that_of_the_true_view_and_the_rest_is_predicted(channels, tokens) -> None:
     base, geometry, views = related(3, seed=20)
     copies = selection(tuple(sorted(channels)), tokens)
-    codec = ViewCodec(LosslessCodec(), copies)
+    codec = ViewCodec(PRESETS["lossless"], copies)
     found = codec.dequantize(packed_chunk(codec, base, geometry, views, 1), base.dtype)
     predicted = copies.predictor(base, geometry)
     kept = copies.codec.steps[0].encode(views - predicted)["values"] != 0
@@ -372,7 +372,7 @@ def test_what_is_selected_is_that_of_the_true_view_and_the_rest_is_predicted(cha
 def items(packed: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """What ``CachedDataset`` makes of a chunk."""
     count = len(next(iter(packed.values())))
-    return [{PACKED + name: array[row] for name, array in packed.items()} for row in range(count)]
+    return [{name: array[row] for name, array in packed.items()} for row in range(count)]
 
 
 def mixed_case(kind: str, exact_tokens: bool = False):
@@ -429,7 +429,7 @@ def test_restoring_compiles_in_one_graph() -> None:
 
 
 def test_only_a_cache_of_exact_views_is_lossless() -> None:
-    lossless, lossy = LosslessCodec(), base_codec("int8")
+    lossless, lossy = PRESETS["lossless"], base_codec("int8")
     predictor = copy_codec("residual").predictor
     assert ViewCodec(lossless).lossless
     assert ViewCodec(lossless, CopyCodec(lossless)).lossless
@@ -454,7 +454,7 @@ def test_without_a_codec_of_copies_all_views_are_alike() -> None:
 def test_a_codec_of_copies_comes_back_from_json_and_tensors(kind) -> None:
     copies = copy_codec(kind)
     data = json.loads(json.dumps(copies.to_dict()))
-    again = CopyCodec.from_dict(data, copies.tensors(), codec_from_dict)
+    again = CopyCodec.from_dict(data, copies.tensors())
     assert again == copies
     assert again.to_dict() == copies.to_dict()
     base, geometry, views = related(5, seed=30)
@@ -469,20 +469,20 @@ def test_altered_tensors_are_refused(name) -> None:
     tensors = {own: tensor.clone() for own, tensor in copies.tensors().items()}
     tensors[name].view(-1)[0] += 1
     with pytest.raises((ValueError, UnsupportedSetupError), match="not those that the configuration names"):
-        CopyCodec.from_dict(copies.to_dict(), tensors, codec_from_dict)
+        CopyCodec.from_dict(copies.to_dict(), tensors)
 
 
 def test_what_describes_no_codec_of_copies_is_refused() -> None:
     copies = copy_codec("residual")
     bare = {name: tensor for name, tensor in copies.tensors().items() if name.startswith("codec.")}
     with pytest.raises(ValueError, match="has no tensors"):
-        CopyCodec.from_dict(copies.to_dict(), bare, codec_from_dict)
+        CopyCodec.from_dict(copies.to_dict(), bare)
     with pytest.raises(ValueError, match="expected the codec of copies, got 'pipeline'"):
-        CopyCodec.from_dict(copies.codec.to_dict(), {}, codec_from_dict)
+        CopyCodec.from_dict(copies.codec.to_dict(), {})
     other = copy_codec("residual", dtype=torch.float64)
     swapped = {**copies.tensors(), "predictor.mean": other.tensors()["predictor.mean"] + 1}
     with pytest.raises(ValueError, match="not those"):
-        CopyCodec.from_dict(copies.to_dict(), swapped, codec_from_dict)
+        CopyCodec.from_dict(copies.to_dict(), swapped)
 
 
 # ---- Selection ----

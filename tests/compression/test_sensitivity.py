@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from hf_freezecache.report.sensitivity_plot import draw_sensitivity
+from PIL import Image
 from torch import Tensor
 
 from hf_freezecache.codecs.predictor import WHOLE, move_tokens
@@ -96,13 +96,18 @@ def test_prefix_tokens_are_measured_apart() -> None:
     assert measure_sensitivity(base[:, PREFIX:], views[:, PREFIX:], whole, 0, GRID).prefix is None
 
 
-def test_it_comes_back_from_json() -> None:
-    found = measured(noise(0), noise(0) + noise(1), augmentations={"crop": 0.25, "flip": 0.75})
-    again = Sensitivity.from_dict(json.loads(json.dumps(found.to_dict())))
-    assert again == found
-    assert again.augmentations == {"crop": 0.25, "flip": 0.75}
-    with pytest.raises(TypeError):
-        Sensitivity.from_dict({**found.to_dict(), "colour": 1.0})
+def test_it_is_drawn_with_a_row_for_each_split_point(tmp_path) -> None:
+    stages = [
+        (3, measured(noise(0), noise(0) + noise(1), augmentations={"crop": 0.25, "flip": 0.75})),
+        (6, measured(noise(0), noise(1))),
+    ]
+    heights = []
+    for number in (1, 2):
+        draw_sensitivity(stages[:number], tmp_path / "picture.png", "What augmentation moves")
+        with Image.open(tmp_path / "picture.png") as picture:
+            assert picture.format == "PNG"
+            heights.append(picture.height)
+    assert heights[1] > 1.5 * heights[0]
 
 
 def test_states_that_are_not_finite_are_refused() -> None:

@@ -88,7 +88,7 @@ def test_a_card_says_what_it_was_told(plain) -> None:
         "| split point | 2 blocks have run |",
         "| samples | 24 |",
         "| views | 2 renderings of each image",
-        "| codec | lossless (level 1) |",
+        "| codec | lossless |",
         "| distortion | exact |",
         f"({index.total_bytes:,} bytes) in 8 shards",
         f"| `prefix weights` | `{index.fingerprint['prefix weights']}` |",

@@ -43,13 +43,13 @@ from hf_freezecache.cache.shard_file import file_sha256
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs import (
     PRESETS,
-    LosslessCodec,
-    Pipeline,
+    Codec,
 )
+from hf_freezecache.codecs.array_names import is_packed
+from hf_freezecache.codecs.base import digest
 from hf_freezecache.codecs.entropy import compress_frame
-from hf_freezecache.codecs.transform import digest
 from hf_freezecache.compression.step_search import fit_codec
-from hf_freezecache.data.collators import PACKED, collate_cached, split_packed
+from hf_freezecache.data.collators import collate_cached, split_packed
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import (
     CacheCorruptError,
@@ -87,7 +87,7 @@ def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.sin(row[:, None, None] * (tokens + 1) / 3 + draw[:, None, None] * (hidden + 1) / 40)
 
 
-def fitted() -> Pipeline:
+def fitted() -> Codec:
     images = torch.rand(32, 1, 1, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([8.0, 2000.0])
     return fit_codec(PRESETS["transform"], prefix(images), 1, (2, 2))
 
@@ -128,7 +128,7 @@ def read_all(cache: Path) -> None:
                 batch = collate_cached(dataset.__getitems__([(row, view)]))
                 if packed:
                     arrays, _ = split_packed(batch)
-                    assert any(key.startswith(PACKED) for key in batch)
+                    assert any(is_packed(key) for key in batch)
                     batch["hidden_states"] = dataset.reader.views.dequantize(arrays, dataset.reader.dtype)
                 assert bool(torch.isfinite(batch["hidden_states"]).all()), (
                     "hidden states that are not finite in a batch"
@@ -232,7 +232,7 @@ def set_states(cache: Path, value: float, view: int = 0) -> None:
         shape = (2, *shape[1:])
     states = torch.zeros(shape)
     states[1, 1, 2] = value
-    shard.chunks[0][:4] = LosslessCodec().encode(states)
+    shard.chunks[0][:4] = PRESETS["lossless"].encode(states)
     shard.write()
 
 
@@ -271,7 +271,7 @@ def set_transform(cache: Path, **changes: Any) -> None:
     step = codec.steps[0]
     changed = {**step.tensors(), **{k: v for k, v in changes.items() if isinstance(v, torch.Tensor)}}
     step = dataclasses.replace(step, **{**changes, **changed}, state=digest(changed))
-    set_codec(cache, Pipeline((step, *codec.steps[1:])))
+    set_codec(cache, Codec((step, *codec.steps[1:])))
 
 
 def set_predictor(cache: Path, **changes: torch.Tensor) -> None:

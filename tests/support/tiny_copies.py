@@ -27,7 +27,7 @@ from hf_freezecache.codecs import (
     Predictor,
     make_codec,
 )
-from hf_freezecache.codecs.transform import digest
+from hf_freezecache.codecs.base import digest
 from hf_freezecache.data.collators import CheckedCollator
 from hf_freezecache.data.geometry import GEOMETRY_NAME
 from hf_freezecache.data.layout import ChunkLayout

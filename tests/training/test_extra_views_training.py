@@ -23,10 +23,9 @@ from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.cli.app import app
 from hf_freezecache.codecs import Predictor
-from hf_freezecache.codecs.transform import digest
+from hf_freezecache.codecs.base import digest
 from hf_freezecache.compression import extra_views
 from hf_freezecache.compression.base_view import CodecChooser
-from hf_freezecache.compression.sensitivity import Sensitivity
 from hf_freezecache.data.geometry import GEOMETRY_NAME
 from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.data.layout import (
@@ -266,24 +265,10 @@ def test_an_opaque_transform_is_stored_as_measured(pictures) -> None:
     reader = CacheReader(cache_of(1))
     report = reader.index.copies_calibration
     assert report["storage"] in {"direct", "residual"}
-    sensitivity = Sensitivity.from_dict(report["sensitivity"])
-    assert not sensitivity.known_geometry
-    assert sensitivity.augmentations == {}
+    assert "sensitivity" not in report
     views = ViewDataset(pictures.with_transform(TinyTransform(augment=True)), SEED)
     assert_true_views(trainer, views, reader)
     assert verify_cache(cache_of(1)) == []
-
-
-def test_the_report_says_what_augmentation_moves(residual) -> None:
-    report = json.loads(json.dumps(residual.reader.index.copies_calibration))
-    sensitivity = Sensitivity.from_dict(report["sensitivity"])
-    assert sensitivity.augmentations.keys() == {"crop", "flip", "colour"}
-    # A mirrored view is nearly the base view; one that is cropped as well is not.
-    assert sensitivity.overall < sensitivity.augmentations["flip"] <= 1
-    assert sensitivity.known_geometry
-    assert len(sensitivity.channels) == 16
-    assert np.shape(sensitivity.tokens) == (4, 4)
-    assert sensitivity.num_images == CALIBRATION // 2
 
 
 def test_stored_geometry_is_that_of_the_views(pictures, residual) -> None:
@@ -567,25 +552,6 @@ def test_copies_over_budget_in_an_earlier_cache_come_from_the_images(pictures) -
     assert load_index(cache_of(3, "always")).copies_calibration["source"] == "cache of split point 1"
     assert load_index(cache_of(3, "always")).copies_calibration["bits_per_element"] < 12
     assert load_index(cache_of(3)).fingerprint != load_index(cache_of(3, "always")).fingerprint
-
-
-class Named(TinyTransform):
-    """A user's own transform with a name that ours has too."""
-
-    augmentations = 7
-
-
-def test_a_users_own_augmentations_are_left_alone(pictures) -> None:
-    trainer = make_trainer(
-        tiny_vit(),
-        pictures,
-        schedule="0:1",
-        cache={"codec": "auto", "num_views": 2, "transform_id": "mine", "calibration_samples": CALIBRATION},
-        trainer={"train_transform": Named(augment=True), "eval_transform": EVALUATION},
-        num_train_epochs=1,
-    )
-    trainer.train()
-    assert load_index(cache_of(1)).copies_calibration["sensitivity"]["augmentations"] == {}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hf_freezecache.cache.index import load_index
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.codecs import make_codec
+from hf_freezecache.codecs.array_names import BASE, main_array
 from hf_freezecache.compression.base_view import CodecChooser
 from hf_freezecache.errors import (
     CacheLockedError,
@@ -439,5 +440,5 @@ def test_restoring_can_be_compiled_in_one_graph(images, codec) -> None:
 def test_integers_travel_to_the_training_device(images) -> None:
     trainer = lossy_run(images, schedule="0:2", num_train_epochs=1)
     batch = next(iter(trainer._run.current.loader))
-    assert batch["packed.values"].dtype == torch.int16
+    assert batch[main_array(BASE)].dtype == torch.int16
     assert "hidden_states" not in batch
