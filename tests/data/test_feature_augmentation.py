@@ -360,6 +360,7 @@ def test_a_warning_says_that_it_never_acts(images, schedule, caplog) -> None:
     assert "feature_augmentation acts on cached stages only" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_warning_names_what_changes_nothing(train_dataset, caplog) -> None:
     """A ViT adds positions before block 0, and reads CLS."""
     text = "token_flip:0.1,token_dropout:0.01,brightness:0.01"
@@ -421,6 +422,7 @@ def deaf_vit():
     return model
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -112,6 +112,7 @@ def test_a_machine_trains_on_its_own_rows(rows, group_of_rank, chunk, window, ba
     assert sorted(row for layout in sampler.layouts for row in layout.order.tolist()) == list(range(rows))
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(("processes", "batch", "window"), [(2, 4, 2), (3, 2, 3), (2, 16, 1), (4, 3, 2)])
 def test_each_chunk_is_decoded_once_in_an_epoch_over_all_processes(tmp_path, processes, batch, window) -> None:
     plan = tiny_cache.make_plan(num_samples=45, chunk_size=3)
