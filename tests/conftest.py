@@ -32,8 +32,17 @@ for _profile, _examples in EXAMPLES.items():
     hypothesis.settings.register_profile(_profile, deadline=None, derandomize=True, max_examples=_examples)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-#: Files that take half a minute and more.
-LONG = ("test_crash_safety", "test_distributed", "test_lossy_training", "test_readme", "test_trainer", "test_writer")
+#: Files that take longest.
+LONG = (
+    *(
+        "test_crash_safety",
+        "test_distributed",
+        "test_extra_views_training",
+        "test_lossy_training",
+        "test_push_and_pull",
+    ),
+    *("test_readme", "test_trainer", "test_writer"),
+)
 #: Reason of what ``--slow-budget`` skips.
 OUT_OF_BUDGET = "the time of --slow-budget is used up"
 

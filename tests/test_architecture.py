@@ -236,6 +236,7 @@ def test_errors_are_of_the_builtin_kind_that_callers_expect() -> None:
         assert issubclass(kind, (ValueError, OSError)), name
 
 
+@pytest.mark.slow
 def test_importing_has_no_side_effects(tmp_path) -> None:
     """In a process of its own, where everything it depends on is loaded before."""
     program = """

@@ -135,6 +135,7 @@ def test_large_files_go_in_parts(server, cache) -> None:
     )
 
 
+@pytest.mark.slow
 def test_many_files_are_listed_over_pages(server, tmp_path) -> None:
     cache = tiny_cache.build(tmp_path / "caches", tiny_cache.make_plan(25, 1, 1, 1)).directory
     pushing.push_cache(cache, REPO)
@@ -258,6 +259,7 @@ def test_a_file_altered_in_the_local_download_cache_is_refused(server, cache) ->
     assert len(CachedDataset.from_pretrained(REPO)) == 24  # it was discarded, and fetched anew
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("name", ["view-00/shard-00000.safetensors", "index/view-01/part-00003.parquet"])
 def test_a_commit_of_other_content_is_refused_before_anything_is_fetched(server, cache, name) -> None:
     pushing.push_cache(cache, REPO)
@@ -412,6 +414,7 @@ def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monk
     assert set(shards_of(server).values()) == {1}
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     ("told", "kept"),
     [
@@ -482,6 +485,7 @@ def test_gitattributes_in_another_encoding_are_completed(server, cache) -> None:
     assert server.read(REPO, ".gitattributes").startswith(b"\xff x\n*.safetensors")
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     "broken",
     [
@@ -846,6 +850,7 @@ AutoModelForImageClassification.from_pretrained("trained")
 """
 
 
+@pytest.mark.slow
 def test_the_card_names_the_model_of_the_hub_until_its_frozen_blocks_are_trained(
     server, images, tmp_path, monkeypatch
 ) -> None:
@@ -872,6 +877,7 @@ def test_the_card_names_the_model_of_the_hub_until_its_frozen_blocks_are_trained
     assert MODEL not in pushed("0:1,1:2", "user/deeper")
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_before_is_not_taken_for_that_of_the_hub(server, images, tmp_path) -> None:
     """It keeps its name. So what was fetched is compared: of whichever commit that was, and drawing no random number."""
     publish(server, tmp_path / "published")

@@ -38,7 +38,7 @@ from hf_freezecache.errors import (
     CacheCorruptError,
     DataError,
 )
-from hf_freezecache.model.split import Split
+from hf_freezecache.model.split import split_model
 
 ROWS, CALIBRATION, NUM_VIEWS, SEED = 64, 24, 3, 1
 EVALUATION = ImageTransform(IMAGE_SIZE, train=False)
@@ -124,7 +124,7 @@ def views_of(pictures, training=TRAINING) -> ViewDataset:
 def true_states(trainer, views: ViewDataset, split_point: int, keys) -> torch.Tensor:
     """What the model's own first blocks make of the rendered views, now."""
     model = trainer.model.eval()
-    split = Split(model, split_point)
+    split = split_model(model, split_point)
     pixels = torch.stack([views[key]["pixel_values"] for key in keys])
     with torch.no_grad():
         return split.prefix(pixel_values=pixels)
@@ -531,6 +531,7 @@ def test_flips_are_not_pinned_to_a_sample(pictures, residual) -> None:
 # ---- What a review found ----
 
 
+@pytest.mark.slow
 def test_the_distortion_that_copies_fall_back_on_is_part_of_the_fingerprint(pictures) -> None:
     settings = {"codec": "lossless", "copies": "residual"}
     coarse = run(pictures, {**settings, "max_distortion": 0.5})
