@@ -140,9 +140,13 @@ def test_the_trainer_keeps_few_private_attributes(train_dataset) -> None:
     assert len(names - set(vars(reference))) <= 8
 
 
+def _new_model():  # Trainer calls functions with parameters with the trial
+    return tiny_vit()
+
+
 def test_a_new_model_of_model_init_is_split_and_frozen(train_dataset) -> None:
     trainer = make_trainer(
-        None, train_dataset, schedule="0:2", num_train_epochs=1, trainer={"model_init": lambda: tiny_vit()}
+        None, train_dataset, schedule="0:2", num_train_epochs=1, trainer={"model_init": _new_model}
     )
     first = trainer.model
     trainer.train()
