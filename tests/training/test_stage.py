@@ -145,9 +145,7 @@ def _new_model():  # Trainer calls functions with parameters with the trial
 
 
 def test_a_new_model_of_model_init_is_split_and_frozen(train_dataset) -> None:
-    trainer = make_trainer(
-        None, train_dataset, schedule="0:2", num_train_epochs=1, trainer={"model_init": _new_model}
-    )
+    trainer = make_trainer(None, train_dataset, schedule="0:2", num_train_epochs=1, trainer={"model_init": _new_model})
     first = trainer.model
     trainer.train()
     assert trainer.model is not first
