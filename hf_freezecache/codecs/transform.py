@@ -341,12 +341,8 @@ class Transform(ArrayStep):
             excess = ~(error.double().square().mean((1, 2)).sqrt() <= self.error_bound(array[check]))
             exact[check, self.prefix_tokens :] = skip | excess[:, None]
         index = exact.flatten().nonzero()
-        return {
-            "values": values,
-            "prefix": prefix,
-            "exact_index": index.to(torch.int32),
-            "exact": array.reshape(-1, array.shape[-1])[index[:, 0]],
-        }
+        exact_states = array.reshape(-1, array.shape[-1])[index[:, 0]]
+        return {"values": values, "prefix": prefix, "exact_index": index.to(torch.int32), "exact": exact_states}
 
     @override
     def collatable(self, arrays: dict[str, Tensor], spec: ArraySpec) -> dict[str, Tensor]:
