@@ -19,6 +19,7 @@ from hf_freezecache.cache.lock import build_lock
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.cache.writer import build_caches
+from hf_freezecache.data.collators import CheckedCollator
 from hf_freezecache.errors import CacheLockedError, UnsupportedSetupError
 
 #: Batches of two: shards of six rows and of two, in two views.
@@ -119,7 +120,8 @@ def test_predicted_views_and_others_in_one_pass(tmp_path) -> None:
         states = tiny_copies.prefix(pixel_values)
         return {2: states, 4: -states}
 
-    build_caches(tmp_path, [whole, copies], tiny_copies.Views(), default_collate, prefixes, batch_size=4)
+    collate = CheckedCollator(default_collate)
+    build_caches(tmp_path, [whole, copies], tiny_copies.Views(), collate, prefixes, batch_size=4)
     alone = tiny_copies.build(tmp_path / "alone").directory
     assert files_of(tmp_path / copies.name) == files_of(alone)
     ours, theirs = CacheReader(tmp_path / whole.name), CacheReader(alone)
