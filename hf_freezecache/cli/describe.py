@@ -72,7 +72,7 @@ def describe_cache(path: Path, index: CacheIndex) -> dict[str, Any]:
         "bytes_per_image_and_view": per_view,
         "bits_per_element": 8 * per_view / (tokens * hidden),
         "extras": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape)} for e in index.extras],
-        "provenance": read_provenance(path).parts(),
+        "provenance": read_provenance(path).to_dict(),
         "fingerprint": Fingerprint(index.fingerprint).digest,
         "fingerprint_components": index.fingerprint,
     }
@@ -119,7 +119,7 @@ def description_lines(cache: dict[str, Any]) -> list[str]:
         "per image": f"{size_words(cache['bytes_per_image'])}; {size_words(cache['bytes_per_image_and_view'])} per view",
         "per element": f"{cache['bits_per_element']:.2f} bits, everything counted",
         "extras": ", ".join(extras) or "none",
-        **({"made of": made_of} if (made_of := Provenance.among(cache["provenance"]).words()) else {}),
+        **({"made of": made_of} if (made_of := Provenance.from_dict(cache["provenance"]).words()) else {}),
         "fingerprint": cache["fingerprint"],
         **{f"  {part}": value for part, value in cache["fingerprint_components"].items()},
     }

@@ -39,7 +39,7 @@ __all__ = [
     "wants_progress",
 ]
 
-#: Of the repositories that caches lie in.
+#: Kind of the repositories that hold caches.
 KIND = "dataset"
 #: Base of the errors of whatever HTTP client huggingface_hub is built on.
 _HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
@@ -63,15 +63,15 @@ def cause_of(error: BaseException | None) -> BaseException | None:
 def _refusal(error: BaseException, doing: str, repo_id: str, revision: str | None) -> FreezeCacheError | None:
     """Return what an error of the Hub means for a user; ``None`` for errors of another kind."""
     where = f"{repo_id} at {constants.ENDPOINT}"
-    found = cause_of(error)
-    status = getattr(getattr(found, "response", None), "status_code", None)
+    cause = cause_of(error)
+    status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
         return UnsupportedSetupError(f"{doing} failed: {error} Give a repository as user/name.")
-    if isinstance(found, RevisionNotFoundError):
+    if isinstance(cause, RevisionNotFoundError):
         return HubError(
             f"{doing} failed: {where} has no revision {revision!r}. Give a branch, tag or commit that exists."
         )
-    if isinstance(found, RepositoryNotFoundError):
+    if isinstance(cause, RepositoryNotFoundError):
         return HubError(
             f"{doing} failed: there is no data set {where} that this token may see. Check the name; for a private one log in "
             "with hf auth login, or set HF_TOKEN."
@@ -81,16 +81,16 @@ def _refusal(error: BaseException, doing: str, repo_id: str, revision: str | Non
             f"{doing} failed: {constants.ENDPOINT} did not accept the token. Log in again with hf auth login."
         )
     if status == 403:
-        message = getattr(found, "server_message", None) or found
+        message = getattr(cause, "server_message", None) or cause
         return HubError(
             f"{doing} failed: {where} refused it: {message}. The token needs write access there, and the account room. What "
             "was uploaded is kept; the same call goes on from there."
         )
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return HubError(f"{doing} failed: the Hub cannot be asked, and {repo_id} is not in the local cache: {error}")
-    if found is not None:
+    if cause is not None:
         return HubError(
-            f"{doing} failed: {where}: {type(found).__name__}: {found}. What was transferred is kept; the same call goes on "
+            f"{doing} failed: {where}: {type(cause).__name__}: {cause}. What was transferred is kept; the same call goes on "
             "from there."
         )
     return None
@@ -98,16 +98,16 @@ def _refusal(error: BaseException, doing: str, repo_id: str, revision: str | Non
 
 @contextmanager
 def hub_errors(doing: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn errors of the Hub into ones that say what was wrong and what to do; others pass.
+    """Turn errors of the Hub into errors that say what was wrong and what to do. Other errors pass.
 
     Args:
         doing: What is being done, to begin the message with.
         repo_id: ``user/name``.
-        revision: What was asked for.
+        revision: The revision that was asked for.
 
     Raises:
         HubError: The Hub could not be reached, has no such repository or revision, or refused.
-        UnsupportedSetupError: The name is none of a repository.
+        UnsupportedSetupError: The name cannot be that of a repository.
     """
     try:
         yield
@@ -121,13 +121,13 @@ def hub_errors(doing: str, repo_id: str, revision: str | None = None) -> Iterato
 
 
 def wants_progress(show_progress: bool | None) -> bool:
-    """Say whether to show progress bars: as asked, else as ``huggingface_hub`` is set."""
+    """Say whether to show progress bars: as the caller asks, else as ``huggingface_hub`` is set."""
     return not are_progress_bars_disabled() if show_progress is None else show_progress
 
 
 @contextmanager
 def progress_bars(show: bool) -> Iterator[None]:
-    """Keep the Hub's own progress bars, or switch them off for a while."""
+    """Keep the progress bars of ``huggingface_hub``, or switch them off within the context."""
     if show or are_progress_bars_disabled():
         yield
         return
@@ -140,7 +140,7 @@ def progress_bars(show: bool) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries(show_progress: bool = False) -> Iterator[None]:
-    """Show only errors of transformers, whose report on loading a head of other classes is long.
+    """Show only errors of ``transformers`` within the context: its report on loading a head of other classes is long.
 
     Args:
         show_progress: Leave the progress bars of transformers and datasets as they are, instead of hiding them.
@@ -165,5 +165,5 @@ def quiet_libraries(show_progress: bool = False) -> Iterator[None]:
 
 
 def hub_api(token: str | bool | None) -> HfApi:
-    """Return a client that acts with a token; default that of ``hf auth login``."""
+    """Return a client that uses a token. Without one it uses that of ``hf auth login``."""
     return HfApi(token=token, library_name="hf_freezecache")

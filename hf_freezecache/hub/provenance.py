@@ -1,4 +1,4 @@
-"""What a cache was made of, in words for its card: a small file beside the cache, on which nothing depends."""
+"""Provenance of a cache: the data set and the model that it was made of. Its card needs it; nothing else depends on it."""
 
 from __future__ import annotations
 
@@ -76,21 +76,21 @@ class Provenance:
                 object.__setattr__(self, name, clean)
 
     @classmethod
-    def among(cls, settings: Mapping[str, Any]) -> Provenance:
-        """Return what settings, of which others may be about something else, say of a provenance."""
+    def from_dict(cls, settings: Mapping[str, Any]) -> Provenance:
+        """Return the provenance that a mapping holds. Its other keys are ignored."""
         names = {field.name for field in dataclasses.fields(cls)}
-        found = {name: value for name, value in settings.items() if name in names and value is not None}
-        if "label_names" in found:
-            found["label_names"] = tuple(found["label_names"])
-        return cls(**found)
+        values = {name: value for name, value in settings.items() if name in names and value is not None}
+        if "label_names" in values:
+            values["label_names"] = tuple(values["label_names"])
+        return cls(**values)
 
-    def parts(self) -> dict[str, Any]:
-        """Return what is known, as JSON holds it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known, as plain JSON."""
         known = {name: value for name, value in vars(self).items() if value is not None}
         return known if self.label_names is None else {**known, "label_names": list(self.label_names)}
 
     def words(self) -> str:
-        """Return it in a line; empty if nothing but names of classes is known."""
+        """Return the provenance as one line. It is empty if nothing but names of classes is known."""
         source = [self.dataset_name or ("images" if self.license else "")]
         source += [f"at revision {self.dataset_revision}"] if self.dataset_revision else []
         source += [f"({self.license})"] if self.license else []
@@ -98,9 +98,9 @@ class Provenance:
         model += [f"at revision {self.model_revision}"] if model and self.model_revision else []
         return ", ".join(filter(None, (" ".join(filter(None, source)), " ".join(model))))
 
-    def updated(self, given: Provenance) -> Provenance:
-        """Return this with what is given in place of what was known; nothing is kept of another data set or model."""
-        known, new = dataclasses.asdict(self), dataclasses.asdict(given)
+    def updated(self, newer: Provenance) -> Provenance:
+        """Return this provenance with the values of a newer one. Nothing is kept of another data set or model."""
+        known, new = dataclasses.asdict(self), dataclasses.asdict(newer)
         for name, others in (("dataset_name", ("dataset_revision", "license")), ("model_id", ("model_revision",))):
             if new[name] not in (None, known[name]):
                 known |= dict.fromkeys(others)
@@ -202,18 +202,18 @@ def _prefix_of(folder: Path, like: Any, split_point: int) -> str | None:
 
 def provenance_json(provenance: Provenance) -> bytes:
     """Return the content of the file."""
-    return (json.dumps(provenance.parts(), indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(provenance.to_dict(), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def keep_provenance(directory: Path, find: Callable[[], Provenance]) -> bool:
-    """Write down what a cache was made of, unless it is there already: what built the cache knew best.
+    """Write the provenance of a cache, unless its file exists already: what built the cache knew best.
 
     Args:
         directory: The cache.
-        find: Called for what it was made of, if that is to be written.
+        find: Returns the provenance; called only if it is to be written.
 
     Returns:
-        Whether it is there now. A folder that cannot be written is no error: only the card will say less.
+        Whether the file exists now. A folder that cannot be written is no error: only the card will say less.
     """
     path = directory / PROVENANCE_NAME
     if path.is_file():
@@ -228,21 +228,21 @@ def keep_provenance(directory: Path, find: Callable[[], Provenance]) -> bool:
 
 
 def read_provenance(directory: Path) -> Provenance:
-    """Return what is written down of a cache; nothing, with a warning, if that cannot be understood."""
+    """Read the provenance of a cache. It is empty, with a warning, if the file cannot be understood."""
     path = directory / PROVENANCE_NAME
     if not path.is_file():
         return Provenance()
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("label_names", []), list):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not isinstance(values.get("label_names", []), list):
             raise ValueError("it is not of the form that is written here")
         names = {field.name for field in dataclasses.fields(Provenance)} - {"label_names"}
-        texts = [value for name, value in found.items() if name in names and value is not None]
-        if not all(isinstance(text, str) for text in [*texts, *found.get("label_names", [])]):
+        texts = [value for name, value in values.items() if name in names and value is not None]
+        if not all(isinstance(text, str) for text in [*texts, *values.get("label_names", [])]):
             raise ValueError("it holds something other than text")
-        return Provenance.among(found)
+        return Provenance.from_dict(values)
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s is passed over: %s. Delete it, or say on pushing what it should hold.", path, error)
         return Provenance()

@@ -1,4 +1,4 @@
-"""Pushes caches to data sets on the Hub: what is missing there, the index and the card last."""
+"""Pushes caches to data sets on the Hub: the files that are missing first, the index and the card last."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .client import (
     wants_progress,
 )
 from .dataset_card import (
-    FoundCard,
+    ExistingCard,
     cache_card,
     license_id,
     read_card,
@@ -73,7 +73,7 @@ class PushReport:
         private: Whether it is private.
         uploaded: Names of the files sent by this call.
         uploaded_bytes: Their bytes.
-        kept_files: Files that were there already.
+        kept_files: Files that the repository had already.
         commits: Commits made.
     """
 
@@ -103,7 +103,7 @@ def _check_limits(index: CacheIndex, directory: Path) -> None:
 
 
 def _make_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> tuple[str, bool]:
-    """Return full id and privacy of the repository, which is made if it is not there."""
+    """Return full id and privacy of the repository, which is made if it does not exist."""
     if "/" not in repo_id:  # asked for by itself, such a name may be that of somebody else's data set
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     try:
@@ -115,7 +115,7 @@ def _make_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) ->
     is_private = bool(info.private)
     if private and not is_private:
         raise HubError(
-            f"{info.id} is there already and public, and hidden states can reveal the images they were computed from. Make it "
+            f"{info.id} exists already and is public, and hidden states can reveal the images they were computed from. Make it "
             "private, push to another name, or say that it may be public (private=False, --public)."
         )
     if revision is not None and revision != "main":
@@ -159,7 +159,7 @@ def push_cache(
 ) -> PushReport:
     """Push a cache to a data set on the Hub, or the rest of it.
 
-    Every bit is checked first. Files that are there with the same hash are not sent again; shards are committed in batches,
+    Every bit is checked first. Files that the repository has with the same hash are not sent again; shards are committed in batches,
     ``index.json`` and the card last. Until then a card says that it is unfinished and names no data files: an interrupted
     push is taken neither for a cache nor for rows, and the same call finishes it.
 
@@ -168,16 +168,16 @@ def push_cache(
         repo_id: ``user/name``, or ``name`` in the namespace of the token.
         private: A repository that is made is private, and a public one is refused. ``False`` makes a public one.
         token: Token for the Hub; default the one of ``hf auth login``.
-        revision: Branch, made from ``main`` if it is not there; default ``main``.
+        revision: Branch, made from ``main`` if it does not exist; default ``main``.
         provenance: What the cache was made of, for the card, as far as its own ``provenance.json`` does not say so already. A card
-            that is there is written again only if the push changes the cache, or something is given here.
+            in the repository is written again only if the push changes the cache, or if this is not empty.
         overwrite: Replace another cache that is in the repository, or the card of another data set.
         show_progress: Show a progress bar; default as ``huggingface_hub``'s own.
 
     Raises:
         CacheCorruptError: The cache is unfinished or damaged.
         CacheMismatchError: The repository holds another cache, or another data set.
-        HubError: The Hub could not be reached, or refused; what was uploaded is kept there.
+        HubError: The Hub could not be reached, or refused; what was uploaded is kept.
         UnsupportedSetupError: The name is none, the cache exceeds limits of the Hub, or the Hub does not take the card.
     """
     directory = Path(directory)
@@ -200,13 +200,15 @@ def push_cache(
         }
         target = _Target(api, repo_id, revision, token, remote, report)
         stale = [name for name in remote if name not in index.files and FILE_NAME.fullmatch(name)]
-        there = INDEX_NAME in remote and _holds_same(target, directory, overwrite)
-        given = provenance or Provenance()
-        made_of, told = Provenance(), dict[str, Any]()
-        writes_card = not there or CARD_NAME not in remote or given != Provenance()
+        same_cache = INDEX_NAME in remote and _holds_same(target, directory, overwrite)
+        requested = provenance or Provenance()
+        combined, extra_metadata = Provenance(), dict[str, Any]()
+        writes_card = not same_cache or CARD_NAME not in remote or requested != Provenance()
         if writes_card:  # else one that somebody has edited since stays
-            known, told = _found(target, Fingerprint(index.fingerprint).digest, there, overwrite)
-            made_of, told = _combined(read_provenance(directory), known, given, told)
+            remote_known, extra_metadata = _read_repository(
+                target, Fingerprint(index.fingerprint).digest, same_cache, overwrite
+            )
+            combined, extra_metadata = _combined(read_provenance(directory), remote_known, requested, extra_metadata)
         missing = [
             name
             for name, record in sorted(index.files.items())
@@ -214,16 +216,18 @@ def push_cache(
         ]
         report.kept_files = len(index.files) - len(missing)
         if missing and report.kept_files:
-            logger.info("Going on with %s: %d of %d files are there.", repo_id, report.kept_files, len(index.files))
+            logger.info(
+                "Going on with %s: the repository has %d of %d files.", repo_id, report.kept_files, len(index.files)
+            )
         first: list[Any] = []
-        if not there:  # what is known goes first, too: who goes on with the push may not be told again
-            first = _card_files(target, unfinished_card(directory, index, made_of, told), made_of)
-        _begin(target, there, bool(missing), first)
+        if not same_cache:  # the provenance goes first, too: the call that finishes the push may not be given it again
+            first = _card_files(target, unfinished_card(directory, index, combined, extra_metadata), combined)
+        _begin(target, same_cache, bool(missing), first)
         _push_files(target, directory, index, missing, show)
         last: list[Any] = [CommitOperationDelete(name) for name in stale]
         if writes_card:
-            last += _card_files(target, cache_card(directory, index, repo_id, made_of, told), made_of)
-        if not there:
+            last += _card_files(target, cache_card(directory, index, repo_id, combined, extra_metadata), combined)
+        if not same_cache:
             last.append(CommitOperationAdd(INDEX_NAME, directory / INDEX_NAME))
         if last:
             target.commit(last, f"Index of {index.num_samples:,} samples")
@@ -232,7 +236,7 @@ def push_cache(
 
 @dataclass
 class _Target:
-    """A branch of a repository, and what lay there when the push began."""
+    """A branch of a repository, and its files when the push began."""
 
     api: HfApi
     repo_id: str
@@ -264,21 +268,23 @@ class _Target:
         self.report.revision = str(info.oid)
 
 
-def _found(target: _Target, digest: str, there: bool, overwrite: bool) -> tuple[Provenance, dict[str, Any]]:
+def _read_repository(
+    target: _Target, digest: str, same_cache: bool, overwrite: bool
+) -> tuple[Provenance, dict[str, Any]]:
     """Return what the repository says of the cache with a fingerprint, or said before anything was pushed there.
 
     Args:
         target: The repository.
         digest: The fingerprint.
-        there: Whether that cache is there.
+        same_cache: Whether that cache is in the repository.
         overwrite: Whether the card of another data set may be written over.
 
     Raises:
         CacheMismatchError: It is that of another data set.
     """
-    card = read_card(target.read(CARD_NAME)) if CARD_NAME in target.remote else FoundCard()
-    same = there or card.fingerprint == digest
-    if not (there or card.fingerprint or overwrite):
+    card = read_card(target.read(CARD_NAME)) if CARD_NAME in target.remote else ExistingCard()
+    same = same_cache or card.fingerprint == digest
+    if not (same_cache or card.fingerprint or overwrite):
         others = [
             name
             for name in target.remote
@@ -293,53 +299,53 @@ def _found(target: _Target, digest: str, there: bool, overwrite: bool) -> tuple[
     known = Provenance()
     if same and PROVENANCE_NAME in target.remote and target.remote[PROVENANCE_NAME].size <= MAX_BYTES:
         known = read_provenance(target.read(PROVENANCE_NAME).parent)
-    return known, card.told if same or not card.text else {}
+    return known, card.extra_metadata if same or not card.text else {}
 
 
 def _combined(
-    local: Provenance, known: Provenance, given: Provenance, told: dict[str, Any]
+    local: Provenance, known: Provenance, requested: Provenance, extra_metadata: dict[str, Any]
 ) -> tuple[Provenance, dict[str, Any]]:
     """Return what goes onto a card.
 
     Args:
         local: What was written down beside the cache.
         known: What an earlier push wrote down in the repository.
-        given: What is given now.
-        told: What the metadata of the card say beside.
+        requested: What this push asks for.
+        extra_metadata: Further metadata of the card.
 
     Returns:
         What is known then; and the metadata, without those of a licence that it replaces.
     """
-    made_of, license = local.updated(known), told.get("license")
+    combined, license = local.updated(known), extra_metadata.get("license")
     if known != Provenance() and license not in (
         None,
-        license_id(made_of.license),
+        license_id(combined.license),
     ):  # somebody has written another since
-        made_of = dataclasses.replace(made_of, license=None)
-    elsewhere = made_of.dataset_name is not None and given.dataset_name not in (None, made_of.dataset_name)
-    of_others = made_of.license is not None and license != license_id(made_of.license)
-    if elsewhere or of_others or given.license not in (None, made_of.license):
-        told = {name: value for name, value in told.items() if not name.startswith("license")}
-    made_of, license = made_of.updated(given), told.get("license")
-    if made_of.license is None and isinstance(license, str) and license != "other":
-        made_of = dataclasses.replace(made_of, license=license)
-    return made_of, told
+        combined = dataclasses.replace(combined, license=None)
+    elsewhere = combined.dataset_name is not None and requested.dataset_name not in (None, combined.dataset_name)
+    of_others = combined.license is not None and license != license_id(combined.license)
+    if elsewhere or of_others or requested.license not in (None, combined.license):
+        extra_metadata = {name: value for name, value in extra_metadata.items() if not name.startswith("license")}
+    combined, license = combined.updated(requested), extra_metadata.get("license")
+    if combined.license is None and isinstance(license, str) and license != "other":
+        combined = dataclasses.replace(combined, license=license)
+    return combined, extra_metadata
 
 
-def _card_files(target: _Target, card: str, made_of: Provenance) -> list[Any]:
-    """Return what writes a card, and what it was told beside it. What is that already makes no commit."""
+def _card_files(target: _Target, card: str, combined: Provenance) -> list[Any]:
+    """Return what writes a card, and the provenance beside it. A file that is the same already makes no commit."""
     operations: list[Any] = [CommitOperationAdd(CARD_NAME, card.encode())]
-    if made_of != Provenance():
-        operations.append(CommitOperationAdd(PROVENANCE_NAME, provenance_json(made_of)))
+    if combined != Provenance():
+        operations.append(CommitOperationAdd(PROVENANCE_NAME, provenance_json(combined)))
     elif target.remote.pop(PROVENANCE_NAME, None) is not None:
         operations.append(CommitOperationDelete(PROVENANCE_NAME))
     return operations
 
 
-def _begin(target: _Target, there: bool, sends: bool, card: list[Any]) -> None:
+def _begin(target: _Target, same_cache: bool, sends: bool, card: list[Any]) -> None:
     """Make the repository ready for shards, in one commit: it is no cache yet, and stores them as large files."""
     operations = list(card)
-    if not there and INDEX_NAME in target.remote:
+    if not same_cache and INDEX_NAME in target.remote:
         logger.warning("Replacing the cache in %s.", target.repo_id)
         operations.append(CommitOperationDelete(INDEX_NAME))
     if sends:
@@ -352,7 +358,7 @@ def _begin(target: _Target, there: bool, sends: bool, card: list[Any]) -> None:
             whole = text + ("\n" if text and not text.endswith("\n") else "") + "".join(lacking)
             operations.append(CommitOperationAdd(".gitattributes", whole.encode("utf-8", "surrogateescape")))
     if operations:
-        target.commit(operations, "Begin a cache" if not there else "Store shards as large files")
+        target.commit(operations, "Begin a cache" if not same_cache else "Store shards as large files")
 
 
 def _holds_same(target: _Target, directory: Path, overwrite: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .figures import comparison
-from .page import fill_template
+from .page import TEMPLATES, fill_template
 from .text import (
     accuracy_cost,
     describe_schedule,
@@ -120,7 +120,7 @@ def render_card(figures: Figures, card: Mapping[str, Any], plot: str | None = No
         plot: Path of the picture, from the card; ``None`` shows none.
     """
     body = fill_template(
-        "model_card.md",
+        TEMPLATES / "model_card.md",
         figures=figures,
         card=card,
         plot=plot,

@@ -30,7 +30,7 @@ from .text import (
     when_not_to_use,
 )
 
-__all__ = ["PAGE_NAME", "PLOT_NAME", "REPORT_FOLDER", "fill_template", "render_page", "write_report"]
+__all__ = ["PAGE_NAME", "PLOT_NAME", "REPORT_FOLDER", "TEMPLATES", "fill_template", "render_page", "write_report"]
 
 #: Folder in ``output_dir``. Part of what ``push_to_hub`` uploads.
 REPORT_FOLDER = "freezecache_report"
@@ -38,18 +38,20 @@ PAGE_NAME = "report.html"
 #: The picture that the model card shows, seen from ``output_dir``.
 PLOT_NAME = f"{REPORT_FOLDER}/timeline.png"
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 Figures = Mapping[str, Any]
 
 
-def fill_template(name: str, **values: Any) -> str:
-    """Return the text of a template; what goes into an ``.html`` one is escaped.
+def fill_template(template: Path, **values: Any) -> str:
+    """Return the text of a Jinja template; what goes into an ``.html`` one is escaped.
 
     Raises:
         jinja2.UndefinedError: The template asks for a value that is not there.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=name.endswith(".html"),
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=template.suffix == ".html",
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -61,7 +63,7 @@ def fill_template(name: str, **values: Any) -> str:
         "account": stage_account,
         "distortion": distortion_of,
     }
-    return environment.get_template(name).render(**values)
+    return environment.get_template(template.name).render(**values)
 
 
 def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
@@ -113,7 +115,7 @@ def render_page(figures: Figures) -> str:
     """
     pictures = [(picture, to_svg(picture)) for picture in pictures_of(figures)]
     return fill_template(
-        "report.html",
+        TEMPLATES / "report.html",
         figures=figures,
         schedule=describe_schedule(figures),
         ending=how_it_ended(figures),

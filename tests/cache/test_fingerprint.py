@@ -83,6 +83,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("component", CHANGES)
 def test_a_change_is_noticed_and_named(images, component, caplog) -> None:
     built = cached_run(images)
