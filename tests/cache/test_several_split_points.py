@@ -135,6 +135,8 @@ def test_shards_give_way_once_all_caches_have_them(tmp_path, separate) -> None:
     def consume(shard: int) -> None:
         for plan in build_two.make_plans():
             assert all((tmp_path / plan.name / shard_name(view, shard)).is_file() for view in range(2))
+            # The next shard is not begun: room is made as soon as it can be.
+            assert not any((tmp_path / plan.name / shard_name(view, shard + 1)).exists() for view in range(2))
         consumed.append(shard)
 
     build_two.build(tmp_path, build_two.Prefixes(), consume=consume)
