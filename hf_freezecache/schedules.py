@@ -245,7 +245,7 @@ def _make_policy(name: str, arguments: list[Any], keywords: dict[str, Any], sche
             if wanted is float and type(value) is int:
                 bound.arguments[parameter] = float(value)
             elif wanted in (bool, int, float, str) and type(value) is not wanted:
-                raise TypeError(f"{parameter} must be a {wanted.__name__}, got {value!r}")
+                raise TypeError(f"{parameter} must be of type {wanted.__name__}, got {value!r}")
         return policy(*bound.args, **bound.kwargs)
     except (TypeError, ValueError, OverflowError) as error:
         reason = str(error).rstrip(".")

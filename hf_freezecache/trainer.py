@@ -16,25 +16,26 @@ from transformers import Trainer
 
 from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset
-from .distributed.jit_checkpoint import SynchronizedJITCheckpoint
 from .distributed.process_group import ProcessGroup
 from .errors import UnsupportedSetupError
-from .report.callback import ReportCallback, write_card
 from .report.record import RunRecord, progress_to_dict, restore_progress
-from .report.run_log import decision_logs, epoch_logs
+from .report.run_log import decision_logs
 from .report.stopwatch import Stopwatch
 from .training.adapter import (
     augmenter_of,
     build_cache_of,
     check_setup,
+    check_train_arguments,
     describe,
     find_process_groups,
+    install_callbacks,
     plan_stages_of,
+    report_callbacks,
     start_run,
+    write_model_card,
 )
 from .training.checkpoints import (
     SavedStage,
-    find_checkpoint,
     load_stage,
     move_scheduler,
     move_to_world_size,
@@ -124,14 +125,7 @@ class FreezeCacheTrainer(Trainer):
         self._process_groups = find_process_groups(self)
         check_setup(self, FreezeCacheTrainer)
         self.eval_dataset = with_rgb(self.eval_dataset, self.model)
-        everyone, callbacks = self._process_groups[0], self.callback_handler.callbacks
-        jit = next((callback for callback in callbacks if getattr(callback, "jit_manager", None) is not None), None)
-        if everyone.size > 1 and jit is not None:
-            callbacks.insert(callbacks.index(jit), SynchronizedJITCheckpoint(jit, everyone))
-        if not any(isinstance(callback, ReportCallback) for callback in callbacks):
-            self.add_callback(ReportCallback())
-        for callback in _report_callbacks(self):
-            callback.record = self._record
+        install_callbacks(self)
 
     # ---- Training ----
 
@@ -150,20 +144,7 @@ class FreezeCacheTrainer(Trainer):
         """
         if self.freeze_config is None:
             return super().train(*args, **kwargs)
-        call = inspect.signature(Trainer.train).bind(self, *args, **kwargs).arguments
-        if call.get("trial") is not None:
-            raise UnsupportedSetupError(
-                "Hyperparameter search changes seeds and epochs after stages and views are planned: search without "
-                "freeze_config, or call train() of a new trainer for each trial."
-            )
-        if self.train_dataset is None:
-            raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
-        everyone = self._process_groups[0]
-        if args:
-            args = (find_checkpoint(args[0], self.args, everyone), *args[1:])
-        elif "resume_from_checkpoint" in kwargs:
-            asked = kwargs["resume_from_checkpoint"]
-            kwargs["resume_from_checkpoint"] = find_checkpoint(asked, self.args, everyone)
+        kwargs = check_train_arguments(self, inspect.signature(Trainer.train).bind(self, *args, **kwargs))
         started = time.perf_counter()
         stages, num_epochs = plan_stages_of(self)
         if self._freezer.begin(self.optimizer, stages[0].split_point):
@@ -174,7 +155,7 @@ class FreezeCacheTrainer(Trainer):
         describe(self)
         self._record.preflight_seconds = round(time.perf_counter() - started, 3)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(**kwargs)
         finally:
             self._freezer.thaw()
 
@@ -237,14 +218,15 @@ class FreezeCacheTrainer(Trainer):
             self.model_wrapped = run.enter(stage, self.optimizer, self.model_wrapped)
             self.callback_handler.train_dataloader = run.current.loader
             self.log(decision_logs(run.current.decision))
-            for callback in _report_callbacks(self):
+            for callback in report_callbacks(self):
                 callback.stage_began(self.args, self.state)
         run.sampler.set_epoch(epoch)
         batch_size, entering_seconds = self.get_total_train_batch_size(self.args), time.perf_counter() - started
         run.stopwatch = Stopwatch(self.state.global_step, batch_size, len(run.sampler), entering_seconds)
         loader = run.current.loader
         super()._run_epoch(*args, **{**kwargs, "model": self.model_wrapped, "train_dataloader": loader})
-        _log_cost(self)
+        if logs := run.cost_logs(self.state):
+            self.log(logs)
         run.stopwatch = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -318,7 +300,8 @@ class FreezeCacheTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As ``Trainer``; the stage is written first, since ``Trainer`` may push the folder to the Hub at once."""
         if self._run is not None and self._run.active is not None:
-            _log_cost(self)
+            if logs := self._run.cost_logs(self.state):
+                self.log(logs)
             if self.args.should_save:
                 folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
                 stage, progress = self._run.active.stage, progress_to_dict(self._record)
@@ -404,29 +387,12 @@ class FreezeCacheTrainer(Trainer):
         Raises:
             RunError: ``baseline`` holds no run.
         """
-        call = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs)
         if self.freeze_config is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
+            call = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs)
             call.apply_defaults()
-            settings = {name: value for name, value in call.arguments.items() if name != "self"}
-            if not self._record.model:
-                describe(self)
-            self._record.log_history, self._record.global_step = list(self.state.log_history), self.state.global_step
-            settings["model_id"] = self.args.hub_model_id
-            write_card(Path(self.args.output_dir), self._record, self.model, settings, baseline)
-
-
-def _report_callbacks(trainer: FreezeCacheTrainer) -> list[ReportCallback]:
-    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ReportCallback)]
-
-
-def _log_cost(trainer: FreezeCacheTrainer) -> None:
-    """Log what training has cost since this was done last: at the end of an epoch, and before a checkpoint is saved."""
-    stopwatch = None if trainer._run is None else trainer._run.stopwatch
-    measured = None if stopwatch is None else stopwatch.take(trainer.state.global_step)
-    if measured is not None:
-        trainer.log(epoch_logs(trainer._record, measured, float(trainer.state.epoch or 0.0)))
+            write_model_card(self, {name: value for name, value in call.arguments.items() if name != "self"}, baseline)
 
 
 def _restore(trainer: FreezeCacheTrainer, checkpoint: str | None, model: nn.Module) -> bool:

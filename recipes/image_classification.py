@@ -5,7 +5,7 @@ The counterpart of Hugging Face's ``run_image_classification.py``, with the same
 
     python recipes/image_classification.py \\
         --model_name_or_path facebook/deit-tiny-patch16-224 --ignore_mismatched_sizes \\
-        --dataset_name ./flower_photos --output_dir outputs/flowers --cache_dir caches \\
+        --dataset_name ./flower_photos --output_dir outputs/flowers --freezecache_dir caches \\
         --do_train --do_eval --num_train_epochs 3 --per_device_train_batch_size 32 --learning_rate 3e-4 --bf16 \\
         --freeze_schedule 0:6,2:9 --num_views 2
 
@@ -19,9 +19,9 @@ As with ``Trainer``, a bf16 run is evaluated under bf16 autocast; in fp32 the sa
 - ``--dataset_name`` is a data set on the Hub, or a local folder of parquet files (``train*.parquet``, ``test*.parquet``)
   or of images (``train/<class>/*.jpg``, ``test/<class>/*.jpg``). It is evaluated on its split ``validation``, else on
   ``test``, else on ``--train_val_split`` of ``train``.
-- ``--cache_dir`` is the folder of hidden states. The download folder, ``--cache_dir`` in Hugging Face's script, is
-  ``--model_cache_dir`` here.
-- Without ``--freeze_schedule`` or ``--freeze_policy`` it trains as ``Trainer`` does.
+- ``--freezecache_dir`` is the folder of hidden states; ``--cache_dir`` is that of downloads, as in Hugging Face's script.
+- Without ``--freeze_schedule`` it trains as ``Trainer`` does.
+- ``hf-freezecache settings`` says what else can be set of freezing and caching.
 - ``--resume_from_checkpoint True`` goes on from the last checkpoint in ``--output_dir``.
 - One ``.json`` file may take the place of all arguments. ``accelerate launch`` starts it as well, on one process.
 - Torchvision is not needed.
@@ -65,12 +65,7 @@ class ModelArguments:
     config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
     image_processor_name: str | None = field(default=None, metadata={"help": "Processor, if not the model's own."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    model_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder for downloads, --cache_dir in Hugging Face's script; here that is the hidden states'."
-        },
-    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
     token: str | None = field(
         default=None, metadata={"help": "Token for the Hub; default: the one of `hf auth login`."}
     )
@@ -139,7 +134,7 @@ def parse_arguments() -> tuple[Any, ...]:
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments, FreezeConfig, CacheConfig))
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         arguments = json.loads(Path(sys.argv[1]).read_text())
-        aliases = {"freeze_schedule": "schedule", "freeze_policy": "policy"}  # parse_dict knows none
+        aliases = {"freeze_schedule": "schedule"}  # parse_dict knows none
         return parser.parse_dict({aliases.get(name, name): value for name, value in arguments.items()})
     return parser.parse_args_into_dataclasses()
 
@@ -152,13 +147,13 @@ def load_splits(
         splits = datasets.load_dataset(
             data_args.dataset_name,
             data_args.dataset_config_name,
-            cache_dir=model_args.model_cache_dir,
+            cache_dir=model_args.cache_dir,
             token=model_args.token,
         )
     else:
         folders = {"train": data_args.train_dir, "validation": data_args.validation_dir}
         data_files = {name: str(Path(folder) / "**") for name, folder in folders.items() if folder is not None}
-        splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=model_args.model_cache_dir)
+        splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=model_args.cache_dir)
 
     image_column, label_column = data_args.image_column_name, data_args.label_column_name
     features = next(iter(splits.values())).features
@@ -200,7 +195,7 @@ def main() -> None:
         raise ValueError("--do_eval needs a split 'validation' or 'test', --validation_dir, or --train_val_split > 0.")
 
     hub = {
-        "cache_dir": model_args.model_cache_dir,
+        "cache_dir": model_args.cache_dir,
         "revision": model_args.model_revision,
         "token": model_args.token,
         "trust_remote_code": model_args.trust_remote_code,
@@ -217,7 +212,7 @@ def main() -> None:
     )
     processor = AutoImageProcessor.from_pretrained(model_args.image_processor_name or name, **hub)
 
-    freezes = freeze_config.schedule is not None or freeze_config.policy is not None
+    freezes = freeze_config.schedule is not None
     augmented, plain = (make_transform(processor, data_args, train) for train in (True, False))
     transforms = {}
     if freezes and cache_config.num_views > 1:
@@ -231,7 +226,7 @@ def main() -> None:
 
     # A copy of this file alone asks the Hub for the metric.
     shipped = Path(__file__).with_name("accuracy")
-    metric = evaluate.load(str(shipped) if shipped.is_dir() else "accuracy", cache_dir=model_args.model_cache_dir)
+    metric = evaluate.load(str(shipped) if shipped.is_dir() else "accuracy", cache_dir=model_args.cache_dir)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=prediction.predictions.argmax(axis=1), references=prediction.label_ids)

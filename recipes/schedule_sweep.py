@@ -39,7 +39,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare freezing schedules that share one folder of caches.")
     parser.add_argument("--model", required=True, help="A model on the Hub, or its folder.")
     parser.add_argument("--data", required=True, type=Path, help="Folder of train.parquet and test.parquet.")
-    parser.add_argument("--schedules", required=True, nargs="+", help="Start:split_point pairs, e.g. 0:6,3:9.")
+    parser.add_argument(
+        "--schedules",
+        required=True,
+        nargs="+",
+        help="Start:split_point pairs, e.g. 0:6,3:9, or policies, e.g. 'linear(0,0.5,0.75)'.",
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--num-views", type=int, default=2)
     parser.add_argument("--codec", default="lossless")

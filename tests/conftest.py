@@ -1,11 +1,15 @@
-"""Seeded, offline, in a temporary folder; tiny models and images that look like something."""
+"""Every test is seeded, offline and in a temporary folder. CONTRIBUTING.md says how to use the markers and options."""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Child processes import ``support``, too.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -14,41 +18,113 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import datasets
 import hypothesis
-import numpy as np
 import pytest
-import torch
-import transformers
-from PIL import Image
-from support.tiny import IMAGE_SIZE, NUM_CLASSES, TinyTransform, tiny_vit
 
-from hf_freezecache.report.callback import ReportCallback
+# torch and what builds on it is imported where it is used: pytest-xdist's controller runs no test, and starts workers sooner.
+if TYPE_CHECKING:
+    import datasets
+    import transformers
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
-hypothesis.settings.load_profile("default")
-
+#: Examples of each property test, by the name in the environment variable ``HYPOTHESIS_PROFILE``.
+EXAMPLES = {"default": 10, "ci": 50, "nightly": 500}
+for _profile, _examples in EXAMPLES.items():
+    hypothesis.settings.register_profile(_profile, deadline=None, derandomize=True, max_examples=_examples)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 #: Files that take half a minute and more.
 LONG = ("test_crash_safety", "test_distributed", "test_lossy_training", "test_readme", "test_trainer", "test_writer")
+#: Reason of what ``--slow-budget`` skips.
+OUT_OF_BUDGET = "the time of --slow-budget is used up"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-budget",
+        type=float,
+        metavar="SECONDS",
+        help="start no slow test once slow tests have taken this long; files share the time, and the rest is skipped",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--slow-budget") is not None:
+        config.pluginmanager.register(SlowBudget(config), "slow-budget")
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` looks at the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long files: the last one keeps one process busy while the others wait."""
+    """Mark as slow what ``by_default`` leaves out, and begin with the long files: others fill the time beside the last."""
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("by_default") is not None:
+            families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for family in families.values():
+        kept = spread(len(family), *family[0].get_closest_marker("by_default").args)
+        for number, item in enumerate(family):
+            if number not in kept:
+                item.add_marker("slow")
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+def spread(total: int, kept: int) -> set[int]:
+    """Return ``kept`` of the numbers below ``total``, the first and the last among them, evenly spread."""
+    if kept >= total:
+        return set(range(total))
+    return {round(number * (total - 1) / max(1, kept - 1)) for number in range(kept)}
+
+
+class SlowBudget:
+    """Skips slow tests once the time is used up. Every file gets its share of what the files before have left."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.budget = config.getoption("--slow-budget")
+        self.processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        self.began = time.monotonic()
+        self.files: list[Path] = []
+        self.deadlines: dict[Path, float] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.files = list(dict.fromkeys(item.path for item in items if item.get_closest_marker("slow")))
+        self.began = time.monotonic()
+
+    def deadline(self, path: Path) -> float:
+        """Return when the last slow test of a file may start. Files are handed out in order, whole, to all processes."""
+        if path not in self.deadlines:
+            now = time.monotonic()
+            left = max(0.0, self.began + self.budget - now)
+            later = len(self.files) - 1 - self.files.index(path)
+            self.deadlines[path] = now + left / math.ceil(1 + later / self.processes)
+        return self.deadlines[path]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item.get_closest_marker("slow") and time.monotonic() > self.deadline(item.path):
+            pytest.skip(OUT_OF_BUDGET)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        reports = terminalreporter.stats.get("skipped", [])
+        names = [report.nodeid for report in reports if OUT_OF_BUDGET in str(report.longrepr)]
+        terminalreporter.write_line(f"--slow-budget {self.budget:.0f}: {len(names)} slow tests were not run")
+        for name in names:
+            terminalreporter.write_line(f"  {name}")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _imports_are_no_garbage() -> None:
-    """Let the collections that accelerate asks for pass over what imports made: they would take most of the time."""
+def _session() -> Iterator[Callable[..., None]]:
+    """Set up once what holds for all tests; yield how a report is drawn.
+
+    There is no network, and no garbage among imported modules. Runs that save draw no report: it takes a second or two, which
+    only tests with the fixture ``drawing`` need.
+    """
+    import torch
+
+    from hf_freezecache.report.callback import ReportCallback
+
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # accelerate asks for collections: they would spend most of the time on what imports made
     torch.set_num_threads(1)  # bits depend on it, those of fixtures that come before the first test as well
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse connections to anything but this machine."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: object) -> object:
@@ -56,36 +132,48 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(f"a test tried to reach {address}")
         return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        draw = ReportCallback.draw
+        patch.setattr(ReportCallback, "draw", lambda self, output_dir: None)
+        yield draw
 
 
 @pytest.fixture(autouse=True)
-def _isolated(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed the test and give it a folder."""
+    import datasets
+    import torch
+    import transformers
+
     monkeypatch.chdir(tmp_path)
     transformers.set_seed(0)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that save would draw a report each: a second or two that only tests with the fixture ``drawing`` need."""
-    if "drawing" not in request.fixturenames:
-        monkeypatch.setattr(ReportCallback, "draw", lambda self, output_dir: None)
-
-
 @pytest.fixture
-def drawing() -> None:
+def drawing(_session: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs draw their report."""
+    from hf_freezecache.report.callback import ReportCallback
+
+    monkeypatch.setattr(ReportCallback, "draw", _session)
 
 
 @pytest.fixture
 def model() -> transformers.PreTrainedModel:
+    from support.tiny import tiny_vit
+
     return tiny_vit()
 
 
 def make_images(rows: int, seed: int = 0) -> datasets.Dataset:
     """Images whose class shows: brighter in one corner of four, noise elsewhere."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+    from support.tiny import IMAGE_SIZE, NUM_CLASSES
+
     generator = np.random.default_rng(seed)
     images, labels = [], []
     for row in range(rows):
@@ -107,9 +195,13 @@ def images() -> datasets.Dataset:
 
 @pytest.fixture
 def train_dataset(images: datasets.Dataset) -> datasets.Dataset:
+    from support.tiny import TinyTransform
+
     return images.with_transform(TinyTransform(augment=True))
 
 
 @pytest.fixture
 def eval_dataset(images: datasets.Dataset) -> datasets.Dataset:
+    from support.tiny import TinyTransform
+
     return images.select(range(20)).with_transform(TinyTransform(augment=False))

@@ -138,19 +138,13 @@ def working_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ran(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    folder = tmp_path_factory.mktemp("ran")
-    readme, others = working_folder(folder / "readme"), working_folder(folder / "examples")
-    (folder / "steps.json").write_text(json.dumps(steps_of_readme(readme) + steps_of_examples(others, readme)))
+def run(hub: HubServer, folder: Path, steps: list[dict[str, str]]) -> Ran:
+    """Run steps in one process, in which the server stands for the Hub."""
+    (folder / "steps.json").write_text(json.dumps(steps))
     (folder / "found").mkdir()
+    script = ROOT / "tests" / "support" / "run_steps.py"
     done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "tests" / "support" / "run_steps.py"),
-            "steps.json",
-            str(folder / "found" / "found.json"),
-        ],
+        [sys.executable, str(script), "steps.json", str(folder / "found" / "found.json")],
         cwd=folder,
         env=environment(hub, folder / "home", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
@@ -160,6 +154,14 @@ def ran(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     )
     assert (folder / "found" / "found.json").exists(), done.stderr[-4000:]
     return Ran(folder, hub, json.loads((folder / "found" / "found.json").read_text()), done.stderr)
+
+
+@pytest.fixture(scope="module")
+def ran(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Every block and example, one after another."""
+    folder = tmp_path_factory.mktemp("ran")
+    readme, others = working_folder(folder / "readme"), working_folder(folder / "examples")
+    return run(hub, folder, steps_of_readme(readme) + steps_of_examples(others, readme))
 
 
 def test_no_block_is_left_out() -> None:
@@ -183,6 +185,15 @@ def test_the_script_of_use_it_is_short() -> None:
     assert max(map(len, script.text.splitlines())) <= 120
 
 
+def test_the_script_of_use_it_runs(hub: HubServer, tmp_path: Path) -> None:
+    steps = steps_of_readme(working_folder(tmp_path / "readme"))
+    last = next(number for number, step in enumerate(steps) if step["language"] == "python")
+    ran = run(hub, tmp_path, steps[: last + 1])
+    ran.check(steps[last]["name"])
+    assert "model.safetensors" in ran.server.files("user/deit-tiny-beans", "model")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block", [block for block in read_blocks() if not block.by_ci and not launched(block)], ids=lambda block: block.name
 )
@@ -194,6 +205,7 @@ def test_block(block, ran) -> None:
         ran.check(f"after {block.name}")
 
 
+@pytest.mark.slow
 def test_what_the_blocks_leave(ran) -> None:
     """The script has pushed a model with its card, and a private cache; the report is there."""
     for block in read_blocks():
@@ -216,16 +228,19 @@ def test_every_command_has_an_example() -> None:
     assert set(examples()) == {*EXAMPLES, "demo"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, ran) -> None:
     assert ran.check(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*EXAMPLES, "demo", ""])
 def test_help(name, ran) -> None:
     assert "Usage: hf-freezecache" in ran.check(f"{name} --help".strip())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in read_blocks() if launched(block)], ids=lambda block: block.name)
 def test_several_processes(block, hub, tmp_path) -> None:
     """Verbatim, by a shell: three processes, whose imports take most of the time."""

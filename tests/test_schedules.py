@@ -152,10 +152,10 @@ def test_a_policy_is_read_with_its_arguments(schedule, expected) -> None:
         ("linear(stop=1)", "unexpected keyword argument 'stop'. Expected linear(start=0.0, end=0.5, level=0.75)"),
         ("linear(0.1, start=0.2)", "multiple values for argument 'start'"),
         ("linear(end=1, end=1)", "an argument is given twice"),
-        ("linear('a')", "start must be a float, got 'a'"),
-        ("linear(True)", "start must be a float, got True"),
-        ("linear(None)", "start must be a float, got None"),
-        ("linear([0.0])", "start must be a float, got [0.0]"),
+        ("linear('a')", "start must be of type float, got 'a'"),
+        ("linear(True)", "start must be of type float, got True"),
+        ("linear(None)", "start must be of type float, got None"),
+        ("linear([0.0])", "start must be of type float, got [0.0]"),
         ("linear(x)", "x is not a number or a text"),
         ("linear(exit())", "exit() is not a number or a text"),
         ("linear(*[0.1])", "*[0.1] is not a number or a text"),
@@ -220,9 +220,9 @@ def test_a_policy_of_the_users_own_takes_parameters(monkeypatch) -> None:
     for schedule, words in {
         "steps": r"missing a required argument: 'every'. Expected steps\(every, by=2, name='steps', late=False\)",
         "steps(0)": "every must be at least 1, got 0",
-        "steps(4.0)": "every must be a int, got 4.0",
-        "steps(4, name=5)": "name must be a str, got 5",
-        "steps(4, late=1)": "late must be a bool, got 1",
+        "steps(4.0)": "every must be of type int, got 4.0",
+        "steps(4, name=5)": "name must be of type str, got 5",
+        "steps(4, late=1)": "late must be of type bool, got 1",
         "cubic": r"known are \['linear', 'steps'\]",
     }.items():
         with pytest.raises(ScheduleError, match=words):

@@ -25,14 +25,57 @@ DROPOUT = {"hidden_dropout_prob": 0.1}
 SCHEDULE = "0:1,1:2,3:4"
 
 
-def full_run(train_dataset, **settings) -> FreezeCacheTrainer:
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory: pytest.TempPathFactory) -> FreezeCacheTrainer:
+    """A run that has saved each epoch. Tests that change its folder change a copy."""
+    folder = tmp_path_factory.mktemp("finished")
     trainer = make_trainer(
-        tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2}, save_only_model=False, **settings
+        tiny_vit(**DROPOUT),
+        images.with_transform(TinyTransform(augment=True)),
+        schedule=SCHEDULE,
+        cache={"num_views": 2, "cache_dir": str(folder / "caches")},
+        save_strategy="epoch",
+        save_only_model=False,
+        output_dir=str(folder / "out"),
     )
     trainer.train()
     return trainer
 
 
+@pytest.fixture
+def out(finished, tmp_path: Path) -> Path:
+    """A copy of what the finished run has saved, where a trainer of this test looks for it."""
+    return Path(shutil.copytree(finished.args.output_dir, tmp_path / "out"))
+
+
+def check_resume(train_dataset, settings, steps: list[int] | None = None) -> None:
+    """Go on from the checkpoints of these steps, or from all: the result is that of the whole run."""
+    make = {"schedule": SCHEDULE, "cache": {"num_views": 2}, **settings}
+    whole = make_trainer(tiny_vit(**DROPOUT), train_dataset, **make)
+    whole.train()
+    expected = parameters_of(whole.model)
+    checkpoints = sorted(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if steps is None:
+        assert len(checkpoints) >= 4
+        if settings.get("dataloader_num_workers"):  # starting workers is slow: a few suffice
+            checkpoints = checkpoints[1:4]
+    else:
+        checkpoints = [Path("out") / f"checkpoint-{step}" for step in steps]
+    for checkpoint in checkpoints:
+        torch.manual_seed(99)
+        again = make_trainer(tiny_vit(**DROPOUT, initializer_range=0.5), train_dataset, output_dir="again", **make)
+        again.train(resume_from_checkpoint=str(checkpoint))
+        resumed = getattr(again, "losses", [])
+        assert resumed == whole.losses[len(whole.losses) - len(resumed) :], checkpoint
+        assert_same(parameters_of(again.model), expected)
+        shutil.rmtree("again", ignore_errors=True)
+
+
+def test_resume_in_the_middle_of_an_epoch_is_bit_identical(train_dataset) -> None:
+    check_resume(train_dataset, {"save_strategy": "steps", "save_steps": 7}, [7])  # an epoch has 5 steps
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -45,50 +88,31 @@ def full_run(train_dataset, **settings) -> FreezeCacheTrainer:
     ids=["epoch-ends", "mid-epoch", "accumulation-bf16", "workers", "kept-workers"],
 )
 def test_resume_at_every_checkpoint_is_bit_identical(train_dataset, settings) -> None:
-    make = {"schedule": SCHEDULE, "cache": {"num_views": 2}, **settings}
-    whole = make_trainer(tiny_vit(**DROPOUT), train_dataset, **make)
-    whole.train()
-    expected = parameters_of(whole.model)
-    checkpoints = sorted(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    assert len(checkpoints) >= 4
-    if settings.get("dataloader_num_workers"):  # starting workers is slow: a few suffice
-        checkpoints = checkpoints[1:4]
-    for checkpoint in checkpoints:
-        torch.manual_seed(99)
-        again = make_trainer(tiny_vit(**DROPOUT, initializer_range=0.5), train_dataset, output_dir="again", **make)
-        again.train(resume_from_checkpoint=str(checkpoint))
-        resumed = getattr(again, "losses", [])
-        assert resumed == whole.losses[len(whole.losses) - len(resumed) :], checkpoint
-        assert_same(parameters_of(again.model), expected)
-        shutil.rmtree("again", ignore_errors=True)
+    check_resume(train_dataset, settings)
 
 
-def test_resume_true_takes_the_last_checkpoint(train_dataset) -> None:
-    whole = full_run(train_dataset, save_strategy="epoch")
-    last = max(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+@pytest.mark.slow
+def test_resume_true_takes_the_last_checkpoint(train_dataset, finished, out) -> None:
+    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.rmtree(last)
     again = make_trainer(
         tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2}, save_strategy="epoch"
     )
     again.train(resume_from_checkpoint=True)
     assert len(again.losses) == 5
-    assert_same(parameters_of(again.model), parameters_of(whole.model))
+    assert_same(parameters_of(again.model), parameters_of(finished.model))
 
 
-def test_checkpoint_holds_stage_and_no_cache(train_dataset) -> None:
-    full_run(train_dataset, save_strategy="epoch")
-    stages = [
-        json.loads((Path("out") / f"checkpoint-{step}" / STATE_NAME).read_text())["stage"] for step in (5, 10, 20)
-    ]
+def test_checkpoint_holds_stage_and_no_cache(out) -> None:
+    stages = [json.loads((out / f"checkpoint-{step}" / STATE_NAME).read_text())["stage"] for step in (5, 10, 20)]
     assert [(stage["index"], stage["split_point"]) for stage in stages] == [(0, 1), (1, 2), (2, 4)]
-    assert not list(Path("out").rglob("view-00"))
+    assert not list(out.rglob("view-00"))
 
 
-def test_resume_with_a_schedule_that_unfreezes_is_refused(train_dataset) -> None:
-    full_run(train_dataset, save_strategy="epoch")
+def test_resume_with_a_schedule_that_unfreezes_is_refused(train_dataset, out) -> None:
     again = make_trainer(tiny_vit(), train_dataset, schedule="0:1", cache={"num_views": 2})
     with pytest.raises(ValueError, match=r"saved with 2 frozen blocks.*asks for 1"):
-        again.train(resume_from_checkpoint="out/checkpoint-15")
+        again.train(resume_from_checkpoint=str(out / "checkpoint-15"))
 
 
 def test_load_best_model_at_end_ends_on_the_best_checkpoint(train_dataset, eval_dataset) -> None:
@@ -191,6 +215,7 @@ def test_model_init_and_training_twice(train_dataset) -> None:
     assert trainer.losses == first
 
 
+@pytest.mark.slow
 def test_a_second_train_starts_at_the_first_stage_again(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset)
     trainer.train()
@@ -268,6 +293,7 @@ def test_schedule_without_frozen_blocks_trains_live(train_dataset) -> None:
     assert len(trainer.losses) == 5
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_gives_the_same_training(train_dataset) -> None:
     plain = make_trainer(tiny_vit(), train_dataset)
     plain.train()
@@ -309,6 +335,7 @@ def test_the_model_comes_back_thawed(train_dataset) -> None:
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
 
+@pytest.mark.slow
 def test_resume_with_the_users_own_optimizer(train_dataset) -> None:
     def run(**settings):
         model = tiny_vit()
@@ -324,14 +351,13 @@ def test_resume_with_the_users_own_optimizer(train_dataset) -> None:
         assert_same(run(resume_from_checkpoint=f"mine/checkpoint-{step}"), whole)
 
 
-def test_resume_from_an_incomplete_checkpoint_is_refused(train_dataset) -> None:
-    full_run(train_dataset, save_strategy="epoch")
-    path = Path("out/checkpoint-10/model.safetensors")
+def test_resume_from_an_incomplete_checkpoint_is_refused(train_dataset, out) -> None:
+    path = out / "checkpoint-10" / "model.safetensors"
     tensors = {name: t for name, t in load_file(path).items() if ".2." not in name}
     save_file(tensors, path, metadata={"format": "pt"})
     again = make_trainer(tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2})
     with pytest.raises(RuntimeError, match="does not hold the weights"):
-        again.train(resume_from_checkpoint="out/checkpoint-10")
+        again.train(resume_from_checkpoint=str(out / "checkpoint-10"))
 
 
 @pytest.mark.parametrize("name", ["_get_train_sampler", "get_train_dataloader"])

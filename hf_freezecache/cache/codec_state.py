@@ -50,6 +50,7 @@ _PLANES = Planes()
 _NOTHING = "nothing"
 #: A larger state is refused unread: a basis of 1536 channels in 8 bits takes 2.3 MB, a mean of 1024 tokens 6 MB.
 _MAX_BYTES = 2**30
+_KEYS = {"format_version", "fingerprint", "codec", "calibration", "tensors", "checksum"}
 
 
 _C = TypeVar("_C", Codec, CopyCodec)
@@ -194,6 +195,8 @@ def _load(
         document = parse_json(metadata[FORMAT].encode())
         if document["checksum"] != _checksum(document):
             raise ValueError("its checksum does not match")
+        if document.keys() != _KEYS:
+            raise ValueError(f"its entries are {sorted(document)[:20]}, expected {sorted(_KEYS)}")
         if document["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {document['format_version']}, expected {FORMAT_VERSION}")
         codec = read(document["codec"], _tensors(frames, document["tensors"], max_bytes))

@@ -1,1 +1,1 @@
-"""From rows to batches: views, transforms, collators, order."""
+"""From rows to batches: views and their transforms, collators, the order of samples, and augmentation of hidden states."""

@@ -101,8 +101,8 @@ def check_label_values(batch: Mapping[str, Any], label_names: Sequence[str] | No
 def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples of a cache into a batch: ``hidden_states`` (batch, tokens, hidden), labels and other extras.
 
-    Packed samples are stacked as they are. What only some of them carry, those of chunks with tokens that are stored
-    as they are, is zero for the others.
+    Packed samples are stacked likewise. Samples of a chunk with tokens that are stored exactly have more tensors than others:
+    these are zero for samples that lack them.
     """
     names = {name: item[name] for item in reversed(items) for name in item}
     return {
@@ -112,6 +112,6 @@ def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def split_packed(batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what ``ViewCodec.dequantize`` takes of a batch, and the rest of the batch."""
+    """Split a batch into the packed tensors, which ``ViewCodec.dequantize`` takes, and the rest."""
     packed = {name: value for name, value in batch.items() if is_packed(name)}
     return packed, {name: value for name, value in batch.items() if not is_packed(name)}

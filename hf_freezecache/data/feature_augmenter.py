@@ -105,7 +105,7 @@ class FeatureAugmenter:
         """
         prefix_tokens, grid = token_grid
         needing = [type(a).__name__ for a in self.augmentations if a.needs_grid]
-        if needing and prefix_tokens == 0 and grid[0] == 1:  # how `model.split.token_grid` says that it found no grid
+        if needing and prefix_tokens == 0 and grid[0] == 1:  # how `token_grid` says that it found no grid
             raise UnsupportedSetupError(
                 f"feature_augmentation: {', '.join(needing)} must know which tokens are patches, but the model's "
                 f"{grid[1]} tokens form no grid in the proportions of the image. Leave all but mixup out."

@@ -85,15 +85,15 @@ def random_crop(width: int, height: int, scale: tuple[float, float], ratio: tupl
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * random.uniform(*scale)
         aspect = math.exp(random.uniform(math.log(least), math.log(greatest)))
-        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < across <= width and 0 < down <= height:
-            left, top = random.randint(0, width - across), random.randint(0, height - down)
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = random.randint(0, width - crop_width), random.randint(0, height - crop_height)
             break
     else:
-        across = max(1, min(width, round(height * greatest)))
-        down = max(1, min(height, round(width / least)))
-        left, top = (width - across) // 2, (height - down) // 2
-    return left / width, top / height, (left + across) / width, (top + down) / height
+        crop_width = max(1, min(width, round(height * greatest)))
+        crop_height = max(1, min(height, round(width / least)))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left / width, top / height, (left + crop_width) / width, (top + crop_height) / height
 
 
 @dataclass(frozen=True)

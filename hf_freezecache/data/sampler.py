@@ -79,10 +79,11 @@ class ChunkSampler(Sampler[ViewKey]):
                 )
             missing = layout.num_chunks * size - layout.num_samples  # samples that the short chunk lacks
             # `_deal` gives the short chunk to a process with an extra chunk, if there is one.
-            most = (
-                (chunks_each + 1) * size - (missing if extra_chunks == 1 else 0) if extra_chunks else chunks_each * size
-            )
-            least = chunks_each * size - (0 if extra_chunks else missing)
+            most = least = chunks_each * size
+            if extra_chunks:
+                most += size - (missing if extra_chunks == 1 else 0)
+            else:
+                least -= missing
             longest = max(longest, most)
             shortest = least if shortest is None else min(shortest, least)
         if self.drop_last and (shortest or 0) < self.batch_size:

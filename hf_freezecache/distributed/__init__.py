@@ -1,1 +1,1 @@
-"""Several processes."""
+"""Training on several processes: the group that shares a cache, DDP, and checkpoints that all processes save at once."""

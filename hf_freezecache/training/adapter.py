@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from ..compression.base_view import requested_codec
 from ..data.feature_augmenter import FeatureAugmenter
 from ..dataset import CachedDataset
 from ..distributed.ddp import check_parallelism
+from ..distributed.jit_checkpoint import SynchronizedJITCheckpoint
 from ..distributed.process_group import ProcessGroup, find_process_group
 from ..errors import UnsupportedSetupError
 from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
-from ..report.callback import describe_run
+from ..report.callback import ReportCallback, describe_run, write_card
 from ..schedules import Stage
+from .checkpoints import find_checkpoint
 from .data_checks import check_labels, num_classes
 from .planner import make_sampler, plan_run
 from .preflight import check_arguments, check_cache_dir, check_overrides, make_augmenter, prepare_run
@@ -83,6 +86,32 @@ def check_setup(trainer: Any, base: type) -> None:
         check_labels(dataset, num_classes(trainer.model), [*(trainer.label_names or []), "label"])
     if augmenter_of(trainer, base) is not None and not any(stage.split_point for stage in stages):
         logger.warning("feature_augmentation acts on cached stages only: no stage of this schedule is one.")
+
+
+def check_train_arguments(trainer: Any, call: inspect.BoundArguments) -> dict[str, Any]:
+    """Return the arguments of a call of ``train()`` by name, with the checkpoint to resume from found. Collective.
+
+    Args:
+        trainer: The user's trainer.
+        call: Arguments of ``Trainer.train``.
+
+    Raises:
+        UnsupportedSetupError: This is a trial of a hyperparameter search, there is no data set, or the checkpoint is cut off.
+        ValueError: There is no complete checkpoint.
+    """
+    arguments = {name: value for name, value in call.arguments.items() if name not in ("self", "kwargs")}
+    arguments |= call.arguments.get("kwargs", {})
+    if arguments.get("trial") is not None:
+        raise UnsupportedSetupError(
+            "Hyperparameter search changes seeds and epochs after stages and views are planned: search without "
+            "freeze_config, or call train() of a new trainer for each trial."
+        )
+    if trainer.train_dataset is None:
+        raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
+    if "resume_from_checkpoint" in arguments:
+        asked, everyone = arguments["resume_from_checkpoint"], trainer._process_groups[0]
+        arguments["resume_from_checkpoint"] = find_checkpoint(asked, trainer.args, everyone)
+    return arguments
 
 
 def plan_stages_of(trainer: Any) -> tuple[list[Stage], int]:
@@ -176,3 +205,40 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
             "into the cache. Load the model from one checkpoint, or seed its initialisation."
         )
     return CachedDataset(run.open_cache(split).reader)
+
+
+def report_callbacks(trainer: Any) -> list[ReportCallback]:
+    """Return the callbacks of a trainer that write its record and its report."""
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ReportCallback)]
+
+
+def install_callbacks(trainer: Any) -> None:
+    """Let a trainer write its record and report, and let all its processes save a checkpoint in the same step."""
+    everyone, callbacks = trainer._process_groups[0], trainer.callback_handler.callbacks
+    jit = next((callback for callback in callbacks if getattr(callback, "jit_manager", None) is not None), None)
+    if everyone.size > 1 and jit is not None:
+        callbacks.insert(callbacks.index(jit), SynchronizedJITCheckpoint(jit, everyone))
+    if not report_callbacks(trainer):
+        trainer.add_callback(ReportCallback())
+    for callback in report_callbacks(trainer):
+        callback.record = trainer._record
+
+
+def write_model_card(trainer: Any, arguments: dict[str, Any], baseline: str | Path | None) -> None:
+    """Write the model card of a trainer's run, its record and the picture it shows into ``output_dir``.
+
+    Args:
+        trainer: The user's trainer.
+        arguments: Those of ``Trainer.create_model_card``, by name.
+        baseline: ``output_dir`` of a run without freezing, to compare with.
+
+    Raises:
+        RunError: ``baseline`` holds no run.
+        OSError: A file cannot be written.
+    """
+    record = trainer._record
+    if not record.model:
+        describe(trainer)
+    record.log_history, record.global_step = list(trainer.state.log_history), trainer.state.global_step
+    arguments = {**arguments, "model_id": trainer.args.hub_model_id}
+    write_card(Path(trainer.args.output_dir), record, trainer.model, arguments, baseline)

@@ -25,6 +25,7 @@ from ..errors import CacheWriteError, UnsupportedSetupError
 from ..hub.provenance import Provenance, keep_provenance, provenance_of_dataset, provenance_of_model
 from ..model.split import Split, Splits
 from ..report.record import Decision, RunRecord
+from ..report.run_log import epoch_logs
 from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at
 from .cached_step import CachedStep
@@ -308,6 +309,17 @@ class StageRunner:
         )
         loader = self.runtime.make_loader(dataset, self.sampler, collate_cached)
         return ActiveStage(stage, split, loader, step, decision)
+
+    def cost_logs(self, state: Any) -> dict[str, float]:
+        """Record what training has cost since this was called last, and return what to log of it.
+
+        It is called at the end of an epoch, and before a checkpoint is saved.
+
+        Args:
+            state: ``TrainerState``.
+        """
+        measured = None if self.stopwatch is None else self.stopwatch.take(state.global_step)
+        return {} if measured is None else epoch_logs(self.record, measured, float(state.epoch or 0.0))
 
     def push_cache(self, repo_id: str, private: bool, settings: dict[str, Any]) -> Any:
         """Push the cache that was opened last to a data set on the Hub. Collective; the main process pushes.

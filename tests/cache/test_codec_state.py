@@ -363,6 +363,7 @@ def test_chunks_are_what_the_codec_makes_of_the_states(tmp_path, codec, states) 
             assert error.max() > 0
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_state_is_found_when_a_cache_is_opened(cache) -> None:
     found = 0
     for position, _ in flips(cache / CODEC_NAME):

@@ -83,6 +83,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("component", CHANGES)
 def test_a_change_is_noticed_and_named(images, component, caplog) -> None:
     built = cached_run(images)
@@ -104,7 +105,7 @@ def test_a_change_of_codec_is_noticed_and_named(images, monkeypatch, caplog) -> 
 
 def test_a_change_of_format_version_is_noticed_and_named(images, monkeypatch, caplog) -> None:
     cached_run(images)
-    monkeypatch.setattr(caching, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(caching, "FORMAT_VERSION", 3)
     assert cached_run(images) == 8
     assert "format version" in caplog.text.split("differs in: ")[1]
 
@@ -200,7 +201,7 @@ def test_transforms_that_cannot_be_hashed_need_a_name(images) -> None:
 def test_edited_code_of_an_imported_transform_is_noticed(images, tmp_path, monkeypatch, caplog) -> None:
     """What can be imported is pickled by its name: only its source shows the edit."""
     source = (
-        "from tiny import TinyTransform\n\n\nclass Scaled(TinyTransform):\n    def __call__(self, batch):\n"
+        "from support.tiny import TinyTransform\n\n\nclass Scaled(TinyTransform):\n    def __call__(self, batch):\n"
         "        batch = super().__call__(batch)\n"
         "        return {**batch, 'pixel_values': [p * FACTOR for p in batch['pixel_values']]}\n"
     )

@@ -241,6 +241,7 @@ def test_index_tables_name_every_row() -> None:
 # ---- Damage to index.json ----
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_the_index_is_taken(cache) -> None:
     taken, bit = [], 0
     with Patched(cache / INDEX_NAME) as patched:

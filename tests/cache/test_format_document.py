@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import hostile, independent_reader, tiny_cache
+from support import hostile, independent_reader, tiny_cache, tiny_copies
+from torch.utils.data import default_collate
 
 from hf_freezecache.cache.reader import CacheReader
-from hf_freezecache.codecs import CODECS, PRESETS, Cast, Pack, Pipeline, Quantize, Zstd
+from hf_freezecache.cache.writer import build_cache
+from hf_freezecache.codecs import PRESETS, STEPS, Cast, Codec, CopyCodec, Pack, Predictor, Quantize, Zstd
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -58,12 +60,41 @@ def test_a_cache_of_a_fitted_transform_is_read(sound) -> None:
     assert_reads_the_same(sound["transform"], 1e-5)
 
 
+def test_tokens_that_are_stored_as_they_are_are_read(tmp_path) -> None:
+    """One patch and one prefix token that no step of the transform can keep."""
+
+    def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
+        states = hostile.prefix(pixel_values)
+        states[pixel_values[:, 0, 0, 0] == 7, 3, 2] = 1e20
+        states[pixel_values[:, 0, 0, 0] == 5, 0, 1] = -1e20
+        return states
+
+    plan = dataclasses.replace(tiny_cache.make_plan(codec="outliers"), codec=hostile.fitted(), calibration={})
+    directory = tiny_cache.build(tmp_path, plan, prefix=prefix).directory
+    assert_reads_the_same(directory, 1e-5)
+    largest = [float(abs(states).max()) for _, states, _ in independent_reader.Cache(directory).chunks(0)]
+    assert largest == [float(np.float32(1e20))] * 2 + [pytest.approx(1, abs=0.5)]
+
+
+def test_views_that_are_predicted_across_channels_are_read(tmp_path) -> None:
+    plan = tiny_copies.make_plan()
+    keys = [(row, view) for row in range(5) for view in (0, 1)]
+    states = tiny_copies.prefix(torch.stack([tiny_copies.Views()[key]["pixel_values"] for key in keys]))
+    geometry = torch.tensor(tiny_copies.GEOMETRIES[:2]).expand(5, 2, 5)
+    predictor = Predictor(0.5, True, 1, (2, 2)).fit(states[0::2], geometry, states[1::2])
+    plan = dataclasses.replace(plan, copies=CopyCodec(PRESETS["int8"], predictor))
+    directory = build_cache(
+        tmp_path, plan, tiny_copies.Views(), default_collate, tiny_copies.prefix, batch_size=4
+    ).directory
+    assert_reads_the_same(directory, 1e-5)
+
+
 @pytest.mark.parametrize("codec", ["fp16", "int4", "zones", "cast then int8"])
 def test_caches_of_other_codecs_are_read(tmp_path, codec) -> None:
     """``zones``: enough positions for several ranges, and values for all classes and exceptions."""
     made = {
-        "zones": Pipeline((Quantize(8), Pack(3), Zstd())),
-        "cast then int8": Pipeline((Cast("F16"), Quantize(8), Pack(), Zstd())),
+        "zones": Codec((Quantize(8), Pack(3), Zstd())),
+        "cast then int8": Codec((Cast("F16"), Quantize(8), Pack(), Zstd())),
     }.get(codec) or PRESETS[codec]
 
     def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -118,7 +149,7 @@ def test_the_document_names_every_key(sound) -> None:
 
 
 def test_the_document_names_every_step() -> None:
-    assert set(re.findall(r"^\*\*(\w+)\b", DOCUMENT.read_text(), re.M)) - {"Unknown"} == set(CODECS)
+    assert set(re.findall(r"^\*\*(\w+)\b", DOCUMENT.read_text(), re.M)) - {"Unknown"} == set(STEPS)
 
 
 def test_the_independent_reader_is_independent() -> None:

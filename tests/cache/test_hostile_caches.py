@@ -64,6 +64,7 @@ def test_sealing_a_sound_cache_leaves_it_sound(sound, name, tmp_path) -> None:
     assert verify_cache(cache) == []
 
 
+@pytest.mark.by_default(42)
 @pytest.mark.parametrize("name", hostile.CASES)
 def test_refused(sound, name, tmp_path) -> None:
     cache = hostile.make_hostile(name, sound, tmp_path)
@@ -84,6 +85,7 @@ def test_refused(sound, name, tmp_path) -> None:
     assert all(isinstance(problem, str) and len(problem) < 3000 for problem in problems)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux")
 def test_no_case_takes_much_memory() -> None:
     done = subprocess.run(
@@ -211,6 +213,7 @@ def test_a_file_that_may_not_be_read_is_named(sound, tmp_path) -> None:
 # ---- What the finite check lets through ----
 
 
+@pytest.mark.by_default(6)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("codec", ["lossless", "bf16", "fp16", "int8", "int4", "transform"])
 def test_large_values_of_honest_caches_are_read(tmp_path, dtype, codec) -> None:

@@ -173,9 +173,14 @@ def loaded_by(program: str) -> str:
 @pytest.mark.parametrize("module", ["hf_freezecache", "hf_freezecache.cli.app"])
 def test_nothing_slow_is_imported_before_a_command_needs_it(module) -> None:
     assert loaded_by(f"import {module}") == ""
+
+
+@pytest.mark.slow
+def test_what_is_imported_is_seen() -> None:
     assert "transformers" in loaded_by("import hf_freezecache; hf_freezecache.FreezeCacheTrainer")
 
 
+@pytest.mark.slow
 def test_reading_a_cache_imports_no_transformers_and_no_datasets(cache) -> None:
     program = f"""
 from typer.testing import CliRunner
@@ -323,6 +328,7 @@ def assert_found(cache: Path, name: str) -> None:
     assert str(cache / name) in out
 
 
+@pytest.mark.slow
 def test_verify_finds_a_flipped_bit_in_every_file(cache) -> None:
     """Seeded positions all over each file, its first and last byte included; one bit at a time."""
     generator = random.Random(0)
@@ -525,6 +531,7 @@ def test_seconds_leave_evaluation_out(train_dataset, eval_dataset, monkeypatch) 
     assert trainer.curve[-1][0] <= trainer.seconds < seconds - 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_demo")
 def test_a_second_demo_builds_its_caches_anew_and_leaves_others_alone(tmp_path) -> None:
     def run_demo(*args: str) -> dict:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hf_freezecache.codecs import (
@@ -211,8 +211,8 @@ def within_range_of_cast(name: str, hidden_states: torch.Tensor) -> bool:
     return True
 
 
+@pytest.mark.by_default(15)
 @every_codec_and_dtype
-@settings(max_examples=30)
 @given(
     shape=SHAPES,
     seed=SEEDS,
@@ -231,6 +231,7 @@ def test_round_trip_of_any_finite_values(name, dtype, shape, seed, kind, exponen
             codec.encode(hidden_states)
 
 
+@pytest.mark.by_default(33)
 @lossy_and_dtype
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_lossy_codecs_refuse_what_is_not_finite(name, dtype, bad) -> None:
@@ -266,6 +267,7 @@ def test_round_trip_of_special_values(name, dtype) -> None:
     check_round_trip(codec, torch.from_numpy(patterns.reshape(-1)).view(dtype).reshape(16, 64, 64))
 
 
+@pytest.mark.by_default(48)
 @every_codec_and_dtype
 @pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 1), (1, 5, 3), (0, 1, 1)])
 def test_round_trip_of_empty_and_single_samples(name, dtype, shape) -> None:
@@ -273,6 +275,7 @@ def test_round_trip_of_empty_and_single_samples(name, dtype, shape) -> None:
     check_round_trip(codec_for(name, *shape[1:]), values.reshape(shape))
 
 
+@pytest.mark.by_default(15)
 @every_codec_and_dtype
 def test_round_trip_of_non_contiguous_views(name, dtype) -> None:
     whole = torch.randn(6, 8, 10).to(dtype)
@@ -401,6 +404,7 @@ def unpacked_or_refused(codec: Codec, frames: list[bytes], like: torch.Tensor) -
     return {name: bits(array) for name, array in arrays.items()}
 
 
+@pytest.mark.by_default(9)
 @pytest.mark.parametrize(
     ("name", "dtype"), [p for p in PARAMETERS if p.values[0] in LOSSLESS or p.values[1] is torch.float32]
 )
@@ -425,6 +429,7 @@ def test_no_flipped_bit_gives_wrong_content(name, content, dtype) -> None:
     assert refused > 0.98 * total
 
 
+@pytest.mark.by_default(12)
 @every_codec
 @every_content
 def test_every_truncation_and_every_trailing_byte_is_refused(name, content) -> None:
@@ -469,7 +474,6 @@ def test_frames_that_hold_too_much_are_refused(name) -> None:
 
 
 @every_codec
-@settings(max_examples=20)
 @given(data=st.data())
 def test_whole_frames_of_other_content_are_decoded_or_refused(name, data) -> None:
     hidden_states = torch.randn(2, 5, 4)

@@ -316,6 +316,7 @@ def test_pack_keeps_every_integer_in_the_declared_sizes(array, zones) -> None:
     assert pack.encode(array.transpose(0, 1).contiguous().transpose(0, 1)) == buffers
 
 
+@pytest.mark.by_default(18)
 @pytest.mark.parametrize(
     "value", [-32768, -32767, -129, -128, -8, -7, -2, -1, 0, 1, 2, 7, 8, 127, 128, 255, 256, 32767]
 )
@@ -454,6 +455,7 @@ def test_transform_of_any_hidden_size_stays_in_its_bound(hidden, samples, gradie
         assert bool((rms(decode(codec, states) - states) <= codec.error_bound(states)).all())
 
 
+@pytest.mark.slow
 def test_transform_of_1536_channels_from_a_small_sample() -> None:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 5, 1536, generator=generator)
@@ -631,6 +633,7 @@ def test_casts_that_would_round_to_infinity_are_refused() -> None:
         PRESETS["fp16"].encode(torch.full((1, 1, 2), -65520.0))
 
 
+@pytest.mark.by_default(7)
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_quantize_keeps_the_ends_of_every_dtype(bits, dtype) -> None:

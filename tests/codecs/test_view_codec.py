@@ -303,6 +303,7 @@ def packed_chunk(codec: ViewCodec, base: Tensor, geometry: Tensor, views: Tensor
     return arrays
 
 
+@pytest.mark.by_default(9)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base_name", ["lossless", "int4", "transform"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

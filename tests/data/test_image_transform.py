@@ -73,7 +73,7 @@ def test_parameters_depend_on_seed_sample_and_view() -> None:
 
 
 def test_parameters_of_a_key_stay_what_they_are() -> None:
-    """Caches hold views that were drawn by earlier versions. If this must change, raise ``transforms.REVISION``."""
+    """Caches hold views that were drawn by earlier versions. If this must change, raise ``image_transform.REVISION``."""
     found = ImageTransform(4, train=True, **COLOURS).parameters(1, 2, 3, 400, 300)
     edges = [round(edge * side) for edge, side in zip(box_of(found), (400, 300) * 2, strict=True)]
     assert (edges, found.flip) == ([35, 5, 349, 280], True)

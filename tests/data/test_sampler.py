@@ -30,13 +30,13 @@ def make(
     drop_last: bool = False,
     num_views: int = 2,
 ) -> ChunkSampler:
-    shares = ProcessGroup(group_of_rank=group_of_rank, num_groups=max(group_of_rank) + 1).rows_of_groups(rows)
-    layouts = [ChunkLayout.of_rows(rows, chunk, seed, *share) for share in shares]
+    process_group = ProcessGroup(group_of_rank=group_of_rank, num_groups=max(group_of_rank) + 1)
+    layouts = [ChunkLayout.of_rows(rows, chunk, seed, *run) for run in process_group.rows_of_groups(rows)]
     return ChunkSampler(layouts, seed, seed + 1, num_views, window, group_of_rank, batch, drop_last)
 
 
 def dealt(sampler: ChunkSampler, batch: int, processes: int, drop_last: bool = False) -> list[list[list[tuple]]]:
-    """Batches of each process, as accelerate deals them."""
+    """Return the batches of each process, as accelerate deals them."""
     batches = BatchSampler(sampler, batch, drop_last)
     return [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
 
@@ -104,14 +104,15 @@ def test_a_machine_trains_on_its_own_rows(rows, group_of_rank, chunk, window, ba
     streams = dealt(sampler, batch, len(group_of_rank))
     # Machines with more processes have more rows: nobody's rows come more often than it takes to fill the end.
     assert len(sampler) - rows <= len(group_of_rank) * (2 * chunk + batch)
-    for part, layout in enumerate(sampler.layouts):
-        own = {
-            row for rank, stream in enumerate(streams) if group_of_rank[rank] == part for k in stream for row, _ in k
+    for group, layout in enumerate(sampler.layouts):
+        rows_read = {
+            row for rank, stream in enumerate(streams) if group_of_rank[rank] == group for k in stream for row, _ in k
         }
-        assert own == set(layout.order.tolist())
+        assert rows_read == set(layout.order.tolist())
     assert sorted(row for layout in sampler.layouts for row in layout.order.tolist()) == list(range(rows))
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(("processes", "batch", "window"), [(2, 4, 2), (3, 2, 3), (2, 16, 1), (4, 3, 2)])
 def test_each_chunk_is_decoded_once_in_an_epoch_over_all_processes(tmp_path, processes, batch, window) -> None:
     plan = tiny_cache.make_plan(num_samples=45, chunk_size=3)
@@ -139,23 +140,23 @@ def test_orders_change_with_epoch_and_process() -> None:
     assert len(set(epochs)) == 3
 
 
-def test_parts_are_those_of_one_permutation() -> None:
+def test_layouts_of_groups_are_runs_of_one_permutation() -> None:
     whole = ChunkLayout(11, 4, 3)
-    parts = [
+    layouts = [
         ChunkLayout.of_rows(11, 4, 3, *rows)
         for rows in ProcessGroup(group_of_rank=(0, 1, 2), num_groups=3).rows_of_groups(11)
     ]
-    assert np.array_equal(np.concatenate([part.order for part in parts]), whole.order)
-    assert [part.num_samples for part in parts] == [3, 4, 4]
-    for part in parts:
-        assert np.array_equal(np.flatnonzero(part.position >= 0), np.sort(part.order))
-        assert np.array_equal(part.order[part.position[part.order]], part.order)
+    assert np.array_equal(np.concatenate([layout.order for layout in layouts]), whole.order)
+    assert [layout.num_samples for layout in layouts] == [3, 4, 4]
+    for layout in layouts:
+        assert np.array_equal(np.flatnonzero(layout.position >= 0), np.sort(layout.order))
+        assert np.array_equal(layout.order[layout.position[layout.order]], layout.order)
     assert ChunkLayout.of_rows(11, 4, 3, 0, 11) == whole
     assert ProcessGroup(group_of_rank=(0, 0, 0, 1), num_groups=2).rows_of_groups(100) == [(0, 75), (75, 100)]
 
 
 @given(st.lists(st.integers()), st.integers(1, 9))
-def test_processes_share_runs_of_one_length(items, size) -> None:
-    shares = [ProcessGroup(rank, size).split_between(items) for rank in range(size)]
-    assert [item for share in shares for item in share] == items
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_items_are_split_between_processes_into_runs_of_one_length(items, size) -> None:
+    runs = [ProcessGroup(rank, size).split_between(items) for rank in range(size)]
+    assert [item for run in runs for item in run] == items
+    assert max(map(len, runs)) - min(map(len, runs)) <= 1

@@ -5,51 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import many
+from support.children import free_port, run_group
 
-ROOT = Path(__file__).parents[2]
 #: Parameters of the tiny model behind 0, 1 and 3 frozen blocks.
 TRAINABLE = {0: 10068, 1: 6772, 3: 2324}
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    return {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def torchrun(processes: int, *arguments: str, port: int | None = None, nodes: str = "1", node: str = "0") -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--nnodes", nodes),
-        *("--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", str(port or free_port())),
-        *(str(ROOT / "tests" / "support" / "many.py"), *arguments),
-    ]
 
 
 def launch(folder: Path, processes: int, *scenarios: str) -> list[dict[str, Any]]:
     """Run scenarios of ``many.py`` in a folder; return what each process found."""
     folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        torchrun(processes, *scenarios),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_group(many.main, *scenarios, folders=[folder] * processes)
+    return found_in(folder, processes)
+
+
+def found_in(folder: Path, processes: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"found-{rank}-of-{processes}.json").read_text()) for rank in range(processes)]
 
 
@@ -59,58 +35,88 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("two")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found, one start for all scenarios: those of the default run."""
+    return launch(tmp_path_factory.mktemp("two"), 2, "parity:10", "refused", "too_many")
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> list[dict[str, Any]]:
-    """What two processes found, one start for all scenarios."""
-    scenarios = ["parity", "build", "one_fails:always", "one_fails:auto", "lossy", "terminated", "twice", "refused"]
-    return launch(folder, 2, *scenarios, "save:two", "too_many")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("all")
+
+
+@pytest.fixture(scope="module")
+def all_of_two(folder: Path) -> list[dict[str, Any]]:
+    """What two processes found in the scenarios of slow tests."""
+    scenarios = ["parity", "build", "one_fails:always", "one_fails:auto", "lossy", "terminated", "twice"]
+    return launch(folder, 2, *scenarios, "save:two")
 
 
 def test_cached_equals_frozen_uncached_to_the_bit(two) -> None:
     for found in two:
-        parity = found["parity"]
+        parity = found["parity:10"]
         assert parity["always"]["losses"] == parity["never"]["losses"]
         assert parity["always"]["digest"] == parity["never"]["digest"]
-    assert two[0]["parity"]["always"]["digest"] == two[1]["parity"]["always"]["digest"]
-    assert two[0]["parity"]["always"]["losses"] != two[1]["parity"]["always"]["losses"]  # other samples each
+    assert two[0]["parity:10"]["always"]["digest"] == two[1]["parity:10"]["always"]["digest"]
+    assert two[0]["parity:10"]["always"]["losses"] != two[1]["parity:10"]["always"]["losses"]  # other samples each
 
 
-def test_resuming_at_every_checkpoint_is_the_same_to_the_bit(two) -> None:
+def check_resumed(parity: dict[str, Any], checkpoints: int) -> None:
+    assert parity["saved"]["built"] == [0, 0]  # the caches of the first run
+    assert len(parity["resumed"]) == checkpoints
+    for name, resumed in parity["resumed"].items():
+        assert resumed["digest"] == parity["always"]["digest"], name
+        assert resumed["steps"] == 24
+
+
+def test_resuming_within_an_epoch_is_the_same_to_the_bit(two) -> None:
     for found in two:
-        parity = found["parity"]
-        assert parity["saved"]["built"] == [0, 0]  # the caches of the first run
-        assert len(parity["resumed"]) == 5
-        for name, resumed in parity["resumed"].items():
-            assert resumed["digest"] == parity["always"]["digest"], name
-            assert resumed["steps"] == 24
+        check_resumed(found["parity:10"], 1)
+
+
+@pytest.mark.slow
+def test_resuming_at_every_checkpoint_is_the_same_to_the_bit(all_of_two) -> None:
+    for found in all_of_two:
+        check_resumed(found["parity"], 5)
+
+
+@pytest.mark.slow
+def test_torchrun_gives_what_the_forked_processes_of_these_tests_give(two, tmp_path: Path) -> None:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--nnodes", "1"),
+        *("--master_addr", "127.0.0.1", "--master_port", str(free_port()), many.__file__, "parity:10"),
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [found["parity:10"] for found in found_in(tmp_path, 2)] == [found["parity:10"] for found in two]
 
 
 def test_each_chunk_is_decoded_by_one_process_in_an_epoch(two) -> None:
-    counts = [[stage["decoded"] for stage in found["parity"]["always"]["stages"]] for found in two]
+    counts = [[stage["decoded"] for stage in found["parity:10"]["always"]["stages"]] for found in two]
     assert counts == [[[], [4], [4, 4]], [[], [3], [3, 3]]]  # 50 rows in chunks of 8
 
 
 def test_only_gradients_of_what_trains_are_sent(two) -> None:
     for found in two:
-        for stage in found["parity"]["always"]["stages"]:
+        for stage in found["parity:10"]["always"]["stages"]:
             assert stage["reduced"] == TRAINABLE[stage["split_point"]]
             assert stage["find_unused"] is False
 
 
-def test_what_is_written_does_not_depend_on_the_number_of_processes(two, one, folder: Path) -> None:
+@pytest.mark.slow
+def test_what_is_written_does_not_depend_on_the_number_of_processes(all_of_two, one, folder: Path) -> None:
     for name in ("lossless", "lossy"):
         alone, both = (hashes(folder / f"{name}-{processes}") for processes in (1, 2))
         assert len(alone) > 50
         assert alone == both
-    assert one["build"]["lossless"]["built"] == two[0]["build"]["lossless"]["built"] == [14, 14]
+    assert one["build"]["lossless"]["built"] == all_of_two[0]["build"]["lossless"]["built"] == [14, 14]
 
 
 @pytest.mark.slow
-def test_nor_with_three(folder: Path, two, tmp_path: Path) -> None:
+def test_nor_with_three(folder: Path, all_of_two, tmp_path: Path) -> None:
     launch(tmp_path, 3, "build")
     for name in ("lossless", "lossy"):
         three, both = hashes(tmp_path / f"{name}-3"), hashes(folder / f"{name}-2")
@@ -123,14 +129,15 @@ def position(name: str, steps: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def one(two, folder: Path) -> dict[str, Any]:
+def one(all_of_two, folder: Path) -> dict[str, Any]:
     """What one process found, with checkpoints and caches of two beside it."""
     (found,) = launch(folder, 1, "go_on_all:two", "save:one", "build")
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"checkpoint-{step}" for step in (5, 10, 15, 20, 24)])
-def test_one_process_goes_on_in_the_epoch_in_which_two_stopped(two, one, name: str) -> None:
+def test_one_process_goes_on_in_the_epoch_in_which_two_stopped(all_of_two, one, name: str) -> None:
     resumed = one["go_on_all:two"][name]
     epoch = position(name, 6)  # of two processes; one takes ten steps
     assert resumed["steps"] == 40
@@ -148,14 +155,13 @@ def test_one_process_goes_on_in_the_epoch_in_which_two_stopped(two, one, name: s
 @pytest.fixture(scope="module")
 def two_again(one, folder: Path) -> list[dict[str, Any]]:
     """What two processes found with checkpoints of one, and with what a dying one left."""
-    done = subprocess.run(
-        torchrun(2, "killed_saving"), cwd=folder, env=environment(), capture_output=True, timeout=200, check=False
-    )
-    assert done.returncode != 0
+    with pytest.raises(RuntimeError, match="9"):
+        launch(folder, 2, "killed_saving")
     assert (folder / "killed" / "checkpoint-5" / "trainer_state.json").is_file()
     return launch(folder, 2, "go_on_all:one", "saved_again")
 
 
+@pytest.mark.slow
 def test_and_two_in_that_in_which_one_stopped(two_again) -> None:
     for found in two_again:
         assert len(found["go_on_all:one"]) == 8
@@ -169,14 +175,16 @@ def test_and_two_in_that_in_which_one_stopped(two_again) -> None:
                 assert resumed["new"] == ([0, 8] if epoch < 2 else [0]), name
 
 
-def test_a_process_that_dies_saving_leaves_the_checkpoint_before(two, two_again) -> None:
+@pytest.mark.slow
+def test_a_process_that_dies_saving_leaves_the_checkpoint_before(all_of_two, two_again) -> None:
     for found in two_again:
-        assert found["saved_again"]["digest"] == two[0]["parity"]["always"]["digest"]
+        assert found["saved_again"]["digest"] == all_of_two[0]["parity"]["always"]["digest"]
         assert len(found["saved_again"]["losses"]) == 19
 
 
-def test_a_second_training_trains_all_that_the_first_did(two) -> None:
-    for found in two:
+@pytest.mark.slow
+def test_a_second_training_trains_all_that_the_first_did(all_of_two) -> None:
+    for found in all_of_two:
         assert found["twice"]["changed"] == [found["twice"]["of"]] * 2
 
 
@@ -190,8 +198,9 @@ def test_what_processes_cannot_share_is_refused_on_all_of_them(two) -> None:
         assert "different weights in the blocks to freeze" in found["refused"]["weights"]
 
 
-def test_where_one_process_cannot_write_all_stop_with_what_to_do(two) -> None:
-    for rank, found in enumerate(two):
+@pytest.mark.slow
+def test_where_one_process_cannot_write_all_stop_with_what_to_do(all_of_two) -> None:
+    for rank, found in enumerate(all_of_two):
         name, message = found["one_fails:always"]["error"]
         assert name == "CacheWriteError"
         assert "File too large" in message
@@ -199,15 +208,17 @@ def test_where_one_process_cannot_write_all_stop_with_what_to_do(two) -> None:
         assert message.startswith("Process 1: ") == (rank == 0)
 
 
-def test_or_all_train_on_without_a_cache(two) -> None:
-    for found in two:
+@pytest.mark.slow
+def test_or_all_train_on_without_a_cache(all_of_two) -> None:
+    for found in all_of_two:
         stages = found["one_fails:auto"]["stages"]
         assert [(stage["split_point"], stage["decoded"]) for stage in stages] == [(1, []), (3, [])]
-    assert two[0]["one_fails:auto"]["digest"] == two[1]["one_fails:auto"]["digest"]
+    assert all_of_two[0]["one_fails:auto"]["digest"] == all_of_two[1]["one_fails:auto"]["digest"]
 
 
-def test_a_cache_gives_way_to_the_next_without_changing_it(two, folder: Path) -> None:
-    for found in two:
+@pytest.mark.slow
+def test_a_cache_gives_way_to_the_next_without_changing_it(all_of_two, folder: Path) -> None:
+    for found in all_of_two:
         assert found["lossy"]["consume_previous_cache"]["digest"] == found["lossy"]["plain"]["digest"]
     plain, low = hashes(folder / "plain"), hashes(folder / "low")
     assert {name for name in low if name.startswith("k01") and "/view-" in name} == set()
@@ -215,8 +226,9 @@ def test_a_cache_gives_way_to_the_next_without_changing_it(two, folder: Path) ->
     assert deep == {name: digest for name, digest in low.items() if name.startswith("k03")}
 
 
-def test_a_sigterm_that_reaches_one_process_stops_all_in_one_step(two) -> None:
-    for found in two:
+@pytest.mark.slow
+def test_a_sigterm_that_reaches_one_process_stops_all_in_one_step(all_of_two) -> None:
+    for found in all_of_two:
         assert found["terminated"]["stopped"] == 11
         assert found["terminated"]["saved"] == ["checkpoint-10"]
         assert found["terminated"]["resumed"]["digest"] == found["parity"]["always"]["digest"]
@@ -230,17 +242,13 @@ def test_more_processes_than_chunks_are_refused(two) -> None:
         assert "at most 25" in message
 
 
+@pytest.mark.slow
 def test_each_machine_builds_and_reads_its_own_rows(tmp_path: Path) -> None:
-    port, running = free_port(), []
-    for node in ("0", "1"):
-        (tmp_path / node).mkdir()
-        command = torchrun(1, "node", port=port, nodes="2", node=node)
-        running.append(
-            subprocess.Popen(command, cwd=tmp_path / node, env=environment(), stderr=subprocess.PIPE, text=True)
-        )
-    errors = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
-    found = [json.loads((tmp_path / str(n) / f"found-{n}-of-2.json").read_text())["node"] for n in range(2)]
+    folders = [tmp_path / node for node in ("0", "1")]
+    for node in folders:
+        node.mkdir()
+    run_group(many.main, "node", folders=folders, nodes=2)
+    found = [json.loads((path / f"found-{node}-of-2.json").read_text())["node"] for node, path in enumerate(folders)]
     for each in found:
         assert each["always"]["digest"] == each["never"]["digest"]
         assert each["always"]["losses"] == each["never"]["losses"]

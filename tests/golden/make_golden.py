@@ -29,9 +29,10 @@ from support.tiny_cache import build, make_plan  # noqa: E402
 
 from hf_freezecache.codecs import (  # noqa: E402
     PRESETS,
-    Pipeline,
+    Codec,
     Transform,
 )
+from hf_freezecache.codecs.array_names import BASE, main_array  # noqa: E402
 
 
 def environment() -> dict[str, str]:
@@ -63,7 +64,7 @@ def write_codec(name: str) -> None:
     if name == "lossless":
         states[0, 0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40])
     elif name == "transform":
-        codec = Pipeline((Transform(gradient_weight=0.5).fit(sample[:12], 1, (3, 3), sample[:12]), *codec.steps[1:]))
+        codec = Codec((Transform(gradient_weight=0.5).fit(sample[:12], 1, (3, 3), sample[:12]), *codec.steps[1:]))
         states[1, 4, 2], states[2, 0, 0] = 1e20, 1e6
     frames = codec.encode(states)
     unpacked = codec.entropy_decode(frames, states.shape, states.dtype)
@@ -71,7 +72,7 @@ def write_codec(name: str) -> None:
         # Nothing lies so near the edge of rounding that other processors might decide otherwise.
         for factor in (1 - 1e-6, 1 + 1e-6):
             moved = codec.entropy_decode(codec.encode(states * factor), states.shape, states.dtype)
-            assert torch.equal(moved["values"], unpacked["values"]), name
+            assert torch.equal(moved[main_array(BASE)], unpacked[main_array(BASE)]), name
     as_arrays = [torch.frombuffer(bytearray(frame), dtype=torch.uint8) for frame in frames]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

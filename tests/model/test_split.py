@@ -77,6 +77,7 @@ def test_families_that_read_the_image_size_get_the_true_one(family, bias, size) 
         assert_exact(model, split_model(model, split_point), batch)
 
 
+@pytest.mark.by_default(5)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(24, 24), (16, 24)])
 def test_interpolated_position_codes_are_exact(family, size) -> None:
@@ -87,12 +88,14 @@ def test_interpolated_position_codes_are_exact(family, size) -> None:
         assert_exact(model, split, batch, interpolate_pos_encoding=True)
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefix_on_images_of_another_size_may_come_first(family) -> None:
     model, batch = tiny_model(family).eval(), batch_of(24, 24)
     assert_exact(model, split_model(model, 2), batch, interpolate_pos_encoding=True)
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_the_suffix_are_those_of_the_model(family) -> None:
     batch = batch_of()
@@ -118,6 +121,7 @@ def test_gradients_of_the_suffix_are_those_of_the_model(family) -> None:
             assert gradient is None or torch.equal(gradient, found[name]), name
 
 
+@pytest.mark.by_default(6)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("split_point", [0, 2, NUM_BLOCKS])
 def test_suffix_uses_what_is_injected_and_nothing_of_the_prefix(family, split_point) -> None:
@@ -169,6 +173,7 @@ def assert_same_snapshot(before: tuple, after: tuple) -> None:
     assert after[4] == []
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_is_unchanged_after_use(family) -> None:
     model, batch = tiny_model(family), batch_of()
@@ -197,6 +202,7 @@ def test_model_is_unchanged_after_an_error_in_the_suffix() -> None:
     assert_same_snapshot(before, snapshot(model))
 
 
+@pytest.mark.by_default(8)
 @pytest.mark.parametrize(
     ("family", "overrides"), [*((f, {}) for f in FAMILIES), *((f, {b: True}) for f, b in POSITION_BIASES)]
 )
@@ -248,6 +254,7 @@ def test_prefix_parameters_may_lie_outside_of_the_prefix_modules() -> None:
     assert len(split.prefix_parameters()) == 2 + 2 + 2
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefixes_grow_block_by_block(family) -> None:
     model = tiny_model(family)
@@ -434,6 +441,7 @@ def test_verify_refuses_nan_and_other_shapes() -> None:
         split_model(model, 2).verify(batch_of())
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_copies_and_state_dicts_of_a_frozen_model_are_ordinary(family, tmp_path) -> None:
     model, batch = tiny_model(family), batch_of()
@@ -458,6 +466,7 @@ def test_copies_and_state_dicts_of_a_frozen_model_are_ordinary(family, tmp_path)
 OLD_NAME = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 
 
+@pytest.mark.by_default(3)
 @OLD_NAME
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activation_checkpointing_gives_the_same_gradients(family) -> None:
@@ -488,6 +497,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family) -> None:
 # ---- From one split point to a later one ----
 
 
+@pytest.mark.by_default(4)
 @pytest.mark.parametrize(
     ("family", "overrides"), [*((f, {}) for f in FAMILIES), *((f, {b: True}) for f, b in POSITION_BIASES)]
 )
@@ -519,6 +529,7 @@ def test_blocks_between_must_lie_behind_the_split_point(stop) -> None:
         split_model(tiny_vit(), 2).run_blocks(torch.zeros(3, 17, 16), stop)
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_is_unchanged_after_between_and_outputs(family) -> None:
     model, batch = tiny_model(family), batch_of()
@@ -538,6 +549,7 @@ def test_model_is_unchanged_after_between_and_outputs(family) -> None:
 # ---- What the head saw ----
 
 
+@pytest.mark.by_default(6)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("split_point", [0, 2, NUM_BLOCKS])
 def test_outputs_are_the_logits_and_what_the_head_makes_them_of(family, split_point) -> None:

@@ -31,8 +31,8 @@ SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 COMMON = {
     "model_name_or_path": "model",
-    "model_cache_dir": "downloads",
-    "cache_dir": "caches",
+    "cache_dir": "downloads",
+    "freezecache_dir": "caches",
     "output_dir": "out",
     "do_train": True,
     "do_eval": True,
@@ -110,6 +110,7 @@ def test_parquet_folder_gives_the_reported_accuracy_and_a_second_run_reuses_the_
     assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_image_folder_from_a_json_file(run) -> None:
     generator = np.random.default_rng(0)
     for number, label in enumerate(["blue", "green", "red"]):
@@ -147,6 +148,7 @@ def test_without_a_schedule_nothing_is_cached(run, parquet_folder) -> None:
     assert reported_accuracy("out") * 5 == pytest.approx(round(reported_accuracy("out") * 5))
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     ("splits", "expected"),
     [
@@ -164,7 +166,7 @@ def test_evaluation_split(recipe, images, splits, expected) -> None:
             rows = rows.remove_columns("label").add_column("label", [-1] * 20).cast(rows.features)
         rows.to_parquet(f"data/{name.split()[-1]}.parquet")
     data_args = recipe["DataTrainingArguments"](dataset_name="data")
-    train, evaluation, classes = recipe["load_splits"](data_args, recipe["ModelArguments"](model_cache_dir="c"), 3)
+    train, evaluation, classes = recipe["load_splits"](data_args, recipe["ModelArguments"](cache_dir="c"), 3)
     held_out = datasets.Dataset.from_dict({"row": range(20)}).train_test_split(0.15, seed=3)
     assert classes == ["a", "b", "c", "d"]
     if expected == "held out":
@@ -187,6 +189,7 @@ def test_wrong_columns_are_named(run, parquet_folder, settings, message) -> None
         run(*command_line(dataset_name=parquet_folder, **settings))
 
 
+@pytest.mark.slow
 def test_the_card_names_data_model_and_baseline(run, parquet_folder) -> None:
     named = {"card_dataset": "tiny images", "card_base_model": "someone/tiny", "eval_strategy": "epoch"}
     run(*command_line(dataset_name=parquet_folder, output_dir="plain"))
@@ -216,6 +219,7 @@ def sweep(model, images, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+@pytest.mark.slow
 def test_schedules_of_a_sweep_share_their_caches(sweep, capsys) -> None:
     first, second, third = sweep("0:1", "0:1,1:3", "0:2")
     assert first["built_shards"] > 0
@@ -267,6 +271,7 @@ def pixels_of(transform: Any, image: Image.Image) -> torch.Tensor:
     return transform({"image": [image], "label": [0]})["pixel_values"][0]
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -333,6 +338,7 @@ def rate_distortion(model, images, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+@pytest.mark.slow
 def test_rate_distortion_counts_all_bytes(rate_distortion, model, images, capsys: pytest.CaptureFixture) -> None:
     record = rate_distortion(None)
     printed = capsys.readouterr().out
@@ -374,6 +380,7 @@ def test_rate_distortion_counts_all_bytes(rate_distortion, model, images, capsys
     assert codecs["fp16"]["agreement"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("peer", "codec"), [("zfpy", "zfp"), ("pysz", "sz3"), ("blosc2", "blosc2")])
 def test_rate_distortion_of_a_peer(rate_distortion, peer, codec) -> None:
     pytest.importorskip(peer, reason=f"the benchmark's peer {peer} is not installed")

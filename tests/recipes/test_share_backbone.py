@@ -17,6 +17,7 @@ from transformers import AutoModelForImageClassification
 RECIPE = Path(__file__).parents[2] / "recipes" / "share_backbone.py"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning", "ignore:'pin_memory':UserWarning")
 def test_heads_are_trained_where_there_are_no_images(images, tmp_path, monkeypatch, capsys) -> None:
     tiny_vit().save_pretrained("model")

@@ -158,6 +158,7 @@ def test_losses_that_are_no_numbers_say_nothing(odd) -> None:
     assert read_baseline(Path("old"))["seconds"] == 12
 
 
+@pytest.mark.slow
 def test_a_resumed_baseline_is_not_timed_as_a_whole(images, train_dataset, eval_dataset) -> None:
     """Of plain ``Trainer``, which logs the time of the last call alone. Its rate is still that of its own steps."""
 
@@ -295,6 +296,7 @@ def test_names_are_text_and_no_markup() -> None:
     assert "<img" not in page
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("unfrozen", [True, False])
 def test_page_and_pictures_of_partial_runs(tmp_path, unfrozen) -> None:
     """Whatever was logged so far can be drawn."""
@@ -400,6 +402,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_training(train_dataset, c
     assert trainer.state.global_step == 5
 
 
+@pytest.mark.slow
 def test_every_reporting_callback_gets_the_figures(train_dataset) -> None:
     from transformers import TrainerCallback
 
@@ -433,6 +436,7 @@ def run_dir(tmp_path) -> Path:
     return tmp_path / "flowers"
 
 
+@pytest.mark.slow
 def test_report_draws_the_page(run_dir, tmp_path) -> None:
     status, out, err = call("report", run_dir)
     assert (status, err) == (0, "")

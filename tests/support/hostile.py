@@ -1051,6 +1051,12 @@ def state_of_another_cache(cache: Path) -> None:
 
 
 @case("transform")
+def state_with_an_entry_that_no_state_has(cache: Path) -> None:
+    edit_state(cache, hook="x")
+    seal(cache)
+
+
+@case("transform")
 def state_without_its_tensors(cache: Path) -> None:
     (cache / "codec.safetensors").write_bytes(safetensors.torch.save({}, {"hf_freezecache": "{}"}))
     seal(cache)

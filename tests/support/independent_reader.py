@@ -95,8 +95,7 @@ class Pipeline:
     """Decodes the chunks of one codec."""
 
     def __init__(self, codec: dict[str, Any], tensors: dict[str, Array]) -> None:
-        names = [{"name": "planes"}, {"name": "zstd"}] if codec["name"] == "lossless" else None
-        self.steps = names or codec["configuration"]["steps"]
+        self.steps = codec["configuration"]["steps"]
         self.tensors = tensors
 
     def decode(self, frames: list[bytes], shape: tuple[int, int, int], dtype: str) -> Array:

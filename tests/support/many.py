@@ -1,4 +1,4 @@
-"""Run by torchrun: trains tiny models on several processes, and writes what every process saw."""
+"""Run in several processes: trains tiny models on several processes, and writes what every process saw."""
 
 from __future__ import annotations
 
@@ -114,12 +114,15 @@ def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
     }
 
 
-def parity() -> dict[str, Any]:
+def parity(*steps: str) -> dict[str, Any]:
+    """Train with a cache and without, and go on from the checkpoints of these steps, or from all."""
     found = {mode: run(cache={"mode": mode}, save_strategy="no") for mode in ("always", "never")}
     saved = run(save_strategy="steps", save_steps=5, output_dir="saved")
     if dist.is_initialized():
         dist.barrier()  # the first process is the last to save
     checkpoints = sorted(Path("saved").glob("checkpoint-*"))
+    if steps:
+        checkpoints = [path for path in checkpoints if path.name.partition("-")[2] in steps]
     resumed = {path.name: run(str(path), output_dir="resumed") for path in checkpoints}
     return {**found, "saved": saved, "resumed": resumed}
 

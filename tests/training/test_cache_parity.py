@@ -18,6 +18,7 @@ def run(train_dataset, mode: str, model=None, **settings):
     return trainer
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -41,6 +42,7 @@ def test_cached_and_uncached_training_are_the_same_to_the_bit(train_dataset, set
     assert_same(parameters_of(live.model), parameters_of(cached.model))
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("family", ["deit", "clip", "beit", "data2vec-vision", "dinov2_with_registers"])
 def test_cached_training_of_other_families(train_dataset, family) -> None:
     live = run(train_dataset, "never", tiny_model(family), num_train_epochs=3)
@@ -65,6 +67,7 @@ def test_other_batch_shapes_stay_within_the_stated_bound(train_dataset) -> None:
     torch.testing.assert_close(torch.tensor(live.losses), torch.tensor(cached.losses), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}])
 def test_without_freeze_config_the_numbers_are_those_of_trainer(train_dataset, eval_dataset, settings) -> None:
     def trained(cls):

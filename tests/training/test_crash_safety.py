@@ -16,7 +16,8 @@ import filelock
 import pytest
 import torch
 from conftest import make_images
-from support import tiny_cache
+from support import hold_lock, tiny_cache
+from support.children import Child
 from support.tiny import TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache import CacheConfig
@@ -72,6 +73,7 @@ FILES = [
 ]
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_that_was_cut_off_is_passed_over(saved, tmp_path: Path, name: str, caplog) -> None:
     folder, expected = saved
@@ -89,6 +91,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(saved, tmp_path: Path, nam
     assert_same(parameters(trainer), expected)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("name", ["model.safetensors", "rng_state.pth", "trainer_state.json"])
 def test_so_is_one_that_lacks_a_file(saved, tmp_path: Path, name: str) -> None:
     out = Path(shutil.copytree(saved[0] / "out", tmp_path / "out"))
@@ -106,36 +109,22 @@ def test_without_a_complete_checkpoint_resuming_is_refused(tmp_path: Path) -> No
 
 # ---- Locks ----
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from support import tiny_cache
-from hf_freezecache.cache.locking import writing
-with writing(Path(sys.argv[1]), tiny_cache.make_plan()):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
 
-
-def hold(folder: Path, seconds: float) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+def hold(folder: Path, seconds: float) -> Child:
+    mark = folder / "held"
+    child = Child(hold_lock.hold, folder, mark, seconds)
+    child.wait_for(mark)
+    return child
 
 
 def test_a_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> None:
-    process = hold(tmp_path, 600)
-    with process:
+    with hold(tmp_path, 600) as child:
         with pytest.raises(
             CacheLockedError, match="being written by another live process, for which this one waited 0 s"
         ):
             tiny_cache.build(tmp_path, tiny_cache.make_plan())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        child.kill()
+        assert child.status == -signal.SIGKILL
     assert list(tmp_path.glob(".*.lock"))  # the file is still there; the lock is not
     assert tiny_cache.build(tmp_path, tiny_cache.make_plan()).built_shards == 4
 
@@ -164,6 +153,7 @@ def test_what_a_killed_build_left_half_written_is_swept_away(tmp_path: Path) -> 
     assert verify_cache(directory) == []
 
 
+@pytest.mark.slow
 def test_trainers_wait_as_they_are_told(images) -> None:
     trainer = trainer_on(cache={"lock_timeout": 0.0})
     trainer.train()
@@ -171,7 +161,7 @@ def test_trainers_wait_as_they_are_told(images) -> None:
     shutil.rmtree(first)
     with filelock.FileLock(f"caches/.{first.name}.lock"), pytest.raises(CacheLockedError, match="lock_timeout"):
         trainer_on(cache={"lock_timeout": 0.0}).train()
-    with pytest.raises(UnsupportedSetupError, match="lock_timeout must be a number of seconds >= 0"):
+    with pytest.raises(UnsupportedSetupError, match=r"'lock_timeout': .*of at least 0, got -1"):
         CacheConfig(lock_timeout=-1)
 
 
@@ -215,6 +205,7 @@ def test_a_full_disk_stops_with_what_to_do_and_keeps_what_is_complete(saved, sma
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_with_mode_auto_it_trains_on_to_the_same_result(saved, small_files, caplog) -> None:
     trainer = trainer_on(cache={"mode": "auto"}, **{**SAVING, "save_strategy": "no"})
     small_files()
@@ -224,6 +215,7 @@ def test_with_mode_auto_it_trains_on_to_the_same_result(saved, small_files, capl
     assert_same(parameters(trainer), saved[1])
 
 
+@pytest.mark.slow
 def test_with_room_mode_auto_caches(saved) -> None:
     trainer = trainer_on(cache={"mode": "auto"}, **{**SAVING, "save_strategy": "no"})
     trainer.train()
@@ -231,6 +223,7 @@ def test_with_room_mode_auto_caches(saved) -> None:
     assert_same(parameters(trainer), saved[1])
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("mode", ["always", "auto"])
 def test_a_folder_that_cannot_be_made_stops_only_those_who_insist(saved, mode: str, caplog) -> None:
     Path("blocked").write_text("a file")
@@ -243,6 +236,7 @@ def test_a_folder_that_cannot_be_made_stops_only_those_who_insist(saved, mode: s
     assert_same(parameters(trainer), saved[1])
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes_while_training_is_named(images) -> None:
     trainer = trainer_on(cache={"chunk_size": 4, "shuffle_window": 1})
     step, seen = trainer.training_step, []
@@ -268,7 +262,7 @@ def disk_use(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors*") if path.is_file())
 
 
-@pytest.mark.parametrize("consume_previous_cache", [False, True])
+@pytest.mark.parametrize("consume_previous_cache", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, consume_previous_cache: bool) -> None:
     import hf_freezecache.cache.writer as writer
 
@@ -292,6 +286,7 @@ def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, consume_previous_cache
         assert max(peaks) > 1.8 * disk_use(new.parent)
 
 
+@pytest.mark.slow
 def test_a_promotion_that_fails_half_way_stops_no_later_stage(monkeypatch, caplog) -> None:
     import hf_freezecache.cache.writer as writer
 
@@ -314,10 +309,11 @@ def test_a_promotion_that_fails_half_way_stops_no_later_stage(monkeypatch, caplo
 
 
 def test_caches_are_written_to_folders_only() -> None:
-    with pytest.raises(UnsupportedSetupError, match="cache_dir='memory://caches' is an address"):
+    with pytest.raises(UnsupportedSetupError, match="freezecache_dir='memory://caches' is an address"):
         CacheConfig(cache_dir="memory://caches")
 
 
+@pytest.mark.slow
 def test_going_back_builds_what_gave_way_anew() -> None:
     plain = trainer_on(cache={"cache_dir": "plain"}, output_dir="plain-out", **SAVING)
     plain.train()
@@ -329,6 +325,7 @@ def test_going_back_builds_what_gave_way_anew() -> None:
     assert_same(parameters(back), parameters(plain))
 
 
+@pytest.mark.slow
 def test_an_interrupted_giving_way_goes_on(monkeypatch) -> None:
     import hf_freezecache.training.stage_cache as caching
 
@@ -377,6 +374,7 @@ def harness(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_killed_runs_end_as_undisturbed_ones(processes: str) -> None:
     out = harness("--seconds", "1", "--kills", "1", "--chain", "1", "--only", "kill", "--processes", processes)

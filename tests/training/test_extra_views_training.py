@@ -182,6 +182,7 @@ def residual(pictures, tmp_path_factory) -> Run:
 # ---- What is stored ----
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     ("settings", "budgets", "storage"),
     [
@@ -241,6 +242,7 @@ def test_by_default_all_copies_together_take_no_more_than_the_base_view(pictures
     assert index.copies_calibration["tried"].keys() >= {"direct", "residual"}
 
 
+@pytest.mark.slow
 def test_auto_never_costs_more_than_storing_views_directly(pictures) -> None:
     """Also where nobody knows how an opaque transform crops; what is chosen is the best of what was measured."""
     for place, (opaque, budgets) in enumerate(((True, FINE), (True, (None, 3.0)), (False, FINE))):
@@ -293,6 +295,7 @@ def test_inspect_and_verify_take_a_cache_with_copies(residual) -> None:
 # ---- Reuse, resume, interruption ----
 
 
+@pytest.mark.slow
 def test_a_second_run_reuses_the_cache_and_another_budget_does_not(pictures, residual) -> None:
     settings = {"copies": "residual", "cache_dir": str(residual.folder)}
     before = files_of(residual.directory)
@@ -308,6 +311,7 @@ def test_a_second_run_reuses_the_cache_and_another_budget_does_not(pictures, res
         assert built(run(pictures, {**settings, **other, "cache_dir": str(copied)})) == [12]
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     ("renderings", "base_shards", "copy_shards"),
     [(0, 0, 0), (20, 1, 0), (ROWS, 4, 0), (ROWS + 90, 4, 5)],
@@ -347,6 +351,7 @@ def test_a_killed_build_goes_on_with_its_codecs_and_ends_in_the_same_bytes(
     assert again.losses == residual.trainer.losses
 
 
+@pytest.mark.slow
 def test_a_damaged_state_of_copies_is_calibrated_again(pictures, residual) -> None:
     """Codec and copies belong together: of an unfinished cache, with one of them gone, neither is kept."""
     directory = Path("caches") / residual.directory.name
@@ -360,6 +365,7 @@ def test_a_damaged_state_of_copies_is_calibrated_again(pictures, residual) -> No
     assert again.losses == residual.trainer.losses
 
 
+@pytest.mark.slow
 def test_shards_of_another_codec_are_built_anew(pictures, residual, monkeypatch) -> None:
     """Calibrated again, with another outcome: copies go; base shards stay."""
     settings = {"cache": {"copies": "residual"}, "budgets": FINE}
@@ -381,6 +387,7 @@ def test_shards_of_another_codec_are_built_anew(pictures, residual, monkeypatch)
     assert files_of(directory) == files_of(residual.directory)
 
 
+@pytest.mark.slow
 def test_resume_in_a_stage_with_copies_is_bit_identical(pictures, residual) -> None:
     cache = {"copies": "residual", "cache_dir": str(residual.folder)}
     settings = {"num_train_epochs": 3, "save_strategy": "epoch", "cache": cache}
@@ -392,6 +399,7 @@ def test_resume_in_a_stage_with_copies_is_bit_identical(pictures, residual) -> N
         assert torch.equal(a, b)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("build_from", ["previous_cache", "images"])
 def test_promotion_to_a_later_stage(pictures, build_from) -> None:
     """Copies that are residuals in both stages."""
@@ -414,6 +422,7 @@ def test_promotion_to_a_later_stage(pictures, build_from) -> None:
     assert again.losses == trainer.losses
 
 
+@pytest.mark.slow
 def test_bf16_training_from_copies(pictures, residual) -> None:
     trainer = run(pictures, {"copies": "residual"}, budgets=FINE, bf16=True)
     torch.testing.assert_close(torch.tensor(trainer.losses), torch.tensor(residual.trainer.losses), rtol=0.1, atol=0.1)
@@ -486,6 +495,7 @@ def test_copies_without_their_geometry_are_refused(damaged) -> None:
 # ---- Views differ ----
 
 
+@pytest.mark.slow
 def test_flips_are_not_pinned_to_a_sample(pictures, residual) -> None:
     """A sample that is flipped in one view is not in another, and training sees it both ways."""
     flips = {
@@ -530,6 +540,7 @@ def test_the_distortion_that_copies_fall_back_on_is_part_of_the_fingerprint(pict
     assert stages(fine)[0]["freezecache/copy_distortion"] <= 0.001 < stages(coarse)[0]["freezecache/copy_distortion"]
 
 
+@pytest.mark.slow
 def test_copies_over_budget_in_an_earlier_cache_come_from_the_images(pictures) -> None:
     """The base view is lossless and can be promoted; its copies have lost more than asked for, once and for all."""
     settings = {"codec": "lossless", "copies": "residual", "max_distortion": 0.01}

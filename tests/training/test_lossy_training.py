@@ -96,6 +96,7 @@ def test_auto_meets_the_budget_at_each_stage_and_reports(images, caplog) -> None
     assert load_index(cache_of(1, "exact")).calibration is None
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     "codec",
     ["int8", "int4", "bf16", "fp16", "transform", PIPELINE, json.loads(PIPELINE), make_codec(PIPELINE)],
@@ -113,12 +114,14 @@ def test_every_codec_trains(images, codec) -> None:
     assert not reader.codec.lossless
 
 
+@pytest.mark.slow
 def test_bf16_training_from_a_lossy_cache(images) -> None:
     trainer = lossy_run(images, bf16=True)
     exact = lossy_run(images, bf16=True, cache={"codec": "lossless", "cache_dir": "exact"})
     torch.testing.assert_close(torch.tensor(trainer.losses), torch.tensor(exact.losses), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_second_run_uses_the_caches_and_another_budget_does_not(images, caplog) -> None:
     first = lossy_run(images)
     second = lossy_run(images)
@@ -142,6 +145,7 @@ def test_a_budget_that_nothing_lossy_meets_gives_a_sound_lossless_cache(images, 
     assert load_index(cache_of(1)).calibration["budget"] == 1e-15
 
 
+@pytest.mark.slow
 def test_a_cache_is_measured_again_with_the_suffix_of_the_run_that_reuses_it(images, caplog) -> None:
     def run(scale: float):
         model = tiny_vit()
@@ -246,6 +250,7 @@ def test_a_lossless_cache_is_promoted_without_rendering_and_gives_the_same_bits(
         assert path.read_bytes() == (rendered / path.relative_to(promoted)).read_bytes(), path.name
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     ("build_from", "distortion", "source"),
     [
@@ -276,6 +281,7 @@ def test_promotion_from_a_lossy_cache(images, caplog, build_from, distortion, so
     assert stages(lossy_run(images, cache=cache))[1]["built_shards"] == 0
 
 
+@pytest.mark.slow
 def test_auto_promotes_from_a_lossy_cache_that_is_fine_enough(images) -> None:
     """int8 loses far less than the budget allows."""
     lossy_run(images, cache={"codec": "int8", "max_distortion": 0.2})
@@ -285,6 +291,7 @@ def test_auto_promotes_from_a_lossy_cache_that_is_fine_enough(images) -> None:
     assert calibration["sources"]["images"]["distortion"] < errors["distortion"] <= 0.2
 
 
+@pytest.mark.slow
 def test_promotion_always_never_ends_in_a_lossless_cache_of_lossy_states(images, caplog) -> None:
     """The budget is spent by the first cache; the second gets as much again, and says so."""
     cache = {"build_from": "previous_cache", "max_distortion": 0.002}
@@ -302,6 +309,7 @@ def test_promotion_always_never_ends_in_a_lossless_cache_of_lossy_states(images,
     assert len(stages(trainer)) == 3
 
 
+@pytest.mark.slow
 def test_rates_of_earlier_stages_are_part_of_a_promoted_cache(images) -> None:
     cache = {"codec": "transform", "build_from": "previous_cache"}
     lossy_run(images, cache={**cache, "bits_per_element": "0:3.0,2:6.0"})
@@ -309,6 +317,7 @@ def test_rates_of_earlier_stages_are_part_of_a_promoted_cache(images) -> None:
     assert [stage["built_shards"] for stage in stages(finer)] == [8, 8]
 
 
+@pytest.mark.slow
 def test_resume_at_the_change_of_stage_promotes_again(images) -> None:
     """The resumed run has not opened the first stage's cache; it must find it, or its states would differ."""
     settings = {"cache": {"build_from": "previous_cache"}, "num_train_epochs": 2}
@@ -398,6 +407,7 @@ def test_too_few_rows_to_calibrate_on(images) -> None:
     assert not Path("caches").exists()
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     "cache",
     [
@@ -415,6 +425,7 @@ def test_weighing_directions_by_gradients(images, cache) -> None:
 # ---- Decoding where training happens ----
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("codec", ["lossless", "int8", "auto"])
 def test_restoring_can_be_compiled_in_one_graph(images, codec) -> None:
     lossy_run(images, schedule="0:2", cache={"codec": codec}, num_train_epochs=1)
