@@ -27,8 +27,8 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from hf_freezecache.report.sensitivity_plot import draw_sensitivity
 from record import save
+from sensitivity_plot import draw_sensitivity
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 

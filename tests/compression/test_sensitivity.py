@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from hf_freezecache.report.sensitivity_plot import draw_sensitivity
 from PIL import Image
 from torch import Tensor
 
@@ -96,7 +97,10 @@ def test_prefix_tokens_are_measured_apart() -> None:
     assert measure_sensitivity(base[:, PREFIX:], views[:, PREFIX:], whole, 0, GRID).prefix is None
 
 
-def test_it_is_drawn_with_a_row_for_each_split_point(tmp_path) -> None:
+def test_it_is_drawn_with_a_row_for_each_split_point(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
+    from sensitivity_plot import draw_sensitivity
+
     stages = [
         (3, measured(noise(0), noise(0) + noise(1), augmentations={"crop": 0.25, "flip": 0.75})),
         (6, measured(noise(0), noise(1))),

@@ -188,6 +188,7 @@ def test_a_resumed_baseline_is_not_timed_as_a_whole(images, train_dataset, eval_
     assert figures["cost"]["no_freezing_basis"] == "baseline"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_early_names_no_stage_as_done(train_dataset) -> None:
     class Stop(TrainerCallback):
         def on_epoch_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
@@ -296,7 +297,7 @@ def test_names_are_text_and_no_markup() -> None:
     assert "<img" not in page
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("unfrozen", [True, False])
 def test_page_and_pictures_of_partial_runs(tmp_path, unfrozen) -> None:
     """Whatever was logged so far can be drawn."""
