@@ -13,9 +13,9 @@ A policy turns the number of epochs and of blocks into stages. To add one, write
         def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
             return number_stages([(num_epochs // 2, math.floor(self.share * num_blocks))])
 
-    POLICIES["halves"] = Halves
+    POLICIES = {..., "halves": Halves}
 
-``FreezeConfig(schedule="halves(share=0.25)")`` then uses it.
+``FreezeConfig(schedule="halves(share=0.25)")`` then uses it. A script of a user adds it by ``POLICIES["halves"] = Halves``.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class Policy(Protocol):
 
     def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
         """Return the stages in order.
+
+        Start epochs rise, and split points are whole numbers from 0 to ``num_blocks`` that do not fall. Epochs before the first
+        stage train all blocks. Stages from ``num_epochs`` on are never reached.
 
         Args:
             num_epochs: Epochs of the whole run, rounded up.
@@ -216,7 +219,7 @@ def parse_schedule(schedule: str) -> Policy:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ScheduleError(
             f"Schedule {schedule!r} cannot be read: {error}. Expected start:split_point pairs such as '0:6,3:9', or a "
-            "policy with literal arguments, e.g. 'linear(0.0, 0.5, 0.75)'."
+            f"policy with literal arguments, e.g. 'linear(0.0, 0.5, 0.75)'; known are {sorted(POLICIES)}."
         ) from error
     if call.func.id not in POLICIES:
         raise ScheduleError(
@@ -274,10 +277,10 @@ def plan_stages(schedule: str | None, num_epochs: int, num_blocks: int) -> list[
         pairs = [(0, 0), *pairs]
     stages = number_stages(pairs)
     for stage in stages:
-        if not 0 <= stage.split_point <= num_blocks:
+        if type(stage.split_point) is not int or not 0 <= stage.split_point <= num_blocks:
             raise ScheduleError(
                 f"The schedule freezes {stage.split_point} blocks from epoch {stage.start_epoch}, but the model has "
-                f"{num_blocks}: use split points from 0 to {num_blocks}."
+                f"{num_blocks}: use whole split points from 0 to {num_blocks}."
             )
     for before, after in itertools.pairwise(stages):
         if after.start_epoch <= before.start_epoch:

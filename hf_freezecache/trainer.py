@@ -88,7 +88,6 @@ class FreezeCacheTrainer(Trainer):
     model: Any
     model_wrapped: Any
     optimizer: Any
-    lr_scheduler: Any
 
     def __init__(
         self,
@@ -102,7 +101,7 @@ class FreezeCacheTrainer(Trainer):
         self.freeze_config = freeze_config
         self.cache_config = cache_config or CacheConfig()
         self._transforms = (train_transform, eval_transform)
-        #: All processes of the run, and those that share this one's folder of caches.
+        # All processes of the run, and those that share this one's folder of caches.
         self._process_groups = (ProcessGroup(), ProcessGroup())
         self._freezer = Freezer()
         self._record = RunRecord()
@@ -371,8 +370,8 @@ class FreezeCacheTrainer(Trainer):
             check_pushed(Path(self.args.output_dir), self.model)
         except UnsupportedSetupError as error:  # training goes on
             logger.warning("Checkpoint not pushed. %s", error)
-            return
-        super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, baseline: str | Path | None = None, **kwargs: Any) -> None:
         """Write ``README.md``, the record and the picture it shows into ``output_dir``; ``push_to_hub`` calls this.

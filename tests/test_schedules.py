@@ -105,7 +105,7 @@ def test_stages_behind_the_end_are_kept_and_warned_of(caplog) -> None:
         ("3:6,0:9", "starts must increase, but epoch 3 is followed by epoch 0"),
         ("0:6,0:9", "starts must increase, but epoch 0 is followed by epoch 0"),
         ("0:6,0.5:9,5:10", "epoch 5 is followed by epoch 5 (with 10 epochs in all)"),
-        ("0:13", "freezes 13 blocks from epoch 0, but the model has 12: use split points from 0 to 12"),
+        ("0:13", "freezes 13 blocks from epoch 0, but the model has 12: use whole split points from 0 to 12"),
         ("0:6,3:9,6:8", "unfreezes blocks: 9 are frozen from epoch 3, 8 from epoch 6"),
     ],
 )
@@ -146,8 +146,8 @@ def test_a_policy_is_read_with_its_arguments(schedule, expected) -> None:
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        ("cubic", "unknown policy 'cubic'; known are ['linear']"),
-        ("Linear(0.0)", "unknown policy 'Linear'; known are ['linear']"),
+        ("cubic", f"unknown policy 'cubic'; known are {sorted(POLICIES)}"),
+        ("Linear(0.0)", f"unknown policy 'Linear'; known are {sorted(POLICIES)}"),
         ("linear(0,1,1,1)", "too many positional arguments. Expected linear(start=0.0, end=0.5, level=0.75)"),
         ("linear(stop=1)", "unexpected keyword argument 'stop'. Expected linear(start=0.0, end=0.5, level=0.75)"),
         ("linear(0.1, start=0.2)", "multiple values for argument 'start'"),

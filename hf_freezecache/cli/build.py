@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments, set_seed
+import transformers
+from transformers import AutoConfig, TrainingArguments, set_seed
 
 # Not from the top: before 5.19 that one asks for torchvision, which processors that use Pillow do without.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -18,6 +19,7 @@ from ..config import (
     FreezeConfig,
 )
 from ..data.image_transform import ImageTransform
+from ..data.task import IMAGE_CLASSIFICATION
 from ..dataset import CachedDataset
 from ..errors import UnsupportedSetupError
 from ..hub.client import quiet_libraries
@@ -115,7 +117,8 @@ def _build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
         head = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
         head["ignore_mismatched_sizes"] = True
     revision = settings.revision or "main"
-    model = AutoModelForImageClassification.from_pretrained(settings.model, revision=revision, **head)
+    auto_class = getattr(transformers, IMAGE_CLASSIFICATION.auto_class)
+    model = auto_class.from_pretrained(settings.model, revision=revision, **head)
     processor = AutoImageProcessor.from_pretrained(settings.model, revision=revision)
     columns = {"image_column": settings.image_column, "label_column": settings.label_column}
     plain = ImageTransform.from_processor(processor, train=False, **columns)

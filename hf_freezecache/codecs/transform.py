@@ -150,16 +150,10 @@ class Transform(ArrayStep):
         if step is None:
             step = _DEFAULT_RELATIVE_STEP_SIZE * (basis.spread or float(basis.mean.abs().max()) or 1.0)
         # The mean comes last: it is stored in units of the step size and goes through the basis as it is stored.
-        columns, scale, no_mean = basis.columns, basis.scale, torch.zeros(0, dtype=torch.int32)
+        no_mean = torch.zeros(0, dtype=torch.int32)
+        tensors: dict[str, Any] = {"basis": basis.columns, "scale": basis.scale, "mean": no_mean}
         fitted = dataclasses.replace(
-            self,
-            step=step,
-            prefix_tokens=prefix_tokens,
-            grid=grid,
-            state=digest({"basis": columns, "scale": scale, "mean": no_mean}),
-            basis=columns,
-            scale=scale,
-            mean=no_mean,
+            self, step=step, prefix_tokens=prefix_tokens, grid=grid, state=digest(tensors), **tensors
         )
         return fitted._with_mean(basis.mean)
 
@@ -347,12 +341,8 @@ class Transform(ArrayStep):
             excess = ~(error.double().square().mean((1, 2)).sqrt() <= self.error_bound(array[check]))
             exact[check, self.prefix_tokens :] = skip | excess[:, None]
         index = exact.flatten().nonzero()
-        return {
-            "values": values,
-            "prefix": prefix,
-            "exact_index": index.to(torch.int32),
-            "exact": array.reshape(-1, array.shape[-1])[index[:, 0]],
-        }
+        exact_states = array.reshape(-1, array.shape[-1])[index[:, 0]]
+        return {"values": values, "prefix": prefix, "exact_index": index.to(torch.int32), "exact": exact_states}
 
     @override
     def collatable(self, arrays: dict[str, Tensor], spec: ArraySpec) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UnsupportedSetupError
 from .feature_augmentation import FeatureAugmentation, FeatureBatch, step_generator
 from .soft_labels import class_targets, soft_cross_entropy
+from .task import IMAGE_CLASSIFICATION, Task
 
 __all__ = ["FeatureAugmenter"]
 
@@ -29,6 +30,7 @@ class FeatureAugmenter:
         seed: Seed of the run.
         label_smoothing: As in ``TrainingArguments.label_smoothing_factor``.
         rank: Rank of this process among all processes of the run.
+        task: The model's task, for its loss on soft labels.
 
     Attributes:
         mixes: Whether an augmentation mixes samples.
@@ -45,11 +47,13 @@ class FeatureAugmenter:
         seed: int = 0,
         label_smoothing: float = 0.0,
         rank: int = 0,
+        task: Task = IMAGE_CLASSIFICATION,
     ) -> None:
         self.augmentations = augmentations
         self.mixes = any(augmentation.mixes for augmentation in augmentations)
         self.targets: Tensor | None = None
         self._num_classes = num_classes
+        self._soft_loss = task.soft_loss
         self._seed = seed
         self._label_smoothing = label_smoothing
         self._rank = rank
@@ -125,7 +129,7 @@ class FeatureAugmenter:
             DataError: The logits of the model are not (batch, classes).
         """
         assert self.targets is not None
-        return soft_cross_entropy(_logits(outputs), self.targets, self._label_smoothing, num_items_in_batch)
+        return self._soft_loss(_logits(outputs), self.targets, self._label_smoothing, num_items_in_batch)
 
     def without_effect(
         self, suffix: Callable[[Tensor], Tensor], hidden_states: Tensor, token_grid: tuple[int, tuple[int, int]]

@@ -20,6 +20,7 @@ from ..cache.index import (
     table_name,
 )
 from ..codecs import DTYPES, codec_from_dict
+from ..data.task import IMAGE_CLASSIFICATION
 from ..errors import UnsupportedSetupError
 from ..report.page import fill_template
 from ..report.text import (
@@ -125,7 +126,7 @@ def _metadata(
         ],
     )
     if any(extra.name == "labels" for extra in index.extras):
-        data["task_categories"] = ["image-classification"]
+        data["task_categories"] = [IMAGE_CLASSIFICATION.tag]
     if provenance.dataset_name and is_hub_id(provenance.dataset_name):
         data["source_datasets"] = [provenance.dataset_name]
     if provenance.license:

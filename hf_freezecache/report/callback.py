@@ -17,6 +17,7 @@ from ..config import (
     CacheConfig,
     FreezeConfig,
 )
+from ..data.task import task_of
 from .figures import (
     figures_of,
     read_baseline,
@@ -116,8 +117,9 @@ def write_card(
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if settings["finetuned_from"] is None and not Path(source).exists():
         settings["finetuned_from"] = source
-    if settings["tasks"] is None and type(model).__name__.endswith("ForImageClassification"):
-        settings["tasks"] = "image-classification"
+    task = task_of(model)
+    if settings["tasks"] is None and task is not None:
+        settings["tasks"] = task.tag
     path = output_dir / "README.md"
     if path.is_file():  # as Trainer does
         tags = ModelCard.load(path, ignore_metadata_errors=True).data.get("tags")

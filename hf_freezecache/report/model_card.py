@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..data.task import TASKS
 from .figures import comparison
 from .page import TEMPLATES, fill_template
 from .text import (
@@ -25,7 +26,6 @@ __all__ = ["card_arguments", "render_card"]
 
 #: Metrics by the names that the Hub knows.
 _HUB_METRICS = {"accuracy", "f1", "precision", "recall", "roc_auc", "matthews_correlation", "mse", "mae"}
-_TASK_NAMES = {"image-classification": "Image Classification"}
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TAGS = ("hf_freezecache", "generated_from_trainer")
 
@@ -87,7 +87,7 @@ def _metadata(figures: Figures, card: Mapping[str, Any]) -> ModelCardData:
         results = [
             EvalResult(
                 task_type=tasks[0],
-                task_name=_TASK_NAMES.get(tasks[0]),
+                task_name=TASKS[tasks[0]].title if tasks[0] in TASKS else None,
                 dataset_type=card["dataset_tags"][0] if card["dataset_tags"] else re.sub(r"[^\w.-]+", "-", names[0]),
                 dataset_name=names[0],
                 dataset_config=card["dataset_args"][0] if card["dataset_args"] else None,

@@ -133,7 +133,7 @@ def augmenter_of(trainer: Any, base: type) -> FeatureAugmenter | None:
     own_loss = "compute_loss_func" if trainer.compute_loss_func is not None else None
     if type(trainer).compute_loss is not base.compute_loss:  # type: ignore[attr-defined]
         own_loss = f"{type(trainer).__name__}.compute_loss"
-    return make_augmenter(trainer.cache_config, trainer.args, num_classes(trainer.model), own_loss)
+    return make_augmenter(trainer.cache_config, trainer.args, trainer.model, own_loss)
 
 
 def start_run(trainer: Any, stages: list[Stage], num_epochs: int, augmenter: FeatureAugmenter | None) -> StageRunner:

@@ -18,6 +18,7 @@ from ..config import CacheConfig
 from ..data.collators import CheckedCollator, Collator, check_label_values
 from ..data.layout import ChunkLayout
 from ..data.seeding import seeded
+from ..data.task import IMAGE_CLASSIFICATION, task_of
 from ..data.training_data import TrainingData
 from ..data.views import ViewDataset, check_repeatable, with_rgb_images
 from ..distributed.process_group import ProcessGroup
@@ -175,11 +176,8 @@ def check_collator(views: ViewDataset, collate: Collator, trials: int = 32) -> N
 
 def num_classes(model: nn.Module) -> int | None:
     """Return the number of classes of a model, or ``None`` if its labels are not classes."""
-    config = getattr(model, "config", None)
-    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
-        return None
-    count = getattr(config, "num_labels", None)
-    return count if count is not None and count > 1 else None
+    task = task_of(model) or IMAGE_CLASSIFICATION
+    return task.num_classes(getattr(model, "config", None))
 
 
 def with_rgb(dataset: Any, model: nn.Module) -> Any:

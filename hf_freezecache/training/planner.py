@@ -1,9 +1,18 @@
-"""What a run will do, before it does it: its order of samples, its stages, and what they cost in block passes."""
+"""What a run will do, before it does it: its order of samples, its stages, what they cost, and whether they are cached.
+
+A planner rule says why a stage is trained without a cache, or ``None``. To add one, write a function of an ``Outlook`` and name
+it in ``PLANNER_RULES``; the first rule that gives a reason decides:
+
+    def too_short(outlook: Outlook) -> str | None:
+        short = outlook.config.mode == "auto" and outlook.passes["cached_passes"] > outlook.passes["live_passes"]
+        return "Building a cache takes more block passes than it saves." if short else None
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..config import CacheConfig, FreezeConfig
@@ -12,7 +21,16 @@ from ..data.sampler import ChunkSampler
 from ..distributed.process_group import ProcessGroup
 from ..schedules import Stage, plan_stages
 
-__all__ = ["make_sampler", "plan_run", "predict_passes", "shuffle_seed", "view_seed"]
+__all__ = [
+    "PLANNER_RULES",
+    "Outlook",
+    "make_sampler",
+    "plan_run",
+    "predict_passes",
+    "shuffle_seed",
+    "view_seed",
+    "why_live",
+]
 
 #: A backward pass takes about two forward passes: one for the gradients of inputs, one for those of weights.
 _BACKWARD_PASSES = 2
@@ -113,3 +131,35 @@ def predict_passes(
         "cached_passes": float(trained + num_views * stage.split_point),
         "live_passes": float(trained + epochs * stage.split_point),
     }
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a stage before it begins.
+
+    Attributes:
+        stage: The stage.
+        config: The user's settings of caches.
+        passes: What ``predict_passes`` gives for the stage.
+    """
+
+    stage: Stage
+    config: CacheConfig
+    passes: dict[str, float]
+
+
+def _nothing_frozen(outlook: Outlook) -> str | None:
+    return "No block is frozen." if outlook.stage.split_point == 0 else None
+
+
+def _never(outlook: Outlook) -> str | None:
+    return "mode='never' runs the frozen blocks in every step." if outlook.config.mode == "never" else None
+
+
+#: Extension point: rules in the order in which they are asked.
+PLANNER_RULES: list[Callable[[Outlook], str | None]] = [_nothing_frozen, _never]
+
+
+def why_live(outlook: Outlook) -> str | None:
+    """Return why a stage is trained without a cache, or ``None`` if it is to have one."""
+    return next((reason for rule in PLANNER_RULES if (reason := rule(outlook)) is not None), None)

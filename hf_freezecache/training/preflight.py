@@ -15,6 +15,7 @@ from ..compression.base_view import CodecChooser
 from ..config import CacheConfig
 from ..data.feature_augmentation import parse_feature_augmentation, step_generator
 from ..data.feature_augmenter import FeatureAugmenter
+from ..data.task import IMAGE_CLASSIFICATION, task_of
 from ..distributed.process_group import ProcessGroup
 from ..errors import (
     CacheWriteError,
@@ -26,7 +27,7 @@ from ..model.suffix import SuffixModel
 from ..model.tokens import token_grid
 from ..report.record import RunRecord
 from ..schedules import Stage
-from .data_checks import prepare_data
+from .data_checks import num_classes, prepare_data
 from .freezer import Freezer
 from .planner import make_sampler, shuffle_seed, view_seed
 from .runtime import Runtime
@@ -136,15 +137,13 @@ def check_writable(cache_dir: Path) -> None:
         ) from error
 
 
-def make_augmenter(
-    config: CacheConfig, args: Any, classes: int | None, own_loss: str | None
-) -> FeatureAugmenter | None:
+def make_augmenter(config: CacheConfig, args: Any, model: nn.Module, own_loss: str | None) -> FeatureAugmenter | None:
     """Return what augments cached batches, or ``None`` if nothing does.
 
     Args:
         config: The user's settings of caches.
         args: ``TrainingArguments``.
-        classes: Classes of the model; ``None`` if its labels are not classes.
+        model: The model.
         own_loss: Name of what computes the loss in place of the model, if anything does.
 
     Raises:
@@ -154,7 +153,12 @@ def make_augmenter(
     if text is None:
         return None
     augmenter = FeatureAugmenter(
-        parse_feature_augmentation(text), classes, shuffle_seed(args), args.label_smoothing_factor, args.process_index
+        parse_feature_augmentation(text),
+        num_classes(model),
+        shuffle_seed(args),
+        args.label_smoothing_factor,
+        args.process_index,
+        task_of(model) or IMAGE_CLASSIFICATION,
     )
     if augmenter.mixes and own_loss is not None:
         raise UnsupportedSetupError(

@@ -31,7 +31,7 @@ from ..schedules import Stage, stage_at
 from .cached_step import CachedStep
 from .checkpoints import last_complete
 from .freezer import Freezer
-from .planner import predict_passes
+from .planner import Outlook, predict_passes, why_live
 from .runtime import Runtime
 from .stage_cache import OpenedCache, StageCache
 
@@ -212,10 +212,9 @@ class StageRunner:
         )
         self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
         split, opened = self.splits.at(stage.split_point), None
-        if stage.split_point == 0:
-            decision.reason = "No block is frozen."
-        elif self.config.mode == "never":
-            decision.reason = "mode='never' runs the frozen blocks in every step."
+        reason = why_live(Outlook(stage, self.config, decision.predicted))
+        if reason is not None:
+            decision.reason = reason
         else:
             decision.reason = f"mode={self.config.mode!r} trains a stage with frozen blocks from a cache."
             opened = self._open(split, decision)

@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.writer import build_cache
 from hf_freezecache.codecs import PRESETS, STEPS, Cast, Codec, CopyCodec, Pack, Predictor, Quantize, Zstd
+from hf_freezecache.data.collators import CheckedCollator
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -84,7 +85,7 @@ def test_views_that_are_predicted_across_channels_are_read(tmp_path) -> None:
     predictor = Predictor(0.5, True, 1, (2, 2)).fit(states[0::2], geometry, states[1::2])
     plan = dataclasses.replace(plan, copies=CopyCodec(PRESETS["int8"], predictor))
     directory = build_cache(
-        tmp_path, plan, tiny_copies.Views(), default_collate, tiny_copies.prefix, batch_size=4
+        tmp_path, plan, tiny_copies.Views(), CheckedCollator(default_collate), tiny_copies.prefix, batch_size=4
     ).directory
     assert_reads_the_same(directory, 1e-5)
 

@@ -19,6 +19,7 @@ from hf_freezecache.cache.lock import build_lock
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.cache.writer import build_caches
+from hf_freezecache.data.collators import CheckedCollator
 from hf_freezecache.errors import CacheLockedError, UnsupportedSetupError
 
 #: Batches of two: shards of six rows and of two, in two views.
@@ -119,7 +120,8 @@ def test_predicted_views_and_others_in_one_pass(tmp_path) -> None:
         states = tiny_copies.prefix(pixel_values)
         return {2: states, 4: -states}
 
-    build_caches(tmp_path, [whole, copies], tiny_copies.Views(), default_collate, prefixes, batch_size=4)
+    collate = CheckedCollator(default_collate)
+    build_caches(tmp_path, [whole, copies], tiny_copies.Views(), collate, prefixes, batch_size=4)
     alone = tiny_copies.build(tmp_path / "alone").directory
     assert files_of(tmp_path / copies.name) == files_of(alone)
     ours, theirs = CacheReader(tmp_path / whole.name), CacheReader(alone)
@@ -133,6 +135,8 @@ def test_shards_give_way_once_all_caches_have_them(tmp_path, separate) -> None:
     def consume(shard: int) -> None:
         for plan in build_two.make_plans():
             assert all((tmp_path / plan.name / shard_name(view, shard)).is_file() for view in range(2))
+            # The next shard is not begun: room is made as soon as it can be.
+            assert not any((tmp_path / plan.name / shard_name(view, shard + 1)).exists() for view in range(2))
         consumed.append(shard)
 
     build_two.build(tmp_path, build_two.Prefixes(), consume=consume)

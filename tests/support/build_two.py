@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from hf_freezecache.cache.shard_writer import CachePlan
 from hf_freezecache.cache.writer import BuildReport, build_caches
 from hf_freezecache.codecs import PRESETS
+from hf_freezecache.data.collators import CheckedCollator
 from support import tiny_cache
 
 
@@ -46,8 +47,8 @@ def build(
     cache_dir: Path, prefixes: Any, plans: Sequence[CachePlan] | None = None, **settings: Any
 ) -> list[BuildReport]:
     plans = plans or make_plans()
-    arguments = {"views": tiny_cache.make_views(plans[0]), "collate": default_collate, "batch_size": 2, **settings}
-    return build_caches(cache_dir, plans, prefixes=prefixes, **arguments)
+    arguments = {"views": tiny_cache.make_views(plans[0]), "collate": CheckedCollator(default_collate), "batch_size": 2}
+    return build_caches(cache_dir, plans, prefixes=prefixes, **arguments, **settings)
 
 
 if __name__ == "__main__":
