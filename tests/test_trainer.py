@@ -232,6 +232,7 @@ def test_a_second_train_starts_at_the_first_stage_again(train_dataset) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_max_steps_stops_in_the_middle_of_a_stage(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset, max_steps=12)
     trainer.train()
@@ -239,6 +240,7 @@ def test_max_steps_stops_in_the_middle_of_a_stage(train_dataset) -> None:
     assert trainer._run.current.split.split_point == 3
 
 
+@pytest.mark.slow
 def test_train_and_eval_transform(images, caplog) -> None:
     trainer = make_trainer(
         tiny_vit(),
@@ -319,6 +321,7 @@ def test_building_shows_progress(train_dataset, capsys) -> None:
     assert "50/50" in shown
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_convert_grayscale_images(train_dataset, images) -> None:
     rows = [{**row, "image": row["image"].convert("L")} for row in images.select(range(4))]
     gray = datasets.Dataset.from_list(rows, features=images.features).with_transform(TinyTransform(False))

@@ -83,7 +83,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.by_default(3)
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("component", CHANGES)
 def test_a_change_is_noticed_and_named(images, component, caplog) -> None:
     built = cached_run(images)
@@ -110,6 +110,7 @@ def test_a_change_of_format_version_is_noticed_and_named(images, monkeypatch, ca
     assert "format version" in caplog.text.split("differs in: ")[1]
 
 
+@pytest.mark.slow
 def test_a_change_of_collator_is_noticed_and_named(images, caplog) -> None:
     cached_run(images)
 
@@ -123,16 +124,19 @@ def test_a_change_of_collator_is_noticed_and_named(images, caplog) -> None:
     assert "data collator" in caplog.text.split("differs in: ")[1]
 
 
+@pytest.mark.slow
 def test_a_change_of_head_or_suffix_is_no_change(images) -> None:
     assert cached_run(images) == 8
     assert cached_run(images, other_head(tiny_vit())) == 0
 
 
+@pytest.mark.slow
 def test_a_change_of_training_hyperparameters_is_no_change(images) -> None:
     assert cached_run(images) == 8
     assert cached_run(images, learning_rate=0.1, weight_decay=0.5, dataloader_num_workers=1) == 0
 
 
+@pytest.mark.slow
 def test_view_seed_lets_runs_of_several_seeds_share_a_cache(images) -> None:
     assert cached_run(images, cache={"view_seed": 0}) == 8
     assert cached_run(images, cache={"view_seed": 0}, seed=5) == 0
@@ -198,6 +202,7 @@ def test_transforms_that_cannot_be_hashed_need_a_name(images) -> None:
         cached_run(images, transform=TinyTransform(True, 0.3), cache={"transform_id": "v1"})
 
 
+@pytest.mark.slow
 def test_edited_code_of_an_imported_transform_is_noticed(images, tmp_path, monkeypatch, caplog) -> None:
     """What can be imported is pickled by its name: only its source shows the edit."""
     source = (
@@ -227,6 +232,7 @@ def test_edited_code_of_the_model_is_caught(images) -> None:
         cached_run(images, model)
 
 
+@pytest.mark.slow
 def test_a_change_of_what_the_collator_yields_is_noticed(images, caplog) -> None:
     class Weighted(TinyTransform):
         def __call__(self, batch):

@@ -478,6 +478,7 @@ def test_every_flipped_bit_of_a_shard_is_found_or_harmless(cache) -> None:
     touch_all(cache)
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("name", FILES)
 def test_verify_finds_flipped_bits_in_every_file(cache, name) -> None:
     """A sample of all bytes; each file's hash covers all of its bits alike."""

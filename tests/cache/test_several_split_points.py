@@ -58,6 +58,7 @@ def test_one_pass_writes_what_separate_builds_write(tmp_path, separate) -> None:
     assert [CacheReader(report.directory).index.split_point for report in reports] == [2, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die_at", [6])
 def test_a_killed_pass_goes_on_where_it_stopped(tmp_path, separate, die_at) -> None:
     """Call 6 is of the second batch of view 1: both shards of view 0 are finished in both caches."""

@@ -85,6 +85,7 @@ def test_cache_does_not_depend_on_workers(train_dataset) -> None:
     assert files_of(other) == first
 
 
+@pytest.mark.slow
 def test_building_leaves_random_states_alone(train_dataset) -> None:
     torch.manual_seed(5)
     build(train_dataset)
@@ -232,8 +233,9 @@ class Wide(torch.utils.data.Dataset):
         return {"pixel_values": torch.full((1, 1, 1), float(row)), "labels": torch.tensor(row % 3)}
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_rows(tmp_path) -> None:
-    """300 and 1,200 rows of 150 KB: 45 MB and 180 MB of hidden states."""
+    """1,000 and 4,000 rows of 150 KB: 150 MB and 600 MB of hidden states."""
     noise = torch.randn(64, 197, 192)
 
     def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -243,7 +245,7 @@ def test_memory_does_not_grow_with_rows(tmp_path) -> None:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     peaks = []
-    for rows in (300, 1200):
+    for rows in (1000, 4000):
         plan = CachePlan(
             Fingerprint({"rows": str(rows)}), 1, (1, 1, 1), 1, ChunkLayout(rows, 32, 0), 8, make_codec("lossless")
         )
@@ -258,10 +260,10 @@ def test_memory_does_not_grow_with_rows(tmp_path) -> None:
         peaks.append(peak)
         for path in (tmp_path / plan.name).rglob("*.safetensors"):
             path.unlink()
-    assert abs(peaks[1] - peaks[0]) < 30e6, peaks
+    assert abs(peaks[1] - peaks[0]) < 100e6, peaks
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["frame", "table"])
 def test_a_resumed_build_does_not_bless_damage(train_dataset, what) -> None:
     """Hashes of kept shards are taken when the build ends: a flipped bit must be found before."""

@@ -515,6 +515,7 @@ def test_demo_writes_table_picture_and_figures(tmp_path, capfd, caplog) -> None:
     assert (logging.getLogger("hf_freezecache").level, transformers.logging.get_verbosity()) == level
 
 
+@pytest.mark.slow
 def test_seconds_leave_evaluation_out(train_dataset, eval_dataset, monkeypatch) -> None:
     def slow(self: object, *args: object, **kwargs: object) -> dict[str, float]:
         time.sleep(0.25)
@@ -563,6 +564,7 @@ def test_demo_without_its_extras_says_what_to_install(module, monkeypatch) -> No
     assert not Path("demo").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_demo")
 def test_demo_that_fails_leaves_nothing_half_done(monkeypatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:

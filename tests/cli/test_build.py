@@ -143,6 +143,7 @@ def test_a_suffix_computes_what_the_model_computes(images, split_point) -> None:
     assert (len(frozen) > 0) == (split_point >= 0)
 
 
+@pytest.mark.slow
 def test_a_suffix_for_a_cache_needs_the_weights_of_the_cache(train_dataset) -> None:
     cached = make_trainer(tiny_vit(), train_dataset, schedule="0:2").build_cache()
     another_head, other_blocks = tiny_vit(num_labels=7), tiny_vit()
@@ -165,6 +166,7 @@ def server(tmp_path, monkeypatch):
         yield server
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 def test_the_card_of_a_cache_that_was_built_here_says_of_what(server, tmp_path) -> None:
     """Building, looking and pushing are commands of their own; what the first knew is written on the card of the last."""

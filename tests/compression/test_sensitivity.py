@@ -97,6 +97,7 @@ def test_prefix_tokens_are_measured_apart() -> None:
     assert measure_sensitivity(base[:, PREFIX:], views[:, PREFIX:], whole, 0, GRID).prefix is None
 
 
+@pytest.mark.slow
 def test_it_is_drawn_with_a_row_for_each_split_point(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
     from sensitivity_plot import draw_sensitivity

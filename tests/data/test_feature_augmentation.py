@@ -204,6 +204,7 @@ def test_mixup_mixes_states_and_labels_by_one_share(batch, alpha, step) -> None:
     assert sorted(partner.tolist()) == list(range(len(partner)))
 
 
+@pytest.mark.slow
 def test_mixup_draws_shares_from_the_beta_distribution() -> None:
     batch = states_of(size=2, grid=(1, 1), hidden=1)
     for alpha in (0.2, 1.0, 8.0):
@@ -504,6 +505,7 @@ def test_batches_of_one_optimizer_step_are_told_apart() -> None:
     assert torch.equal(resumed.step(states, labels, (1, (2, 2)), 1), drawn[2])
 
 
+@pytest.mark.slow
 def test_live_stages_and_evaluation_see_no_augmentation(train_dataset, eval_dataset) -> None:
     settings = {"schedule": "0:0,1:1", "eval_dataset": eval_dataset, "eval_strategy": "epoch"}
     plain, mixed = run(train_dataset, **settings), run(train_dataset, "mixup:1", **settings)

@@ -97,6 +97,7 @@ def test_a_pulled_cache_is_the_pushed_one(server, cache, tmp_path) -> None:
     assert not list(tmp_path.glob(".pulled*"))
 
 
+@pytest.mark.slow
 def test_a_name_alone_is_in_the_namespace_of_the_token(server, cache, tmp_path) -> None:
     """Also where the Hub has a data set of that name, of old, without an owner: only ``user/pictures`` is asked for."""
     report = pushing.push_cache(cache, "pictures")
@@ -105,6 +106,7 @@ def test_a_name_alone_is_in_the_namespace_of_the_token(server, cache, tmp_path) 
     assert len(CachedDataset.from_pretrained("user/pictures")) == 24
 
 
+@pytest.mark.slow
 def test_the_index_is_committed_last_and_in_batches(server, cache, monkeypatch) -> None:
     monkeypatch.setattr(pushing, "COMMIT_FILES", 5)
     monkeypatch.setattr(pushing, "GROUP_FILES", 2)
@@ -126,6 +128,7 @@ def test_pushing_again_sends_nothing_and_leaves_an_edited_card(server, cache) ->
     assert server.read(REPO, "README.md").endswith(b"edited by hand")
 
 
+@pytest.mark.slow
 def test_large_files_go_in_parts(server, cache) -> None:
     server.multipart = 1000
     pushing.push_cache(cache, REPO)
@@ -331,6 +334,7 @@ def test_privacy(server, cache) -> None:
     assert set(server.files("user/images")) == {".gitattributes"}
 
 
+@pytest.mark.slow
 def test_another_cache_is_replaced_only_if_asked(server, cache, tmp_path) -> None:
     pushing.push_cache(cache, REPO)
     plan = tiny_cache.make_plan(10, num_views=1, data="other rows")
@@ -352,6 +356,7 @@ def test_another_cache_is_replaced_only_if_asked(server, cache, tmp_path) -> Non
     assert len(CachedDataset.from_pretrained(REPO, revision=old)) == 24
 
 
+@pytest.mark.slow
 def test_another_data_set_is_not_written_over(server, cache) -> None:
     card = b"---\nlicense: mit\n---\n# My pictures"
     server.publish(REPO, make_folder(cache.parent / "theirs", {"data/train.parquet": b"rows"}), "dataset")
@@ -366,6 +371,7 @@ def test_another_data_set_is_not_written_over(server, cache) -> None:
     assert len(CachedDataset.from_pretrained("user/told")) == 24
 
 
+@pytest.mark.slow
 def test_a_repository_made_by_hand_keeps_its_licence(server, cache) -> None:
     """As the Hub's own page makes one: the licence that was chosen there, and nothing else."""
     made = {"README.md": b"---\nlicense: cc-by-4.0\n---\n", ".gitattributes": b"*.bin filter=lfs diff=lfs -text"}
@@ -378,7 +384,7 @@ def test_a_repository_made_by_hand_keeps_its_licence(server, cache) -> None:
     assert pushing.push_cache(cache, REPO).uploaded == []
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [0, 5, 16])
 def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monkeypatch, sent) -> None:
     """Nor need what was given to the first call be given again."""
@@ -414,7 +420,7 @@ def test_what_a_repository_said_outlives_an_interrupted_push(server, cache, monk
     assert set(shards_of(server).values()) == {1}
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("told", "kept"),
     [
@@ -453,6 +459,7 @@ def test_our_tag_alone_does_not_make_a_card_ours(server, cache) -> None:
         assert server.files(name) == before
 
 
+@pytest.mark.slow
 def test_a_licence_stays_that_of_whom_it_was_given_for(server, cache) -> None:
     """Neither the name of another one, nor what an earlier push said, stands beside or above what was given last."""
 
@@ -485,7 +492,7 @@ def test_gitattributes_in_another_encoding_are_completed(server, cache) -> None:
     assert server.read(REPO, ".gitattributes").startswith(b"\xff x\n*.safetensors")
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken",
     [
@@ -506,6 +513,7 @@ def test_a_card_that_cannot_be_read_is_not_written_over(server, cache, broken) -
     assert len(CachedDataset.from_pretrained(REPO)) == 24
 
 
+@pytest.mark.slow
 def test_what_was_given_once_stays_and_goes_on_with_the_cache(server, cache, tmp_path) -> None:
     pushing.push_cache(cache, REPO, provenance=Provenance(dataset_name="somebody/pictures", license="mit"))
     pushing.push_cache(cache, REPO, provenance=Provenance(model_id="somebody/vit"))
@@ -518,6 +526,7 @@ def test_what_was_given_once_stays_and_goes_on_with_the_cache(server, cache, tmp
     assert "mit" not in server.read(REPO, "README.md").decode()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_cache_that_is_replaced_is_said_of_the_next(server, cache, tmp_path) -> None:
     other = tiny_cache.build(tmp_path / "others", tiny_cache.make_plan(10, data="other rows")).directory
     given = Provenance(dataset_name="somebody/pictures", license="mit")
@@ -535,6 +544,7 @@ def test_nothing_of_a_cache_that_is_replaced_is_said_of_the_next(server, cache, 
         assert "mit\n" not in card
 
 
+@pytest.mark.slow
 def test_a_licence_that_the_hub_refuses_is_refused_before_anything_is_sent(server, cache) -> None:
     with pytest.raises(UnsupportedSetupError, match=r"does not take the card.*\n.*license.*cc-by-4\.0"):
         pushing.push_cache(cache, REPO, provenance=Provenance(license="apache2"))
@@ -571,6 +581,7 @@ def test_limits_of_the_hub(server, cache, monkeypatch) -> None:
     assert server.repos == {}
 
 
+@pytest.mark.slow
 def test_branches(server, cache) -> None:
     pushing.push_cache(cache, REPO, revision="draft")
     with pytest.raises(CacheCorruptError, match="no finished cache"):
@@ -581,6 +592,7 @@ def test_branches(server, cache) -> None:
 # ---- Parts, copies, places ----
 
 
+@pytest.mark.slow
 def test_parts_of_a_cache(server, cache, tmp_path) -> None:
     pushing.push_cache(cache, REPO)
     whole = CachedDataset.from_pretrained(cache)
@@ -612,6 +624,7 @@ def test_parts_of_a_cache(server, cache, tmp_path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_offline_what_was_fetched_is_used(server, cache, monkeypatch) -> None:
     pushing.push_cache(cache, REPO)
     CachedDataset.from_pretrained(REPO, views=[0])
@@ -623,6 +636,7 @@ def test_offline_what_was_fetched_is_used(server, cache, monkeypatch) -> None:
         CachedDataset.from_pretrained("user/other")
 
 
+@pytest.mark.slow
 def test_a_folder_wins_over_a_repository(server, cache, monkeypatch) -> None:
     pushing.push_cache(cache, REPO)
     asked = len(server.requests)
@@ -637,6 +651,7 @@ def test_a_folder_wins_over_a_repository(server, cache, monkeypatch) -> None:
     assert len(server.requests) == asked
 
 
+@pytest.mark.slow
 def test_a_pull_overwrites_nothing(server, cache, tmp_path) -> None:
     pushing.push_cache(cache, REPO)
     target = tmp_path / "pulled"
@@ -679,6 +694,7 @@ def test_a_pull_mends_what_is_there(server, cache, tmp_path) -> None:
     assert verify_cache(target) == []
 
 
+@pytest.mark.slow
 def test_a_pull_into_the_folder_where_one_stands(server, cache, tmp_path, monkeypatch) -> None:
     pushing.push_cache(cache, REPO)
     (tmp_path / "here").mkdir()
@@ -700,6 +716,7 @@ def test_a_pull_into_the_folder_where_one_stands(server, cache, tmp_path, monkey
     assert verify_cache(".") == []
 
 
+@pytest.mark.slow
 def test_a_pull_keeps_words_and_takes_none_of_another_cache(server, cache, tmp_path, monkeypatch) -> None:
     pushing.push_cache(cache, REPO, provenance=Provenance(license="mit"))
     other = tiny_cache.build(tmp_path / "others", tiny_cache.make_plan(10, data="other rows")).directory
@@ -745,6 +762,7 @@ def test_a_pull_keeps_words_and_takes_none_of_another_cache(server, cache, tmp_p
     assert (tmp_path / "theirs" / "provenance.json").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_pull_through_links_and_back(server, cache, tmp_path, monkeypatch) -> None:
     pushing.push_cache(cache, REPO)
     monkeypatch.chdir(tmp_path)
@@ -758,6 +776,7 @@ def test_a_pull_through_links_and_back(server, cache, tmp_path, monkeypatch) -> 
     assert not list(tmp_path.rglob(".*pull*"))
 
 
+@pytest.mark.slow
 def test_words_that_are_too_long_are_left_where_they_are(server, cache, tmp_path, monkeypatch) -> None:
     pushing.push_cache(cache, REPO, provenance=Provenance(license="mit"))
     monkeypatch.setattr(pulling, "MAX_BYTES", 10)
@@ -904,7 +923,7 @@ def test_a_model_that_was_trained_before_is_not_taken_for_that_of_the_hub(server
     assert MODEL not in card()
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("writable", [True, False])
 def test_the_trainer_tells_the_card_what_it_knows(server, images, writable) -> None:
     """Also where nothing can be written beside the cache; and what is given stands in its place."""

@@ -77,7 +77,7 @@ def test_families_that_read_the_image_size_get_the_true_one(family, bias, size) 
         assert_exact(model, split_model(model, split_point), batch)
 
 
-@pytest.mark.by_default(5)
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(24, 24), (16, 24)])
 def test_interpolated_position_codes_are_exact(family, size) -> None:
@@ -121,7 +121,7 @@ def test_gradients_of_the_suffix_are_those_of_the_model(family) -> None:
             assert gradient is None or torch.equal(gradient, found[name]), name
 
 
-@pytest.mark.by_default(6)
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("split_point", [0, 2, NUM_BLOCKS])
 def test_suffix_uses_what_is_injected_and_nothing_of_the_prefix(family, split_point) -> None:
@@ -202,7 +202,7 @@ def test_model_is_unchanged_after_an_error_in_the_suffix() -> None:
     assert_same_snapshot(before, snapshot(model))
 
 
-@pytest.mark.by_default(8)
+@pytest.mark.by_default(4)
 @pytest.mark.parametrize(
     ("family", "overrides"), [*((f, {}) for f in FAMILIES), *((f, {b: True}) for f, b in POSITION_BIASES)]
 )
@@ -549,7 +549,7 @@ def test_model_is_unchanged_after_between_and_outputs(family) -> None:
 # ---- What the head saw ----
 
 
-@pytest.mark.by_default(6)
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("split_point", [0, 2, NUM_BLOCKS])
 def test_outputs_are_the_logits_and_what_the_head_makes_them_of(family, split_point) -> None:

@@ -239,6 +239,7 @@ def test_a_wrong_baseline_is_named(train_dataset) -> None:
     assert not Path("out/README.md").exists()
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_card_has_no_plot(train_dataset, monkeypatch, caplog) -> None:
     run = make_trainer(tiny_vit(), train_dataset, num_train_epochs=1)
     run.train()

@@ -313,6 +313,7 @@ def test_page_and_pictures_of_partial_runs(tmp_path, unfrozen) -> None:
             assert len(picture.convert("RGB").getcolors(2**20)) > 20
 
 
+@pytest.mark.slow
 def test_a_page_is_the_same_each_time() -> None:
     assert render_page(figures_of(record())) == render_page(figures_of(record()))
 
@@ -346,6 +347,7 @@ def test_a_run_that_saves_writes_record_and_report(train_dataset, eval_dataset) 
     assert (folder / PAGE_NAME).read_text() != before
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_save_writes_nothing(train_dataset) -> None:
     make_trainer(tiny_vit(), train_dataset, num_train_epochs=1).train()
     assert not (Path("out") / RUN_NAME).exists()
@@ -395,6 +397,7 @@ def test_without_matplotlib_training_finishes_and_says_how_to_get_the_report(
     assert read_run(Path("out")).complete
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_does_not_stop_training(train_dataset, caplog) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset, num_train_epochs=1, save_strategy="epoch")
     (Path("out") / RUN_NAME).mkdir(parents=True)

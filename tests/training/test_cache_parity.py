@@ -18,7 +18,7 @@ def run(train_dataset, mode: str, model=None, **settings):
     return trainer
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -42,7 +42,7 @@ def test_cached_and_uncached_training_are_the_same_to_the_bit(train_dataset, set
     assert_same(parameters_of(live.model), parameters_of(cached.model))
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deit", "clip", "beit", "data2vec-vision", "dinov2_with_registers"])
 def test_cached_training_of_other_families(train_dataset, family) -> None:
     live = run(train_dataset, "never", tiny_model(family), num_train_epochs=3)
@@ -60,6 +60,7 @@ def test_dropout_in_the_prefix_is_off_and_in_the_suffix_is_on(train_dataset) -> 
     assert without.losses[0] != cached.losses[0]
 
 
+@pytest.mark.slow
 def test_other_batch_shapes_stay_within_the_stated_bound(train_dataset) -> None:
     """Where a kernel sums in another order, per-step losses agree to 1e-5 relative."""
     live = run(train_dataset, "never", per_device_train_batch_size=7)

@@ -129,6 +129,7 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> None:
     assert tiny_cache.build(tmp_path, tiny_cache.make_plan()).built_shards == 4
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_another_to_finish(tmp_path: Path, caplog) -> None:
     with hold(tmp_path, 1.0):
         report = tiny_cache.build(tmp_path, tiny_cache.make_plan(), lock_timeout=60.0)

@@ -182,7 +182,7 @@ def residual(pictures, tmp_path_factory) -> Run:
 # ---- What is stored ----
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     ("settings", "budgets", "storage"),
     [
@@ -224,6 +224,7 @@ def test_every_way_of_storing_copies_trains_and_holds_true_views(pictures, setti
     assert_true_views(trainer, views, reader)
 
 
+@pytest.mark.slow
 def test_losses_are_near_those_of_a_lossless_cache(pictures, residual) -> None:
     exact = run(pictures, {"codec": "lossless"})
     assert exact.losses != residual.trainer.losses
@@ -457,6 +458,7 @@ def test_a_flipped_byte_in_the_state_of_copies_is_found(damaged) -> None:
     assert_named(damaged, COPIES_NAME)
 
 
+@pytest.mark.slow
 def test_states_of_copies_that_were_exchanged_are_found(pictures, residual, damaged) -> None:
     run(pictures, {"copies": "residual"}, budgets=(0.05, None), per_device_train_batch_size=32)
     other = cache_of(1) / COPIES_NAME

@@ -96,7 +96,7 @@ def test_auto_meets_the_budget_at_each_stage_and_reports(images, caplog) -> None
     assert load_index(cache_of(1, "exact")).calibration is None
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     "codec",
     ["int8", "int4", "bf16", "fp16", "transform", PIPELINE, json.loads(PIPELINE), make_codec(PIPELINE)],
@@ -134,6 +134,7 @@ def test_a_second_run_uses_the_caches_and_another_budget_does_not(images, caplog
     assert stages(other)[0]["bits_per_element"] < stages(first)[0]["bits_per_element"]
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_lossy_meets_gives_a_sound_lossless_cache(images, caplog) -> None:
     trainer = lossy_run(
         images, cache={"max_distortion": 1e-15, "build_from": "images"}, schedule="0:1", num_train_epochs=1
@@ -344,6 +345,7 @@ def test_resume_at_the_change_of_stage_promotes_again(images) -> None:
 # ---- Rates ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["auto", "transform"])
 def test_an_explicit_schedule_of_rates(images, codec) -> None:
     rates = {1: 6.0, 2: 3.0}
@@ -411,7 +413,7 @@ def test_too_few_rows_to_calibrate_on(images) -> None:
     assert not Path("caches").exists()
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cache",
     [
@@ -429,7 +431,7 @@ def test_weighing_directions_by_gradients(images, cache) -> None:
 # ---- Decoding where training happens ----
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["lossless", "int8", "auto"])
 def test_restoring_can_be_compiled_in_one_graph(images, codec) -> None:
     lossy_run(images, schedule="0:2", cache={"codec": codec}, num_train_epochs=1)

@@ -45,6 +45,7 @@ def test_one_trace_of_a_model_serves_all_stages_promotions_and_a_resume(train_da
     assert list(traces.values()) == [1, 1]  # another model
 
 
+@pytest.mark.slow
 def test_lossy_promotions_take_one_trace_too(train_dataset, traces) -> None:
     cache = {"codec": "auto", "num_views": 2, "build_from": "previous_cache", "calibration_samples": 16}
     make_trainer(tiny_vit(), train_dataset, cache=cache, schedule="0:1,1:3", num_train_epochs=2).train()
