@@ -24,6 +24,7 @@ from support.hub_server import HubServer
 from support.run_steps import runs_here, split_commands
 from support.stand_ins import BEANS, FLOWER_CLASSES, MODEL, make_flowers, publish
 
+from hf_freezecache import CacheConfig
 from hf_freezecache.cache.verify import verify_cache
 from hf_freezecache.cli.app import app
 
@@ -185,6 +186,17 @@ def test_the_script_of_use_it_is_short() -> None:
     assert max(map(len, script.text.splitlines())) <= 120
 
 
+def test_blocks_of_settings_run_as_they_stand() -> None:
+    """In this process; the slow tests run all blocks in one session."""
+    blocks = [
+        block for block in read_blocks() if block.text.startswith(("CacheConfig(", "cache_config = CacheConfig("))
+    ]
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(block.text, {"CacheConfig": CacheConfig})
+
+
+@pytest.mark.slow
 def test_the_script_of_use_it_runs(hub: HubServer, tmp_path: Path) -> None:
     steps = steps_of_readme(working_folder(tmp_path / "readme"))
     last = next(number for number, step in enumerate(steps) if step["language"] == "python")

@@ -49,6 +49,7 @@ def test_all_of_2000_flips_and_500_truncations_are_found(trials, kind) -> None:
     print(f"{kind}: {len(done)} trials, {sum(t.detected for t in done)} detected, {Counter(t.read for t in done)}")
 
 
+@pytest.mark.slow
 def test_the_trials_tell_wrong_values(trials, monkeypatch) -> None:
     """A reader that gives other labels is found out; and one that no hash helps still gives none."""
     import hf_freezecache.cache.reader as reader_module

@@ -499,6 +499,7 @@ def check_demo(folder: Path, out: str, figures: dict, epochs: int) -> None:
     assert {path.name for path in folder.iterdir()} <= {"demo.png", "demo.json", "caches"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_demo")
 def test_demo_writes_table_picture_and_figures(tmp_path, capfd, caplog) -> None:
     level = logging.getLogger("hf_freezecache").level, transformers.logging.get_verbosity()

@@ -199,6 +199,7 @@ def trained(train_dataset, eval_dataset, **settings: Any) -> FreezeCacheTrainer:
     return run
 
 
+@pytest.mark.slow
 def test_create_model_card(train_dataset, eval_dataset) -> None:
     run = trained(train_dataset, eval_dataset)
     assert not Path("out/README.md").exists()

@@ -255,7 +255,7 @@ def test_a_lossless_cache_is_promoted_without_rendering_and_gives_the_same_bits(
         assert path.read_bytes() == (rendered / path.relative_to(promoted)).read_bytes(), path.name
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build_from", "distortion", "source"),
     [
