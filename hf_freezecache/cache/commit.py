@@ -255,25 +255,27 @@ class Build:
         for path in self.directory.rglob("*.tmp"):
             path.unlink(missing_ok=True)
 
-    def find_missing(self, units: Sequence[Unit], processes: ProcessGroup) -> None:
+    def find_missing(self, units: Sequence[Unit], process_group: ProcessGroup) -> None:
         """Look which units an earlier build has finished. Collective."""
         directory = self.directory
-        with processes.fail_together(), os_errors_as_cache_errors(directory):
+        with process_group.fail_together(), os_errors_as_cache_errors(directory):
             mine = [
-                unit for unit in processes.split_between(units) if not _shard_is_finished(directory, self.plan, *unit)
+                unit
+                for unit in process_group.split_between(units)
+                if not _shard_is_finished(directory, self.plan, *unit)
             ]
-        self.missing = {unit for missing in processes.gather(mine) for unit in missing}
+        self.missing = {unit for missing in process_group.gather(mine) for unit in missing}
         self.report.kept_shards = len(units) - len(self.missing)
-        if self.report.kept_shards and processes.is_main_process:
+        if self.report.kept_shards and process_group.is_main_process:
             logger.info(
                 "Going on with %s: %d of %d shards are finished.", directory, self.report.kept_shards, len(units)
             )
 
-    def commit(self, units: Sequence[Unit], processes: ProcessGroup) -> None:
+    def commit(self, units: Sequence[Unit], process_group: ProcessGroup) -> None:
         """Write the index of a cache whose shards are all written. Collective."""
-        with processes.fail_together(), os_errors_as_cache_errors(self.directory):
-            mine = [_shard_records(self.directory, self.plan, *unit) for unit in processes.split_between(units)]
-        shards = [record for records in processes.gather(mine) for record in records]
+        with process_group.fail_together(), os_errors_as_cache_errors(self.directory):
+            mine = [_shard_records(self.directory, self.plan, *unit) for unit in process_group.split_between(units)]
+        shards = [record for records in process_group.gather(mine) for record in records]
 
         def write_index() -> int:
             with os_errors_as_cache_errors(self.directory):
@@ -284,7 +286,7 @@ class Build:
                 fsync_directory(self.directory.parent)
                 return index.total_bytes
 
-        self.report.total_bytes = processes.on_main_process(write_index)
+        self.report.total_bytes = process_group.on_main_process(write_index)
 
 
 def explain_miss(cache_dir: Path, fingerprint: Fingerprint) -> str | None:

@@ -27,7 +27,7 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def build_lock(
-    cache_dir: Path, plan: CachePlan, processes: ProcessGroup = SINGLE_PROCESS, lock_timeout: float = 0.0
+    cache_dir: Path, plan: CachePlan, process_group: ProcessGroup = SINGLE_PROCESS, lock_timeout: float = 0.0
 ) -> Iterator[None]:
     """Hold the lock of a cache, and make its directory. Collective: the main process holds the lock for all processes.
 
@@ -36,7 +36,7 @@ def build_lock(
     Args:
         cache_dir: Folder of caches.
         plan: What the cache is to hold.
-        processes: Those that write together.
+        process_group: Processes that write together.
         lock_timeout: Seconds to wait for another run that holds it.
 
     Raises:
@@ -66,11 +66,11 @@ def build_lock(
                     "another cache_dir."
                 ) from None
 
-    processes.on_main_process(take)
+    process_group.on_main_process(take)
     try:
         yield
     finally:
-        if processes.is_main_process:
+        if process_group.is_main_process:
             lock.release()
 
 

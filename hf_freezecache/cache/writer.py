@@ -99,7 +99,7 @@ def build_caches(
     prefix_inputs: frozenset[str] = frozenset(),
     is_input: Callable[[str], bool] = is_image,
     show_progress: bool = False,
-    processes: ProcessGroup = SINGLE_PROCESS,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     lock_timeout: float = 0.0,
     consume: Callable[[int], None] | None = None,
 ) -> list[BuildReport]:
@@ -128,7 +128,7 @@ def build_caches(
         prefix_inputs: Names of the extras that the prefix takes as arguments, and that are stored as well.
         is_input: Says by name what is only for the prefix, and not stored. Default: ``pixel_values``.
         show_progress: Show a progress bar over all views and samples.
-        processes: Those that build together.
+        process_group: Processes that build together.
         lock_timeout: Seconds to wait for another run that builds one of these caches.
         consume: Called with the number of each shard once all its views are durable in all caches; for making room. Shards
             are then built in all views before the next begins.
@@ -148,7 +148,7 @@ def build_caches(
     with ExitStack() as stack:
         # All runs take the locks in one order, so that no two wait for each other.
         for plan in sorted(plans, key=lambda plan: plan.name):
-            stack.enter_context(build_lock(cache_dir, plan, processes, lock_timeout))
+            stack.enter_context(build_lock(cache_dir, plan, process_group, lock_timeout))
         stack.enter_context(preserved_random_state())
         one_pass = _Pass(
             builds,
@@ -160,7 +160,7 @@ def build_caches(
             prefix_inputs,
             is_input,
             show_progress,
-            processes,
+            process_group,
             consume,
         )
         one_pass.run()
@@ -196,7 +196,7 @@ class _Pass:
     prefix_inputs: frozenset[str]
     is_input: Callable[[str], bool]
     show_progress: bool
-    processes: ProcessGroup
+    process_group: ProcessGroup
     consume: Callable[[int], None] | None
 
     @property
@@ -206,34 +206,34 @@ class _Pass:
 
     def run(self) -> None:
         """Build and commit all caches that are not finished. Collective."""
-        processes, plan = self.processes, self.plan
+        process_group, plan = self.process_group, self.plan
         units = [(view, shard) for view in range(plan.num_views) for shard in range(plan.num_shards)]
-        begun = processes.on_main_process(lambda: [build.begin() for build in self.builds])
+        begun = process_group.on_main_process(lambda: [build.begin() for build in self.builds])
         finished = [build for build, unfinished in zip(self.builds, begun, strict=True) if not unfinished]
         for build in finished:
             build.report.kept_shards = len(units)
-        sizes = processes.on_main_process(lambda: [load_index(build.directory).total_bytes for build in finished])
+        sizes = process_group.on_main_process(lambda: [load_index(build.directory).total_bytes for build in finished])
         for build, size in zip(finished, sizes, strict=True):
             build.report.total_bytes = size
         self.builds = [build for build, unfinished in zip(self.builds, begun, strict=True) if unfinished]
         if not self.builds:
             return
         for build in self.builds:
-            build.find_missing(units, processes)
+            build.find_missing(units, process_group)
         pending = {unit for build in self.builds for unit in build.missing}
         # Any of the directories will do for all errors of the file system: they share a disk.
         directory = self.builds[0].directory
         if self.consume is not None:
-            with processes.fail_together(), os_errors_as_cache_errors(directory):
+            with process_group.fail_together(), os_errors_as_cache_errors(directory):
                 finished_shards = set(range(plan.num_shards)) - {shard for _, shard in pending}
-                for shard in processes.split_between(sorted(finished_shards)):
+                for shard in process_group.split_between(sorted(finished_shards)):
                     self.consume(shard)
         for share in self._shares(pending):
-            with processes.fail_together(), os_errors_as_cache_errors(directory):
+            with process_group.fail_together(), os_errors_as_cache_errors(directory):
                 self._build_units(share)
         for build in self.builds:
-            build.report.built_shards = sum(processes.gather(build.report.built_shards))
-            build.commit(units, processes)
+            build.report.built_shards = sum(process_group.gather(build.report.built_shards))
+            build.commit(units, process_group)
 
     def _shares(self, pending: set[Unit]) -> list[list[Unit]]:
         """Return what this process builds, one list after the other: runs of sample indices.
@@ -242,12 +242,12 @@ class _Pass:
         cache are deleted, one process builds each shard in all views, one shard after the other.
         """
         if self.consume is not None:
-            mine = set(self.processes.split_between(sorted({shard for _, shard in pending})))
+            mine = set(self.process_group.split_between(sorted({shard for _, shard in pending})))
             return [sorted((unit for unit in pending if unit[1] in mine), key=lambda unit: unit[::-1])]
         phases = [sorted(pending)]
         if self.plan.num_views > 1 and any(build.plan.views.needs_base(1) for build in self.builds):
             phases = [[unit for unit in phases[0] if (unit[0] == 0) == base] for base in (True, False)]
-        return [self.processes.split_between(phase) for phase in phases]
+        return [self.process_group.split_between(phase) for phase in phases]
 
     def _batches(self, units: Sequence[Unit]) -> Iterator[list[ViewKey]]:
         for view, shard in units:
@@ -281,17 +281,17 @@ class _Pass:
                 datasets.enable_progress_bars()
 
     def _progress_bar(self, units: Sequence[Unit]) -> Any:
-        processes, plan = self.processes, self.plan
+        process_group, plan = self.process_group, self.plan
         left = sum(len(plan.rows(shard)) for _, shard in units)
-        total = left if processes.size > 1 else plan.layout.num_samples * plan.num_views
+        total = left if process_group.size > 1 else plan.layout.num_samples * plan.num_views
         split_points = " and ".join(str(build.plan.split_point) for build in self.builds)
         return tqdm(
             total=total,
             initial=total - left,
             desc=f"Caching {split_points} frozen blocks"
-            + (f" (process 1 of {processes.size})" if processes.size > 1 else ""),
+            + (f" (process 1 of {process_group.size})" if process_group.size > 1 else ""),
             unit="view",
-            disable=not self.show_progress or not processes.is_main_process,
+            disable=not self.show_progress or not process_group.is_main_process,
         )
 
     def _build_unit(

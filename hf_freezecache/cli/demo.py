@@ -40,6 +40,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..config import CacheConfig, FreezeConfig
 from ..errors import UnsupportedSetupError
 from ..hub.client import quiet_libraries
+from ..report.callback import ReportCallback
 from ..report.plots import draw_runs
 from ..report.text import format_runs
 from ..trainer import FreezeCacheTrainer
@@ -274,14 +275,15 @@ def _train(
 
 
 def _figures(name: str, trainer: _TimedTrainer) -> dict[str, Any]:
-    caches = [entry for entry in trainer.state.log_history if "freezecache/cache_bytes" in entry]
+    records = [c.record for c in trainer.callback_handler.callbacks if isinstance(c, ReportCallback)]
+    caches = [decision for record in records for decision in record.decisions if decision.has_cache]
     return {
         "run": name,
         "accuracy": trainer.curve[-1][1],
         "seconds": round(trainer.seconds, 3),
-        "build_seconds": round(sum(entry["freezecache/build_seconds"] for entry in caches), 3),
-        "cache_bytes": sum(entry["freezecache/cache_bytes"] for entry in caches),
-        "cache_bytes_per_image": sum(entry["freezecache/cache_bytes_per_image"] for entry in caches),
+        "build_seconds": round(sum(decision.build_seconds for decision in caches), 3),
+        "cache_bytes": sum(decision.cache_bytes for decision in caches),
+        "cache_bytes_per_image": sum(decision.cache_bytes_per_image for decision in caches),
         "accuracy_after_seconds": [[round(seconds, 3), accuracy] for seconds, accuracy in trainer.curve],
     }
 

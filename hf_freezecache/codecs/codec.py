@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -116,6 +117,15 @@ class Codec:
     def needs_gradients(self) -> bool:
         """Whether ``fit`` needs gradients."""
         return any(step.needs_fit and step.needs_gradients for step in self._array_steps)
+
+    def with_gradient_weight(self, weight: float) -> Codec:
+        """Return the codec whose steps that are not fitted yet weigh directions by gradients, where they can."""
+        weighed = {
+            position: dataclasses.replace(step, gradient_weight=weight)  # type: ignore[call-arg]
+            for position, step in enumerate(self.steps)
+            if "gradient_weight" in step.configuration() and getattr(step, "needs_fit", False)
+        }
+        return Codec(tuple(weighed.get(position, step) for position, step in enumerate(self.steps)))
 
     def fit(self, sample: Tensor, prefix_tokens: int, grid: tuple[int, int], gradients: Tensor | None = None) -> Codec:
         """Fit the steps that need it, each to what the step before makes of the sample; see ``ArrayStep.fit``.

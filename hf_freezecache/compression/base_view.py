@@ -17,7 +17,6 @@ from ..cache.codec_state import CodecState
 from ..cache.reader import CacheReader
 from ..codecs import (
     Codec,
-    Transform,
     make_codec,
 )
 from ..config import CacheConfig
@@ -52,14 +51,7 @@ def requested_codec(config: CacheConfig, split_point: int) -> tuple[Codec, float
     """
     codec = make_codec("transform" if config.codec == "auto" else config.codec or "lossless")
     if config.gradient_weight:
-        codec = Codec(
-            tuple(
-                dataclasses.replace(step, gradient_weight=config.gradient_weight)
-                if isinstance(step, Transform) and not step.tensors()
-                else step
-                for step in codec.steps
-            )
-        )
+        codec = codec.with_gradient_weight(config.gradient_weight)
     if config.bits_per_element is None:
         return codec, config.max_distortion if config.codec == "auto" else None, None
     if not codec.has_step_size:

@@ -65,7 +65,7 @@ def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -
         return
 
 
-def check_same_rows(dataset: Any, processes: ProcessGroup, num_rows: int = 16) -> None:
+def check_same_rows(dataset: Any, process_group: ProcessGroup, num_rows: int = 16) -> None:
     """Refuse data sets that differ between processes: each builds shards of one cache, from rows it finds by number.
 
     Collective. Of a ``datasets.Dataset`` the content of a few rows is compared, of others only the length.
@@ -73,7 +73,7 @@ def check_same_rows(dataset: Any, processes: ProcessGroup, num_rows: int = 16) -
     Raises:
         UnsupportedSetupError: They differ.
     """
-    if processes.size == 1:
+    if process_group.size == 1:
         return
     found = str(len(dataset))
     if isinstance(dataset, datasets.Dataset):
@@ -85,7 +85,7 @@ def check_same_rows(dataset: Any, processes: ProcessGroup, num_rows: int = 16) -
             for cell in cells
         ]
         found += f" {hashlib.sha256(repr(plain).encode()).hexdigest()}"
-    everyone = processes.gather(found)
+    everyone = process_group.gather(found)
     if len(set(everyone)) > 1:
         lengths = [int(each.split()[0]) for each in everyone]
         what = f"they have {lengths} rows" if len(set(lengths)) > 1 else "rows of the same number differ"

@@ -235,7 +235,10 @@ class StageRunner:
                 return self.open_cache(split)
         except CacheWriteError as error:
             if self.config.mode == "auto":
-                decision.reason = f"The cache could not be written: {error}"
+                # The record goes to the Hub: the message with the user's folders is for the log alone.
+                cause = error.__cause__
+                why = cause.strerror if isinstance(cause, OSError) and cause.strerror else "see the log of the run"
+                decision.reason = f"The cache could not be written: {why}."
                 logger.warning("mode='auto': training on without a cache. %s", error)
                 return None
             last = last_complete(Path(self.runtime.args.output_dir))

@@ -349,7 +349,7 @@ class StageCache:
             prefix_inputs=data.prefix_inputs,
             is_input=lambda name: name == "pixel_values" or is_packed(name),
             show_progress=self.show_progress,
-            processes=self.process_group,
+            process_group=self.process_group,
             lock_timeout=self.config.lock_timeout,
             consume=self._consumer(source) if source is not None and self.config.consume_previous_cache else None,
         )

@@ -212,6 +212,10 @@ def test_with_mode_auto_it_trains_on_to_the_same_result(saved, small_files, capl
     small_files()
     trainer.train()
     assert "mode='auto': training on without a cache" in caplog.text
+    decision = trainer._record.decisions[-1]
+    assert (decision.trained_from, decision.cache) == ("images", "none")
+    # The reason goes to the card: it says what happened, and names no folder.
+    assert decision.reason == "The cache could not be written: File too large."
     assert "File too large" in caplog.text
     assert_same(parameters(trainer), saved[1])
 
