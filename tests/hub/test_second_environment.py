@@ -80,6 +80,7 @@ def run(python: Path | str, program: str, folder: Path, env: dict[str, str]) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_the_script_pushes_serves_others(tmp_path) -> None:
     (tmp_path / "stand-ins").mkdir()
     calm = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}

@@ -394,6 +394,7 @@ def test_rate_distortion_of_a_peer(rate_distortion, peer, codec) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"needs the real images and weights of {SHARED_DATA}")
 def test_real_flowers_through_the_command_line() -> None:
     settings = {
