@@ -18,7 +18,7 @@ from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset
 from .distributed.process_group import ProcessGroup
 from .errors import UnsupportedSetupError
-from .report.record import RunRecord, progress_to_dict, restore_progress
+from .report.record import RunRecord, progress_to_dict
 from .report.run_log import decision_logs
 from .report.stopwatch import Stopwatch
 from .training.adapter import (
@@ -193,7 +193,7 @@ class FreezeCacheTrainer(Trainer):
             saved = load_stage(Path(resume_from_checkpoint))
             split_point = saved.split_point
             if saved.stage is not None:
-                restore_progress(self._record, saved.progress)
+                run.restore_progress(saved.progress)
         self._freezer.optimizer_is_ours = self.optimizer is None
         run.use_model(self.model)
         run.freeze(split_point, self.optimizer)  # a user's own optimizer holds all parameters
@@ -207,14 +207,14 @@ class FreezeCacheTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As ``Trainer``; a stage that begins with this epoch is entered before."""
-        run = self._run
-        if run is None:
+        if (run := self._run) is None:
             super()._run_epoch(*args, **kwargs)
             return
         epoch, started = kwargs["epoch"], time.perf_counter()
         stage = run.begins(epoch)
         if stage is not None:
-            self.model_wrapped = run.enter(stage, self.optimizer, self.model_wrapped)
+            self.model_wrapped = run.leave(stage, self.optimizer, self.model_wrapped)
+            self.model_wrapped = run.enter(stage, self.model_wrapped)
             self.callback_handler.train_dataloader = run.current.loader
             self.log(decision_logs(run.current.decision))
             for callback in report_callbacks(self):

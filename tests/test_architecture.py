@@ -102,6 +102,33 @@ def test_imports_point_down_the_floors() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def own_imports(name: str) -> set[str]:
+    """Modules of this package that a module imports when it is loaded."""
+    found = set()
+    for module, taken in imported(MODULES[name], everywhere=False):
+        if module == ROOT or module.startswith(f"{ROOT}."):
+            short = module.removeprefix(ROOT).removeprefix(".")
+            deeper = f"{short}.{taken}".removeprefix(".")
+            found.add(deeper if deeper in MODULES else short)
+    return found - {name}
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules that import each other in a circle, directly or not; empty if there are none."""
+    remaining = {name: set(targets) for name, targets in graph.items()}
+    while leaves := {name for name, targets in remaining.items() if not targets & remaining.keys()}:
+        for name in leaves:
+            del remaining[name]
+    return sorted(remaining)
+
+
+def test_no_import_cycles() -> None:
+    assert "cache.index" in own_imports("cache.reader")
+    # A package's own `__init__` may name its modules, which do not import it.
+    assert find_cycle({name: own_imports(name) for name in MODULES}) == []
+    assert find_cycle({"a": {"b"}, "b": {"a"}, "c": set()}) == ["a", "b"]
+
+
 def test_only_the_trainer_knows_transformers_trainer() -> None:
     knows_transformers = {
         *(

@@ -204,7 +204,7 @@ def load_index(directory: Path | Storage, name: str = INDEX_NAME) -> CacheIndex:
     if version != FORMAT_VERSION:
         raise UnsupportedSetupError(
             f"{file} has format version {repr(version)[:80]}; this version of hf_freezecache reads {FORMAT_VERSION}. "
-            "Delete the folder, or give another cache_dir, to rebuild the cache; or install the version that wrote it."
+            "Delete the folder, or give another freezecache_dir, to rebuild the cache; or install the version that wrote it."
         )
     unknown = sorted(document.keys() - {field.name for field in dataclasses.fields(CacheIndex)})
     if unknown:

@@ -63,7 +63,7 @@ def build_lock(
                 raise CacheLockedError(
                     f"{directory} is being written by another live process, for which this one waited {lock_timeout:g} s. "
                     "Wait for it to finish and start again, let this run wait with CacheConfig(lock_timeout=...), or give it "
-                    "another cache_dir."
+                    "another freezecache_dir."
                 ) from None
 
     process_group.on_main_process(take)
@@ -90,5 +90,5 @@ def os_errors_as_cache_errors(directory: Path) -> Iterator[None]:
         free = shutil.disk_usage(existing).free
         raise CacheWriteError(
             f"The cache {directory} could not be written: {error} ({free / 2**20:.0f} MiB are free on that disk). Its finished "
-            "shards are kept: make room or permit writing, or choose another cache_dir, and start again."
+            "shards are kept: make room or permit writing, or choose another freezecache_dir, and start again."
         ) from error

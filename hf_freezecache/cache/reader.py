@@ -149,7 +149,7 @@ class CacheReader:
             if different:
                 raise CacheMismatchError(
                     f"Cache {self.directory} was written for other inputs; these differ: {', '.join(different)}. "
-                    "Use another cache_dir, or delete the folder to rebuild."
+                    "Use another freezecache_dir, or delete the folder to rebuild."
                 )
         self.layout = ChunkLayout(
             self.index.num_samples, self.index.chunk_size, self.index.layout_seed, self.index.rows

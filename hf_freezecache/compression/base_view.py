@@ -204,6 +204,10 @@ class CodecChooser:
             found[copies] = self.sample(split, self.keys(copies=copies))
         return found[copies]
 
+    def forget_samples(self) -> None:
+        """Let go of the exact states of calibration images, which may take gigabytes."""
+        self._samples = None
+
     def token_grid(self, split: Split, sample: Sample) -> tuple[int, tuple[int, int]]:
         """Return the number of prefix tokens, and (height, width) of the patches."""
         return token_grid(sample.states.shape[1], self.data.image_shape, getattr(split.model, "config", None))

@@ -37,18 +37,19 @@ def decision_logs(decision: Decision) -> dict[str, float]:
     return {f"freezecache/{name}": value for name, value in logs.items()}
 
 
-def epoch_logs(record: RunRecord, measured: Mapping[str, float], epoch: float) -> dict[str, float]:
+def epoch_logs(record: RunRecord, measured: Mapping[str, float], epoch: float, stage: int) -> dict[str, float]:
     """Add an epoch, or a part of one, to a record, and return what to log of it.
 
     Args:
-        record: The run's. The epoch is one of the stage that it entered last.
+        record: The run's.
         measured: As ``Stopwatch.take`` returns it.
         epoch: Epochs done now.
+        stage: Index of the stage that is being trained.
     """
     images, seconds, entering_seconds = measured["images"], max(measured["seconds"], 1e-9), measured["entering_seconds"]
     before = record.epochs[-1].cumulative_seconds if record.epochs else 0.0
     trained = Epoch(
-        stage=record.decisions[-1].stage,
+        stage=stage,
         epoch=epoch,
         images_per_second=round(images / seconds, 3),
         seconds=round(seconds, 4),

@@ -111,6 +111,6 @@ def spot_check(
         raise CacheMismatchError(
             f"Cache {reader.directory} has the right fingerprint but not what rows {rows} give now (hidden states "
             f"differ by {error:.3g}, at most {limit:.3g} expected; differing extras: {extras or 'none'}). "
-            "Code of the transform, the data set or the model has changed. Use another cache_dir, or delete the "
+            "Code of the transform, the data set or the model has changed. Use another freezecache_dir, or delete the "
             "folder to rebuild."
         )

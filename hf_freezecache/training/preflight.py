@@ -97,8 +97,8 @@ def check_cache_dir(cache_dir: Path, output_dir: Path) -> None:
     cache_dir, output_dir = cache_dir.resolve(), output_dir.resolve()
     if cache_dir == output_dir or output_dir in cache_dir.parents:
         raise UnsupportedSetupError(
-            f"cache_dir {cache_dir} lies inside output_dir {output_dir}, all of which push_to_hub uploads. Caches can "
-            "reveal training images: choose a cache_dir elsewhere."
+            f"freezecache_dir {cache_dir} lies inside output_dir {output_dir}, all of which push_to_hub uploads. Caches can "
+            "reveal training images: choose a freezecache_dir elsewhere."
         )
 
 
@@ -133,7 +133,7 @@ def check_writable(cache_dir: Path) -> None:
             file.write(b"0")
     except OSError as error:
         raise CacheWriteError(
-            f"The folder of caches {cache_dir} could not be written: {error}. Permit writing, or choose another cache_dir."
+            f"The folder of caches {cache_dir} could not be written: {error}. Permit writing, or choose another freezecache_dir."
         ) from error
 
 

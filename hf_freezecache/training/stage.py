@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from ..distributed.ddp import is_replicated, unused_parameters, unwrapped, wrap_
 from ..errors import CacheWriteError, UnsupportedSetupError
 from ..hub.provenance import Provenance, keep_provenance, provenance_of_dataset, provenance_of_model
 from ..model.split import Split, Splits
-from ..report.record import Decision, RunRecord
+from ..report.record import Decision, RunRecord, restore_progress
 from ..report.run_log import epoch_logs
 from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at
@@ -79,6 +80,7 @@ class StageRunner:
         active: The stage that is being trained; ``None`` before the first.
         stopwatch: Times the epoch that is being trained.
         moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
+        released_bytes: Bytes of optimizer state that the last freezing released.
     """
 
     runtime: Runtime
@@ -96,6 +98,7 @@ class StageRunner:
     active: ActiveStage | None = None
     stopwatch: Stopwatch | None = None
     moved_to: int | None = None
+    released_bytes: int = 0
 
     @property
     def current(self) -> ActiveStage:
@@ -172,20 +175,20 @@ class StageRunner:
         stage = stage_at(self.stages, epoch)
         return None if self.active is not None and self.active.stage == stage else stage
 
-    def enter(self, stage: Stage, optimizer: Any, wrapped: nn.Module) -> nn.Module:
-        """Freeze, prune the optimizer, wrap the model anew, and find or build the cache of a stage. Collective.
+    def leave(self, stage: Stage, optimizer: Any, wrapped: nn.Module) -> nn.Module:
+        """Leave the stage before: drop its loader, freeze for the next stage, and prune the optimizer.
 
         Args:
-            stage: The stage.
+            stage: The next stage.
             optimizer: The optimizer.
             wrapped: The model in its wrapper for several processes.
 
         Returns:
-            The model in its wrapper for this stage. ``active`` is the stage.
+            The model, without its wrapper if the next stage needs another. Whoever holds the old wrapper must let go of it
+            before ``enter``: its buckets of gradients would stay beside those of the new one.
 
         Raises:
             UnsupportedSetupError: The stage freezes fewer blocks than are frozen.
-            FreezeCacheError: See ``StageCache.open``.
         """
         if self.frozen is not None and stage.split_point < self.frozen:
             raise UnsupportedSetupError(
@@ -197,15 +200,30 @@ class StageRunner:
             accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not loader]
             self.active = None
         changed = stage.split_point != self.frozen
-        released = self.freeze(stage.split_point, optimizer)
-        if changed and is_replicated(self.runtime.accelerator):
-            wrapped = wrap_again(self.runtime.accelerator, self.unwrap(wrapped))
+        self.released_bytes = self.freeze(stage.split_point, optimizer)
+        return self.unwrap(wrapped) if changed else wrapped
+
+    def enter(self, stage: Stage, model: nn.Module) -> nn.Module:
+        """Wrap the model anew where it has no wrapper, and find or build the cache of a stage. Collective.
+
+        Args:
+            stage: The stage.
+            model: What ``leave`` returned.
+
+        Returns:
+            The model in its wrapper for this stage. ``active`` is the stage.
+
+        Raises:
+            FreezeCacheError: See ``StageCache.open``.
+        """
+        if model is self.runtime.model and is_replicated(self.runtime.accelerator):
+            model = wrap_again(self.runtime.accelerator, model)
         decision = Decision(
             stage=stage.index,
             start_epoch=stage.start_epoch,
             split_point=stage.split_point,
             trainable_parameters=sum(p.numel() for p in self.runtime.model.parameters() if p.requires_grad),
-            released_optimizer_bytes=released,
+            released_optimizer_bytes=self.released_bytes,
             predicted=predict_passes(
                 stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config.num_views
             ),
@@ -225,11 +243,11 @@ class StageRunner:
             self._describe(decision, opened)
             self.active = self._cached(stage, split, opened, decision)
         self.record.keep_decision(decision)
-        return wrapped
+        return model
 
     def _open(self, split: Split, decision: Decision) -> OpenedCache | None:
         """Find or build a stage's cache; ``None`` if it cannot be written and ``mode="auto"`` takes that."""
-        several = self.runtime.cache_group.num_groups > 1
+        several, started = self.runtime.cache_group.num_groups > 1, time.perf_counter()
         try:
             with self.runtime.everyone.fail_together() if several else nullcontext():
                 return self.open_cache(split)
@@ -239,6 +257,7 @@ class StageRunner:
                 cause = error.__cause__
                 why = cause.strerror if isinstance(cause, OSError) and cause.strerror else "see the log of the run"
                 decision.reason = f"The cache could not be written: {why}."
+                decision.build_seconds = round(time.perf_counter() - started, 3)
                 logger.warning("mode='auto': training on without a cache. %s", error)
                 return None
             last = last_complete(Path(self.runtime.args.output_dir))
@@ -321,7 +340,23 @@ class StageRunner:
             state: ``TrainerState``.
         """
         measured = None if self.stopwatch is None else self.stopwatch.take(state.global_step)
-        return {} if measured is None else epoch_logs(self.record, measured, float(state.epoch or 0.0))
+        if measured is None:
+            return {}
+        return epoch_logs(self.record, measured, float(state.epoch or 0.0), self.current.stage.index)
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Take over the decisions and epochs of a checkpoint, unless they are those of another schedule.
+
+        Raises:
+            RunError: They cannot be read.
+        """
+        restore_progress(self.record, progress)
+        known = {(stage.index, stage.start_epoch, stage.split_point) for stage in self.stages}
+        if any((d.stage, d.start_epoch, d.split_point) not in known for d in self.record.decisions):
+            logger.warning(
+                "The checkpoint was saved under another schedule: its stages will be missing from the report."
+            )
+            self.record.decisions, self.record.epochs = [], []
 
     def push_cache(self, repo_id: str, private: bool, settings: dict[str, Any]) -> Any:
         """Push the cache that was opened last to a data set on the Hub. Collective; the main process pushes.

@@ -161,6 +161,7 @@ class StageCache:
         opened = self.find(split, fingerprint)
         if opened is None:
             opened = self.build(split, self.plan(split, fingerprint), started)
+        opened.report.seconds = time.perf_counter() - started
         self.current = opened.reader
         return opened
 

@@ -76,6 +76,7 @@ def choose_codecs(
             copies = choose_copies(chooser, split, state, source)
             plan = dataclasses.replace(plan, copies=copies.codec, copies_calibration=copies.calibration)
             save_state(directory / COPIES_NAME, plan.fingerprint.digest, copies)
+    chooser.forget_samples()
     if not plan.codec.lossless or plan.calibration is not None:
         # Last: a next start takes this file for the sign that all codecs were chosen.
         save_state(directory / CODEC_NAME, plan.fingerprint.digest, state)

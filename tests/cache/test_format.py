@@ -323,7 +323,7 @@ def test_a_cache_of_format_1_says_what_to_do(tmp_path) -> None:
     cache = Path(shutil.copytree(GOLDEN.parent / "v1", tmp_path / "k02-61fcedc61c1e8f04"))
     expected = (
         f"{cache / INDEX_NAME} has format version 1; this version of hf_freezecache reads 2. Delete the folder, or give "
-        "another cache_dir, to rebuild the cache; or install the version that wrote it."
+        "another freezecache_dir, to rebuild the cache; or install the version that wrote it."
     )
     for open_cache in (load_index, CacheReader):
         with pytest.raises(UnsupportedSetupError) as caught:

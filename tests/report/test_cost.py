@@ -75,9 +75,9 @@ def test_passes_spent_are_those_of_building_and_training() -> None:
 
 def test_logs_of_an_epoch_add_up() -> None:
     known = record(decisions=[decision(0, 0, 0)], epochs=[])
-    first = epoch_logs(known, {"images": 100, "seconds": 10.0, "entering_seconds": 1.0}, 1.0)
+    first = epoch_logs(known, {"images": 100, "seconds": 10.0, "entering_seconds": 1.0}, 1.0, known.decisions[-1].stage)
     known.keep_decision(decision(1, 1, 6))
-    second = epoch_logs(known, {"images": 100, "seconds": 5.0, "entering_seconds": 0.5}, 2.0)
+    second = epoch_logs(known, {"images": 100, "seconds": 5.0, "entering_seconds": 0.5}, 2.0, known.decisions[-1].stage)
     assert first["freezecache/cumulative_seconds"] == 11
     assert second == {
         "freezecache/train_images_per_second": 20,

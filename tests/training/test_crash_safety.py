@@ -29,6 +29,8 @@ from hf_freezecache.errors import (
     CacheWriteError,
     UnsupportedSetupError,
 )
+from hf_freezecache.report.figures import figures_of
+from hf_freezecache.report.page import write_report
 from hf_freezecache.training.checkpoints import (
     check_complete,
     last_complete,
@@ -216,6 +218,14 @@ def test_with_mode_auto_it_trains_on_to_the_same_result(saved, small_files, capl
     assert (decision.trained_from, decision.cache) == ("images", "none")
     # The reason goes to the card: it says what happened, and names no folder.
     assert decision.reason == "The cache could not be written: File too large."
+    assert decision.build_seconds > 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    trainer.create_model_card()
+    card = Path("out", "README.md").read_text()
+    assert "The cache could not be written: File too large." in card
+    assert str(Path("caches").absolute()) not in card
+    page = write_report(figures_of(trainer._record), Path("out"))
+    assert "The cache could not be written: File too large." in page.read_text()
     assert "File too large" in caplog.text
     assert_same(parameters(trainer), saved[1])
 
