@@ -205,6 +205,7 @@ def test_second_run_reuses_the_caches(train_dataset, caplog) -> None:
     assert first.losses == second.losses
 
 
+@pytest.mark.slow
 def test_model_init_and_training_twice(train_dataset) -> None:
     trainer = make_trainer(
         None, train_dataset, trainer={"model_init": functools.partial(tiny_vit, num_hidden_layers=4)}

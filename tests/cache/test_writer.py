@@ -77,6 +77,7 @@ def test_stored_states_are_those_of_that_view_of_that_sample(train_dataset, work
     assert not torch.equal(cached[3, 0]["hidden_states"], cached[3, 1]["hidden_states"])
 
 
+@pytest.mark.slow
 def test_cache_does_not_depend_on_workers(train_dataset) -> None:
     build(train_dataset)
     first = files_of(only_cache())

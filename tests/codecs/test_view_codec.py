@@ -420,6 +420,7 @@ def test_restoring_in_bf16(kind) -> None:
     torch.testing.assert_close(codec.dequantize(packed, torch.bfloat16).float(), exact, rtol=0.03, atol=0.06)
 
 
+@pytest.mark.slow
 def test_restoring_compiles_in_one_graph() -> None:
     codec = ViewCodec(base_codec("transform"), copy_codec("residual"))
     base, geometry, views = related(6, seed=30)

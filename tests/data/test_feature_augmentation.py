@@ -451,6 +451,7 @@ def test_training_on_unmixed_soft_labels_is_training_on_hard_ones(images, settin
     torch.testing.assert_close(*map(torch.tensor, logged), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_with_each_is_repeatable_and_differs(train_dataset) -> None:
     # Relative positions in each block: a plain ViT takes patches in any order.
     run_once = functools.partial(beit_run, train_dataset)

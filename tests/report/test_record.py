@@ -88,6 +88,7 @@ def test_a_decision_takes_no_values_of_other_types() -> None:
         decision(0, 0, 6).reason = None
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_as_far_as_its_last_checkpoint(tmp_path) -> None:
     write_run(tmp_path, partial_record(2, global_step=20))
     for step in (20, 30):

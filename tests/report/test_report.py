@@ -367,6 +367,7 @@ def test_without_the_callback_nothing_is_written(train_dataset) -> None:
     assert not (Path("out") / RUN_NAME).exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_stages_and_adds_up(train_dataset) -> None:
     settings = {"save_strategy": "epoch", "schedule": "0:1,1:2,3:3", "cache": {"num_views": 2}}
     make_trainer(tiny_vit(), train_dataset, **settings).train()

@@ -173,7 +173,7 @@ def test_an_exact_cache_is_called_exact_and_an_unmeasured_one_is_not() -> None:
     assert "| 2.50 | not measured |" in documents(one_stage(made=decision(0, 0, 6, distortion={})))[0]
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["always", "auto", "never"])
 def test_a_run_that_trained_says_what_it_did(train_dataset, mode) -> None:
     run = make_trainer(tiny_vit(), train_dataset, num_train_epochs=3, save_strategy="epoch", cache={"mode": mode})

@@ -116,8 +116,11 @@ def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
 
 def parity(*steps: str) -> dict[str, Any]:
     """Train with a cache and without, and go on from the checkpoints of these steps, or from all."""
-    found = {mode: run(cache={"mode": mode}, save_strategy="no") for mode in ("always", "never")}
-    saved = run(save_strategy="steps", save_steps=5, output_dir="saved")
+    found = {"never": run(cache={"mode": "never"}, save_strategy="no")}
+    # By default the run that is compared is the one that saves: all steps have one apart, which finds the caches.
+    saving = {"save_strategy": "steps", "save_steps": 5, "output_dir": "saved"}
+    found["always"] = run(cache={"mode": "always"}, **(saving if steps else {"save_strategy": "no"}))
+    saved = found["always"] if steps else run(**saving)
     if dist.is_initialized():
         dist.barrier()  # the first process is the last to save
     checkpoints = sorted(Path("saved").glob("checkpoint-*"))

@@ -261,6 +261,7 @@ def test_auto_never_costs_more_than_storing_views_directly(pictures) -> None:
         assert chosen[cost] <= tried["direct"][cost]
 
 
+@pytest.mark.slow
 def test_an_opaque_transform_is_stored_as_measured(pictures) -> None:
     trainer = run(pictures, {"copies": "residual"}, budgets=FINE, opaque=True)
     reader = CacheReader(cache_of(1))
@@ -272,6 +273,7 @@ def test_an_opaque_transform_is_stored_as_measured(pictures) -> None:
     assert verify_cache(cache_of(1)) == []
 
 
+@pytest.mark.slow
 def test_stored_geometry_is_that_of_the_views(pictures, residual) -> None:
     dataset = CachedDataset(residual.reader, geometry=True)
     for row in range(0, ROWS, 5):

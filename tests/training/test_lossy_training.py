@@ -240,6 +240,7 @@ def test_resume_from_a_checkpoint_in_a_lossy_stage_is_bit_identical(images) -> N
 # ---- Promotion ----
 
 
+@pytest.mark.slow
 def test_a_lossless_cache_is_promoted_without_rendering_and_gives_the_same_bits(images) -> None:
     """50 rows in batches of 10, but 16 rows a shard: both builds cut their batches alike."""
     Counting.seen = 0
@@ -443,6 +444,7 @@ def test_restoring_can_be_compiled_in_one_graph(images, codec) -> None:
     assert torch.equal(exact, reader.read_chunk(0, 0).hidden_states)
 
 
+@pytest.mark.slow
 def test_integers_travel_to_the_training_device(images) -> None:
     trainer = lossy_run(images, schedule="0:2", num_train_epochs=1)
     batch = next(iter(trainer._run.current.loader))
