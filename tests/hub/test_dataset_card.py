@@ -56,7 +56,7 @@ def render(cache: Path, provenance: Provenance | None) -> str:
     return cache_card(cache, load_index(cache), "user/cache", provenance)
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.slow
 @needs_validation
 @pytest.mark.parametrize(
     "provenance", [None, FULL, Provenance(dataset_name="photos of mine", license="ask the photographer")]

@@ -51,6 +51,7 @@ def test_cached_training_of_other_families(train_dataset, family) -> None:
     assert_same(parameters_of(live.model), parameters_of(cached.model))
 
 
+@pytest.mark.slow
 def test_dropout_in_the_prefix_is_off_and_in_the_suffix_is_on(train_dataset) -> None:
     dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
     live = run(train_dataset, "never", tiny_vit(**dropout))

@@ -231,6 +231,7 @@ def test_losses_are_near_those_of_a_lossless_cache(pictures, residual) -> None:
     torch.testing.assert_close(torch.tensor(residual.trainer.losses), torch.tensor(exact.losses), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_by_default_all_copies_together_take_no_more_than_the_base_view(pictures) -> None:
     run(pictures, {"chunk_size": 32})
     index = load_index(cache_of(1))
