@@ -19,7 +19,6 @@ from .dataset import CachedDataset
 from .distributed.process_group import ProcessGroup
 from .errors import UnsupportedSetupError
 from .report.record import RunRecord, progress_to_dict
-from .report.run_log import decision_logs
 from .report.stopwatch import Stopwatch
 from .training.adapter import (
     augmenter_of,
@@ -216,7 +215,7 @@ class FreezeCacheTrainer(Trainer):
             self.model_wrapped = run.leave(stage, self.optimizer, self.model_wrapped)
             self.model_wrapped = run.enter(stage, self.model_wrapped)
             self.callback_handler.train_dataloader = run.current.loader
-            self.log(decision_logs(run.current.decision))
+            self.log(run.stage_logs)
             for callback in report_callbacks(self):
                 callback.stage_began(self.args, self.state)
         run.sampler.set_epoch(epoch)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..errors import CacheWriteError, UnsupportedSetupError
 from ..hub.provenance import Provenance, keep_provenance, provenance_of_dataset, provenance_of_model
 from ..model.split import Split, Splits
 from ..report.record import Decision, RunRecord, restore_progress
-from ..report.run_log import epoch_logs
+from ..report.run_log import decision_logs, epoch_logs
 from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at
 from .cached_step import CachedStep
@@ -81,6 +81,7 @@ class StageRunner:
         stopwatch: Times the epoch that is being trained.
         moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
         released_bytes: Bytes of optimizer state that the last freezing released.
+        stage_logs: What to log of the stage that was entered last.
     """
 
     runtime: Runtime
@@ -99,6 +100,7 @@ class StageRunner:
     stopwatch: Stopwatch | None = None
     moved_to: int | None = None
     released_bytes: int = 0
+    stage_logs: dict[str, float] = field(default_factory=dict)
 
     @property
     def current(self) -> ActiveStage:
@@ -242,6 +244,8 @@ class StageRunner:
         else:
             self._describe(decision, opened)
             self.active = self._cached(stage, split, opened, decision)
+        # Before the record adds what a run that was interrupted in this stage had built.
+        self.stage_logs = decision_logs(decision)
         self.record.keep_decision(decision)
         return model
 
