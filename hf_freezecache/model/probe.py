@@ -2,36 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedModelError
+from .withheld import blank_images, first_tensor, shapes_of
 
-__all__ = ["Trace", "find_blocks", "first_tensor", "placeholder", "trace_model", "with_first_tensor"]
+__all__ = ["Blocks", "Trace", "call_of_blank_image", "find_blocks", "first_input", "trace_model"]
+
+Blocks = tuple[str, nn.ModuleList | nn.Sequential]
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
-    """Return the name and the container of the encoder blocks.
+def configured_image_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """Return the shape that the model's configuration, or the model itself, names; ``None`` if neither does."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return getattr(model, "image_shape", None)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    return (getattr(config, "num_channels", 3), height, width)
 
-    They are the shallowest ``ModuleList`` or ``Sequential`` of at least two modules of one class, each of which has
-    a submodule whose class name contains "attention".
+
+def call_of_blank_image(model: nn.Module, image_shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
+    """Return arguments of a forward of one blank image.
+
+    Args:
+        model: The model.
+        image_shape: (channels, height, width), for models that are not configured for a size. The configured size is the
+            one that every model takes without being asked to interpolate.
+    """
+    shape = configured_image_shape(model) or image_shape or (3, 224, 224)
+    return {"pixel_values": blank_images(model, 1, shape).contiguous()}
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the hidden states among the arguments of a block: the first argument, or the first tensor that is named.
 
     Raises:
-        UnsupportedModelError: The model has no such container.
+        UnsupportedModelError: There is no tensor.
     """
-    candidates = [
-        (name.count("."), name, module)
+    return first_tensor(args[0] if args else kwargs.get("hidden_states", list(kwargs.values())))
+
+
+# ---- Finding the blocks ----
+
+
+def _candidates(model: nn.Module) -> list[Blocks]:
+    """Return all lists of at least two modules of one class that contain attention, the shallowest first."""
+    found = [
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential))
         and len(module) >= 2
         and len({type(block) for block in module}) == 1
         and all(any("attention" in type(m).__name__.lower() for m in block.modules()) for block in module)
     ]
+    return sorted(found, key=lambda candidate: candidate[0].count("."))
+
+
+def find_blocks(model: nn.Module, call: Mapping[str, Any] | None = None) -> Blocks:
+    """Return the name and the container of the encoder blocks.
+
+    They are the shallowest ``ModuleList`` or ``Sequential`` of at least two modules of one class, each of which has
+    a submodule whose class name contains "attention". Where a model has several, one forward tells which of them sees the
+    image: an encoder may be unused, or stand beside one of text.
+
+    Args:
+        model: The model.
+        call: Arguments of a forward. Default: one blank image.
+
+    Raises:
+        UnsupportedModelError: The model has no such container.
+    """
+    candidates = _candidates(model)
     if not candidates:
         lists = [name for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
         raise UnsupportedModelError(
@@ -39,54 +89,62 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
             "of one class that contain attention (a submodule whose class name contains 'Attention'), and found "
             f"none among {lists or 'no list of modules at all'}. Use a ViT-like encoder, or plain Trainer."
         )
-    _, name, blocks = min(candidates, key=lambda candidate: candidate[0])
-    return name, blocks
+    if len(candidates) > 1:
+        running = _that_see_the_image(model, candidates, call_of_blank_image(model) if call is None else call)
+        candidates = running or candidates
+    return candidates[0]
 
 
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of a module's output: itself, or the first in a tuple, list or ``ModelOutput``."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, dict) else output
-    return next(value for value in values if isinstance(value, Tensor))
+def _that_see_the_image(model: nn.Module, candidates: list[Blocks], call: Mapping[str, Any]) -> list[Blocks]:
+    """Return the candidates whose blocks run once each on something that depends on the image, in the order given.
 
-
-def with_first_tensor(template: Any, tensor: Tensor) -> Any:
-    """Return ``template`` with its first tensor replaced by ``tensor``."""
-    if isinstance(template, Tensor):
-        return tensor
-    items = list(template)
-    position = next(i for i, item in enumerate(items) if isinstance(item, Tensor))
-    items[position] = tensor
-    return tuple(items) if isinstance(template, tuple) else items
-
-
-def placeholder(model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]) -> Tensor:
-    """Return blank pixel values (batch_size, *image_shape) that take no memory: all strides are 0.
-
-    The dtype and the device are those of the model's first float parameter.
+    The forward may fail for want of other inputs: what ran before counts.
     """
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    return torch.zeros(1, dtype=like.dtype, device=like.device).expand(batch_size, *image_shape)
+    runs: dict[nn.Module, int] = {}
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        runs[block] = runs.get(block, 0) + (1 if any(tensor.requires_grad for tensor in inputs) else 2)
+
+    handles = [
+        block.register_forward_pre_hook(before, with_kwargs=True)
+        for block in {block: None for _, blocks in candidates for block in blocks}
+    ]
+    call = {**call, "pixel_values": call["pixel_values"].detach().clone().requires_grad_(True)}
+    try:
+        with evaluating(model, parameter_gradients=False):
+            model(**call)
+    except Exception:  # tracing tells what is wrong
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(name, blocks) for name, blocks in candidates if all(runs.get(block) == 1 for block in blocks)]
+
+
+# ---- Tracing ----
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward of one blank image tells about a model, for every split point.
+    """What one forward tells about a model, for every split point.
 
     Attributes:
-        stem: Modules that run before block 0, in the order of their first call. The embeddings come first.
-        stem_output: Output of the embeddings: a tensor, or a tuple such as Data2Vec's.
-        bypassable: Those of the other stem modules that map hidden states to hidden states (CLIP's norm, say).
-        block_outputs: Output of each block.
-        parameters: For each split point from 0 to the number of blocks, the names of all parameters on which the
-            hidden states there depend.
+        stem: Modules that run before block 0, in the order of their first call.
+        entrance: The first of them on whose output the hidden states depend: the embeddings, as a rule.
+        entrance_output: Output of the entrance, a tensor or a tuple such as Data2Vec's, as ``withheld.shapes_of`` gives it.
+        bypassable: The modules behind it that map hidden states to hidden states (CLIP's norm, say).
+        block_outputs: Output of each block, as ``withheld.shapes_of`` gives it.
+        hidden_shapes: For each split point from 0 to the number of blocks, the shape of the hidden states there.
+        parameters: For each split point, the names of all parameters on which the hidden states there depend.
     """
 
     stem: tuple[nn.Module, ...]
-    stem_output: Any
+    entrance: nn.Module
+    entrance_output: Any
     bypassable: tuple[nn.Module, ...]
     block_outputs: tuple[Any, ...]
+    hidden_shapes: tuple[torch.Size, ...]
     parameters: tuple[frozenset[str], ...]
 
 
@@ -98,6 +156,7 @@ class _Recorder:
         self.stem_calls: list[tuple[nn.Module, tuple[Any, ...], Any]] = []
         self.block_inputs: list[Tensor] = []
         self.block_outputs: list[Any] = []
+        self.order: list[nn.Module] = []
         self._blocks = list(blocks.children())
         path = blocks_name.split(".")
         self._ancestors = {".".join(path[:depth]) for depth in range(len(path) + 1)}
@@ -116,7 +175,8 @@ class _Recorder:
                 self.stem_calls.append((module, args, output))
 
         def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.block_inputs.append(args[0] if args else kwargs["hidden_states"])
+            self.order.append(block)
+            self.block_inputs.append(first_input(args, kwargs))
 
         def after_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.block_outputs.append(output)
@@ -133,33 +193,42 @@ class _Recorder:
 
 
 @contextmanager
-def _all_gradients_in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Let every float parameter require gradients, in eval mode; put all back afterwards."""
+def evaluating(model: nn.Module, *, parameter_gradients: bool) -> Iterator[None]:
+    """Put a model into eval mode with gradients enabled; put all back afterwards, random states too.
+
+    Args:
+        model: The model.
+        parameter_gradients: Whether every float parameter requires gradients meanwhile, or none.
+    """
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    devices = {parameter.device for parameter in requires_grad if parameter.device.type == "cuda"}
     try:
         model.eval()
         for parameter in requires_grad:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
+            parameter.requires_grad_(parameter_gradients and parameter.is_floating_point())
         # The caller may be inside `no_grad`; which parameters matter is read off the graph.
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
+        # Some modules keep what they computed in eval mode, with its graph, until they train again (LeViT).
+        model.train()
         for module, flag in training.items():
             module.training = flag
 
 
-def _dependencies(hidden_states: list[Tensor], names: dict[int, str]) -> tuple[frozenset[str], ...]:
+def _dependencies(hidden_states: list[Tensor], names: dict[int, str]) -> tuple[list[frozenset[str]], set[Any]]:
     """Return, for each of several hidden states, the names of the parameters it or an earlier one depends on.
 
-    Walks the graph of autograd, each node once; ``names`` maps the ``id`` of a parameter to its name.
+    Walks the graph of autograd, each node once; ``names`` maps the ``id`` of a parameter to its name. The second result is
+    the nodes behind the first hidden states.
     """
     visited: set[Any] = set()
     reached: set[str] = set()
-    dependencies = []
+    dependencies: list[frozenset[str]] = []
+    behind_first: set[Any] = set()
     for hidden in hidden_states:
         pending = [hidden.grad_fn]
         if hidden.grad_fn is None and id(hidden) in names:
@@ -173,57 +242,71 @@ def _dependencies(hidden_states: list[Tensor], names: dict[int, str]) -> tuple[f
             if variable is not None and id(variable) in names:
                 reached.add(names[id(variable)])
             pending.extend(following for following, _ in node.next_functions)
+        if not dependencies:
+            behind_first = set(visited)
         dependencies.append(frozenset(reached))
-    return tuple(dependencies)
+    return dependencies, behind_first
 
 
-def _without_values(output: Any) -> Any:
-    """Return an output whose first tensor is empty: its structure is needed, its graph would hold memory."""
-    return with_first_tensor(output, torch.empty(0))
+def _leads_to(output: Any, nodes: set[Any]) -> bool:
+    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return any(tensor.grad_fn in nodes for tensor in tensors if tensor.grad_fn is not None)
 
 
-def trace_model(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
-    """Run one blank image through a model and watch the order in which its modules run.
+def trace_model(model: nn.Module, call: Mapping[str, Any], found: Blocks | None = None) -> Trace:
+    """Run a model once and watch the order in which its modules run. Nothing of the model is changed.
 
     Args:
-        model: A model whose forward takes ``pixel_values``. Nothing of it is changed.
-        image_shape: (channels, height, width) of the blank image.
+        model: A model whose forward takes ``pixel_values``.
+        call: Arguments of the forward, without labels.
+        found: What ``find_blocks`` gave.
 
     Raises:
-        UnsupportedModelError: The model cannot be run on such an image, or its blocks do not run once each.
+        UnsupportedModelError: The model cannot be run, or its blocks do not run once each.
     """
-    blocks_name, blocks = find_blocks(model)
+    blocks_name, blocks = found or find_blocks(model, call)
     recorder = _Recorder(model, blocks_name, blocks)
     name = type(model).__name__
+    images = call["pixel_values"]
     try:
-        with recorder.hooks(), _all_gradients_in_eval_mode(model):
-            model(pixel_values=placeholder(model, 1, image_shape).contiguous())
+        with recorder.hooks(), evaluating(model, parameter_gradients=True):
+            if images.is_floating_point():
+                # So that what is made of the image is seen also where no parameter has a part in it.
+                images = images.detach().clone().requires_grad_(True)
+            model(**{**call, "pixel_values": images})
             hidden_states = list(recorder.block_inputs)
-            if len(recorder.block_outputs) == len(blocks):
+            if recorder.order == list(blocks):
                 hidden_states.append(first_tensor(recorder.block_outputs[-1]))
             names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
-            parameters = _dependencies(hidden_states, names)
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            parameters, behind_first = _dependencies(hidden_states, names)
+    except Exception as error:
         raise UnsupportedModelError(
-            f"{name} cannot be split: tracing it on one blank image of shape {image_shape} failed with "
+            f"{name} cannot be split: tracing it on images of shape {tuple(images.shape)} failed with "
             f"{type(error).__name__}: {error}"
         ) from error
-    if len(recorder.block_outputs) != len(blocks) or not recorder.stem_calls:
+    upstream = [place for place, (_, _, output) in enumerate(recorder.stem_calls) if _leads_to(output, behind_first)]
+    if recorder.order != list(blocks) or len(recorder.block_outputs) != len(blocks) or not upstream:
         raise UnsupportedModelError(
             f"{name} cannot be split: its {len(blocks)} modules at '{blocks_name}' ran {len(recorder.block_outputs)} "
-            f"times for one image and {len(recorder.stem_calls)} modules ran before them; expected each block once, "
-            "and embeddings before them."
+            f"times for one image and {len(recorder.stem_calls)} modules ran before them; expected each block once, one "
+            "after the other, and embeddings before them."
         )
-    shape = recorder.block_inputs[0].shape
-    is_hidden: Callable[[Any], bool] = lambda value: isinstance(value, Tensor) and value.shape == shape  # noqa: E731
+    hidden_shape, rows = recorder.block_inputs[0].shape, len(images)
+    entrance, _, entrance_output = recorder.stem_calls[upstream[0]]
+
+    def is_hidden(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape == hidden_shape
+
     return Trace(
         stem=tuple(module for module, _, _ in recorder.stem_calls),
-        stem_output=_without_values(recorder.stem_calls[0][2]),
+        entrance=entrance,
+        entrance_output=shapes_of(entrance_output, rows, hidden_shape),
         bypassable=tuple(
             module
-            for module, args, output in recorder.stem_calls[1:]
+            for module, args, output in (recorder.stem_calls[place] for place in upstream[1:])
             if is_hidden(output) and args and is_hidden(args[0])
         ),
-        block_outputs=tuple(_without_values(output) for output in recorder.block_outputs),
-        parameters=parameters,
+        block_outputs=tuple(shapes_of(output, rows, hidden_shape) for output in recorder.block_outputs),
+        hidden_shapes=tuple(states.shape for states in hidden_states),
+        parameters=tuple(parameters),
     )

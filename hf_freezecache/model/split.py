@@ -8,15 +8,17 @@ and state-dict keys never change, and the model stays the ordinary model between
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedModelError
-from .probe import Trace, find_blocks, first_tensor, placeholder, trace_model, with_first_tensor
+from .probe import Trace, call_of_blank_image, configured_image_shape, find_blocks, first_input, trace_model
+from .withheld import TensorShape, Withheld, blank_images, first_tensor, with_first_tensor
 
 __all__ = [
     "Split",
@@ -37,32 +39,27 @@ class _PrefixDone(Exception):
         self.hidden_states = hidden_states
 
 
-def _configured_image_shape(model: nn.Module) -> ImageShape | None:
-    """Return the shape that the model's configuration, or the model itself, names; ``None`` if neither does."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    size = getattr(config, "image_size", None)
-    if size is None:
-        return getattr(model, "image_shape", None)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
-    return (getattr(config, "num_channels", 3), height, width)
-
-
 class Splits:
     """All splits of one model for images of one shape. Each is made once, and all share one trace of the model.
 
     Args:
         model: The model. Its modules must not be replaced while this object is in use.
         image_shape: (channels, height, width) of the images. Default: the shape that the model is configured for.
+        call: Arguments of a forward of a few images, as they are in training, without labels. Default: one blank image. What
+            is no tensor among them is passed to every forward of the model.
 
     Raises:
         UnsupportedModelError: The model has no blocks to split at.
     """
 
-    def __init__(self, model: nn.Module, image_shape: ImageShape | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, image_shape: ImageShape | None = None, call: Mapping[str, Any] | None = None
+    ) -> None:
         self.model = model
         self.image_shape = image_shape
-        self.blocks_name, self.blocks = find_blocks(model)
+        self._call = call
+        self.constants = {name: value for name, value in (call or {}).items() if not isinstance(value, Tensor)}
+        self.blocks_name, self.blocks = find_blocks(model, call)
         self._splits: dict[int, Split] = {}
 
     @property
@@ -72,13 +69,19 @@ class Splits:
 
     @functools.cached_property
     def trace(self) -> Trace:
-        """What one forward of one blank image tells about the model; made when it is first needed.
+        """What one forward tells about the model; made when it is first needed.
 
         Raises:
             UnsupportedModelError: See ``trace_model``.
         """
-        # The configured size is the one that every model takes without being asked to interpolate.
-        return trace_model(self.model, _configured_image_shape(self.model) or self.image_shape or (3, 224, 224))
+        call = call_of_blank_image(self.model, self.image_shape) if self._call is None else self._call
+        return trace_model(self.model, call, (self.blocks_name, self.blocks))
+
+    @functools.cached_property
+    def ancestors(self) -> list[nn.Module]:
+        """The model and the modules between it and the blocks, from the outside in."""
+        path = self.blocks_name.split(".")[:-1]
+        return [self.model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
 
     def at(self, split_point: int) -> Split:
         """Return the split before block ``split_point``.
@@ -89,6 +92,17 @@ class Splits:
         if split_point not in self._splits:
             self._splits[split_point] = Split(self, split_point)
         return self._splits[split_point]
+
+
+def _name_of_first_tensor(named: Mapping[str, Any]) -> str:
+    return next(name for name, value in named.items() if isinstance(value, Tensor))
+
+
+def _with_plain_tensors(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a module of the model NaN for what is withheld: it may compute with what it will not use."""
+    return pytree.tree_map_only(Withheld, Withheld.plain, (args, kwargs))  # type: ignore[no-any-return]
 
 
 class Split:
@@ -123,18 +137,23 @@ class Split:
         It is the shape given to ``Splits``. Without one it is that of the first images that ``prefix`` saw, and before
         those the configured shape.
         """
-        return self._splits.image_shape or self._seen_shape or _configured_image_shape(self.model) or (3, 224, 224)
+        return self._splits.image_shape or self._seen_shape or configured_image_shape(self.model) or (3, 224, 224)
+
+    @property
+    def blocks(self) -> nn.ModuleList | nn.Sequential:
+        """All blocks of the model."""
+        return self._blocks
 
     @property
     def _trace(self) -> Trace:
         return self._splits.trace
 
     def placeholder(self, batch_size: int) -> Tensor:
-        """Return blank pixel values (batch_size, *image_shape) that take no memory: all strides are 0.
+        """Return pixel values (batch_size, *image_shape) of NaN that take no memory: all strides are 0.
 
-        They have the true shape, since some models read the height and the width.
+        They have the true shape, since some models read the height and the width. No suffix may read more of them.
         """
-        return placeholder(self.model, batch_size, self.image_shape)
+        return blank_images(self.model, batch_size, self.image_shape, float("nan"))
 
     def prefix_modules(self) -> list[nn.Module]:
         """Return the modules that make up the prefix: all that run before block 0, then blocks ``[:k]``."""
@@ -175,7 +194,7 @@ class Split:
         if self.split_point == 0:
 
             def before_first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                raise _PrefixDone(args[0] if args else kwargs["hidden_states"])
+                raise _PrefixDone(first_input(args, kwargs))
 
             handle = self._blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
         else:
@@ -185,7 +204,7 @@ class Split:
 
             handle = self._blocks[self.split_point - 1].register_forward_hook(after_last)
         try:
-            self.model(pixel_values=pixel_values, **extra)
+            self.model(pixel_values=pixel_values, **{**self._splits.constants, **extra})
         except _PrefixDone as done:
             return done.hidden_states
         finally:
@@ -203,45 +222,56 @@ class Split:
         self._seen_shape = found
 
     @contextmanager
-    def injecting(self, hidden_states: Tensor) -> Iterator[None]:
+    def injecting(self, hidden_states: Tensor, fill: float = float("nan")) -> Iterator[None]:
         """While active, a forward of the model skips the prefix and finds ``hidden_states`` at block ``k``.
 
-        Give the forward ``placeholder(batch)`` as pixel values. Works through DDP, autocast and activation
-        checkpointing wrappers, since it touches submodules only.
+        Give the forward ``placeholder(batch)`` as pixel values, plain or ``Withheld``. Works through DDP, autocast and
+        activation checkpointing wrappers, since it touches submodules only. Whatever the prefix would have computed before
+        the split is ``fill`` inside the model. Among the model's outputs it is ``Withheld``.
 
         Args:
             hidden_states: (batch, tokens, hidden), on the model's device.
+            fill: What stands for values that do not exist.
         """
         trace = self._trace
+        same_shape = trace.hidden_shapes[self.split_point] == trace.hidden_shapes[0]
+        stand_ins: list[Tensor] = []
         patched: list[tuple[nn.Module, Any]] = []
 
         def patch(module: nn.Module, forward: Callable[..., Any]) -> None:
             patched.append((module, module.__dict__.get("forward")))
             module.forward = forward
 
-        def answer(output: Any) -> Callable[..., Any]:
-            return lambda *args, **kwargs: output
+        def fill(shape: TensorShape) -> Tensor:
+            stand_ins.append(shape.filled(hidden_states, same_shape, fill))
+            return stand_ins[-1]
+
+        def answer(shapes: Any, first: Tensor | None = None) -> Callable[..., Any]:
+            if first is not None:
+                shapes = with_first_tensor(shapes, first)
+            return lambda *args, **kwargs: pytree.tree_map_only(TensorShape, fill, shapes)
 
         def inject(
             block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
-                return (hidden_states, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden_states}
+                return (with_first_tensor(args[0], hidden_states), *args[1:]), kwargs
+            name = "hidden_states" if "hidden_states" in kwargs else _name_of_first_tensor(kwargs)
+            return args, {**kwargs, name: hidden_states}
 
-        handle = None
+        handles = [
+            module.register_forward_pre_hook(_with_plain_tensors, with_kwargs=True) for module in self._splits.ancestors
+        ]
+        handles.append(self.model.register_forward_hook(lambda module, args, output: self._guard(output, stand_ins)))
         try:
             if self.split_point == 0:
-                handle = self._blocks[0].register_forward_pre_hook(inject, with_kwargs=True)
-            # Every skipped module answers with the hidden states at the split: the models build masks from their
-            # shape, dtype and device only.
-            patch(trace.stem[0], answer(with_first_tensor(trace.stem_output, hidden_states)))
+                handles.append(self._blocks[0].register_forward_pre_hook(inject, with_kwargs=True))
+            patch(trace.entrance, answer(trace.entrance_output))
             for module in trace.bypassable:
-                patch(module, answer(hidden_states))
-            for block, template in zip(
-                list(self._blocks)[: self.split_point], trace.block_outputs[: self.split_point], strict=True
-            ):
-                patch(block, answer(with_first_tensor(template, hidden_states)))
+                patch(module, answer(TensorShape.of_hidden(trace.hidden_shapes[0], hidden_states.dtype)))
+            for place, block in enumerate(list(self._blocks)[: self.split_point]):
+                last = place == self.split_point - 1
+                patch(block, answer(trace.block_outputs[place], hidden_states if last else None))
             yield
         finally:
             for module, own in reversed(patched):
@@ -249,8 +279,31 @@ class Split:
                     del module.forward
                 else:  # the instance had a forward of its own
                     module.forward = own
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
+
+    def _guard(self, output: Any, stand_ins: list[Tensor]) -> Any:
+        """Return a model's output with what was not computed as ``Withheld``; ``None`` if there is nothing of it."""
+        if self.split_point == 0 or isinstance(output, Tensor):
+            return None
+        reason = (
+            f"the first {self.split_point} blocks do not run. Leave it out of the loss, or train such stages with "
+            "CacheConfig(mode='never')."
+        )
+        ids = {id(tensor) for tensor in stand_ins}
+
+        def withhold(tensor: Tensor) -> Tensor:
+            return Withheld.of(tensor, "A hidden state of a frozen block", reason) if id(tensor) in ids else tensor
+
+        guarded = pytree.tree_map_only(Tensor, withhold, output)
+        if isinstance(guarded, dict):
+            for name, values in guarded.items():
+                # Where they are collected by hooks inside the blocks, those of blocks that did not run are missing.
+                if "attentions" in name and isinstance(values, tuple) and len(values) == self.num_blocks - self.split_point:
+                    like = values[0] if values else stand_ins[0]
+                    missing = Withheld.of(like, "An attention map of a frozen block", reason)
+                    guarded[name] = (missing,) * self.split_point + values
+        return guarded
 
     def suffix(self, hidden_states: Tensor, labels: Tensor | None = None, **extra: Any) -> Any:
         """Run blocks ``[k:]``, the final norm and the head.
@@ -266,7 +319,11 @@ class Split:
         if labels is not None:
             extra["labels"] = labels
         with self.injecting(hidden_states):
-            return self.model(pixel_values=self.placeholder(len(hidden_states)), **extra)
+            return self._run(hidden_states, extra)
+
+    def _run(self, hidden_states: Tensor, extra: dict[str, Any]) -> Any:
+        arguments = {**self._splits.constants, **extra}
+        return self.model(pixel_values=self.placeholder(len(hidden_states)), **arguments)
 
     def run_blocks(self, hidden_states: Tensor, stop: int, **extra: Any) -> Tensor:
         """Run blocks ``[k:stop]``.
@@ -294,7 +351,7 @@ class Split:
         handle = self._blocks[stop - 1].register_forward_hook(after_last)
         try:
             with self.injecting(hidden_states):
-                self.model(pixel_values=self.placeholder(len(hidden_states)), **extra)
+                self._run(hidden_states, extra)
         except _PrefixDone as done:
             return done.hidden_states
         finally:

@@ -12,10 +12,60 @@ from torch import Tensor, nn
 from ..codecs import ViewCodec
 from ..data.collators import split_packed
 from ..data.feature_augmenter import FeatureAugmenter
+from ..errors import UnsupportedSetupError
 from ..model.split import Split
 from ..model.tokens import token_grid
+from ..model.withheld import Withheld
 
-__all__ = ["CachedStep"]
+__all__ = ["CachedStep", "train_on_states"]
+
+_NO_IMAGE = (
+    "frozen blocks ran on the images before, once for each view. Augment in the data set's transform, or by "
+    "CacheConfig(feature_augmentation=...), or train such stages on images with CacheConfig(mode='never')."
+)
+
+
+def train_on_states(
+    split: Split,
+    hidden_states: Tensor,
+    batch: Mapping[str, Any],
+    training_step: Callable[..., Tensor],
+    model: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Run ``training_step(model, batch, ...)`` with hidden states at the split and no images.
+
+    Args:
+        split: The model, split where the hidden states enter.
+        hidden_states: (batch, tokens, hidden), on the training device.
+        batch: The rest of the batch.
+        training_step: ``Trainer.training_step``.
+        model: The model, wrapped or not.
+        args: As for ``training_step``.
+        kwargs: As for ``training_step``.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        UnsupportedSetupError: Model or loss use images, or what frozen blocks gave, which do not exist.
+    """
+
+    def step(fill: float) -> Tensor:
+        images = Withheld.of(split.placeholder(len(hidden_states)), "pixel_values", _NO_IMAGE)
+        with split.injecting(hidden_states, fill):
+            return training_step(model, {**batch, "pixel_values": images}, *args, **kwargs)
+
+    loss = step(float("nan"))
+    # Trainer, too, looks at each loss (logging_nan_inf_filter). A loss may be NaN for reasons of its own: then it stays NaN
+    # where 0 stands for what does not exist.
+    if bool(torch.isnan(loss)) and not bool(torch.isnan(step(0.0))):
+        raise UnsupportedSetupError(
+            f"The loss of {type(split.model).__name__} depends on the images or on outputs of the first {split.split_point} "
+            f"blocks, which do not exist while training from a cache: {_NO_IMAGE}"
+        )
+    return loss
 
 
 @dataclass(frozen=True)
@@ -61,6 +111,9 @@ class CachedStep:
 
         Returns:
             The loss, a scalar.
+
+        Raises:
+            UnsupportedSetupError: See ``train_on_states``.
         """
         packed, rest = split_packed(inputs) if isinstance(inputs, Mapping) else ({}, {})
         if not packed:
@@ -69,13 +122,11 @@ class CachedStep:
         packed = self.prepare_inputs(packed)
         with torch.no_grad():
             hidden_states = self.decoder.dequantize(packed, self.dtype, self.compute_dtype)
-        batch["pixel_values"] = self.split.placeholder(len(hidden_states))
         if self.augmenter is not None:
             grid = token_grid(hidden_states.shape[1], self.split.image_shape, getattr(self.split.model, "config", None))
             hidden_states = self.augmenter.step(hidden_states, batch.get("labels"), grid, global_step)
         try:
-            with self.split.injecting(hidden_states):
-                return training_step(model, batch, *args, **kwargs)
+            return train_on_states(self.split, hidden_states, batch, training_step, model, *args, **kwargs)
         finally:
             if self.augmenter is not None:
                 self.augmenter.targets = None
