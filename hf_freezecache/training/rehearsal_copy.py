@@ -1,0 +1,173 @@
+"""A stand-in for the user's trainer, on which a step can be tried before a run without leaving anything behind."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.seeding import preserved_random_state
+
+__all__ = ["rehearsing"]
+
+#: Packages whose objects a trainer shares with its stand-in. Objects of other classes are the user's own.
+_SHARED = frozenset({"torch", "transformers", "accelerate", "datasets", "numpy", "PIL", "hf_freezecache", "builtins"})
+_DATA = ("train_dataset", "eval_dataset")
+
+
+@contextmanager
+def rehearsing(trainer: Any) -> Iterator[Any]:
+    """Yield a copy of a trainer that has no callbacks and logs nothing, in the state in which its first step finds it.
+
+    Methods that the user's class overrides run on the copy. What they may change is put back when the context ends:
+
+    - attributes of the trainer, and the content of its lists, dicts, sets and deques;
+    - attributes, buffers and ``training`` of all modules that it holds; gradients and ``requires_grad`` of parameters;
+    - the configuration of the model, and attributes of objects of the user's own classes that it holds;
+    - what the accelerator knows of loaders and models, and the random states of Python, NumPy, torch and the device.
+
+    Values of parameters are not put back: a step of an optimizer must not be tried.
+
+    Args:
+        trainer: The user's trainer. It is in no stage.
+    """
+    stand_in = object.__new__(type(trainer))
+    for name, value in vars(trainer).items():
+        if isinstance(value, MethodType) and value.__self__ is trainer:
+            value = MethodType(value.__func__, stand_in)
+        vars(stand_in)[name] = value if name in _DATA else _copied(value)
+    if isinstance(stand_in.eval_dataset, dict):
+        stand_in.eval_dataset = dict(stand_in.eval_dataset)
+    stand_in.callback_handler = copy.copy(trainer.callback_handler)
+    stand_in.callback_handler.callbacks = []
+    stand_in.state, stand_in.control = copy.copy(trainer.state), copy.copy(trainer.control)
+    stand_in.log = lambda *args, **kwargs: None
+    stand_in.is_in_train, stand_in.current_gradient_accumulation_steps = True, 1
+    vars(stand_in).pop("_eval_dataloaders", None)  # kept workers of another loader
+    if "_run" in vars(stand_in):
+        stand_in._run = None
+    with preserved_random_state(), ExitStack() as stack:
+        if trainer.args.device.type != "cpu":
+            stack.enter_context(_preserved_device_state(trainer.args.device))
+        for attributes in _changeable(trainer):
+            stack.callback(_remember(attributes))
+        stack.enter_context(_without_gradients(_modules(trainer)))
+        _begin(stand_in)
+        yield stand_in
+
+
+def _copied(value: Any) -> Any:
+    """Copy containers, and containers in them. Their other content is shared."""
+    if not isinstance(value, (list, dict, set, deque)):
+        return value
+    try:
+        copied = copy.copy(value)
+        if isinstance(copied, dict):
+            for key in copied:
+                copied[key] = _copied(copied[key])
+        elif isinstance(copied, (list, deque)):
+            for place, item in enumerate(copied):
+                copied[place] = _copied(item)
+    except Exception:  # a class of the user's own that takes no copies
+        return value
+    return copied
+
+
+def _begin(stand_in: Any) -> None:
+    """Fill in what ``Trainer`` sets before the first step, as far as code of users reads it."""
+    args, state = stand_in.args, stand_in.state
+    with suppress(TypeError, AttributeError):  # a data set without a length
+        samples = stand_in._train_batch_size * args.world_size * args.gradient_accumulation_steps
+        steps = max(1, math.ceil(len(stand_in.train_dataset) / samples))
+        state.max_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps * args.num_train_epochs)
+        state.num_train_epochs = math.ceil(state.max_steps / steps)
+        state.compute_steps(args, state.max_steps)
+    state.epoch = state.epoch or 0.0
+    state.train_batch_size = stand_in._train_batch_size
+    # Optimizers of this kind step inside of backward.
+    if stand_in.optimizer is None and not str(args.optim).endswith("layerwise"):
+        # If it cannot be made, `Trainer` says so, before any stage is entered.
+        with suppress(Exception):
+            stand_in.create_optimizer_and_scheduler(max(1, state.max_steps))
+
+
+def _modules(trainer: Any) -> list[nn.Module]:
+    """Return all modules that a trainer holds, and the modules in them, each once."""
+    held = [value for value in vars(trainer).values() if isinstance(value, nn.Module)]
+    return list({id(module): module for each in held for module in each.modules()}.values())
+
+
+def _changeable(trainer: Any) -> list[dict[str, Any]]:
+    """Return the attributes of all objects that code of users may change through a trainer."""
+    modules = _modules(trainer)
+    objects = [trainer.accelerator, trainer.accelerator.gradient_state, *modules]
+    objects += [module.config for module in modules if hasattr(getattr(module, "config", None), "__dict__")]
+    for name, value in vars(trainer).items():
+        package = type(value).__module__.partition(".")[0]
+        if name not in _DATA and package not in _SHARED and package not in sys.stdlib_module_names:
+            objects.append(value)
+    return list({id(each): vars(each) for each in objects if hasattr(each, "__dict__")}.values())
+
+
+def _remember(attributes: dict[str, Any]) -> Callable[[], None]:
+    """Return what puts the attributes of an object back, with the content of containers and tensors among them."""
+    kept = dict(attributes)
+    containers = [(value, copy.copy(value)) for value in kept.values() if isinstance(value, (list, dict, set, deque))]
+    # Buffers lie in a dict of the module; parameters and gradients are not looked at.
+    tensors = [*kept.values(), *kept.get("_buffers", {}).values()]
+    contents = [(tensor, tensor.detach().clone()) for tensor in tensors if type(tensor) is Tensor]
+
+    def restore() -> None:
+        attributes.clear()
+        attributes.update(kept)
+        for container, content in containers:
+            if isinstance(container, list):
+                container[:] = content
+                continue
+            container.clear()
+            if isinstance(container, dict):
+                dict.update(container, content)  # a Counter's own would add
+            else:
+                for item in content:
+                    (container.append if isinstance(container, deque) else container.add)(item)
+        with torch.no_grad():
+            for tensor, before in contents:
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
+
+    return restore
+
+
+@contextmanager
+def _without_gradients(modules: list[nn.Module]) -> Iterator[None]:
+    """Put gradients aside; restore them and ``requires_grad`` when the context ends."""
+    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient, required in kept:
+            parameter.grad = gradient
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def _preserved_device_state(device: torch.device) -> Iterator[None]:
+    """Restore the generator of an accelerator when the context ends."""
+    module = torch.get_device_module(device.type)
+    at = () if device.type == "mps" else (device,)  # there is one of these
+    state = module.get_rng_state(*at)
+    try:
+        yield
+    finally:
+        module.set_rng_state(state, *at)
