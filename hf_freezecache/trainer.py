@@ -45,7 +45,7 @@ from .training.data_checks import with_rgb
 from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
 from .training.planner import shuffle_seed
-from .training.preflight import check_pushed
+from .training.preflight import check_pushed, check_steps
 from .training.stage import StageRunner
 
 __all__ = ["FreezeCacheTrainer"]
@@ -199,6 +199,7 @@ class FreezeCacheTrainer(Trainer):
         # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
         self.model_wrapped = run.unwrap(self.model_wrapped)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        check_steps(run, self.model_wrapped)
         if run.moved_to is not None:
             move_scheduler(self.lr_scheduler, run.moved_to)
         # The caller keeps what it gets for the whole run: not the wrapper, which the next stage replaces.

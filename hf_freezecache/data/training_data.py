@@ -32,6 +32,7 @@ class TrainingData:
         has_classes: Whether each label is one of several exclusive classes.
         example_batch: The first rows, rendered and collated: name -> (rows, ...), on the CPU.
         image_shape: (channels, height, width) of the rendered images.
+        call: Arguments of a forward of the first row, as the trainer's loss calls the model.
         prefix_inputs: Names of the parts of a batch, beside ``pixel_values``, that the frozen blocks take.
         batch_spec: Names, dtypes and shapes of a batch, for the fingerprint.
     """
@@ -46,6 +47,7 @@ class TrainingData:
     has_classes: bool
     example_batch: dict[str, Tensor]
     image_shape: tuple[int, int, int]
+    call: dict[str, Any]
     prefix_inputs: frozenset[str]
     batch_spec: str
 

@@ -193,20 +193,21 @@ class _Recorder:
 
 
 @contextmanager
-def evaluating(model: nn.Module, *, parameter_gradients: bool) -> Iterator[None]:
+def evaluating(model: nn.Module, *, parameter_gradients: bool | None) -> Iterator[None]:
     """Put a model into eval mode with gradients enabled; put all back afterwards, random states too.
 
     Args:
         model: The model.
-        parameter_gradients: Whether every float parameter requires gradients meanwhile, or none.
+        parameter_gradients: Whether every float parameter requires gradients meanwhile, or none; ``None`` changes nothing.
     """
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     devices = {parameter.device for parameter in requires_grad if parameter.device.type == "cuda"}
     try:
         model.eval()
-        for parameter in requires_grad:
-            parameter.requires_grad_(parameter_gradients and parameter.is_floating_point())
+        if parameter_gradients is not None:
+            for parameter in requires_grad:
+                parameter.requires_grad_(parameter_gradients and parameter.is_floating_point())
         # The caller may be inside `no_grad`; which parameters matter is read off the graph.
         with torch.enable_grad(), torch.random.fork_rng(devices=list(devices)):
             yield

@@ -8,17 +8,26 @@ and state-dict keys never change, and the model stays the ordinary model between
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..errors import UnsupportedModelError
-from .probe import Trace, call_of_blank_image, configured_image_shape, find_blocks, first_input, trace_model
-from .withheld import TensorShape, Withheld, blank_images, first_tensor, with_first_tensor
+from ..errors import FreezeCacheError, UnsupportedModelError
+from .injection import injecting
+from .probe import (
+    Trace,
+    call_of_blank_image,
+    configured_image_shape,
+    evaluating,
+    find_blocks,
+    first_input,
+    trace_model,
+)
+from .withheld import blank_images, first_tensor
 
 __all__ = [
     "Split",
@@ -27,6 +36,8 @@ __all__ = [
     "first_tensor",
     "split_model",
 ]
+
+logger = logging.getLogger(__name__)
 
 ImageShape = tuple[int, int, int]
 
@@ -45,7 +56,7 @@ class Splits:
     Args:
         model: The model. Its modules must not be replaced while this object is in use.
         image_shape: (channels, height, width) of the images. Default: the shape that the model is configured for.
-        call: Arguments of a forward of a few images, as they are in training, without labels. Default: one blank image. What
+        call: Arguments of a forward of a few images, as they are in training. Default: one blank image. What
             is no tensor among them is passed to every forward of the model.
 
     Raises:
@@ -78,6 +89,26 @@ class Splits:
         return trace_model(self.model, call, (self.blocks_name, self.blocks))
 
     @functools.cached_property
+    def stem(self) -> list[nn.Module]:
+        """Modules that run before block 0. Of a model that cannot be traced, those that are registered before the blocks."""
+        try:
+            return list(self.trace.stem)
+        except UnsupportedModelError as error:
+            logger.warning("What stands before its blocks is taken for what runs before them. %s", error)
+        before = []
+        for depth, module in enumerate(self.ancestors):
+            for name, child in module.named_children():
+                if name == self.blocks_name.split(".")[depth]:
+                    break
+                before.append(child)
+        return before
+
+    def parameters(self, split_point: int) -> frozenset[str]:
+        """Return the names of all parameters on which the hidden states at a split were seen to depend."""
+        _ = self.stem  # says so if the model cannot be traced
+        return self.trace.parameters[split_point] if "trace" in vars(self) else frozenset()
+
+    @functools.cached_property
     def ancestors(self) -> list[nn.Module]:
         """The model and the modules between it and the blocks, from the outside in."""
         path = self.blocks_name.split(".")[:-1]
@@ -92,17 +123,6 @@ class Splits:
         if split_point not in self._splits:
             self._splits[split_point] = Split(self, split_point)
         return self._splits[split_point]
-
-
-def _name_of_first_tensor(named: Mapping[str, Any]) -> str:
-    return next(name for name, value in named.items() if isinstance(value, Tensor))
-
-
-def _with_plain_tensors(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a module of the model NaN for what is withheld: it may compute with what it will not use."""
-    return pytree.tree_map_only(Withheld, Withheld.plain, (args, kwargs))  # type: ignore[no-any-return]
 
 
 class Split:
@@ -157,7 +177,7 @@ class Split:
 
     def prefix_modules(self) -> list[nn.Module]:
         """Return the modules that make up the prefix: all that run before block 0, then blocks ``[:k]``."""
-        return [*self._trace.stem, *list(self._blocks)[: self.split_point]]
+        return [*self._splits.stem, *list(self._blocks)[: self.split_point]]
 
     def prefix_parameters(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of the prefix, in the model's order.
@@ -168,7 +188,7 @@ class Split:
         return {
             name: p
             for name, p in self.model.named_parameters()
-            if p in members or name in self._trace.parameters[self.split_point]
+            if p in members or name in self._splits.parameters(self.split_point)
         }
 
     def prefix_buffers(self) -> dict[str, Tensor]:
@@ -209,7 +229,7 @@ class Split:
             return done.hidden_states
         finally:
             handle.remove()
-        raise AssertionError("the forward ended without reaching the split")
+        raise self._not_reached(self.split_point)
 
     def _check_shape(self, pixel_values: Tensor) -> None:
         found: ImageShape = tuple(pixel_values.shape[1:])  # type: ignore[assignment]
@@ -221,89 +241,20 @@ class Split:
             )
         self._seen_shape = found
 
-    @contextmanager
-    def injecting(self, hidden_states: Tensor, fill: float = float("nan")) -> Iterator[None]:
+    def injecting(self, hidden_states: Tensor, fill: float = float("nan")) -> AbstractContextManager[None]:
         """While active, a forward of the model skips the prefix and finds ``hidden_states`` at block ``k``.
 
-        Give the forward ``placeholder(batch)`` as pixel values, plain or ``Withheld``. Works through DDP, autocast and
-        activation checkpointing wrappers, since it touches submodules only. Whatever the prefix would have computed before
-        the split is ``fill`` inside the model. Among the model's outputs it is ``Withheld``.
+        See ``injection.injecting``. Give the forward ``placeholder(batch)`` as pixel values, plain or ``Withheld``.
 
         Args:
             hidden_states: (batch, tokens, hidden), on the model's device.
             fill: What stands for values that do not exist.
+
+        Raises:
+            UnsupportedModelError: See ``trace_model``.
         """
-        trace = self._trace
-        same_shape = trace.hidden_shapes[self.split_point] == trace.hidden_shapes[0]
-        stand_ins: list[Tensor] = []
-        patched: list[tuple[nn.Module, Any]] = []
-
-        def patch(module: nn.Module, forward: Callable[..., Any]) -> None:
-            patched.append((module, module.__dict__.get("forward")))
-            module.forward = forward
-
-        def fill(shape: TensorShape) -> Tensor:
-            stand_ins.append(shape.filled(hidden_states, same_shape, fill))
-            return stand_ins[-1]
-
-        def answer(shapes: Any, first: Tensor | None = None) -> Callable[..., Any]:
-            if first is not None:
-                shapes = with_first_tensor(shapes, first)
-            return lambda *args, **kwargs: pytree.tree_map_only(TensorShape, fill, shapes)
-
-        def inject(
-            block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (with_first_tensor(args[0], hidden_states), *args[1:]), kwargs
-            name = "hidden_states" if "hidden_states" in kwargs else _name_of_first_tensor(kwargs)
-            return args, {**kwargs, name: hidden_states}
-
-        handles = [
-            module.register_forward_pre_hook(_with_plain_tensors, with_kwargs=True) for module in self._splits.ancestors
-        ]
-        handles.append(self.model.register_forward_hook(lambda module, args, output: self._guard(output, stand_ins)))
-        try:
-            if self.split_point == 0:
-                handles.append(self._blocks[0].register_forward_pre_hook(inject, with_kwargs=True))
-            patch(trace.entrance, answer(trace.entrance_output))
-            for module in trace.bypassable:
-                patch(module, answer(TensorShape.of_hidden(trace.hidden_shapes[0], hidden_states.dtype)))
-            for place, block in enumerate(list(self._blocks)[: self.split_point]):
-                last = place == self.split_point - 1
-                patch(block, answer(trace.block_outputs[place], hidden_states if last else None))
-            yield
-        finally:
-            for module, own in reversed(patched):
-                if own is None:
-                    del module.forward
-                else:  # the instance had a forward of its own
-                    module.forward = own
-            for handle in handles:
-                handle.remove()
-
-    def _guard(self, output: Any, stand_ins: list[Tensor]) -> Any:
-        """Return a model's output with what was not computed as ``Withheld``; ``None`` if there is nothing of it."""
-        if self.split_point == 0 or isinstance(output, Tensor):
-            return None
-        reason = (
-            f"the first {self.split_point} blocks do not run. Leave it out of the loss, or train such stages with "
-            "CacheConfig(mode='never')."
-        )
-        ids = {id(tensor) for tensor in stand_ins}
-
-        def withhold(tensor: Tensor) -> Tensor:
-            return Withheld.of(tensor, "A hidden state of a frozen block", reason) if id(tensor) in ids else tensor
-
-        guarded = pytree.tree_map_only(Tensor, withhold, output)
-        if isinstance(guarded, dict):
-            for name, values in guarded.items():
-                # Where they are collected by hooks inside the blocks, those of blocks that did not run are missing.
-                if "attentions" in name and isinstance(values, tuple) and len(values) == self.num_blocks - self.split_point:
-                    like = values[0] if values else stand_ins[0]
-                    missing = Withheld.of(like, "An attention map of a frozen block", reason)
-                    guarded[name] = (missing,) * self.split_point + values
-        return guarded
+        splits = self._splits
+        return injecting(splits.ancestors, list(self._blocks), splits.trace, self.split_point, hidden_states, fill)
 
     def suffix(self, hidden_states: Tensor, labels: Tensor | None = None, **extra: Any) -> Any:
         """Run blocks ``[k:]``, the final norm and the head.
@@ -324,6 +275,12 @@ class Split:
     def _run(self, hidden_states: Tensor, extra: dict[str, Any]) -> Any:
         arguments = {**self._splits.constants, **extra}
         return self.model(pixel_values=self.placeholder(len(hidden_states)), **arguments)
+
+    def _not_reached(self, block: int) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self.model).__name__} cannot be split at block {block} of {self.num_blocks}: its forward ended without "
+            "getting there."
+        )
 
     def run_blocks(self, hidden_states: Tensor, stop: int, **extra: Any) -> Tensor:
         """Run blocks ``[k:stop]``.
@@ -356,7 +313,7 @@ class Split:
             return done.hidden_states
         finally:
             handle.remove()
-        raise AssertionError("the forward ended without reaching the block")
+        raise self._not_reached(stop)
 
     def logits_and_features(self, hidden_states: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Run the suffix, and also return what its head saw.
@@ -407,23 +364,26 @@ class Split:
         """
         batch = {name: value for name, value in batch.items() if name != "labels"}
         extra = {name: value for name, value in batch.items() if name != "pixel_values"}
-        training = {module: module.training for module in self.model.modules()}
+        name = type(self.model).__name__
         try:
-            self.model.eval()
-            with torch.no_grad():
+            with evaluating(self.model, parameter_gradients=None), torch.no_grad():
                 exact = first_tensor(self.model(**batch)).float()
                 split = first_tensor(self.suffix(self.prefix(**batch), **extra)).float()
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+        except FreezeCacheError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{name} cannot be split at block {self.split_point} of {self.num_blocks}: running it fails with "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if tolerance is None:
             tolerance = 0.0 if exact.device.type == "cpu" else 1e-3
         difference = float((exact - split).abs().max()) if exact.shape == split.shape else float("inf")
-        if not difference <= tolerance * max(float(exact.abs().max()), 1.0):
+        if not difference <= tolerance * float(exact.abs().max()):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot be split at block {self.split_point} of {self.num_blocks}: its "
-                f"suffix does not reproduce it (largest difference {difference:.3g}, expected at most "
-                f"{tolerance:g} relative). Use plain Trainer for this model, and please report it."
+                f"{name} cannot be split at block {self.split_point} of {self.num_blocks}: its suffix does not reproduce it "
+                f"(largest difference {difference:.3g}, expected at most {tolerance:g} relative). Use plain Trainer for this "
+                "model, and please report it."
             )
         return difference
 

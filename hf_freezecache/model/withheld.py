@@ -26,41 +26,39 @@ __all__ = [
 
 ImageShape = tuple[int, int, int]
 
-_GET = "__get__"
-#: What may be asked of a withheld tensor: its shape and place, and copies to elsewhere, which are withheld too.
-_METADATA = frozenset(
-    getattr(getattr(Tensor, name), _GET)
-    for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_leaf", "is_mps")
-    + ("requires_grad", "grad_fn", "is_quantized", "is_meta", "is_nested", "is_xpu", "is_mkldnn")
-) | frozenset(
-    getattr(Tensor, name)
-    for name in ("size", "dim", "numel", "nelement", "stride", "is_floating_point", "is_complex", "element_size")
-    + ("__len__", "is_contiguous", "is_pinned", "get_device", "ndimension", "data_ptr", "storage_offset")
-    + ("new_zeros", "new_ones", "new_empty", "new_full")
+_ATTRIBUTES = (
+    "shape dtype device ndim layout is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_nested is_quantized is_mkldnn is_leaf "
+    "requires_grad grad_fn"
 )
-_COPIES = frozenset(
-    getattr(Tensor, name)
-    for name in ("to", "cpu", "cuda", "contiguous", "detach", "float", "half", "bfloat16", "pin_memory", "clone", "type")
-    + ("requires_grad_",)
+_QUESTIONS = (
+    "size dim ndimension numel nelement __len__ stride is_floating_point is_complex is_contiguous is_pinned element_size "
+    "get_device data_ptr storage_offset new_zeros new_ones new_empty new_full"
 )
+#: What may be asked of a withheld tensor: its shape and place.
+_METADATA = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {
+    getattr(Tensor, name) for name in _QUESTIONS.split()
+}
+#: Copies to elsewhere are withheld too.
+_COPYING = "to cpu cuda type float half bfloat16 contiguous clone detach pin_memory requires_grad_"
+_COPIES = {getattr(Tensor, name) for name in _COPYING.split()}
 
 
 class Withheld(Tensor):
     """A tensor whose shape, dtype and device are known and whose values are not there.
 
     Attributes:
-        name: What it stands for, for the message.
-        reason: Why it is not there.
+        what: What it stands for, for the message.
+        why: Why it is not there.
     """
 
-    name: str
-    reason: str
+    what: str
+    why: str
 
     @classmethod
-    def of(cls, tensor: Tensor, name: str, reason: str) -> Withheld:
+    def of(cls, tensor: Tensor, what: str, why: str) -> Withheld:
         """Return a stand-in of the shape, dtype and device of ``tensor``."""
         stand_in = tensor.detach().as_subclass(cls)
-        stand_in.name, stand_in.reason = name, reason
+        stand_in.what, stand_in.why = what, why
         return stand_in
 
     def plain(self) -> Tensor:
@@ -79,17 +77,17 @@ class Withheld(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 answer = func(*args, **(kwargs or {}))
             if func in _COPIES and isinstance(answer, Tensor):
-                return cls.of(answer, args[0].name, args[0].reason)
+                return cls.of(answer, args[0].what, args[0].why)
             return answer
         read = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
         raise UnsupportedSetupError(
-            f"{read.name} is read ({getattr(func, '__name__', func)}) while training from a cache, where it does not exist: "
-            f"{read.reason}"
+            f"{read.what} is read ({getattr(func, '__name__', func)}) while training from a cache, where it does not exist: "
+            f"{read.why}"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return name and shape."""
-        return f"Withheld({self.name}, {tuple(self.shape)})"
+        return f"Withheld({self.what}, {tuple(self.shape)})"
 
 
 def blank_images(model: nn.Module, batch_size: int, image_shape: ImageShape, value: float = 0.0) -> Tensor:

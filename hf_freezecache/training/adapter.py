@@ -24,7 +24,8 @@ from ..schedules import Stage
 from .checkpoints import find_checkpoint
 from .data_checks import check_labels, num_classes
 from .planner import make_sampler, plan_run
-from .preflight import check_arguments, check_cache_dir, check_overrides, make_augmenter, prepare_run
+from .preflight import check_arguments, check_cache_dir, check_overrides, check_steps, make_augmenter, prepare_run
+from .rehearsal_copy import rehearsing
 from .runtime import Runtime
 from .stage import StageRunner
 
@@ -152,6 +153,7 @@ def start_run(trainer: Any, stages: list[Stage], num_epochs: int, augmenter: Fea
         collate=trainer._get_collator_with_removed_columns(trainer.data_collator, description="training"),
         prepare_inputs=trainer._prepare_inputs,
         compute_loss=trainer.compute_loss,
+        rehearsing=lambda: rehearsing(trainer),
         autocast=trainer.compute_loss_context_manager,
     )
     return prepare_run(
@@ -197,6 +199,7 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
     if not stages:
         raise UnsupportedSetupError("No stage of the schedule freezes a block; give build_cache a split_point.")
     trainer._run = run = start_run(trainer, stages[:1], num_epochs, None)
+    check_steps(run, trainer.model)
     split, everyone = run.splits.at(stages[0].split_point), run.runtime.everyone
     # While training, DDP has given all processes the weights of the first; here nobody has.
     if everyone.size > 1 and len(set(everyone.gather(hash_prefix(split)))) > 1:

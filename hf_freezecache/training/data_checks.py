@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..data.training_data import TrainingData
 from ..data.views import ViewDataset, check_repeatable, with_rgb_images
 from ..distributed.process_group import ProcessGroup
 from ..errors import DataError, UnsupportedSetupError
+from .rehearsal import observed_call
 from .runtime import Runtime
 
 __all__ = [
@@ -213,8 +213,10 @@ def prepare_data(
     check_repeatable(views, config.num_views)
     batch = check_batch(views, collate, runtime.label_names, runtime.num_classes)
     check_collator(views, collate)
-    parameters = inspect.signature(runtime.model.forward).parameters
-    not_inputs = {"pixel_values", *runtime.label_names}
+    with runtime.rehearsing() as trainer:
+        call, prefix_inputs = observed_call(trainer, runtime.model, batch, runtime.label_names)
+    constants = {name: repr(value) for name, value in sorted(call.items()) if not isinstance(value, torch.Tensor)}
+    spec: list[Any] = sorted((name, str(v.dtype), list(v.shape[1:])) for name, v in batch.items())
     return TrainingData(
         dataset=dataset,
         transforms=transforms,
@@ -226,6 +228,7 @@ def prepare_data(
         has_classes=runtime.num_classes is not None,
         example_batch=batch,
         image_shape=tuple(batch["pixel_values"].shape[1:]),  # type: ignore[arg-type]
-        prefix_inputs=frozenset(name for name in batch if name in parameters and name not in not_inputs),
-        batch_spec=json.dumps(sorted((name, str(v.dtype), list(v.shape[1:])) for name, v in batch.items())),
+        call=call,
+        prefix_inputs=prefix_inputs,
+        batch_spec=json.dumps([*spec, constants] if constants else spec),
     )

@@ -141,11 +141,13 @@ class Outlook:
         stage: The stage.
         config: The user's settings of caches.
         passes: What ``predict_passes`` gives for the stage.
+        refusal: Why the stage cannot be trained from a cache, if it cannot.
     """
 
     stage: Stage
     config: CacheConfig
     passes: dict[str, float]
+    refusal: str | None = None
 
 
 def _nothing_frozen(outlook: Outlook) -> str | None:
@@ -156,8 +158,12 @@ def _never(outlook: Outlook) -> str | None:
     return "mode='never' runs the frozen blocks in every step." if outlook.config.mode == "never" else None
 
 
+def _refused(outlook: Outlook) -> str | None:
+    return None if outlook.refusal is None else f"Training from a cache would not be the same: {outlook.refusal}."
+
+
 #: Extension point: rules in the order in which they are asked.
-PLANNER_RULES: list[Callable[[Outlook], str | None]] = [_nothing_frozen, _never]
+PLANNER_RULES: list[Callable[[Outlook], str | None]] = [_nothing_frozen, _never, _refused]
 
 
 def why_live(outlook: Outlook) -> str | None:

@@ -30,6 +30,7 @@ from ..schedules import Stage
 from .data_checks import num_classes, prepare_data
 from .freezer import Freezer
 from .planner import make_sampler, shuffle_seed, view_seed
+from .rehearsal import rehearse
 from .runtime import Runtime
 from .stage import StageRunner
 from .stage_cache import StageCache
@@ -40,6 +41,7 @@ __all__ = [
     "check_cache_dir",
     "check_overrides",
     "check_pushed",
+    "check_steps",
     "check_writable",
     "make_augmenter",
     "prepare_run",
@@ -253,19 +255,18 @@ def prepare_run(
         augmenter: Augments cached batches.
 
     Raises:
-        FreezeCacheError: See ``prepare_data``, ``Split.verify``, ``check_augmenter`` and ``StageCache.check_settings``.
+        FreezeCacheError: See ``prepare_data``, ``check_augmenter`` and ``StageCache.check_settings``.
     """
     sampler = make_sampler(len(dataset), config, runtime.args, runtime.cache_group, runtime.batch_size)
     layout = sampler.layouts[runtime.cache_group.group_index]
     data = prepare_data(runtime, config, dataset, transforms, layout, view_seed(config, runtime.args))
-    model, splits = runtime.model, Splits(runtime.model, data.image_shape)
+    model, splits = runtime.model, Splits(runtime.model, data.image_shape, data.call)
     split_points = tuple(stage.split_point for stage in stages)
     deepest = splits.at(max(split_points))
     device = next(model.parameters()).device
     inputs = {"pixel_values", *data.prefix_inputs}
     batch = {name: value.to(device) for name, value in data.example_batch.items() if name in inputs}
     check_checkpointing(model)
-    logger.info("Split of %s verified: largest difference %.3g.", type(model).__name__, deepest.verify(batch))
     if augmenter is not None and deepest.split_point > 0:
         check_augmenter(augmenter, deepest, runtime, data.example_batch.get("labels"), batch)
     batch_size = config.build_batch_size or runtime.batch_size
@@ -281,10 +282,25 @@ def prepare_run(
     )
     if config.mode != "never" and any(split_points):
         cache.check_settings()
-        _check_folder(config, runtime.cache_group)
         if transforms[0] is not None and config.num_views == 1:
             logger.warning("num_views=1 stores the eval rendering only: train_transform is not used in cached stages.")
     return StageRunner(runtime, config, stages, num_epochs, data, splits, sampler, augmenter, cache, freezer, record)
+
+
+def check_steps(run: StageRunner, wrapped: nn.Module) -> None:
+    """Rehearse a step of each stage, then try the folder of caches: the last that is done before training. Collective.
+
+    Args:
+        run: What runs the stages, with the model frozen as at the start.
+        wrapped: The model in its wrapper for several processes.
+
+    Raises:
+        FreezeCacheError: See ``rehearse`` and ``check_writable``.
+    """
+    rehearse(run, wrapped)
+    points = {stage.split_point for stage in run.stages} - {0, *run.refusals}
+    if run.config.mode != "never" and points:
+        _check_folder(run.config, run.runtime.cache_group)
 
 
 def _check_folder(config: CacheConfig, process_group: ProcessGroup) -> None:

@@ -11,7 +11,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,6 @@ from ..data.seeding import preserved_random_state
 from ..errors import DataError, FreezeCacheError, UnsupportedModelError, UnsupportedSetupError
 from ..model.freeze import freeze
 from ..model.split import Split
-from ..model.withheld import first_tensor
 from ..schedules import Stage
 from .cached_step import train_on_states
 
@@ -54,13 +53,13 @@ def observed_call(
     """Return the arguments that a trainer's ``compute_loss`` calls its model with, for the first row of a batch.
 
     Args:
-        trainer: A copy of the trainer, see ``rehearsal_copy``.
+        trainer: A copy of the trainer, see ``rehearsal_copy.rehearsing``.
         model: The model, not wrapped.
         batch: A collated batch: name -> (rows, ...).
         label_names: Names under which the model takes labels.
 
     Returns:
-        The arguments by name, without labels and what is ``None``, and the names of those that come from the batch, beside
+        The arguments by name, without what is ``None``, and the names of those that come from the batch, beside
         ``pixel_values``. Where the model is not called as a whole, they are the entries of the batch that its forward names.
     """
     calls: list[dict[str, Any]] = []
@@ -73,8 +72,7 @@ def observed_call(
     prepared = trainer._prepare_inputs(dict(batch))
     handle = model.register_forward_pre_hook(observe, with_kwargs=True)
     try:
-        with preserved_random_state():
-            trainer.compute_loss(model, dict(prepared))
+        trainer.compute_loss(model, dict(prepared))
     except Exception as error:  # what is wrong with the loss, rehearsing the step will tell
         if not isinstance(error, _Observed):
             logger.debug("compute_loss ended with %r before the model was called.", error)
@@ -90,7 +88,6 @@ def observed_call(
     call = {
         name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows else value
         for name, value in given.items()
-        if name == "pixel_values" or name not in not_inputs
     }
     return call, frozenset(call.keys() & prepared.keys() - not_inputs)
 
@@ -122,14 +119,20 @@ class _StatesStep:
         self.split = split
 
     def __call__(
-        self, training_step: Callable[..., Tensor], global_step: int, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+        self,
+        training_step: Callable[..., Tensor],
+        global_step: int,
+        model: nn.Module,
+        inputs: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         batch = dict(inputs)
         return train_on_states(self.split, batch.pop(_STATES), batch, training_step, model, *args, **kwargs)
 
 
 def _random_states() -> tuple[Any, ...]:
-    cuda = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else []
+    cuda = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     numpy_state = np.random.get_state()
     return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], torch.get_rng_state().numpy().tobytes(), cuda  # type: ignore[union-attr,index]
 
@@ -137,7 +140,7 @@ def _random_states() -> tuple[Any, ...]:
 @contextmanager
 def _drawing(seed: int) -> Iterator[None]:
     """Seed all generators, and put them back."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with preserved_random_state(), torch.random.fork_rng(devices=devices):
         random.seed(seed)
         np.random.seed(seed)
@@ -181,7 +184,7 @@ class _Rehearsal:
         self.trainer._run = SimpleNamespace(step=step)
         buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
         # Each process by itself: not all parameters that the wrapper knows get a gradient here.
-        alone = self.wrapped.no_sync() if hasattr(self.wrapped, "no_sync") else nullcontext()
+        alone = self.trainer.accelerator.no_sync(self.wrapped)
         try:
             with _drawing(seed), alone, _watching_draws(split) as drawn:
                 loss = self.trainer.training_step(self.wrapped, inputs).detach()
@@ -216,7 +219,9 @@ class _Rehearsal:
 
 
 def _described(batch: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}" for name, v in sorted(batch.items()))
+    return ", ".join(
+        f"{name} {str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}" for name, v in sorted(batch.items())
+    )
 
 
 # ---- Comparing ----
@@ -226,7 +231,7 @@ def _difference(live: _Outcome, cached: _Outcome, tolerance: float) -> str | Non
     """Say how two steps differ; ``None`` if they agree."""
     expected, found = float(live.loss), float(cached.loss)
     # The conditions say what is right, so that NaN is a difference.
-    if not abs(found - expected) <= tolerance * max(abs(expected), 1e-12) and not found == expected:
+    if not abs(found - expected) <= tolerance * max(abs(expected), 1e-12) and found != expected:
         return f"the loss is {found:.6g} from the cache and {expected:.6g} on images"
     for name, gradient in live.gradients.items():
         other = cached.gradients[name]
@@ -248,36 +253,37 @@ def _difference(live: _Outcome, cached: _Outcome, tolerance: float) -> str | Non
     return None
 
 
-def _why_not_cached(rehearsal: _Rehearsal, split: Split, run_prefix: Callable[..., Any], precision: str) -> str | None:
+def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | None:
     """Return why a stage cannot be trained from a cache; ``None`` if it can.
 
     Args:
         rehearsal: Takes the steps.
-        split: The model, split and frozen there.
-        run_prefix: Runs the prefix on the batch.
-        precision: The run's autocast: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        run: The ``StageRunner``.
+        split_point: Number of frozen blocks; they are frozen.
 
     Raises:
         DataError: The step on images fails.
     """
+    split, runtime = run.splits.at(split_point), run.runtime
+    inputs = {name: rehearsal.batch[name] for name in ("pixel_values", *sorted(run.data.prefix_inputs))}
     live = rehearsal.live(split, 0)
     try:
-        hidden_states = first_tensor(run_prefix())
-        rows = len(rehearsal.batch["pixel_values"])
+        hidden_states = runtime.run_frozen(split.prefix, **inputs)
+        rows = len(inputs["pixel_values"])
         if hidden_states.dim() != 3 or len(hidden_states) != rows:
             return (
                 f"hidden states there are {tuple(hidden_states.shape)} for {rows} images; a cache stores (tokens, hidden) of "
                 "each image"
             )
-        narrow = precision != "no" or hidden_states.dtype.itemsize < 4
+        narrow = str(runtime.accelerator.mixed_precision) != "no" or hidden_states.dtype.itemsize < 4
         kind = "16 bits" if narrow else "cpu" if hidden_states.device.type == "cpu" else "other"
         for seed in range(1 + (_TRIALS if live.draws else 0)):
             expected = live if seed == 0 else rehearsal.live(split, seed)
             difference = _difference(expected, rehearsal.cached(split, hidden_states, seed), _TOLERANCES[kind])
             if difference is not None:
                 return difference
-    except UnsupportedSetupError as error:
-        return str(error)
+    except FreezeCacheError as error:
+        return str(error).removesuffix(".")
     except Exception as error:
         return f"a step from the cache fails with {type(error).__name__}: {error}"
     return None
@@ -310,37 +316,28 @@ def rehearse(run: Any, wrapped: nn.Module) -> None:
         UnsupportedSetupError: A stage would train nothing.
         DataError: A training step on the first rows fails.
     """
-    runtime, frozen = run.runtime, run.frozen or 0
-    model, trainer = runtime.model, runtime.copy_of_trainer()
-    batch = runtime.prepare_inputs(dict(run.data.example_batch))
-    rehearsal = _Rehearsal(trainer, model, wrapped, batch)
-    training = {module: module.training for module in model.modules()}
+    model, frozen = run.runtime.model, run.frozen or 0
     refusals: dict[int, str] = {}
-    for stage in run.stages:
-        if stage.split_point < frozen or stage.split_point in refusals:
-            continue
-        split = run.splits.at(stage.split_point)
-        changes = freeze(split)
-        try:
-            check_something_trains(stage, model)
-            if run.config.mode != "never" and stage.split_point > 0:
-                inputs = {name: batch[name] for name in ("pixel_values", *sorted(run.data.prefix_inputs))}
-                reason = _why_not_cached(
-                    rehearsal,
-                    split,
-                    lambda split=split, inputs=inputs: runtime.run_frozen(split.prefix, **inputs),  # type: ignore[misc]
-                    str(runtime.accelerator.mixed_precision),
-                )
-                if reason is not None:
-                    refusals[stage.split_point] = reason
-        finally:
-            changes.thaw()
-            for module, flag in training.items():
-                module.training = flag
-        if stage.split_point in refusals and run.config.mode == "always":
+    with run.runtime.rehearsing() as trainer:
+        batch = run.runtime.prepare_inputs(dict(run.data.example_batch))
+        rehearsal = _Rehearsal(trainer, model, wrapped, batch)
+        for stage in run.stages:
+            if stage.split_point < frozen or stage.split_point in refusals:
+                continue
+            changes = freeze(run.splits.at(stage.split_point))
+            try:
+                check_something_trains(stage, model)
+                if run.config.mode != "never" and stage.split_point > 0:
+                    reason = _why_not_cached(rehearsal, run, stage.split_point)
+                    if reason is not None:
+                        refusals[stage.split_point] = reason
+            finally:
+                changes.thaw()
+    for split_point, reason in refusals.items():
+        if run.config.mode == "always":
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be trained from a cache behind {stage.split_point} frozen blocks: "
-                f"{refusals[stage.split_point]}. Cached training must be the same as training on images. Freeze other "
-                "blocks, train such stages on images with CacheConfig(mode='auto') or 'never', or use plain Trainer."
+                f"{type(model).__name__} cannot be trained from a cache behind {split_point} frozen blocks: {reason}. "
+                "Cached training must be the same as training on images. Freeze other blocks, train such stages on images "
+                "with CacheConfig(mode='auto') or 'never', or use plain Trainer."
             )
     run.refusals = refusals

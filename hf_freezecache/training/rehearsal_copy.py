@@ -134,7 +134,9 @@ def _remember(attributes: dict[str, Any]) -> Callable[[], None]:
                 continue
             container.clear()
             if isinstance(container, dict):
-                dict.update(container, content)  # a Counter's own would add
+                # `update` of a Counter would add, and `dict.update` passes an OrderedDict by.
+                for key, item in content.items():
+                    container[key] = item
             else:
                 for item in content:
                     (container.append if isinstance(container, deque) else container.add)(item)

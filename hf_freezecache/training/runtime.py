@@ -33,6 +33,7 @@ class Runtime:
         collate: The same, with unused columns removed as ``Trainer`` does.
         prepare_inputs: Moves a batch to the training device.
         compute_loss: The trainer's loss of (model, batch), a scalar.
+        rehearsing: Enters a copy of the trainer, on which a step leaves nothing behind; see ``rehearsal_copy``.
         autocast: Enters the run's autocast.
     """
 
@@ -48,6 +49,7 @@ class Runtime:
     collate: Callable[[list[Any]], dict[str, Any]]
     prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
     compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor]
+    rehearsing: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def run_frozen(self, function: Callable[..., Any], **inputs: Any) -> Any:

@@ -80,6 +80,7 @@ class StageRunner:
         active: The stage that is being trained; ``None`` before the first.
         stopwatch: Times the epoch that is being trained.
         moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
+        refusals: Why no cache is to be made, by split point; see ``rehearsal.rehearse``.
         released_bytes: Bytes of optimizer state that the last freezing released.
         stage_logs: What to log of the stage that was entered last.
     """
@@ -99,6 +100,7 @@ class StageRunner:
     active: ActiveStage | None = None
     stopwatch: Stopwatch | None = None
     moved_to: int | None = None
+    refusals: dict[int, str] = field(default_factory=dict)
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
 
@@ -232,7 +234,7 @@ class StageRunner:
         )
         self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
         split, opened = self.splits.at(stage.split_point), None
-        reason = why_live(Outlook(stage, self.config, decision.predicted))
+        reason = why_live(Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point)))
         if reason is not None:
             decision.reason = reason
         else:

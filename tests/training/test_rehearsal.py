@@ -1,0 +1,212 @@
+"""Cached training is the same as training on images, or it is refused before anything is built."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from support.parity import assert_same, parameters_of
+from support.tiny import Recorder, make_trainer, tiny_vit
+from torch import nn
+
+from hf_freezecache.errors import FreezeCacheError, UnsupportedModelError
+from hf_freezecache.model.split import first_tensor
+
+
+def losses_of(trainer_class, model, train_dataset, mode: str, cache_dir: Path, **settings) -> tuple[list[float], dict]:
+    cache = {"mode": mode, "freezecache_dir": str(cache_dir)}
+    settings = {"schedule": "0:2", "num_train_epochs": 1, **settings}
+    trainer = make_trainer(copy.deepcopy(model), train_dataset, cls=trainer_class, cache=cache, **settings)
+    trainer.train()
+    return trainer.losses, parameters_of(trainer.model)
+
+
+def assert_the_same_or_refused(trainer_class, model, train_dataset, tmp_path: Path) -> FreezeCacheError | None:
+    """Train cached and on images; return the error of a run that is refused."""
+    caches = tmp_path / "caches"
+    live = losses_of(trainer_class, model, train_dataset, "never", caches)
+    try:
+        cached = losses_of(trainer_class, model, train_dataset, "always", caches)
+    except FreezeCacheError as error:
+        assert not list(caches.rglob("*.safetensors"))
+        return error
+    assert cached[0] == live[0]
+    assert_same(cached[1], live[1])
+    return None
+
+
+def own_loss(function):
+    """Return a trainer whose loss is ``function(trainer, model, inputs)``."""
+
+    class OwnLoss(Recorder):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs, loss = function(self, model, dict(inputs))
+            return (loss, outputs) if return_outputs else loss
+
+    return OwnLoss
+
+
+def _cross_entropy(outputs, labels):
+    return nn.functional.cross_entropy(first_tensor(outputs.logits), labels)
+
+
+def reads_hidden_states(trainer, model, inputs):
+    labels = inputs.pop("labels")
+    outputs = model(**inputs, output_hidden_states=True)
+    return outputs, _cross_entropy(outputs, labels) + 0.1 * outputs.hidden_states[1].square().mean()
+
+
+def reads_attentions(trainer, model, inputs):
+    labels = inputs.pop("labels")
+    outputs = model(**inputs, output_attentions=True)
+    return outputs, _cross_entropy(outputs, labels) + outputs.attentions[0].square().mean()
+
+
+def reads_pixels(trainer, model, inputs):
+    outputs = model(**inputs)
+    return outputs, outputs.loss + 1e-9 * inputs["pixel_values"].mean()
+
+
+def mixes(trainer, model, inputs):
+    labels = inputs.pop("labels")
+    weight, order = torch.rand(()) * 0.5, torch.randperm(len(labels))
+    pixels = inputs["pixel_values"]
+    outputs = model(pixel_values=torch.lerp(pixels, pixels[order], weight))
+    return outputs, (1 - weight) * _cross_entropy(outputs, labels) + weight * _cross_entropy(outputs, labels[order])
+
+
+def concatenates(trainer, model, inputs):
+    pixels = inputs.pop("pixel_values")
+    outputs = model(pixel_values=torch.cat([pixels, pixels.flip(-1)]), labels=inputs.pop("labels").repeat(2))
+    return outputs, outputs.loss
+
+
+def in_two_halves(trainer, model, inputs):
+    halves = [
+        model(pixel_values=p, labels=y)
+        for p, y in zip(inputs["pixel_values"].chunk(2), inputs["labels"].chunk(2), strict=True)
+    ]
+    return halves[0], sum(half.loss for half in halves) / len(halves)
+
+
+def with_a_teacher(trainer, model, inputs):
+    if not hasattr(trainer, "teacher"):
+        trainer.teacher = tiny_vit().eval()
+    with torch.no_grad():
+        target = trainer.teacher(pixel_values=inputs["pixel_values"]).logits
+    outputs = model(**inputs)
+    return outputs, outputs.loss + (outputs.logits - target).square().mean()
+
+
+REFUSED_LOSSES = [
+    reads_hidden_states,
+    reads_attentions,
+    reads_pixels,
+    mixes,
+    concatenates,
+    in_two_halves,
+    with_a_teacher,
+]
+
+
+@pytest.mark.by_default(4)
+@pytest.mark.parametrize("loss", REFUSED_LOSSES, ids=lambda loss: loss.__name__)
+def test_a_loss_that_reads_what_a_cached_step_does_not_have_is_refused(loss, train_dataset, tmp_path) -> None:
+    model = tiny_vit(attn_implementation="eager")
+    error = assert_the_same_or_refused(own_loss(loss), model, train_dataset, tmp_path)
+    assert isinstance(error, UnsupportedModelError)
+    assert "cannot be trained from a cache behind 2 frozen blocks" in str(error)
+
+
+def reads_later_states(trainer, model, inputs):
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    penalty = outputs.hidden_states[2].square().mean() + outputs.hidden_states[-1].mean() + outputs.attentions[2].mean()
+    return outputs, outputs.loss + penalty
+
+
+def twice(trainer, model, inputs):
+    first, second = model(**inputs), model(**inputs)
+    return first, first.loss + (first.logits - second.logits).square().mean()
+
+
+def smooths(trainer, model, inputs):
+    labels = inputs.pop("labels")
+    outputs = model(**inputs)
+    return outputs, nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+
+
+@pytest.mark.by_default(2)
+@pytest.mark.parametrize("loss", [reads_later_states, twice, smooths], ids=lambda loss: loss.__name__)
+def test_a_loss_of_what_the_suffix_gives_is_exact(loss, train_dataset, tmp_path) -> None:
+    model = tiny_vit(attn_implementation="eager", hidden_dropout_prob=0.1)
+    assert assert_the_same_or_refused(own_loss(loss), model, train_dataset, tmp_path) is None
+
+
+class Wrapped(nn.Module):
+    """A model around a model, as users write them."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+
+class MirrorsInTraining(Wrapped):
+    def forward(self, pixel_values, labels=None):
+        return self.vit(pixel_values=pixel_values.flip(-1) if self.training else pixel_values, labels=labels)
+
+
+class JittersInTraining(Wrapped):
+    def forward(self, pixel_values, labels=None):
+        if self.training:
+            pixel_values = torch.where(
+                torch.rand(len(pixel_values), 1, 1, 1) < 0.5, pixel_values.flip(-1), pixel_values
+            )
+        return self.vit(pixel_values=pixel_values, labels=labels)
+
+
+class ReconstructsWithLabels(Wrapped):
+    def forward(self, pixel_values, labels=None):
+        outputs = self.vit(pixel_values=pixel_values, labels=labels)
+        if labels is not None:
+            outputs.loss = outputs.loss + (outputs.logits.mean() - pixel_values.mean()).square()
+        return outputs
+
+
+class SkipsFromTheFirstBlock(Wrapped):
+    """The path around the middle begins at zero, as in ReZero, so that at first nothing tells of it."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, pixel_values, labels=None):
+        outputs = self.vit(pixel_values=pixel_values, output_hidden_states=True)
+        features = outputs.hidden_states[1].mean((1, 2)) * self.gate
+        logits = outputs.logits + features[:, None]
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+REFUSED_MODELS = [MirrorsInTraining, JittersInTraining, ReconstructsWithLabels, SkipsFromTheFirstBlock]
+
+
+@pytest.mark.by_default(2)
+@pytest.mark.parametrize("wrapper", REFUSED_MODELS)
+def test_a_model_that_uses_the_image_or_early_states_elsewhere_is_refused(wrapper, train_dataset, tmp_path) -> None:
+    error = assert_the_same_or_refused(Recorder, wrapper(tiny_vit()), train_dataset, tmp_path)
+    assert isinstance(error, UnsupportedModelError)
+
+
+class NormalisesFirst(Wrapped):
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        self.normalise = nn.BatchNorm2d(3, affine=False)
+
+    def forward(self, pixel_values, labels=None):
+        return self.vit(pixel_values=self.normalise(pixel_values) / 0.5, labels=labels)
+
+
+def test_a_normaliser_in_front_of_the_model_is_exact(train_dataset, tmp_path) -> None:
+    model = NormalisesFirst(tiny_vit())
+    assert assert_the_same_or_refused(Recorder, model, train_dataset, tmp_path) is None
