@@ -58,15 +58,21 @@ class Splits:
         image_shape: (channels, height, width) of the images. Default: the shape that the model is configured for.
         call: Arguments of a forward of a few images, as they are in training. Default: one blank image. What
             is no tensor among them is passed to every forward of the model.
+        strict: Whether a model that cannot be traced is refused. If not, its prefix can be frozen all the same.
 
     Raises:
         UnsupportedModelError: The model has no blocks to split at.
     """
 
     def __init__(
-        self, model: nn.Module, image_shape: ImageShape | None = None, call: Mapping[str, Any] | None = None
+        self,
+        model: nn.Module,
+        image_shape: ImageShape | None = None,
+        call: Mapping[str, Any] | None = None,
+        strict: bool = True,
     ) -> None:
         self.model = model
+        self.strict = strict
         self.image_shape = image_shape
         self._call = call
         self.constants = {name: value for name, value in (call or {}).items() if not isinstance(value, Tensor)}
@@ -90,10 +96,16 @@ class Splits:
 
     @functools.cached_property
     def stem(self) -> list[nn.Module]:
-        """Modules that run before block 0. Of a model that cannot be traced, those that are registered before the blocks."""
+        """Modules that run before block 0. Without ``strict``, of a model that cannot be traced: those registered before it.
+
+        Raises:
+            UnsupportedModelError: See ``trace_model``.
+        """
         try:
             return list(self.trace.stem)
         except UnsupportedModelError as error:
+            if self.strict:
+                raise
             logger.warning("What stands before its blocks is taken for what runs before them. %s", error)
         before = []
         for depth, module in enumerate(self.ancestors):

@@ -260,7 +260,8 @@ def prepare_run(
     sampler = make_sampler(len(dataset), config, runtime.args, runtime.cache_group, runtime.batch_size)
     layout = sampler.layouts[runtime.cache_group.group_index]
     data = prepare_data(runtime, config, dataset, transforms, layout, view_seed(config, runtime.args))
-    model, splits = runtime.model, Splits(runtime.model, data.image_shape, data.call)
+    model = runtime.model
+    splits = Splits(model, data.image_shape, data.call, strict=config.mode == "always")
     split_points = tuple(stage.split_point for stage in stages)
     deepest = splits.at(max(split_points))
     device = next(model.parameters()).device

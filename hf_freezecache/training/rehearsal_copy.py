@@ -133,13 +133,13 @@ def _remember(attributes: dict[str, Any]) -> Callable[[], None]:
                 container[:] = content
                 continue
             container.clear()
-            if isinstance(container, dict):
+            if isinstance(container, dict) and isinstance(content, dict):
                 # `update` of a Counter would add, and `dict.update` passes an OrderedDict by.
                 for key, item in content.items():
                     container[key] = item
             else:
                 for item in content:
-                    (container.append if isinstance(container, deque) else container.add)(item)
+                    (container.append if isinstance(container, deque) else container.add)(item)  # type: ignore[union-attr]
         with torch.no_grad():
             for tensor, before in contents:
                 if not torch.equal(tensor, before):

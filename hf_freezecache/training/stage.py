@@ -125,7 +125,7 @@ class StageRunner:
         if model is self.runtime.model:
             return
         self.runtime = replace(self.runtime, model=model)
-        self.splits = Splits(model, self.data.image_shape)
+        self.splits = Splits(model, self.data.image_shape, self.data.call, self.splits.strict)
         self.cache.chooser = replace(self.cache.chooser, splits=self.splits, run=self.runtime.run_frozen)
 
     def live_loader(self) -> Any:
