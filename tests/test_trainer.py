@@ -15,7 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.parity import assert_same, parameters_of
 from support.tiny import TinyTransform, make_trainer, tiny_vit
-from transformers import AutoModelForImageClassification, TrainingArguments, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    TrainerCallback,
+    TrainingArguments,
+    ViTForImageClassification,
+)
 
 from hf_freezecache import FreezeCacheTrainer
 from hf_freezecache.training.checkpoints import STATE_NAME
@@ -273,11 +278,15 @@ def test_users_collator_extras_are_stored_and_reach_the_model(train_dataset) -> 
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             return loss * weights.float().mean().exp()
 
+    class Forget(TrainerCallback):
+        """Before training, a step is rehearsed."""
+
+        def on_train_begin(self, *args, **kwargs):
+            seen.clear()
+
     def run(mode):
-        seen.clear()
-        trainer = make_trainer(
-            tiny_vit(), train_dataset, cls=Weighted, cache={"mode": mode}, trainer={"data_collator": collate}
-        )
+        settings = {"data_collator": collate, "callbacks": [Forget()]}
+        trainer = make_trainer(tiny_vit(), train_dataset, cls=Weighted, cache={"mode": mode}, trainer=settings)
         trainer.train()
         return torch.cat(seen), parameters_of(trainer.model)
 

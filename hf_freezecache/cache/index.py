@@ -94,7 +94,7 @@ class CacheIndex:
         fingerprint: Component -> value.
         split_point: Number of blocks in the prefix.
         num_views: Stored views.
-        image_shape: (channels, height, width) of the images the prefix saw.
+        image_shape: (channels, height, width) of the images the prefix saw, or (patches, values) of each.
         num_tokens: Tokens per sample in the model.
         hidden_shape: (stored tokens, hidden) per sample. Where fewer tokens are stored than the model has, the extra
             ``token_positions`` says which.
@@ -115,7 +115,7 @@ class CacheIndex:
     fingerprint: dict[str, str]
     split_point: int
     num_views: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_tokens: int
     hidden_shape: tuple[int, int]
     dtype: str

@@ -64,7 +64,7 @@ class CachePlan:
     Attributes:
         fingerprint: Identity of the cache.
         split_point: Number of blocks in the prefix.
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width), or (patches, values).
         num_views: Views to store, at least 1.
         layout: Which sample goes into which chunk.
         shard_chunks: Chunks per shard.
@@ -78,7 +78,7 @@ class CachePlan:
 
     fingerprint: Fingerprint
     split_point: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_views: int
     layout: ChunkLayout
     shard_chunks: int

@@ -109,7 +109,8 @@ def description_lines(cache: dict[str, Any]) -> list[str]:
     rows = {
         "split point": f"{cache['split_point']} frozen blocks",
         "samples": f"{cache['num_samples']:,} in {cache['num_views']} views",
-        "images": " x ".join(map(str, cache["image_shape"])) + " (channels x height x width)",
+        "images": " x ".join(map(str, cache["image_shape"]))
+        + (" (channels x height x width)" if len(cache["image_shape"]) == 3 else " (patches x values)"),
         "hidden states": f"{cache['tokens']} tokens x {cache['hidden']}, {cache['dtype']}",
         "codec": codec_words(cache["codec"]),
         "distortion": measured,

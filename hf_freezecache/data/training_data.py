@@ -31,7 +31,7 @@ class TrainingData:
         view_seed: Seed of the views.
         has_classes: Whether each label is one of several exclusive classes.
         example_batch: The first rows, rendered and collated: name -> (rows, ...), on the CPU.
-        image_shape: (channels, height, width) of the rendered images.
+        image_shape: (channels, height, width) of the rendered images, or (patches, values) where they come as patches.
         call: Arguments of a forward of the first row, as the trainer's loss calls the model.
         prefix_inputs: Names of the parts of a batch, beside ``pixel_values``, that the frozen blocks take.
         batch_spec: Names, dtypes and shapes of a batch, for the fingerprint.
@@ -46,7 +46,7 @@ class TrainingData:
     view_seed: int
     has_classes: bool
     example_batch: dict[str, Tensor]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     call: dict[str, Any]
     prefix_inputs: frozenset[str]
     batch_spec: str

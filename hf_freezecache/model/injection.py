@@ -50,6 +50,10 @@ def injecting(
         fill: What stands for values that do not exist.
     """
     same_shape = trace.hidden_shapes[split_point] == trace.hidden_shapes[0]
+    layout = trace.layouts[split_point]
+    if layout != tuple(sorted(layout)) and len(layout) == hidden_states.dim():
+        inverse = [layout.index(place) for place in range(len(layout))]
+        hidden_states = hidden_states.permute(layout).contiguous().permute(inverse)
     stand_ins: list[Tensor] = []
     patched: list[tuple[nn.Module, Any]] = []
 

@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 from ..errors import UnsupportedModelError
 from .withheld import blank_images, first_tensor, shapes_of
 
-__all__ = ["Blocks", "Trace", "call_of_blank_image", "find_blocks", "first_input", "trace_model"]
+__all__ = ["Blocks", "Trace", "call_of_blank_image", "find_blocks", "first_input", "first_row", "trace_model"]
 
 Blocks = tuple[str, nn.ModuleList | nn.Sequential]
 
 
-def configured_image_shape(model: nn.Module) -> tuple[int, int, int] | None:
+def configured_image_shape(model: nn.Module) -> tuple[int, ...] | None:
     """Return the shape that the model's configuration, or the model itself, names; ``None`` if neither does."""
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", config)
@@ -30,7 +30,7 @@ def configured_image_shape(model: nn.Module) -> tuple[int, int, int] | None:
     return (getattr(config, "num_channels", 3), height, width)
 
 
-def call_of_blank_image(model: nn.Module, image_shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
+def call_of_blank_image(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> dict[str, Any]:
     """Return arguments of a forward of one blank image.
 
     Args:
@@ -40,6 +40,15 @@ def call_of_blank_image(model: nn.Module, image_shape: tuple[int, int, int] | No
     """
     shape = configured_image_shape(model) or image_shape or (3, 224, 224)
     return {"pixel_values": blank_images(model, 1, shape).contiguous()}
+
+
+def first_row(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward of the first of several samples: tensors (samples, ...) are cut."""
+    rows = len(call["pixel_values"])
+    return {
+        name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows else value
+        for name, value in call.items()
+    }
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -136,6 +145,7 @@ class Trace:
         bypassable: The modules behind it that map hidden states to hidden states (CLIP's norm, say).
         block_outputs: Output of each block, as ``withheld.shapes_of`` gives it.
         hidden_shapes: For each split point from 0 to the number of blocks, the shape of the hidden states there.
+        layouts: For each split point, their dimensions by descending stride. Kernels may round otherwise in another layout.
         parameters: For each split point, the names of all parameters on which the hidden states there depend.
     """
 
@@ -145,6 +155,7 @@ class Trace:
     bypassable: tuple[nn.Module, ...]
     block_outputs: tuple[Any, ...]
     hidden_shapes: tuple[torch.Size, ...]
+    layouts: tuple[tuple[int, ...], ...]
     parameters: tuple[frozenset[str], ...]
 
 
@@ -292,6 +303,7 @@ def trace_model(model: nn.Module, call: Mapping[str, Any], found: Blocks | None 
             f"times for one image and {len(recorder.stem_calls)} modules ran before them; expected each block once, one "
             "after the other, and embeddings before them."
         )
+    given = [recorder.block_inputs[0], *map(first_tensor, recorder.block_outputs)]
     hidden_shape, rows = recorder.block_inputs[0].shape, len(images)
     entrance, _, entrance_output = recorder.stem_calls[upstream[0]]
 
@@ -308,6 +320,10 @@ def trace_model(model: nn.Module, call: Mapping[str, Any], found: Blocks | None 
             if is_hidden(output) and args and is_hidden(args[0])
         ),
         block_outputs=tuple(shapes_of(output, rows, hidden_shape) for output in recorder.block_outputs),
-        hidden_shapes=tuple(states.shape for states in hidden_states),
+        hidden_shapes=tuple(states.shape for states in given),
+        layouts=tuple(
+            tuple(sorted(range(states.dim()), key=lambda place, states=states: -states.stride(place)))  # type: ignore[misc]
+            for states in given
+        ),
         parameters=tuple(parameters),
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FreezeCacheError, UnsupportedModelError
+from .features import output_and_features
 from .injection import injecting
 from .probe import (
     Trace,
@@ -25,6 +26,7 @@ from .probe import (
     evaluating,
     find_blocks,
     first_input,
+    first_row,
     trace_model,
 )
 from .withheld import blank_images, first_tensor
@@ -39,7 +41,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ImageShape = tuple[int, int, int]
+ImageShape = tuple[int, ...]
 
 
 class _PrefixDone(Exception):
@@ -83,6 +85,11 @@ class Splits:
     def num_blocks(self) -> int:
         """Number of blocks of the model."""
         return len(self.blocks)
+
+    def see(self, call: Mapping[str, Any]) -> None:
+        """Take the first row of a forward for tracing, if neither a call nor a trace was there before."""
+        if self._call is None and "trace" not in vars(self):
+            self._call = first_row(call)
 
     @functools.cached_property
     def trace(self) -> Trace:
@@ -177,8 +184,9 @@ class Split:
         return self._blocks
 
     @property
-    def _trace(self) -> Trace:
-        return self._splits.trace
+    def stem(self) -> list[nn.Module]:
+        """Modules that run before block 0, see ``Splits.stem``."""
+        return self._splits.stem
 
     def placeholder(self, batch_size: int) -> Tensor:
         """Return pixel values (batch_size, *image_shape) of NaN that take no memory: all strides are 0.
@@ -189,7 +197,7 @@ class Split:
 
     def prefix_modules(self) -> list[nn.Module]:
         """Return the modules that make up the prefix: all that run before block 0, then blocks ``[:k]``."""
-        return [*self._splits.stem, *list(self._blocks)[: self.split_point]]
+        return [*self.stem, *list(self._blocks)[: self.split_point]]
 
     def prefix_parameters(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of the prefix, in the model's order.
@@ -223,6 +231,7 @@ class Split:
             UnsupportedModelError: The images have another shape than this split was made for.
         """
         self._check_shape(pixel_values)
+        self._splits.see({"pixel_values": pixel_values, **extra})
         if self.split_point == 0:
 
             def before_first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -316,7 +325,7 @@ class Split:
         def after_last(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             raise _PrefixDone(first_tensor(output))
 
-        _ = self._trace  # runs the model; must not meet the hook
+        _ = self._splits.trace  # runs the model; must not meet the hook
         handle = self._blocks[stop - 1].register_forward_hook(after_last)
         try:
             with self.injecting(hidden_states):
@@ -328,36 +337,15 @@ class Split:
         raise self._not_reached(stop)
 
     def logits_and_features(self, hidden_states: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
-        """Run the suffix, and also return what its head saw.
+        """Run the suffix, and also return what its head saw, see ``features.output_and_features``.
 
         Args:
             hidden_states: (batch, tokens, hidden), as ``prefix`` gave them.
             extra: Further arguments of the model's forward.
-
-        Returns:
-            The model's first output, e.g. logits (batch, classes), and the final features (batch, features): the input of
-            the last ``nn.Linear`` behind the blocks that gives as many values as the output has. Without one, the output.
         """
-        # Also runs the model, which must not meet the hooks.
-        before_head = [*self._trace.stem, *self._blocks]
-        inside = {module for part in before_head for module in part.modules()}
-        seen: list[tuple[int, Tensor]] = []
-
-        def record(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-            seen.append((module.out_features, args[0]))
-
-        handles = [
-            module.register_forward_pre_hook(record)
-            for module in self.model.modules()
-            if isinstance(module, nn.Linear) and module not in inside
-        ]
-        try:
-            output = first_tensor(self.suffix(hidden_states, **extra))
-        finally:
-            for handle in handles:
-                handle.remove()
-        features = [tensor for size, tensor in seen if size == output.shape[-1]]
-        return output, (features[-1] if features else output).flatten(1)
+        # The stem also runs the model, which must not meet the hooks.
+        before_head = [*self.stem, *self._blocks]
+        return output_and_features(self.model, before_head, lambda: self.suffix(hidden_states, **extra))
 
     def verify(self, batch: dict[str, Any], tolerance: float | None = None) -> float:
         """Compare the split with the model on one batch, in eval mode.

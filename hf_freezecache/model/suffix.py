@@ -31,7 +31,7 @@ class SuffixModel(nn.Module):
         UnsupportedModelError: The model cannot be split at this point.
     """
 
-    def __init__(self, model: nn.Module, split_point: int, image_shape: tuple[int, int, int] | None = None) -> None:
+    def __init__(self, model: nn.Module, split_point: int, image_shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.model = model
         self.split = split_model(model, split_point, image_shape)

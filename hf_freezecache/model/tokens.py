@@ -7,18 +7,20 @@ from typing import Any
 __all__ = ["token_grid"]
 
 
-def token_grid(num_tokens: int, image_shape: tuple[int, int, int], config: Any = None) -> tuple[int, tuple[int, int]]:
+def token_grid(num_tokens: int, image_shape: tuple[int, ...], config: Any = None) -> tuple[int, tuple[int, int]]:
     """Find how the tokens of hidden states lie on the image.
 
     Args:
         num_tokens: Tokens per sample.
-        image_shape: (channels, height, width) of the images.
+        image_shape: (channels, height, width) of the images. Where they come as patches, nothing tells the grid.
         config: The model's configuration, for its ``patch_size``.
 
     Returns:
         Number of leading prefix tokens (CLS, distillation, registers), and (height, width) of the grid of patches. Where no
         grid of the image's proportions with at most 16 prefix tokens is found: 0 and (1, num_tokens).
     """
+    if len(image_shape) != 3:
+        return 0, (1, num_tokens)
     _, height, width = image_shape
     patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
     if isinstance(patch, int) and patch > 0:

@@ -24,7 +24,7 @@ __all__ = [
     "with_first_tensor",
 ]
 
-ImageShape = tuple[int, int, int]
+ImageShape = tuple[int, ...]
 
 _ATTRIBUTES = (
     "shape dtype device ndim layout is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_nested is_quantized is_mkldnn is_leaf "

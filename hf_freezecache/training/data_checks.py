@@ -127,12 +127,13 @@ def check_batch(
                 f"The data_collator failed on the first rows: {type(error).__name__}: {error}. {hint}"
             ) from error
     pixel_values = batch.get("pixel_values")
-    if not isinstance(pixel_values, torch.Tensor) or pixel_values.dim() != 4:
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.dim() not in (3, 4):
         found = (
             sorted(batch) if pixel_values is None else f"pixel_values of {getattr(pixel_values, 'shape', pixel_values)}"
         )
         raise DataError(
-            "A training batch must hold images as pixel_values (batch, channels, height, width); found "
+            "A training batch must hold images as pixel_values (batch, channels, height, width), or as patches (batch, "
+            "patches, values); found "
             f"{found}. Is the image column missing? {hint}"
         )
     if label_names and not any(name in batch for name in label_names):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..data.seeding import preserved_random_state
 from ..errors import DataError, FreezeCacheError, UnsupportedModelError, UnsupportedSetupError
 from ..model.freeze import freeze
+from ..model.probe import first_row
 from ..model.split import Split
 from ..schedules import Stage
 from .cached_step import train_on_states
@@ -79,16 +80,12 @@ def observed_call(
     finally:
         handle.remove()
     not_inputs = {"pixel_values", "labels", *label_names}
-    if calls:
+    # Other images than those of the batch tell nothing of it; rehearsing the step will find them.
+    if calls and calls[0].get("pixel_values") is prepared["pixel_values"]:
         given = {name: value for name, value in calls[0].items() if value is not None}
     else:
-        given = {name: value for name, value in prepared.items() if name in parameters}
-    given["pixel_values"] = prepared["pixel_values"]
-    rows = len(given["pixel_values"])
-    call = {
-        name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows else value
-        for name, value in given.items()
-    }
+        given = {name: value for name, value in prepared.items() if name in {"pixel_values", *parameters}}
+    call = first_row(given)
     return call, frozenset(call.keys() & prepared.keys() - not_inputs)
 
 
@@ -331,6 +328,8 @@ def rehearse(run: Any, wrapped: nn.Module) -> None:
                     reason = _why_not_cached(rehearsal, run, stage.split_point)
                     if reason is not None:
                         refusals[stage.split_point] = reason
+                elif stage is run.stages[0]:
+                    rehearsal.live(run.splits.at(stage.split_point), 0)
             finally:
                 changes.thaw()
     for split_point, reason in refusals.items():
