@@ -159,7 +159,7 @@ class Split:
         self._splits = splits
         self.model = splits.model
         self.blocks_name = splits.blocks_name
-        self._blocks = splits.blocks
+        self.blocks = splits.blocks
         self.num_blocks = splits.num_blocks
         if not isinstance(split_point, int) or not 0 <= split_point <= self.num_blocks:
             raise UnsupportedModelError(
@@ -179,11 +179,6 @@ class Split:
         return self._splits.image_shape or self._seen_shape or configured_image_shape(self.model) or (3, 224, 224)
 
     @property
-    def blocks(self) -> nn.ModuleList | nn.Sequential:
-        """All blocks of the model."""
-        return self._blocks
-
-    @property
     def stem(self) -> list[nn.Module]:
         """Modules that run before block 0, see ``Splits.stem``."""
         return self._splits.stem
@@ -197,7 +192,7 @@ class Split:
 
     def prefix_modules(self) -> list[nn.Module]:
         """Return the modules that make up the prefix: all that run before block 0, then blocks ``[:k]``."""
-        return [*self.stem, *list(self._blocks)[: self.split_point]]
+        return [*self.stem, *list(self.blocks)[: self.split_point]]
 
     def prefix_parameters(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of the prefix, in the model's order.
@@ -237,13 +232,13 @@ class Split:
             def before_first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 raise _PrefixDone(first_input(args, kwargs))
 
-            handle = self._blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
+            handle = self.blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
         else:
 
             def after_last(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 raise _PrefixDone(first_tensor(output))
 
-            handle = self._blocks[self.split_point - 1].register_forward_hook(after_last)
+            handle = self.blocks[self.split_point - 1].register_forward_hook(after_last)
         try:
             self.model(pixel_values=pixel_values, **{**self._splits.constants, **extra})
         except _PrefixDone as done:
@@ -275,7 +270,7 @@ class Split:
             UnsupportedModelError: See ``trace_model``.
         """
         splits = self._splits
-        return injecting(splits.ancestors, list(self._blocks), splits.trace, self.split_point, hidden_states, fill)
+        return injecting(splits.ancestors, list(self.blocks), splits.trace, self.split_point, hidden_states, fill)
 
     def suffix(self, hidden_states: Tensor, labels: Tensor | None = None, **extra: Any) -> Any:
         """Run blocks ``[k:]``, the final norm and the head.
@@ -326,7 +321,7 @@ class Split:
             raise _PrefixDone(first_tensor(output))
 
         _ = self._splits.trace  # runs the model; must not meet the hook
-        handle = self._blocks[stop - 1].register_forward_hook(after_last)
+        handle = self.blocks[stop - 1].register_forward_hook(after_last)
         try:
             with self.injecting(hidden_states):
                 self._run(hidden_states, extra)
@@ -344,7 +339,7 @@ class Split:
             extra: Further arguments of the model's forward.
         """
         # The stem also runs the model, which must not meet the hooks.
-        before_head = [*self.stem, *self._blocks]
+        before_head = [*self.stem, *self.blocks]
         return output_and_features(self.model, before_head, lambda: self.suffix(hidden_states, **extra))
 
     def verify(self, batch: dict[str, Any], tolerance: float | None = None) -> float:
