@@ -37,7 +37,7 @@ _STATES = "packed.rehearsed"
 #: Further random states to compare under, where random numbers are drawn before the split.
 _TRIALS = 7
 #: Largest difference of the loss, relative to it, and of the gradients, relative to all of them. On a CPU equal shapes give
-#: equal bits. Elsewhere kernels need not be deterministic, and 16 bits round to 3 digits.
+#: equal bits, as a rule. Elsewhere kernels need not be deterministic, and 16 bits round to 3 digits.
 _TOLERANCES = {"cpu": 1e-6, "16 bits": 2e-2, "other": 1e-3}
 
 
@@ -274,11 +274,14 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
             )
         narrow = str(runtime.accelerator.mixed_precision) != "no" or hidden_states.dtype.itemsize < 4
         kind = "16 bits" if narrow else "cpu" if hidden_states.device.type == "cpu" else "other"
+        # Tokens in random order, say, may change the loss by no more than rounding does.
+        tolerance = 0.0 if kind == "cpu" and live.draws else _TOLERANCES[kind]
         for seed in range(1 + (_TRIALS if live.draws else 0)):
             expected = live if seed == 0 else rehearsal.live(split, seed)
-            difference = _difference(expected, rehearsal.cached(split, hidden_states, seed), _TOLERANCES[kind])
+            difference = _difference(expected, rehearsal.cached(split, hidden_states, seed), tolerance)
             if difference is not None:
-                return difference
+                drawn = "; random numbers are drawn before the split, so hidden states are new in each step"
+                return difference + (drawn if live.draws else "")
     except FreezeCacheError as error:
         return str(error).removesuffix(".")
     except Exception as error:
