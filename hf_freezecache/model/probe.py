@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -260,6 +260,16 @@ def _dependencies(hidden_states: list[Tensor], names: dict[int, str]) -> tuple[l
     return dependencies, behind_first
 
 
+@contextmanager
+def _until(done: Callable[[], bool]) -> Iterator[None]:
+    """Pass over an error that comes when all that is needed is done: the loss may need what the call lacks."""
+    try:
+        yield
+    except Exception:
+        if not done():
+            raise
+
+
 def _leads_to(output: Any, nodes: set[Any]) -> bool:
     tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     return any(tensor.grad_fn in nodes for tensor in tensors if tensor.grad_fn is not None)
@@ -285,7 +295,8 @@ def trace_model(model: nn.Module, call: Mapping[str, Any], found: Blocks | None 
             if images.is_floating_point():
                 # So that what is made of the image is seen also where no parameter has a part in it.
                 images = images.detach().clone().requires_grad_(True)
-            model(**{**call, "pixel_values": images})
+            with _until(lambda: len(recorder.block_outputs) == len(blocks)):
+                model(**{**call, "pixel_values": images})
             hidden_states = list(recorder.block_inputs)
             if recorder.order == list(blocks):
                 hidden_states.append(first_tensor(recorder.block_outputs[-1]))

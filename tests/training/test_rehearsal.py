@@ -10,8 +10,9 @@ import torch
 from support.parity import assert_same, parameters_of
 from support.tiny import Recorder, make_trainer, tiny_vit
 from torch import nn
+from transformers import ViTForImageClassification, ViTModel
 
-from hf_freezecache.errors import FreezeCacheError, UnsupportedModelError
+from hf_freezecache.errors import DataError, FreezeCacheError, UnsupportedModelError, UnsupportedSetupError
 from hf_freezecache.model.split import first_tensor
 
 
@@ -210,3 +211,138 @@ class NormalisesFirst(Wrapped):
 def test_a_normaliser_in_front_of_the_model_is_exact(train_dataset, tmp_path) -> None:
     model = NormalisesFirst(tiny_vit())
     assert assert_the_same_or_refused(Recorder, model, train_dataset, tmp_path) is None
+
+
+class OnceMore(Wrapped):
+    """Runs its encoder twice, so that no block runs once."""
+
+    def forward(self, pixel_values, labels=None):
+        first, second = (self.vit(pixel_values=each, labels=labels) for each in (pixel_values, pixel_values.flip(-1)))
+        return {"loss": first.loss + second.loss, "logits": first.logits}
+
+
+@pytest.mark.parametrize("mode", ["auto", "never"])
+def test_a_model_that_cannot_be_split_is_trained_on_images_unless_a_cache_is_asked_for(
+    mode, train_dataset, tmp_path
+) -> None:
+    caches = tmp_path / "caches"
+    trainer = make_trainer(
+        OnceMore(tiny_vit()), train_dataset, schedule="0:2", num_train_epochs=1, cache={"mode": mode}
+    )
+    frozen = [p.clone() for p in trainer.model.vit.vit.layers[1].parameters()]
+    trainer.train()
+    decision = trainer._record.decisions[0]
+    assert (decision.trained_from, decision.cache) == ("images", "none")
+    if mode == "auto":
+        assert "cannot be split: its 4 modules at 'vit.vit.layers' ran 8 times" in decision.reason
+    assert all(map(torch.equal, frozen, trainer.model.vit.vit.layers[1].parameters()))
+    assert not caches.exists()
+    with pytest.raises(UnsupportedModelError, match="ran 8 times for one image"):
+        make_trainer(OnceMore(tiny_vit()), train_dataset, schedule="0:2").train()
+    assert not caches.exists()
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_a_stage_that_trains_nothing_is_refused(mode, train_dataset, tmp_path) -> None:
+    model = tiny_vit()
+    for parameter in model.classifier.parameters():
+        parameter.requires_grad_(False)
+    for parameter in model.vit.layernorm.parameters():
+        parameter.requires_grad_(False)
+    trainer = make_trainer(model, train_dataset, schedule="0:1,2:4", cache={"mode": mode})
+    with pytest.raises(
+        UnsupportedSetupError, match=r"Nothing is left to train in the stage from epoch 2.*modules_to_save"
+    ):
+        trainer.train()
+    assert not (tmp_path / "caches").exists()
+
+
+def of_another_size(trainer, model, inputs):
+    outputs = model(**inputs, interpolate_pos_encoding=True)
+    return outputs, outputs.loss
+
+
+def test_constants_that_a_loss_passes_to_the_model_reach_the_prefix(train_dataset, tmp_path) -> None:
+    model = tiny_vit(image_size=32)  # the images have 16 pixels
+    assert assert_the_same_or_refused(own_loss(of_another_size), model, train_dataset, tmp_path) is None
+
+
+class HidesItsArguments(Wrapped):
+    """As PEFT's models: its signature tells nothing of what the model inside takes."""
+
+    def forward(self, *args, **kwargs):
+        return self.vit(*args, **kwargs)
+
+
+def test_inputs_that_only_kwargs_carry_reach_the_prefix(train_dataset, tmp_path) -> None:
+    def collate(examples):
+        pixel_values = torch.stack([example["pixel_values"] for example in examples])
+        masks = pixel_values.mean(1)[:, ::4, ::4].flatten(1) > 0
+        labels = torch.tensor([example["labels"] for example in examples])
+        return {"pixel_values": pixel_values, "labels": labels, "bool_masked_pos": masks}
+
+    config = tiny_vit().config
+    vit = ViTForMaskedPositions(config)
+    with torch.no_grad():
+        vit.vit.embeddings.mask_token.normal_()
+    settings = {"trainer": {"data_collator": collate}}
+    live = losses_of(Recorder, HidesItsArguments(vit), train_dataset, "never", tmp_path / "caches", **settings)
+    cached = losses_of(Recorder, HidesItsArguments(vit), train_dataset, "always", tmp_path / "caches", **settings)
+    assert cached[0] == live[0]
+    assert_same(cached[1], live[1])
+
+
+class ViTForMaskedPositions(ViTForImageClassification):
+    """Hides patches that the batch names."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.vit = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+
+    def forward(self, pixel_values=None, labels=None, bool_masked_pos=None, num_items_in_batch=None):
+        states = self.vit(pixel_values=pixel_values, bool_masked_pos=bool_masked_pos).last_hidden_state
+        logits = self.classifier(states[:, 0])
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_loss_that_fails_is_refused_with_what_was_collated(train_dataset, tmp_path) -> None:
+    def collate(examples):
+        pixel_values = torch.stack([example["pixel_values"] for example in examples])
+        return {"pixel_values": pixel_values, "labels": torch.tensor([float(e["labels"]) for e in examples])}
+
+    trainer = make_trainer(tiny_vit(), train_dataset, trainer={"data_collator": collate})
+    with pytest.raises(DataError, match=r"A training step on the first rows fails.*labels float32 \(2,\)"):
+        trainer.train()
+    assert not (tmp_path / "caches").exists()
+
+
+def test_a_loss_that_begins_to_read_images_later_raises_instead_of_training_on_nothing(train_dataset) -> None:
+    def later(trainer, model, inputs):
+        outputs = model(**inputs)
+        if trainer.state.global_step >= 3:
+            return outputs, outputs.loss + outputs.hidden_states[0].mean()
+        return outputs, outputs.loss
+
+    model = tiny_vit(output_hidden_states=True)
+    trainer = make_trainer(model, train_dataset, schedule="0:2", num_train_epochs=1, cls=own_loss(later))
+    with pytest.raises(UnsupportedSetupError, match="A hidden state of a frozen block is read"):
+        trainer.train()
+    assert len(trainer.losses) == 3
+
+
+def test_rehearsing_leaves_no_trace(train_dataset) -> None:
+    """A run after a rehearsal trains on the same numbers as one without."""
+    trainer = make_trainer(tiny_vit(hidden_dropout_prob=0.2), train_dataset, schedule="0:2", num_train_epochs=1)
+    trainer.train()
+    again = make_trainer(tiny_vit(hidden_dropout_prob=0.2), train_dataset, schedule="0:2", num_train_epochs=1)
+    again_steps: list[int] = []
+
+    def no_rehearsal(run, wrapped):
+        again_steps.append(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_freezecache.training.preflight.rehearse", no_rehearsal)
+        again.train()
+    assert again_steps == [0]
+    assert trainer.losses == again.losses
+    assert_same(parameters_of(trainer.model), parameters_of(again.model))
