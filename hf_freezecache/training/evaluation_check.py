@@ -47,7 +47,7 @@ def check_evaluation(trainer: Any, base: type) -> None:
     )
     if not (evaluates or args.load_best_model_at_end) or trainer.eval_dataset is None:
         return
-    if any(parameter.device != args.device for parameter in trainer.model.parameters()):
+    if any(parameter.device.type != args.device.type for parameter in trainer.model.parameters()):
         return  # it moves when training begins
     own = [name for name in ("evaluate", "evaluation_loop") if getattr(type(trainer), name) is not getattr(base, name)]
     several = isinstance(trainer.eval_dataset, dict)
