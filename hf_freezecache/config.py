@@ -279,14 +279,15 @@ def _settle_folder(cache_dir: Any, freezecache_dir: Any) -> _Folder:
     # In dataclasses.replace a new folder takes the place of the one that was settled on.
     given = [folder for folder in given if not isinstance(folder, _Folder)] or given or [_DEFAULT_FOLDER]
     for folder in given:
-        if not isinstance(folder, (str, os.PathLike)):
+        if not isinstance(folder, (str, os.PathLike)) or not str(folder):
             raise UnsupportedSetupError(f"freezecache_dir={folder!r}: expected the path of a folder.")
         if "://" in str(folder):
             raise UnsupportedSetupError(
                 f"freezecache_dir={str(folder)!r} is an address; caches are written to local folders only. Give a folder; push a "
                 "finished cache with hf-freezecache push, and read it from anywhere with CachedDataset.from_pretrained."
             )
-    folders = {str(Path(folder).expanduser()) for folder in given}
+    # What was settled on is expanded already; the user of a name after ~ may be unknown, and is then part of the name.
+    folders = {folder if isinstance(folder, _Folder) else str(Path(os.path.expanduser(folder))) for folder in given}  # noqa: PTH111
     if len(folders) > 1:
         raise UnsupportedSetupError(
             f"cache_dir={str(cache_dir)!r} and freezecache_dir={str(freezecache_dir)!r} name the same setting; give one of them."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,8 +21,9 @@ from .data.sampler import (
     ChunkSampler,
     OpenedSampler,
 )
+from .data.task import IMAGE_CLASSIFICATION, task_of
 from .data.views import ViewKey
-from .errors import UnsupportedSetupError
+from .errors import DataError, UnsupportedSetupError
 
 __all__ = [
     "CachedDataset",
@@ -223,6 +225,39 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             seed,
             window,
         )
+
+    def check_labels(self, model: Any) -> None:
+        """Check that the stored labels are classes of a model, as far as labels are classes and lie on this machine.
+
+        Args:
+            model: The model that is to be trained on them.
+
+        Raises:
+            DataError: A label lies outside ``[0, classes)`` and is not -100.
+            CacheCorruptError: A shard is damaged.
+        """
+        reader = self.reader
+        num_labels = (task_of(model) or IMAGE_CLASSIFICATION).num_classes(getattr(model, "config", None))
+        specs = [spec for spec in reader.index.extras if spec.name == "labels" and spec.shape == ()]
+        if (
+            num_labels is None
+            or not specs
+            or specs[0].torch_dtype.is_floating_point
+            or isinstance(reader.directory, str)
+        ):
+            return
+        view = reader.selection.chosen_views(reader.index)[0]
+        for chunk in self._chunks_opened():
+            labels = reader.read_extra("labels", view, chunk)
+            wrong = torch.nonzero(((labels < 0) | (labels >= num_labels)) & (labels != -100))
+            if len(wrong):
+                row = int(wrong[0])
+                raise DataError(
+                    f"Labels out of range: sample {reader.members(chunk)[row]} of the cache {reader.directory} has label "
+                    f"{labels[row]}, but this {type(model).__name__} has {num_labels} classes, so labels must lie in "
+                    f"[0, {num_labels}). Give the model num_labels=..., e.g. in from_pretrained(..., num_labels=..., "
+                    "ignore_mismatched_sizes=True)."
+                )
 
     def __len__(self) -> int:
         """Return the number of samples; of the stored rows, if the cache holds only some of the data set."""

@@ -149,7 +149,7 @@ class FreezeCacheTrainer(Trainer):
             self.optimizer, self.lr_scheduler = None, None
         self._record.decisions, self._record.epochs = [], []
         augmenter = augmenter_of(self, FreezeCacheTrainer)
-        self._run = start_run(self, stages, num_epochs, augmenter)
+        self._run = start_run(self, stages, num_epochs, augmenter, FreezeCacheTrainer)
         describe(self)
         self._record.preflight_seconds = round(time.perf_counter() - started, 3)
         try:

@@ -29,6 +29,7 @@ As with ``Trainer``, a bf16 run is evaluated under bf16 autocast; in fp32 the sa
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import sys
@@ -143,16 +144,24 @@ def load_splits(
     data_args: DataTrainingArguments, model_args: ModelArguments, seed: int
 ) -> tuple[datasets.Dataset | None, datasets.Dataset | None, list[str]]:
     """Return the training set, the evaluation set, and the names of the classes."""
-    if data_args.dataset_name is not None:
+    name = data_args.dataset_name
+    if name is not None and glob.has_magic(name) and Path(name).is_dir():
+        # `load_dataset` would take brackets in the name of a folder for a pattern.
+        kind = "parquet" if any(Path(name).rglob("*.parquet")) else "imagefolder"
+        folder = glob.escape(str(Path(name).absolute()))
+        splits = datasets.load_dataset(kind, data_dir=folder, cache_dir=model_args.cache_dir)
+    elif name is not None:
         splits = datasets.load_dataset(
-            data_args.dataset_name,
+            name,
             data_args.dataset_config_name,
             cache_dir=model_args.cache_dir,
             token=model_args.token,
         )
     else:
         folders = {"train": data_args.train_dir, "validation": data_args.validation_dir}
-        data_files = {name: str(Path(folder) / "**") for name, folder in folders.items() if folder is not None}
+        data_files = {
+            name: str(Path(glob.escape(folder)) / "**") for name, folder in folders.items() if folder is not None
+        }
         splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=model_args.cache_dir)
 
     image_column, label_column = data_args.image_column_name, data_args.label_column_name

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
+
+try:
+    import fcntl
+except ImportError:  # Windows, which locks files on every file system
+    fcntl = None  # type: ignore[assignment]
 
 from ..distributed.process_group import ProcessGroup
 from ..errors import (
@@ -18,7 +24,7 @@ from ..errors import (
 )
 from .shard_writer import CachePlan
 
-__all__ = ["SINGLE_PROCESS", "build_lock", "os_errors_as_cache_errors"]
+__all__ = ["SINGLE_PROCESS", "build_lock", "check_lockable", "os_errors_as_cache_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +47,7 @@ def build_lock(
 
     Raises:
         CacheLockedError: Another live process holds it.
-        CacheWriteError: The folder cannot be written.
+        CacheWriteError: The folder cannot be written, or its file system has no locks.
     """
     directory = cache_dir / plan.name
     lock = filelock.FileLock(cache_dir / f".{plan.name}.lock")
@@ -49,6 +55,8 @@ def build_lock(
     def take() -> None:
         with os_errors_as_cache_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
+            # What `filelock` does without locks depends on its version: it waits for nobody, raises, or makes do.
+            check_lockable(cache_dir)
             try:
                 lock.acquire(timeout=0)
                 return
@@ -72,6 +80,29 @@ def build_lock(
     finally:
         if process_group.is_main_process:
             lock.release()
+
+
+def check_lockable(cache_dir: Path) -> None:
+    """Lock a file of its own in a folder and release it, for some network file systems have no locks.
+
+    Args:
+        cache_dir: Folder of caches. It exists.
+
+    Raises:
+        CacheWriteError: The file system has no locks.
+        OSError: The folder cannot be written.
+    """
+    if fcntl is None:
+        return
+    with tempfile.TemporaryFile(dir=cache_dir) as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+        except OSError as error:
+            raise CacheWriteError(
+                f"The file system of {cache_dir} has no file locks: {error}. Without them two runs could write into one cache. "
+                "Choose a freezecache_dir on a local disk, or have this file system mounted with locks."
+            ) from error
 
 
 @contextmanager

@@ -228,7 +228,8 @@ class CacheReader:
             if not self.selection.whole and name not in self.selection.files(index):
                 raise IndexError(
                     f"View {view}, shard {shard} of {self.directory} was left out when it was opened; it was opened with views "
-                    f"{list(self.selection.chosen_views(index))}, shards {list(self.selection.chosen_shards(index))}."
+                    f"{list(self.selection.chosen_views(index))}, shards {list(self.selection.chosen_shards(index))}. Read what was "
+                    "opened: torch.utils.data.Subset(cached, cached.sample_indices.tolist()) is a data set of it."
                 )
             file, record = self.storage.file(name), index.files[name]
             start = file.read(0, record.header_bytes)
@@ -316,6 +317,25 @@ class CacheReader:
         with self._blaming(view, chunk):
             self._check_finite(packed.arrays)
         return packed
+
+    def read_extra(self, name: str, view: int, chunk: int) -> Tensor:
+        """Read one extra of a chunk, (samples, ...), and nothing else of it.
+
+        Raises:
+            CacheCorruptError: Its bytes are missing or damaged.
+            ValueError: The cache has no such extra.
+        """
+        place = [spec.name for spec in self.index.extras].index(name)
+        shard, position = divmod(chunk, self.index.shard_chunks)
+        header, samples = self._header(view, shard), len(self.members(chunk))
+        with self._blaming(view, chunk):
+            number = self._codec_frames(view) + place
+            start, end = header.frame_offsets[position][number : number + 2].tolist()
+            if end - start > (most := self._largest_frames(view, samples)[number]):
+                raise ValueError(f"frame {number} takes {end - start} bytes, expected at most {most}")
+            file = self.storage.file(shard_name(view, shard))
+            frame = file.read(header.header_bytes + start, end - start)
+            return read_extra(self.index.extras[place], frame, samples)
 
     def _check_finite(self, arrays: dict[str, Tensor]) -> None:
         """Refuse what decodes to NaN or infinite hidden states. This is cheap, since a bound nearly always decides."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,11 @@ def load_images(path: str, split: str, image_column: str, label_column: str) -> 
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         found = datasets.load_from_disk(path)
     elif place.is_file():
-        found = datasets.load_dataset("parquet", data_files={split: path})
+        found = datasets.load_dataset("parquet", data_files={split: glob.escape(path)})
+    elif place.is_dir() and glob.has_magic(path):
+        # `load_dataset` would take brackets in the name of a folder for a pattern.
+        kind = "parquet" if any(place.rglob("*.parquet")) else "imagefolder"
+        found = datasets.load_dataset(kind, data_dir=glob.escape(str(place.absolute())))
     else:
         found = datasets.load_dataset(path)
     if isinstance(found, dict):

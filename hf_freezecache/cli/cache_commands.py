@@ -77,7 +77,9 @@ def build(
                 show_progress=sys.stderr.isatty(),
             )
         )
-        described = describe_cache(Path(cached.reader.directory), cached.reader.index)
+        # Named as the user names it.
+        directory = cache_dir.expanduser() / Path(cached.reader.directory).name
+        described = describe_cache(directory, cached.reader.index)
         typer.echo(json.dumps(described, indent=1) if as_json else "\n".join(description_lines(described)))
 
 

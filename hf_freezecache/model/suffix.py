@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CacheMismatchError
+from ..errors import CacheMismatchError, DataError
 from .freeze import freeze
 from .hashing import hash_prefix
 from .split import split_model
@@ -52,6 +52,7 @@ class SuffixModel(nn.Module):
         Raises:
             CacheMismatchError: The cache was computed with other prefix weights.
             UnsupportedModelError: The model cannot be split at the split point of the cache.
+            DataError: The model has fewer classes than the labels of the cache; see ``CachedDataset.check_labels``.
         """
         reader, index = cached.reader, cached.reader.index
         suffix = cls(model, index.split_point, index.image_shape)
@@ -63,6 +64,7 @@ class SuffixModel(nn.Module):
                 f"before block {index.split_point} (SHA-256 {weights_hash[:16]}, expected {str(expected_hash)[:16]}). Load the "
                 "model and revision that it was computed with, in the same dtype."
             )
+        cached.check_labels(model)
         return suffix
 
     @property
@@ -80,6 +82,18 @@ class SuffixModel(nn.Module):
 
         Returns:
             The model's output.
+
+        Raises:
+            DataError: A label is no class of the model. On GPUs, torch stops the process instead; ``for_cache`` looks before.
         """
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        return self.split.suffix(hidden_states.to(dtype), labels, **extra)
+        try:
+            return self.split.suffix(hidden_states.to(dtype), labels, **extra)
+        except IndexError as error:
+            num_labels = getattr(self.config, "num_labels", None)
+            if labels is None or num_labels is None or bool((labels < num_labels).all()):
+                raise
+            raise DataError(
+                f"Labels out of range: found {int(labels.max())}, but the model has {num_labels} classes, so labels must lie in "
+                f"[0, {num_labels}). Give the model num_labels=..."
+            ) from error

@@ -16,13 +16,14 @@ from ..dataset import CachedDataset
 from ..distributed.ddp import check_parallelism
 from ..distributed.jit_checkpoint import SynchronizedJITCheckpoint
 from ..distributed.process_group import ProcessGroup, find_process_group
-from ..errors import UnsupportedSetupError
+from ..errors import DataError, UnsupportedSetupError
 from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
 from ..schedules import Stage
 from .checkpoints import find_checkpoint
-from .data_checks import check_labels, num_classes
+from .data_checks import num_classes, with_columns_removed
+from .evaluation_check import check_evaluation
 from .planner import make_sampler, plan_run
 from .preflight import check_arguments, check_cache_dir, check_overrides, check_steps, make_augmenter, prepare_run
 from .rehearsal_copy import rehearsing
@@ -69,7 +70,7 @@ def check_setup(trainer: Any, base: type) -> None:
         UnsupportedSetupError: The setup cannot work with cached training.
         UnsupportedModelError: The model has no blocks to split at.
         ScheduleError: The schedule cannot be read, or asks for more blocks than there are.
-        DataError: The training data set has no rows, or labels that are no classes of the model.
+        DataError: The training data set has no rows.
     """
     config, dataset = trainer.cache_config, trainer.train_dataset
     if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
@@ -83,8 +84,8 @@ def check_setup(trainer: Any, base: type) -> None:
         check_cache_dir(Path(config.freezecache_dir), Path(trainer.args.output_dir))
     for stage in stages:
         requested_codec(config, max(stage.split_point, 1))
-    if dataset is not None:
-        check_labels(dataset, num_classes(trainer.model), [*(trainer.label_names or []), "label"])
+    if dataset is not None and len(dataset) == 0:
+        raise DataError("The training data set has no rows.")
     if augmenter_of(trainer, base) is not None and not any(stage.split_point for stage in stages):
         logger.warning("feature_augmentation acts on cached stages only: no stage of this schedule is one.")
 
@@ -137,8 +138,27 @@ def augmenter_of(trainer: Any, base: type) -> FeatureAugmenter | None:
     return make_augmenter(trainer.cache_config, trainer.args, trainer.model, own_loss)
 
 
-def start_run(trainer: Any, stages: list[Stage], num_epochs: int, augmenter: FeatureAugmenter | None) -> StageRunner:
-    """Check a trainer's data, split and folder, and return what runs its stages; see ``prepare_run`` for errors."""
+def start_run(
+    trainer: Any, stages: list[Stage], num_epochs: int, augmenter: FeatureAugmenter | None, base: type | None = None
+) -> StageRunner:
+    """Check a trainer's data, split and folder, and return what runs its stages.
+
+    Args:
+        trainer: The user's trainer.
+        stages: The stages, in order.
+        num_epochs: Epochs of the run.
+        augmenter: Augments cached batches.
+        base: ``FreezeCacheTrainer``, for a run that trains; ``None`` for one that only builds.
+
+    Raises:
+        FreezeCacheError: See ``with_columns_removed``, ``check_evaluation`` and ``prepare_run``.
+    """
+
+    def try_evaluation() -> None:
+        if base is not None:
+            with everyone.fail_together():
+                check_evaluation(trainer, base)
+
     everyone, cache_group = trainer._process_groups
     runtime = Runtime(
         model=trainer.model,
@@ -161,11 +181,12 @@ def start_run(trainer: Any, stages: list[Stage], num_epochs: int, augmenter: Fea
         trainer.cache_config,
         stages,
         num_epochs,
-        trainer.train_dataset,
+        with_columns_removed(trainer),
         trainer._transforms,
         trainer._freezer,
         trainer._record,
         augmenter,
+        try_evaluation,
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import nn
 
@@ -22,47 +21,19 @@ from ..data.training_data import TrainingData
 from ..data.views import ViewDataset, check_repeatable, with_rgb_images
 from ..distributed.process_group import ProcessGroup
 from ..errors import DataError, UnsupportedSetupError
+from .label_check import check_label_rows, has_several_labels
 from .rehearsal import observed_call
 from .runtime import Runtime
 
 __all__ = [
     "check_batch",
     "check_collator",
-    "check_labels",
     "check_same_rows",
     "num_classes",
     "prepare_data",
+    "with_columns_removed",
     "with_rgb",
 ]
-
-
-def check_labels(dataset: Any, num_labels: int | None, columns: Sequence[str]) -> None:
-    """Check that there are rows, and that the integer label column of a ``datasets.Dataset`` holds classes of the model.
-
-    Args:
-        dataset: Anything; only ``datasets.Dataset`` is looked at.
-        num_labels: Classes of the model; ``None`` leaves label values unchecked.
-        columns: Names a label column may have; the first that exists and holds integers is checked.
-
-    Raises:
-        DataError: There are no rows, or a label lies outside ``[0, num_labels)`` and is not -100.
-    """
-    if len(dataset) == 0:
-        raise DataError("The training data set has no rows.")
-    if num_labels is None or not isinstance(dataset, datasets.Dataset):
-        return
-    for name in columns:
-        if name not in dataset.features or not str(dataset.features[name].dtype).startswith(("int", "uint")):
-            continue
-        labels = dataset.with_format("arrow").select_columns([name])[:][name].to_numpy()
-        positions = np.flatnonzero(((labels < 0) | (labels >= num_labels)) & (labels != -100))
-        if len(positions):
-            raise DataError(
-                f"Labels out of range: row {positions[0]} has {name}={labels[positions[0]]:.0f}, but the model has "
-                f"{num_labels} classes, so labels must lie in [0, {num_labels}) ({len(positions)} such rows). Give the model "
-                "num_labels=..., or remap the labels."
-            )
-        return
 
 
 def check_same_rows(dataset: Any, process_group: ProcessGroup, num_rows: int = 16) -> None:
@@ -181,6 +152,41 @@ def num_classes(model: nn.Module) -> int | None:
     return task.num_classes(getattr(model, "config", None))
 
 
+def with_columns_removed(trainer: Any) -> Any:
+    """Return a trainer's training data without the columns that ``Trainer`` removes before a transform of the data set.
+
+    ``train_transform`` and ``eval_transform``, which ``Trainer`` does not have, see all columns.
+
+    Raises:
+        DataError: The transform needs a removed column, or no column would be left.
+    """
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, datasets.Dataset) or trainer._transforms != (None, None):
+        return dataset
+    removed: list[str] = []
+    try:
+        kept = trainer._remove_unused_columns(dataset, description="training")
+        removed = [name for name in dataset.column_names if name not in kept.column_names]
+        if not removed:
+            return dataset
+        with seeded(0, 0, 0):
+            kept[0]
+        return kept
+    except Exception as error:
+        if not trainer.args.remove_unused_columns or not (removed or isinstance(error, ValueError)):
+            return dataset  # whatever is wrong with the row, `check_repeatable` finds it
+        try:
+            with seeded(0, 0, 0):
+                dataset[0]
+        except Exception:
+            return dataset
+        raise DataError(
+            f"Trainer removes the columns {removed or dataset.column_names} of the training data set before its transform runs, "
+            f"since the model takes no arguments of these names. Without them row 0 cannot be rendered: "
+            f"{type(error).__name__}: {error}. Set TrainingArguments(remove_unused_columns=False)."
+        ) from error
+
+
 def with_rgb(dataset: Any, model: nn.Module) -> Any:
     """Let a data set, or each of a dict of them, decode its images to RGB if the model takes three channels."""
     if isinstance(dataset, dict):
@@ -214,6 +220,7 @@ def prepare_data(
     check_repeatable(views, config.num_views)
     batch = check_batch(views, collate, runtime.label_names, runtime.num_classes)
     check_collator(views, collate)
+    check_label_rows(views.dataset, lambda row: views[row, 0], collate, batch)
     with runtime.rehearsing() as trainer:
         call, prefix_inputs = observed_call(trainer, runtime.model, batch, runtime.label_names)
     constants = {name: repr(value) for name, value in sorted(call.items()) if not isinstance(value, torch.Tensor)}
@@ -226,7 +233,7 @@ def prepare_data(
         raw_collator=runtime.raw_collator,
         layout=layout,
         view_seed=seed,
-        has_classes=runtime.num_classes is not None,
+        has_classes=runtime.num_classes is not None and not has_several_labels(batch, runtime.label_names),
         example_batch=batch,
         image_shape=tuple(batch["pixel_values"].shape[1:]),  # type: ignore[arg-type]
         call=call,

@@ -52,6 +52,7 @@ TRAINER_HOOKS = (
     _hook("_push_from_checkpoint", "checkpoint_folder", "no cache is pushed with a model"),
     _hook("_get_train_sampler", "train_dataset", "a CachedDataset is shuffled chunk by chunk"),
     _hook("_get_collator_with_removed_columns", "data_collator description", "columns are removed as Trainer does"),
+    _hook("_remove_unused_columns", "dataset description", "columns are removed as Trainer does"),
     _hook("_get_output_dir", "trial", "the folder of a checkpoint"),
     _hook("_prepare_inputs", "inputs", "batches go to the training device"),
 )

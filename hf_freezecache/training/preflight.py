@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,14 @@ from ..config import CacheConfig
 from ..data.feature_augmentation import parse_feature_augmentation, step_generator
 from ..data.feature_augmenter import FeatureAugmenter
 from ..data.task import IMAGE_CLASSIFICATION, task_of
-from ..distributed.process_group import ProcessGroup
-from ..errors import (
-    CacheWriteError,
-    UnsupportedSetupError,
-)
+from ..errors import UnsupportedSetupError
 from ..model.freeze import check_checkpointing
 from ..model.split import Split, Splits, first_tensor
 from ..model.suffix import SuffixModel
 from ..model.tokens import token_grid
 from ..report.record import RunRecord
 from ..schedules import Stage
+from .cache_folder import check_folder
 from .data_checks import num_classes, prepare_data
 from .freezer import Freezer
 from .planner import make_sampler, shuffle_seed, view_seed
@@ -42,7 +38,6 @@ __all__ = [
     "check_overrides",
     "check_pushed",
     "check_steps",
-    "check_writable",
     "make_augmenter",
     "prepare_run",
 ]
@@ -121,22 +116,6 @@ def check_pushed(output_dir: Path, model: nn.Module) -> None:
             "The Trainer's model is a SuffixModel, of which the Hub would get no model that loads. Push the whole model that "
             "it trains: suffix.model.push_to_hub(repo_id)."
         )
-
-
-def check_writable(cache_dir: Path) -> None:
-    """Make the folder of caches and write to it once, before a run that will need it hours later.
-
-    Raises:
-        CacheWriteError: It cannot be made or written.
-    """
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_dir) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise CacheWriteError(
-            f"The folder of caches {cache_dir} could not be written: {error}. Permit writing, or choose another freezecache_dir."
-        ) from error
 
 
 def make_augmenter(config: CacheConfig, args: Any, model: nn.Module, own_loss: str | None) -> FeatureAugmenter | None:
@@ -240,6 +219,7 @@ def prepare_run(
     freezer: Freezer,
     record: RunRecord,
     augmenter: FeatureAugmenter | None = None,
+    try_evaluation: Callable[[], None] = lambda: None,
 ) -> StageRunner:
     """Check data, split and folder, and return what runs the stages. Collective; nothing is built.
 
@@ -253,6 +233,7 @@ def prepare_run(
         freezer: What the trainer has frozen.
         record: The record of the run.
         augmenter: Augments cached batches.
+        try_evaluation: Tries an evaluation, once the training data are known to be fine.
 
     Raises:
         FreezeCacheError: See ``prepare_data``, ``check_augmenter`` and ``StageCache.check_settings``.
@@ -270,6 +251,7 @@ def prepare_run(
     check_checkpointing(model)
     if augmenter is not None and deepest.split_point > 0:
         check_augmenter(augmenter, deepest, runtime, data.example_batch.get("labels"), batch)
+    try_evaluation()
     batch_size = config.build_batch_size or runtime.batch_size
     workers = config.build_num_workers
     cache = StageCache(
@@ -296,19 +278,9 @@ def check_steps(run: StageRunner, wrapped: nn.Module) -> None:
         wrapped: The model in its wrapper for several processes.
 
     Raises:
-        FreezeCacheError: See ``rehearse`` and ``check_writable``.
+        FreezeCacheError: See ``rehearse`` and ``check_folder``.
     """
     rehearse(run, wrapped)
-    points = {stage.split_point for stage in run.stages} - {0, *run.refusals}
-    if run.config.mode != "never" and points:
-        _check_folder(run.config, run.runtime.cache_group)
-
-
-def _check_folder(config: CacheConfig, process_group: ProcessGroup) -> None:
-    """Try to write to the folder of caches; only ``mode="auto"`` goes on without it."""
-    try:
-        process_group.on_main_process(lambda: check_writable(Path(config.freezecache_dir)))
-    except CacheWriteError as error:
-        if config.mode == "always":
-            raise
-        logger.warning("mode='auto': %s", error)
+    points = [stage.split_point for stage in run.stages if stage.split_point not in run.refusals]
+    if run.config.mode != "never" and any(points):
+        check_folder(run.cache, run.splits, points)

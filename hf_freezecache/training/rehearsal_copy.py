@@ -49,6 +49,7 @@ def rehearsing(trainer: Any) -> Iterator[Any]:
     stand_in.callback_handler = copy.copy(trainer.callback_handler)
     stand_in.callback_handler.callbacks = []
     stand_in.state, stand_in.control = copy.copy(trainer.state), copy.copy(trainer.control)
+    vars(stand_in.state).update({name: _copied(value) for name, value in vars(trainer.state).items()})
     stand_in.log = lambda *args, **kwargs: None
     stand_in.is_in_train, stand_in.current_gradient_accumulation_steps = True, 1
     vars(stand_in).pop("_eval_dataloaders", None)  # kept workers of another loader
@@ -126,26 +127,34 @@ def _remember(attributes: dict[str, Any]) -> Callable[[], None]:
     contents = [(tensor, tensor.detach().clone()) for tensor in tensors if type(tensor) is Tensor]
 
     def restore() -> None:
-        attributes.clear()
+        # What did not change is not touched: threads of a logger may be reading it.
+        for name in attributes.keys() - kept.keys():
+            del attributes[name]
         attributes.update(kept)
         for container, content in containers:
-            if isinstance(container, list):
-                container[:] = content
-                continue
-            container.clear()
-            if isinstance(container, dict) and isinstance(content, dict):
-                # `update` of a Counter would add, and `dict.update` passes an OrderedDict by.
-                for key, item in content.items():
-                    container[key] = item
-            else:
-                for item in content:
-                    (container.append if isinstance(container, deque) else container.add)(item)  # type: ignore[union-attr]
+            _refill(container, content)
         with torch.no_grad():
             for tensor, before in contents:
                 if not torch.equal(tensor, before):
                     tensor.copy_(before)
 
     return restore
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a list, dict, set or deque the content of a copy of it again."""
+    if isinstance(container, dict):
+        if container.keys() != content.keys() or any(container[key] is not content[key] for key in content):
+            container.clear()
+            for key, item in content.items():  # `update` of a Counter would add
+                container[key] = item
+        return
+    if isinstance(container, set):
+        container.intersection_update(content)
+        container.update(content)
+    elif len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+        container.clear()
+        container.extend(content)
 
 
 @contextmanager

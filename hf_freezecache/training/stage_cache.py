@@ -95,10 +95,11 @@ class StageCache:
     process_group: ProcessGroup = SINGLE_PROCESS
     current: CacheReader | None = None
     _hashes: dict[str, str] = field(default_factory=dict)
+    _cache_dir: Path = field(init=False)
 
-    @property
-    def _cache_dir(self) -> Path:
-        return Path(self.config.freezecache_dir)
+    def __post_init__(self) -> None:
+        """Settle the folder of caches: code of users may change the working folder during the run."""
+        self._cache_dir = Path(self.config.freezecache_dir).absolute()
 
     def check_settings(self) -> None:
         """Refuse now what would stop a later stage.

@@ -238,7 +238,7 @@ def test_a_change_of_what_the_collator_yields_is_noticed(images, caplog) -> None
         def __call__(self, batch):
             return {**super().__call__(batch), "weights": [torch.ones(2) for _ in batch["label"]]}
 
-    settings = {"transform": Weighted(True)}
+    settings = {"trainer": {"train_transform": Weighted(True), "eval_transform": Weighted(True)}}
     assert cached_run(images, remove_unused_columns=True, **settings) == 8
 
     class Ignoring(FreezeCacheTrainer):

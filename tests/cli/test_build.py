@@ -78,11 +78,17 @@ def test_a_cache_holds_what_the_model_makes_of_the_images(images) -> None:
     assert shard.stat().st_mtime_ns == written
 
 
+@pytest.mark.by_default(5)
 @pytest.mark.parametrize(
     ("place", "rows"),
-    [("data", 12), ("data/train.parquet", 12), ("disk", 12), ("splits", 3), ("pictures", 12)],
+    [
+        *[("data", 12), ("data/train.parquet", 12), ("disk", 12), ("splits", 3), ("pictures", 12)],
+        *[("data [v2]", 12), ("data [v2]/train.parquet", 12), ("pictures [v2]", 12)],
+    ],
 )
 def test_kinds_of_data(folder, place, rows) -> None:
+    if "[" in place:
+        (folder / place.partition(" ")[0]).rename(folder / place.partition("/")[0])
     split = ["--split", "other"] if place == "splits" else []
     built = build(place, "--split-point", 1, "--views", 2, "--cache-dir", "elsewhere", *split)
     assert (built["num_samples"], built["num_views"], built["split_point"]) == (rows, 2, 1)

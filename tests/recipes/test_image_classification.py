@@ -110,6 +110,36 @@ def test_parquet_folder_gives_the_reported_accuracy_and_a_second_run_reuses_the_
     assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
 
 
+def picture_folders(root: str, classes: dict[str, str]) -> None:
+    """Folders of images as people have them: with brackets and spaces in names, and files of other programs."""
+    for split, names in classes.items():
+        for name in names:
+            folder = Path(root) / split / name
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (20, 20), (80 * number, 0, 0)).save(folder / f"{number} (copy).jpg")
+            (folder / "Thumbs.db").write_bytes(b"x")
+            (folder / "._0.jpg").write_bytes(b"\0\5\x16\7")
+        (Path(root) / split / ".DS_Store").write_bytes(b"x")
+
+
+@pytest.mark.by_default(2)
+@pytest.mark.parametrize("kind", ["train_dir", "train_dir/", "dataset_name", "parquet"])
+def test_folders_with_brackets_in_their_names(recipe, images, kind) -> None:
+    root = "data [v2] {a,b} * ?"
+    if kind == "parquet":
+        images.to_parquet(f"{root}/train.parquet")
+        images.select(range(8)).to_parquet(f"{root}/test.parquet")
+    else:
+        picture_folders(root, {"train": "abc", "validation": "abcd"})
+    slash = "/" if kind.endswith("/") else ""
+    folders = {"train_dir": f"{root}/train{slash}", "validation_dir": f"{root}/validation{slash}"}
+    data_args = recipe["DataTrainingArguments"](**folders if "_dir" in kind else {"dataset_name": root})
+    train, evaluation, classes = recipe["load_splits"](data_args, SimpleNamespace(cache_dir="d", token=None), 0)
+    assert classes == list("abcd")
+    assert (len(train), len(evaluation)) == ((50, 8) if kind == "parquet" else (9, 12))
+
+
 @pytest.mark.slow
 def test_image_folder_from_a_json_file(run) -> None:
     generator = np.random.default_rng(0)

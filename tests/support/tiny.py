@@ -79,6 +79,15 @@ def tiny_vit(**overrides: Any) -> PreTrainedModel:
     return tiny_model("vit", **overrides)
 
 
+def with_head(num_labels: int) -> PreTrainedModel:
+    """The model of ``tiny_vit`` with another head, for so many classes."""
+    model = tiny_vit()
+    model.config.num_labels = num_labels
+    model.num_labels = num_labels
+    model.classifier = torch.nn.Linear(16, num_labels)
+    return model
+
+
 class TinyTransform:
     """Normalises; with ``augment`` flips by Python's generator and adds noise by NumPy's and torch's."""
 
