@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from ..compression.base_view import requested_codec
@@ -27,6 +28,7 @@ from .planner import make_sampler, plan_run
 from .preflight import check_arguments, check_cache_dir, check_overrides, make_augmenter, prepare_run
 from .runtime import Runtime
 from .stage import StageRunner
+from .weights import check_saving, restore_weights
 
 __all__ = [
     "augmenter_of",
@@ -35,6 +37,7 @@ __all__ = [
     "describe",
     "find_process_groups",
     "plan_stages_of",
+    "restore_weights_of",
     "start_run",
 ]
 
@@ -139,6 +142,8 @@ def augmenter_of(trainer: Any, base: type) -> FeatureAugmenter | None:
 def start_run(trainer: Any, stages: list[Stage], num_epochs: int, augmenter: FeatureAugmenter | None) -> StageRunner:
     """Check a trainer's data, split and folder, and return what runs its stages; see ``prepare_run`` for errors."""
     everyone, cache_group = trainer._process_groups
+    if trainer.args.load_best_model_at_end or trainer.args.save_strategy != "no":
+        check_saving(trainer.model)
     runtime = Runtime(
         model=trainer.model,
         args=trainer.args,
@@ -205,6 +210,25 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
             "into the cache. Load the model from one checkpoint, or seed its initialisation."
         )
     return CachedDataset(run.open_cache(split).reader)
+
+
+def restore_weights_of(
+    trainer: Any, checkpoint: str | None, model: nn.Module | None = None, *, strict: bool = False
+) -> bool:
+    """Load a checkpoint's weights into a trainer's model; return whether that was done, or is left to ``Trainer``.
+
+    Args:
+        trainer: The user's trainer.
+        checkpoint: Its folder; ``None`` if there is none.
+        model: The model; ``None`` for the trainer's.
+        strict: Refuse a checkpoint that lacks weights of the model.
+
+    Raises:
+        CheckpointError: See ``restore_weights``.
+    """
+    if checkpoint is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return False
+    return restore_weights(Path(checkpoint), trainer.model if model is None else model, strict=strict)
 
 
 def report_callbacks(trainer: Any) -> list[ReportCallback]:

@@ -54,6 +54,7 @@ TRAINER_HOOKS = (
     _hook("_get_collator_with_removed_columns", "data_collator description", "columns are removed as Trainer does"),
     _hook("_get_output_dir", "trial", "the folder of a checkpoint"),
     _hook("_prepare_inputs", "inputs", "batches go to the training device"),
+    _hook("_track_num_input_tokens", "inputs", "inputs of cached batches are counted as those of images"),
 )
 
 

@@ -172,6 +172,11 @@ class StageRunner:
 
     # ---- Stages ----
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Order the samples as in this epoch, and keep frozen what is to be frozen, whatever a callback has done."""
+        self.sampler.set_epoch(epoch)
+        self.freezer.hold()
+
     def begins(self, epoch: int) -> Stage | None:
         """Return the stage that begins in an epoch, or with which a resumed run begins; ``None`` if none does."""
         stage = stage_at(self.stages, epoch)
@@ -202,6 +207,8 @@ class StageRunner:
             accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not loader]
             self.active = None
         changed = stage.split_point != self.frozen
+        if changed and callable(show_averages := getattr(optimizer, "eval", None)):
+            show_averages()  # schedule-free optimizers: blocks are frozen as evaluation sees them
         self.released_bytes = self.freeze(stage.split_point, optimizer)
         return self.unwrap(wrapped) if changed else wrapped
 

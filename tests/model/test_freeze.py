@@ -228,7 +228,7 @@ def test_pruning_keeps_groups_options_scheduler_and_counts_released_bytes(accele
     # Two moments in fp32 and one fp32 counter for each.
     expected = sum(2 * 4 * p.numel() + 4 for p in frozen)
 
-    assert prune_optimizer(wrapped) == expected
+    assert prune_optimizer(wrapped, frozen) == expected
 
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == options
     kept = [group["params"] for group in optimizer.param_groups]
@@ -237,7 +237,7 @@ def test_pruning_keeps_groups_options_scheduler_and_counts_released_bytes(accele
     assert optimizer.state.keys() == states.keys() - frozen
     for parameter, state in optimizer.state.items():
         assert all(torch.equal(state[name], value) for name, value in states[parameter].items())
-    assert prune_optimizer(wrapped) == 0
+    assert prune_optimizer(wrapped, frozen) == 0
 
     step(model, optimizer, 1)
     scheduler.step()
@@ -250,10 +250,11 @@ def test_pruned_and_unpruned_optimizers_train_alike() -> None:
         model = tiny_vit()
         optimizer = torch.optim.AdamW(grouped(model))
         step(model, optimizer, 0)
-        freeze(split_model(model, 2))
+        split = split_model(model, 2)
+        freeze(split)
         optimizer.zero_grad()
         if prune:
-            assert prune_optimizer(optimizer) > 0
+            assert prune_optimizer(optimizer, split.prefix_parameters().values()) > 0
         step(model, optimizer, 1)
         return clones(dict(model.named_parameters()))
 
@@ -264,11 +265,12 @@ def test_pruned_and_unpruned_optimizers_train_alike() -> None:
 def test_pruning_before_the_first_step_and_without_frozen_parameters_releases_nothing() -> None:
     model = tiny_vit()
     optimizer = torch.optim.AdamW(model.parameters())
-    assert prune_optimizer(optimizer) == 0
+    assert prune_optimizer(optimizer, []) == 0
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     split = split_model(model, 2)
     freeze(split)
-    assert prune_optimizer(optimizer) == 0
+    model.classifier.requires_grad_(False)  # by the user, who may thaw it: it stays
+    assert prune_optimizer(optimizer, split.prefix_parameters().values()) == 0
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters())) - len(split.prefix_parameters())
 
 
