@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class Freezing(TrainerCallback):
 
 
 def changes(values: list[torch.Tensor]) -> list[bool]:
-    return [not torch.equal(before, after) for before, after in zip(values, values[1:], strict=False)]
+    return [not torch.equal(before, after) for before, after in pairwise(values)]
 
 
 @pytest.mark.parametrize("mode", ["always", "never"])
