@@ -24,6 +24,7 @@ from ..report.callback import ReportCallback, describe_run, write_card
 from ..schedules import Stage
 from .checkpoints import find_checkpoint
 from .data_checks import check_labels, num_classes
+from .hooks import check_trainer_attributes
 from .planner import make_sampler, plan_run
 from .preflight import check_arguments, check_cache_dir, check_overrides, make_augmenter, prepare_run
 from .runtime import Runtime
@@ -73,6 +74,7 @@ def check_setup(trainer: Any, base: type) -> None:
         ScheduleError: The schedule cannot be read, or asks for more blocks than there are.
         DataError: The training data set has no rows, or labels that are no classes of the model.
     """
+    check_trainer_attributes(trainer)
     config, dataset = trainer.cache_config, trainer.train_dataset
     if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
         raise UnsupportedSetupError(

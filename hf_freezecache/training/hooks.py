@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from dataclasses import dataclass
+from typing import Any
 
+import accelerate
 import transformers
 
 from ..errors import UnsupportedSetupError
 
-__all__ = ["TRAINER_HOOKS", "TrainerHook", "check_trainer_hooks", "missing_hooks"]
+__all__ = [
+    "TRAINER_ATTRIBUTES",
+    "TRAINER_HOOKS",
+    "TrainerHook",
+    "check_trainer_attributes",
+    "check_trainer_hooks",
+    "missing_hooks",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,13 @@ TRAINER_HOOKS = (
     _hook("_track_num_input_tokens", "inputs", "inputs of cached batches are counted as those of images"),
 )
 
+#: Private attributes of a trainer and of accelerate's ``Accelerator`` that are read or changed, and what for.
+TRAINER_ATTRIBUTES = {
+    "_train_batch_size": "samples per batch of one process",
+    "accelerator._dataloaders": "the loader of a stage that has ended is let go",
+    "accelerator._models": "the wrapper of a stage that has ended is let go",
+}
+
 
 def missing_hooks(trainer_class: type) -> list[str]:
     """Return what the installed ``Trainer`` lacks, as ``name(missing parameters)``; empty if nothing.
@@ -87,4 +104,26 @@ def check_trainer_hooks(trainer_class: type) -> None:
         raise UnsupportedSetupError(
             f"The Trainer of transformers {transformers.__version__} lacks what cached training relies on: "
             f"{'; '.join(missing)}. Install transformers>=5.4, or train without freeze_config."
+        )
+
+
+def check_trainer_attributes(trainer: Any) -> None:
+    """Refuse versions whose trainer or accelerator lacks a private attribute.
+
+    Args:
+        trainer: The user's trainer.
+
+    Raises:
+        UnsupportedSetupError: The message names what is missing.
+    """
+    missing = []
+    for path, purpose in TRAINER_ATTRIBUTES.items():
+        try:
+            operator.attrgetter(path)(trainer)
+        except AttributeError:
+            missing.append(f"{path} ({purpose})")
+    if missing:
+        raise UnsupportedSetupError(
+            f"With transformers {transformers.__version__} and accelerate {accelerate.__version__}, a trainer lacks what cached "
+            f"training relies on: {'; '.join(missing)}. Install other versions of them, or train without freeze_config."
         )
