@@ -62,8 +62,11 @@ class Freezer:
         check_checkpointing(split.model)
         if split.split_point == 0:
             return 0
+        prefix = tuple(split.prefix_parameters().values())
+        if len(prefix) > len(self._prefix) and callable(show_averages := getattr(optimizer, "eval", None)):
+            show_averages()  # schedule-free optimizers: blocks are frozen as evaluation sees them
         self._frozen.append(freeze(split))
-        self._prefix = tuple(split.prefix_parameters().values())
+        self._prefix = prefix
         return 0 if optimizer is None else prune_optimizer(optimizer, self._prefix)
 
     def hold(self) -> None:

@@ -207,8 +207,6 @@ class StageRunner:
             accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not loader]
             self.active = None
         changed = stage.split_point != self.frozen
-        if changed and callable(show_averages := getattr(optimizer, "eval", None)):
-            show_averages()  # schedule-free optimizers: blocks are frozen as evaluation sees them
         self.released_bytes = self.freeze(stage.split_point, optimizer)
         return self.unwrap(wrapped) if changed else wrapped
 
