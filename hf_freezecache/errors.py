@@ -7,7 +7,6 @@ __all__ = [
     "CacheLockedError",
     "CacheMismatchError",
     "CacheWriteError",
-    "CheckpointError",
     "DataError",
     "FreezeCacheError",
     "HubError",
@@ -42,10 +41,6 @@ class DataError(FreezeCacheError, ValueError):
 
 class RunError(FreezeCacheError, ValueError):
     """A folder holds no training run, or one whose files cannot be read."""
-
-
-class CheckpointError(FreezeCacheError, RuntimeError):
-    """A checkpoint does not hold the weights of the model that is to go on from it."""
 
 
 class UnrepeatableTransformError(FreezeCacheError, ValueError):

@@ -226,7 +226,7 @@ def restore_weights_of(
         strict: Refuse a checkpoint that lacks weights of the model.
 
     Raises:
-        CheckpointError: See ``restore_weights``.
+        UnsupportedSetupError: See ``restore_weights``.
     """
     if checkpoint is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return False

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.modeling_utils import load_state_dict, remove_tied_weights_from_state_dict
 
-from ..errors import CheckpointError, UnsupportedSetupError
+from ..errors import UnsupportedSetupError
 
 __all__ = ["check_saving", "restore_weights"]
 
@@ -53,13 +52,10 @@ def _weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 
 def _read(files: list[Path]) -> dict[str, Tensor]:
-    """Return name -> tensor of all files, on the CPU; tensors of safetensors files take no memory until they are read."""
+    """Return name -> tensor of all files, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for path in files:
-        if path.suffix == ".safetensors":
-            tensors |= load_file(path)
-        else:
-            tensors |= torch.load(path, map_location="cpu", weights_only=True)
+        tensors |= load_state_dict(path)  # nothing but tensors, of .bin files too
     return tensors
 
 
@@ -276,7 +272,7 @@ def restore_weights(checkpoint: Path, model: nn.Module, *, strict: bool = False)
         of a ``PeftModel``, say), and what ``Trainer``'s way restores as well, are left to ``Trainer``.
 
     Raises:
-        CheckpointError: The checkpoint lacks weights of this model, under ``strict``.
+        UnsupportedSetupError: The checkpoint lacks weights of this model, under ``strict``.
         RuntimeError: A tensor has another shape than its weight, as ``load_state_dict`` says.
     """
     if not isinstance(model, PreTrainedModel):
@@ -292,7 +288,7 @@ def restore_weights(checkpoint: Path, model: nn.Module, *, strict: bool = False)
     tensors = _read(files)
     match, plain = _best_match(model, tensors)
     if strict and match.missing:
-        raise CheckpointError(
+        raise UnsupportedSetupError(
             f"Checkpoint {checkpoint} does not hold the weights of this {type(model).__name__}: {len(match.missing)} of them "
             f"are missing, or have another shape: {_some(match.missing)}. Resume with the model that was trained, changed in "
             "the same way, or from another checkpoint."
