@@ -18,7 +18,7 @@ from support.tiny import TinyTransform, make_trainer, tiny_vit
 from transformers import AutoModelForImageClassification, TrainingArguments, ViTForImageClassification
 
 from hf_freezecache import FreezeCacheTrainer
-from hf_freezecache.errors import CheckpointError
+from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.training.checkpoints import STATE_NAME
 
 # Suffix dropout makes every step depend on the random state, so a resume that restores it wrongly shows.
@@ -361,7 +361,7 @@ def test_resume_from_an_incomplete_checkpoint_is_refused(train_dataset, out) -> 
     tensors = {name: t for name, t in load_file(path).items() if ".2." not in name}
     save_file(tensors, path, metadata={"format": "pt"})
     again = make_trainer(tiny_vit(**DROPOUT), train_dataset, schedule=SCHEDULE, cache={"num_views": 2})
-    with pytest.raises(CheckpointError, match=r"does not hold the weights.*vit\.layers\.2"):
+    with pytest.raises(UnsupportedSetupError, match=r"does not hold the weights.*vit\.layers\.2"):
         again.train(resume_from_checkpoint=str(out / "checkpoint-10"))
 
 
