@@ -55,7 +55,7 @@ def _read(files: list[Path]) -> dict[str, Tensor]:
     """Return name -> tensor of all files, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for path in files:
-        tensors |= load_state_dict(path)  # nothing but tensors, of .bin files too
+        tensors |= load_state_dict(str(path))  # nothing but tensors, of .bin files too
     return tensors
 
 

@@ -11,6 +11,8 @@ from support.parity import assert_same, parameters_of
 from support.tiny import Recorder, make_trainer, tiny_vit
 from transformers import Trainer, TrainerCallback
 
+from hf_freezecache.model.split import find_blocks
+
 
 class Freezing(TrainerCallback):
     """Freezes and thaws parameters by name, at the start of an epoch or of the run (epoch -1)."""
@@ -39,6 +41,7 @@ def changes(values: list[torch.Tensor]) -> list[bool]:
     return [not torch.equal(before, after) for before, after in pairwise(values)]
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize("own", [False, True], ids=["optimizer-of-trainer", "own-optimizer"])
 def test_a_head_that_a_callback_thaws_is_trained(own, mode, train_dataset) -> None:
@@ -53,6 +56,7 @@ def test_a_head_that_a_callback_thaws_is_trained(own, mode, train_dataset) -> No
     assert changes(callback.values) == [False, False, True]
 
 
+@pytest.mark.slow
 def test_a_head_frozen_before_is_in_no_optimizer_of_trainer(train_dataset) -> None:
     """``Trainer`` makes its optimizer of what requires gradients then; here it is the same."""
     optimizers = []
@@ -71,7 +75,7 @@ def test_a_head_frozen_before_is_in_no_optimizer_of_trainer(train_dataset) -> No
 
 def test_what_the_user_froze_stays_frozen_before_and_behind_the_split(train_dataset) -> None:
     model = tiny_vit()
-    inside, behind = model.vit.layers[0].mlp.fc1.weight, model.vit.layers[3].mlp.fc1.weight
+    inside, behind = (find_blocks(model)[1][number].layernorm_before.weight for number in (0, 3))
     before = inside.clone(), behind.clone()
     for parameter in (inside, behind):
         parameter.requires_grad_(False)
@@ -82,7 +86,7 @@ def test_what_the_user_froze_stays_frozen_before_and_behind_the_split(train_data
     assert torch.equal(behind, before[1])
     assert not inside.requires_grad
     assert not behind.requires_grad
-    assert model.vit.layers[0].mlp.fc2.weight.requires_grad  # what the schedule froze is as it was
+    assert find_blocks(model)[1][0].layernorm_after.weight.requires_grad  # what the schedule froze is as it was
     assert any(parameter is behind for group in optimizer.param_groups for parameter in group["params"])
 
 
@@ -103,6 +107,7 @@ def test_frozen_blocks_that_a_callback_thaws_stay_frozen(train_dataset, caplog) 
     assert all(parameter.requires_grad for parameter in thawing.model.parameters())
 
 
+@pytest.mark.slow
 def test_parameters_added_to_the_users_optimizer_survive_a_second_training(train_dataset) -> None:
     model = tiny_vit()
     added = torch.nn.Parameter(torch.zeros(3))
@@ -118,6 +123,7 @@ def test_parameters_added_to_the_users_optimizer_survive_a_second_training(train
     assert any(parameter is model.classifier.bias for parameter in optimizer.param_groups[0]["params"])
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("count", ["all", "non_padding", "no"])
 def test_inputs_of_cached_batches_are_counted_as_those_of_images(count, train_dataset, caplog) -> None:
     seen = []
@@ -155,6 +161,7 @@ class Looking(TrainerCallback):
     on_train_begin = on_epoch_begin = on_epoch_end = on_train_end = look
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("mode", ["always", "never"])
 def test_callbacks_find_batches_of_images(mode, train_dataset) -> None:
     losses = []
@@ -217,7 +224,7 @@ class Averages(TrainerCallback):
     def on_epoch_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if round(state.epoch) == 1:
             optimizer.eval()
-            self.block = parameters_of(model.vit.layers[0])
+            self.block = parameters_of(find_blocks(model)[1][0])
             optimizer.train()
 
 
@@ -240,13 +247,14 @@ def test_schedule_free_optimizers(train_dataset, eval_dataset) -> None:
         assert optimizer.param_groups[0]["train_mode"]
         trainer.evaluate()
         assert not optimizer.param_groups[0]["train_mode"]
-        for name, value in parameters_of(model.vit.layers[0]).items():  # frozen as evaluation saw it
+        for name, value in parameters_of(find_blocks(model)[1][0]).items():  # frozen as evaluation saw it
             torch.testing.assert_close(value, averages.block[name])
         trained.append((trainer.losses, parameters_of(model)))
     assert trained[0][0] == trained[1][0]
     assert_same(trained[0][1], trained[1][1])
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("setting", ["even_batches", "split_batches", "dispatch_batches", "use_seedable_sampler"])
 def test_settings_of_accelerates_loaders(setting, train_dataset) -> None:
     losses = []
@@ -269,8 +277,7 @@ def test_settings_of_accelerates_loaders(setting, train_dataset) -> None:
 
 def test_a_model_card_ignores_arguments_that_it_does_not_know(train_dataset, monkeypatch) -> None:
     """Those of a newer ``Trainer.create_model_card``."""
-    trainer = make_trainer(tiny_vit(), train_dataset, num_train_epochs=1, schedule="0:2")
-    trainer.train()
+    trainer = make_trainer(tiny_vit(), train_dataset)
 
     def newer(self, license=None, model_name=None, finetuned_from=None, tasks=None, tags=None, shoe_size=None, **more):
         raise AssertionError

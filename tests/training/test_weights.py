@@ -21,6 +21,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.core_model_loading import WeightRenaming
 
 from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.training.weights import check_saving, restore_weights
@@ -198,7 +199,7 @@ def test_a_loaded_model_and_a_new_one_restore_each_others_checkpoints(tmp_path: 
     sequential_head(loaded)
     loaded.save_pretrained(tmp_path / "names-of-today")
     names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("legacy", "names-of-today")]
-    assert names[0] != names[1]
+    assert (names[0] != names[1]) == (names[0] != new.state_dict().keys())  # transformers 5.4 knows one kind of names
     for model, folder in ((new, "names-of-today"), (loaded, "legacy")):
         other = loaded if model is new else new
         expected = values_of(other)
@@ -234,6 +235,7 @@ def test_an_adapter_that_was_added_is_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_weights_that_a_checkpoint_lacks_are_named(strict, tmp_path: Path, caplog) -> None:
     model = tiny_vit()
+    model._weight_conversions = [WeightRenaming("older.embeddings", "vit.embeddings")]  # Trainer's way restores less
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -280,6 +282,7 @@ def test_weights_that_would_be_lost_in_a_checkpoint_are_named_before(caplog) -> 
     model = tiny_vit()
     check_saving(model)
     assert not caplog.records
+    model._weight_conversions = [WeightRenaming("intermediate.dense", "mlp.fc1")]
     model.vit.extra = _Colliding()
     check_saving(model)
     assert "will lack 2 of its weights" in caplog.text
@@ -288,7 +291,8 @@ def test_weights_that_would_be_lost_in_a_checkpoint_are_named_before(caplog) -> 
 
 def test_a_model_that_cannot_be_saved_is_refused_before_training(train_dataset) -> None:
     model = tiny_vit()
-    model.vit.layers[1].mlp.fc1.weight = model.vit.layers[0].mlp.fc1.weight  # tied, and not declared
+    first, second, *_ = blocks_of(model)
+    second.layernorm_before.weight = first.layernorm_before.weight  # tied, and not declared
     with pytest.raises(UnsupportedSetupError, match=r"cannot be named as in a checkpoint: RuntimeError.*shared"):
         make_trainer(model, train_dataset, save_strategy="epoch").train()
     assert not list(Path("caches").glob("k*"))
@@ -302,6 +306,7 @@ class ScaleHead(TrainerCallback):
         metrics["eval_score"] = {1: 0.2, 2: 0.9}.get(round(state.epoch), 0.1)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("schedule", ["0:1,2:3", None], ids=["freezing", "plain"])
 def test_the_best_model_and_a_resume_of_a_changed_model(schedule, train_dataset, eval_dataset) -> None:
     def make(**settings):
@@ -327,6 +332,7 @@ def test_the_best_model_and_a_resume_of_a_changed_model(schedule, train_dataset,
     assert_same(parameters_of(resumed.model), last)
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     ("saved", "opened", "expected"),
     [
@@ -355,6 +361,7 @@ def test_a_checkpoint_of_the_other_kind_says_so_once(saved, opened, expected, tr
     assert ("The saved optimizer has no frozen blocks" in said[0]) == (saved == "0:2")
 
 
+@pytest.mark.slow
 def test_a_stage_that_cannot_be_read_stops_only_a_run_that_freezes(train_dataset, caplog) -> None:
     settings = {"save_strategy": "epoch", "num_train_epochs": 2, "schedule": "0:0"}
     make_trainer(tiny_vit(), train_dataset, **settings).train()
