@@ -31,12 +31,12 @@ from .training.adapter import (
     plan_stages_of,
     report_callbacks,
     restore_weights_of,
+    resume_weights_of,
     start_run,
     write_model_card,
 )
 from .training.checkpoints import (
     SavedStage,
-    announce_stage,
     load_stage,
     move_scheduler,
     move_to_world_size,
@@ -175,9 +175,8 @@ class FreezeCacheTrainer(Trainer):
         )
         if moved is None:
             return state
-        step, epochs, skip = moved
-        self.state.global_step = self._run.moved_to = step
-        return epochs, skip
+        self.state.global_step = self._run.moved_to = moved[0]
+        return moved[1:]
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """As ``Trainer``; blocks that are frozen at the start are not in the optimizer.
@@ -316,15 +315,17 @@ class FreezeCacheTrainer(Trainer):
             super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        freezes = self.freeze_config is not None
-        announce_stage(Path(resume_from_checkpoint), freezes=freezes)
-        if not restore_weights_of(self, resume_from_checkpoint, model, strict=freezes):
+        if not resume_weights_of(self, resume_from_checkpoint, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
         if not restore_weights_of(self, self.state.best_model_checkpoint):
             super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As ``Trainer``; what a ``create_optimizer`` of the user's own put in of frozen blocks is in no saved optimizer."""
+        self._freezer.prune(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- Caches by themselves ----
 

@@ -22,7 +22,7 @@ from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
 from ..schedules import Stage
-from .checkpoints import find_checkpoint
+from .checkpoints import announce_stage, find_checkpoint
 from .data_checks import check_labels, num_classes
 from .hooks import check_trainer_attributes
 from .planner import make_sampler, plan_run
@@ -39,6 +39,7 @@ __all__ = [
     "find_process_groups",
     "plan_stages_of",
     "restore_weights_of",
+    "resume_weights_of",
     "start_run",
 ]
 
@@ -214,6 +215,22 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
     return CachedDataset(run.open_cache(split).reader)
 
 
+def resume_weights_of(trainer: Any, checkpoint: str, model: nn.Module | None) -> bool:
+    """As ``restore_weights_of``, for a run that goes on: it says so if the checkpoint is of another kind of run.
+
+    Args:
+        trainer: The user's trainer.
+        checkpoint: Its folder.
+        model: The model; ``None`` for the trainer's.
+
+    Raises:
+        UnsupportedSetupError: The stage of the checkpoint cannot be read, or it lacks weights of a model to be frozen.
+    """
+    freezes = trainer.freeze_config is not None
+    announce_stage(Path(checkpoint), freezes=freezes)
+    return restore_weights_of(trainer, checkpoint, model, strict=freezes)
+
+
 def restore_weights_of(
     trainer: Any, checkpoint: str | None, model: nn.Module | None = None, *, strict: bool = False
 ) -> bool:
@@ -230,6 +247,7 @@ def restore_weights_of(
     """
     if checkpoint is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return False
+    logger.info("Loading the weights of %s.", checkpoint)
     return restore_weights(Path(checkpoint), trainer.model if model is None else model, strict=strict)
 
 

@@ -67,6 +67,10 @@ class Freezer:
             show_averages()  # schedule-free optimizers: blocks are frozen as evaluation sees them
         self._frozen.append(freeze(split))
         self._prefix = prefix
+        return self.prune(optimizer)
+
+    def prune(self, optimizer: Any) -> int:
+        """Drop the parameters of the frozen prefix from an optimizer; return the bytes of state that were released."""
         return 0 if optimizer is None else prune_optimizer(optimizer, self._prefix)
 
     def hold(self) -> None:

@@ -112,6 +112,25 @@ def test_frozen_blocks_that_a_callback_thaws_stay_frozen(train_dataset, caplog) 
     assert all(parameter.requires_grad for parameter in thawing.model.parameters())
 
 
+class OwnOptimizer(Recorder):
+    """Makes its optimizer of all parameters, whether they require gradients or not."""
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        return self.optimizer
+
+
+def test_resume_with_an_optimizer_that_a_subclass_makes(train_dataset) -> None:
+    settings = {"schedule": "0:1,1:2", "num_train_epochs": 3, "save_strategy": "epoch", "cls": OwnOptimizer}
+    whole = make_trainer(tiny_vit(), train_dataset, **settings)
+    whole.train()
+    resumed = make_trainer(tiny_vit(initializer_range=0.5), train_dataset, output_dir="again", **settings)
+    resumed.train(resume_from_checkpoint="out/checkpoint-10")
+    assert resumed.losses == whole.losses[10:]
+    assert_same(parameters_of(resumed.model), parameters_of(whole.model))
+
+
 @pytest.mark.slow
 def test_parameters_added_to_the_users_optimizer_survive_a_second_training(train_dataset) -> None:
     model = tiny_vit()
