@@ -18,6 +18,7 @@ from hf_freezecache.model.freeze import (
     freeze,
     prune_optimizer,
 )
+from hf_freezecache.model.split import find_blocks
 
 DROPOUT = {"hidden_dropout_prob": 0.4, "attention_probs_dropout_prob": 0.4}
 
@@ -278,12 +279,13 @@ def test_pruning_before_the_first_step_and_without_frozen_parameters_releases_no
 def test_reentrant_checkpointing_is_refused(reentrant) -> None:
     model = tiny_vit()
     check_checkpointing(model)
-    layer = model.vit.layers[1]
+    name, blocks = find_blocks(model)
+    layer = blocks[1]
     layer._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
     if not reentrant:
         check_checkpointing(model)
         return
-    with pytest.raises(UnsupportedSetupError, match=r"'vit.layers.1'.*use_reentrant=True.*'use_reentrant': False"):
+    with pytest.raises(UnsupportedSetupError, match=rf"'{name}.1'.*use_reentrant=True.*'use_reentrant': False"):
         check_checkpointing(model)
 
 
