@@ -30,6 +30,8 @@ from .training.adapter import (
     install_callbacks,
     plan_stages_of,
     report_callbacks,
+    restore_weights_of,
+    resume_weights_of,
     start_run,
     write_model_card,
 )
@@ -38,7 +40,6 @@ from .training.checkpoints import (
     load_stage,
     move_scheduler,
     move_to_world_size,
-    restore_weights,
     save_stage,
 )
 from .training.data_checks import with_rgb
@@ -57,7 +58,7 @@ class FreezeCacheTrainer(Trainer):
     """``Trainer`` that freezes leading blocks stage by stage and trains the rest from a cache of their output.
 
     Every argument of ``Trainer`` keeps its meaning. Without ``freeze_config`` the numbers are those of ``Trainer``, to the
-    bit. Only restoring weights (resume, ``load_best_model_at_end``) is mended, see ``checkpoints.restore_weights``.
+    bit. Only restoring weights (resume, ``load_best_model_at_end``) is mended, see ``weights.restore_weights``.
 
     With ``freeze_config`` the training data are drawn as *views*: view ``v`` of row ``i`` is one draw of the data set's
     own transform under random states seeded by ``(seed, i, v)``. A stage that freezes at least one block first writes
@@ -174,9 +175,8 @@ class FreezeCacheTrainer(Trainer):
         )
         if moved is None:
             return state
-        step, epochs, skip = moved
-        self.state.global_step = self._run.moved_to = step
-        return epochs, skip
+        self.state.global_step = self._run.moved_to = moved[0]
+        return moved[1:]
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """As ``Trainer``; blocks that are frozen at the start are not in the optimizer.
@@ -215,11 +215,10 @@ class FreezeCacheTrainer(Trainer):
         if stage is not None:
             self.model_wrapped = run.leave(stage, self.optimizer, self.model_wrapped)
             self.model_wrapped = run.enter(stage, self.model_wrapped)
-            self.callback_handler.train_dataloader = run.current.loader
             self.log(run.stage_logs)
             for callback in report_callbacks(self):
                 callback.stage_began(self.args, self.state)
-        run.sampler.set_epoch(epoch)
+        run.begin_epoch(epoch)
         batch_size, entering_seconds = self.get_total_train_batch_size(self.args), time.perf_counter() - started
         run.stopwatch = Stopwatch(self.state.global_step, batch_size, len(run.sampler), entering_seconds)
         loader = run.current.loader
@@ -253,6 +252,10 @@ class FreezeCacheTrainer(Trainer):
         step = None if self._run is None else self._run.step
         counted = None if step is None else step.floating_point_ops(inputs)
         return int(super().floating_point_ops(inputs)) if counted is None else counted
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        step = None if self._run is None else self._run.step
+        super()._track_num_input_tokens(inputs if step is None else step.as_images(inputs))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         stopwatch = None if self._run is None else self._run.stopwatch
@@ -313,13 +316,17 @@ class FreezeCacheTrainer(Trainer):
             super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not _restore(self, resume_from_checkpoint, self.model if model is None else model):
+        if not resume_weights_of(self, resume_from_checkpoint, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
-        if not _restore(self, self.state.best_model_checkpoint, self.model):
+        if not restore_weights_of(self, self.state.best_model_checkpoint):
             super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As ``Trainer``; what a ``create_optimizer`` of the user's own put in of frozen blocks is in no saved optimizer."""
+        self._freezer.prune(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- Caches by themselves ----
 
@@ -392,9 +399,3 @@ class FreezeCacheTrainer(Trainer):
             call = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs)
             call.apply_defaults()
             write_model_card(self, {name: value for name, value in call.arguments.items() if name != "self"}, baseline)
-
-
-def _restore(trainer: FreezeCacheTrainer, checkpoint: str | None, model: nn.Module) -> bool:
-    if checkpoint is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return False
-    return restore_weights(Path(checkpoint), model)

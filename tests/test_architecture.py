@@ -133,7 +133,7 @@ def test_only_the_trainer_knows_transformers_trainer() -> None:
     knows_transformers = {
         *(
             "trainer",
-            "training.checkpoints",
+            "training.weights",
             "training.hooks",
             "report.callback",
             "distributed.jit_checkpoint",

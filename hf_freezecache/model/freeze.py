@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,31 +63,35 @@ def freeze(split: Split) -> Frozen:
     return Frozen(parameters, tuple(handles))
 
 
-def prune_optimizer(optimizer: Any) -> int:
-    """Remove frozen parameters from an optimizer, in place, and free their state.
+def prune_optimizer(optimizer: Any, parameters: Iterable[nn.Parameter]) -> int:
+    """Remove parameters from an optimizer, in place, and free their state.
 
-    The groups keep their order and options, so that a learning-rate scheduler of the optimizer stays valid.
+    The groups keep their order and options, so that a learning-rate scheduler of the optimizer stays valid. Whether a
+    parameter requires gradients does not matter: one that the user has frozen stays, since the user may thaw it again.
 
     Args:
         optimizer: A ``torch.optim.Optimizer``, or accelerate's wrapper around one.
+        parameters: What to remove: the parameters of the frozen prefix.
 
     Returns:
         Number of bytes of optimizer state that were freed.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    freed_bytes = 0
+    removed, freed_bytes = set(parameters), 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if not parameter.requires_grad:
+            if parameter in removed:
                 for value in optimizer.state.pop(parameter, {}).values():
                     if isinstance(value, torch.Tensor):
                         freed_bytes += value.numel() * value.element_size()
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        group["params"] = [parameter for parameter in group["params"] if parameter not in removed]
     return freed_bytes
 
 
 def restore_groups(optimizer: Any, groups: list[list[nn.Parameter]] | None) -> list[list[nn.Parameter]]:
     """Put the parameters that ``prune_optimizer`` removed back into a user's optimizer.
+
+    Groups and parameters that the user has added since stay, behind those of the first call.
 
     Args:
         optimizer: A ``torch.optim.Optimizer``, or accelerate's wrapper around one.
@@ -98,8 +103,9 @@ def restore_groups(optimizer: Any, groups: list[list[nn.Parameter]] | None) -> l
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if groups is None:
         return [list(group["params"]) for group in optimizer.param_groups]
-    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = list(parameters)
+    for group, parameters in zip(optimizer.param_groups, groups, strict=False):
+        known = set(parameters)
+        group["params"] = [*parameters, *(parameter for parameter in group["params"] if parameter not in known)]
     return groups
 
 

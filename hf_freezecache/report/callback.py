@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import logging
 import platform
 from pathlib import Path
@@ -127,7 +128,10 @@ def write_card(
             *([settings["tags"]] if isinstance(settings["tags"], str) else settings["tags"] or []),
             *(tags or []),
         ]
-    record.card = card_arguments(**settings)
+    known = inspect.signature(
+        card_arguments
+    ).parameters  # a newer Trainer may have arguments that no card of ours shows
+    record.card = card_arguments(**{name: value for name, value in settings.items() if name in known})
     write_run(output_dir, record)
     figures = figures_of(record)
     try:

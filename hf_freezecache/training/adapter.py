@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from ..compression.base_view import requested_codec
@@ -21,14 +22,16 @@ from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
 from ..schedules import Stage
-from .checkpoints import find_checkpoint
+from .checkpoints import announce_stage, find_checkpoint
 from .data_checks import num_classes, with_columns_removed
 from .evaluation_check import check_evaluation
+from .hooks import check_trainer_attributes
 from .planner import make_sampler, plan_run
 from .preflight import check_arguments, check_cache_dir, check_overrides, check_steps, make_augmenter, prepare_run
 from .rehearsal_copy import rehearsing
 from .runtime import Runtime
 from .stage import StageRunner
+from .weights import check_saving, restore_weights
 
 __all__ = [
     "augmenter_of",
@@ -37,6 +40,8 @@ __all__ = [
     "describe",
     "find_process_groups",
     "plan_stages_of",
+    "restore_weights_of",
+    "resume_weights_of",
     "start_run",
 ]
 
@@ -72,6 +77,7 @@ def check_setup(trainer: Any, base: type) -> None:
         ScheduleError: The schedule cannot be read, or asks for more blocks than there are.
         DataError: The training data set has no rows.
     """
+    check_trainer_attributes(trainer)
     config, dataset = trainer.cache_config, trainer.train_dataset
     if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
         raise UnsupportedSetupError(
@@ -160,6 +166,8 @@ def start_run(
                 check_evaluation(trainer, base)
 
     everyone, cache_group = trainer._process_groups
+    if trainer.args.load_best_model_at_end or trainer.args.save_strategy != "no":
+        check_saving(trainer.model)
     runtime = Runtime(
         model=trainer.model,
         args=trainer.args,
@@ -229,6 +237,42 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
             "into the cache. Load the model from one checkpoint, or seed its initialisation."
         )
     return CachedDataset(run.open_cache(split).reader)
+
+
+def resume_weights_of(trainer: Any, checkpoint: str, model: nn.Module | None) -> bool:
+    """As ``restore_weights_of``, for a run that goes on: it says so if the checkpoint is of another kind of run.
+
+    Args:
+        trainer: The user's trainer.
+        checkpoint: Its folder.
+        model: The model; ``None`` for the trainer's.
+
+    Raises:
+        UnsupportedSetupError: The stage of the checkpoint cannot be read, or it lacks weights of a model to be frozen.
+    """
+    freezes = trainer.freeze_config is not None
+    announce_stage(Path(checkpoint), freezes=freezes)
+    return restore_weights_of(trainer, checkpoint, model, strict=freezes)
+
+
+def restore_weights_of(
+    trainer: Any, checkpoint: str | None, model: nn.Module | None = None, *, strict: bool = False
+) -> bool:
+    """Load a checkpoint's weights into a trainer's model; return whether that was done, or is left to ``Trainer``.
+
+    Args:
+        trainer: The user's trainer.
+        checkpoint: Its folder; ``None`` if there is none.
+        model: The model; ``None`` for the trainer's.
+        strict: Refuse a checkpoint that lacks weights of the model.
+
+    Raises:
+        UnsupportedSetupError: See ``restore_weights``.
+    """
+    if checkpoint is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return False
+    logger.info("Loading the weights of %s.", checkpoint)
+    return restore_weights(Path(checkpoint), trainer.model if model is None else model, strict=strict)
 
 
 def report_callbacks(trainer: Any) -> list[ReportCallback]:

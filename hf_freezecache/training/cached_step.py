@@ -138,6 +138,16 @@ class CachedStep:
             return None
         return self.augmenter.loss
 
+    def as_images(self, inputs: Any) -> Any:
+        """Return a packed batch as one of blank images, which take no memory; others as they are.
+
+        ``Trainer`` counts the inputs that were seen by the shape of the images.
+        """
+        packed, rest = split_packed(inputs) if isinstance(inputs, Mapping) else ({}, {})
+        if not packed:
+            return inputs
+        return {**rest, "pixel_values": self.split.placeholder(len(next(iter(packed.values()))))}
+
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int | None:
         """Count 6 operations per trainable parameter and token of a packed batch; ``None`` for one of images.
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside ``Trainer``'s own files, and restoring its weights."""
+"""What a checkpoint holds beside ``Trainer``'s own files, and where a run goes on from it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import nn
-from transformers import PreTrainedModel
 
 from ..cache.index import atomic_write
 from ..distributed.process_group import ProcessGroup
@@ -24,6 +21,7 @@ from ..schedules import Stage
 __all__ = [
     "STATE_NAME",
     "SavedStage",
+    "announce_stage",
     "check_complete",
     "find_checkpoint",
     "last_complete",
@@ -31,7 +29,6 @@ __all__ = [
     "move_scheduler",
     "move_to_world_size",
     "moved_step",
-    "restore_weights",
     "save_stage",
 ]
 
@@ -137,6 +134,40 @@ def last_complete(output_dir: Path) -> Path | None:
     return None
 
 
+def announce_stage(checkpoint: Path, *, freezes: bool) -> None:
+    """Warn if a run goes on from a checkpoint of the other kind: of a run that freezes blocks, or of plain training.
+
+    Args:
+        checkpoint: Its folder.
+        freezes: Whether this run has a ``freeze_config``.
+
+    Raises:
+        UnsupportedSetupError: This run freezes blocks, and the stage cannot be read.
+    """
+    try:
+        stage = load_stage(checkpoint).stage
+    except UnsupportedSetupError as error:
+        if freezes:
+            raise
+        logger.warning("%s is a checkpoint of a run with freeze_config, and this run has none. %s", checkpoint, error)
+        return
+    if freezes and stage is None:
+        logger.warning("%s has no %s: taking it for a checkpoint of plain training.", checkpoint, STATE_NAME)
+    elif not freezes and stage is not None:
+        logger.warning(
+            "%s was saved by a run with freeze_config, in its stage %d, which began with epoch %d and freezes %d blocks. This "
+            "run has no freeze_config, and trains all blocks.%s",
+            checkpoint,
+            stage.index,
+            stage.start_epoch,
+            stage.split_point,
+            " The saved optimizer has no frozen blocks in its groups: loading it into one that has them fails. Pass the "
+            "freeze_config of that run, or begin a new run with the weights of the checkpoint."
+            if stage.split_point
+            else "",
+        )
+
+
 def load_stage(checkpoint: Path) -> SavedStage:
     """Return what a checkpoint says of the run that saved it; nothing if it is one of plain ``Trainer``.
 
@@ -145,7 +176,6 @@ def load_stage(checkpoint: Path) -> SavedStage:
     """
     path = checkpoint / STATE_NAME
     if not path.is_file():
-        logger.warning("%s has no %s: taking it for a checkpoint of plain training.", checkpoint, STATE_NAME)
         return SavedStage()
     try:
         state = json.loads(path.read_bytes())
@@ -188,44 +218,6 @@ def move_scheduler(scheduler: Any, step: int) -> None:
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
-
-
-def restore_weights(checkpoint: Path, model: nn.Module) -> bool:
-    """Load a checkpoint's weights strictly, by the names ``from_pretrained`` understands.
-
-    ``save_pretrained`` writes ViT-like models under legacy names. ``Trainer`` reads them back with
-    ``load_state_dict(strict=False)``, which restores almost nothing (transformers issue 43701).
-
-    Returns:
-        Whether it was done. Models that are no ``PreTrainedModel``, and folders without a whole model (adapters, say),
-        are left to ``Trainer``.
-
-    Raises:
-        RuntimeError: The checkpoint is that of another model.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return False
-    if not any(any(checkpoint.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")):
-        return False
-    path = checkpoint / "model.safetensors"
-    if path.is_file():
-        tensors = load_file(path)
-        if tensors.keys() == model.state_dict().keys():  # saved under today's names
-            model.load_state_dict(tensors, strict=True)
-            return True
-    with torch.random.fork_rng(devices=[]):
-        # fp32 holds what any 16-bit file holds; each parameter is cast to its own dtype on copying.
-        restored, info = type(model).from_pretrained(
-            checkpoint, config=model.config, dtype=torch.float32, output_loading_info=True
-        )
-    wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        raise RuntimeError(
-            f"Checkpoint {checkpoint} does not hold the weights of this {type(model).__name__}: "
-            + ", ".join(f"{name.replace('_', ' ')} {keys[:5]}" for name, keys in wrong.items() if keys)
-        )
-    model.load_state_dict(restored.state_dict(), strict=True)
-    return True
 
 
 def find_checkpoint(asked: Any, args: Any, everyone: ProcessGroup) -> Any:

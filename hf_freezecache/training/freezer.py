@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from ..model.freeze import Frozen, check_checkpointing, freeze, prune_optimizer,
 from ..model.split import Split
 
 __all__ = ["Freezer"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Freezer:
     trained_from: float = math.inf
     optimizer_is_ours: bool = False
     _frozen: list[Frozen] = field(default_factory=list)
+    _prefix: tuple[nn.Parameter, ...] = ()
     _groups: list[list[nn.Parameter]] | None = None
 
     def begin(self, optimizer: Any, first_split_point: int) -> bool:
@@ -56,11 +60,35 @@ class Freezer:
             UnsupportedSetupError: The model uses reentrant activation checkpointing.
         """
         check_checkpointing(split.model)
-        if split.split_point > 0:
-            self._frozen.append(freeze(split))
-        return 0 if optimizer is None else prune_optimizer(optimizer)
+        if split.split_point == 0:
+            return 0
+        prefix = tuple(split.prefix_parameters().values())
+        if len(prefix) > len(self._prefix) and callable(show_averages := getattr(optimizer, "eval", None)):
+            show_averages()  # schedule-free optimizers: blocks are frozen as evaluation sees them
+        self._frozen.append(freeze(split))
+        self._prefix = prefix
+        return self.prune(optimizer)
+
+    def prune(self, optimizer: Any) -> int:
+        """Drop the parameters of the frozen prefix from an optimizer; return the bytes of state that were released."""
+        return 0 if optimizer is None else prune_optimizer(optimizer, self._prefix)
+
+    def hold(self) -> None:
+        """Freeze again what somebody else, such as a callback, has thawed of the prefix: it would get useless gradients."""
+        thawed = tuple(parameter for parameter in self._prefix if parameter.requires_grad)
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        if thawed:
+            logger.warning(
+                "%d parameters of frozen blocks required gradients again: they stay frozen until the run ends, as the "
+                "schedule says. A callback that thaws a head must leave the frozen blocks alone.",
+                len(thawed),
+            )
+            self._frozen.append(Frozen(thawed, ()))
 
     def thaw(self) -> None:
-        """Let frozen parameters require gradients again, and remove all hooks."""
+        """Let parameters that were frozen here require gradients again, and remove all hooks."""
+        self._prefix = ()
         while self._frozen:
             self._frozen.pop().thaw()

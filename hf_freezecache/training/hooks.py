@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from dataclasses import dataclass
+from typing import Any
 
+import accelerate
 import transformers
 
 from ..errors import UnsupportedSetupError
 
-__all__ = ["TRAINER_HOOKS", "TrainerHook", "check_trainer_hooks", "missing_hooks"]
+__all__ = [
+    "TRAINER_ATTRIBUTES",
+    "TRAINER_HOOKS",
+    "TrainerHook",
+    "check_trainer_attributes",
+    "check_trainer_hooks",
+    "missing_hooks",
+]
 
 
 @dataclass(frozen=True)
@@ -48,14 +58,23 @@ TRAINER_HOOKS = (
     _hook("_save_checkpoint", "model trial", "the stage is written into each checkpoint"),
     _hook("_save_rng_state", "output_dir", "a checkpoint is complete once all processes have saved"),
     _hook("_load_from_checkpoint", "resume_from_checkpoint model", "weights are restored strictly"),
-    _hook("_load_best_model", "", "weights are restored strictly"),
+    _hook("_load_best_model", "", "weights are restored under the model's own keys"),
+    _hook("_load_optimizer_and_scheduler", "checkpoint", "frozen blocks leave an optimizer before its state is loaded"),
     _hook("_push_from_checkpoint", "checkpoint_folder", "no cache is pushed with a model"),
     _hook("_get_train_sampler", "train_dataset", "a CachedDataset is shuffled chunk by chunk"),
     _hook("_get_collator_with_removed_columns", "data_collator description", "columns are removed as Trainer does"),
     _hook("_remove_unused_columns", "dataset description", "columns are removed as Trainer does"),
     _hook("_get_output_dir", "trial", "the folder of a checkpoint"),
     _hook("_prepare_inputs", "inputs", "batches go to the training device"),
+    _hook("_track_num_input_tokens", "inputs", "inputs of cached batches are counted as those of images"),
 )
+
+#: Private attributes of a trainer and of accelerate's ``Accelerator`` that are read or changed, and what for.
+TRAINER_ATTRIBUTES = {
+    "_train_batch_size": "samples per batch of one process",
+    "accelerator._dataloaders": "the loader of a stage that has ended is let go",
+    "accelerator._models": "the wrapper of a stage that has ended is let go",
+}
 
 
 def missing_hooks(trainer_class: type) -> list[str]:
@@ -87,4 +106,26 @@ def check_trainer_hooks(trainer_class: type) -> None:
         raise UnsupportedSetupError(
             f"The Trainer of transformers {transformers.__version__} lacks what cached training relies on: "
             f"{'; '.join(missing)}. Install transformers>=5.4, or train without freeze_config."
+        )
+
+
+def check_trainer_attributes(trainer: Any) -> None:
+    """Refuse versions whose trainer or accelerator lacks a private attribute.
+
+    Args:
+        trainer: The user's trainer.
+
+    Raises:
+        UnsupportedSetupError: The message names what is missing.
+    """
+    missing = []
+    for path, purpose in TRAINER_ATTRIBUTES.items():
+        try:
+            operator.attrgetter(path)(trainer)
+        except AttributeError:
+            missing.append(f"{path} ({purpose})")
+    if missing:
+        raise UnsupportedSetupError(
+            f"With transformers {transformers.__version__} and accelerate {accelerate.__version__}, a trainer lacks what cached "
+            f"training relies on: {'; '.join(missing)}. Install other versions of them, or train without freeze_config."
         )

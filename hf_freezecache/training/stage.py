@@ -174,6 +174,11 @@ class StageRunner:
 
     # ---- Stages ----
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Order the samples as in this epoch, and keep frozen what is to be frozen, whatever a callback has done."""
+        self.sampler.set_epoch(epoch)
+        self.freezer.hold()
+
     def begins(self, epoch: int) -> Stage | None:
         """Return the stage that begins in an epoch, or with which a resumed run begins; ``None`` if none does."""
         stage = stage_at(self.stages, epoch)

@@ -107,6 +107,17 @@ def test_only_gradients_of_what_trains_are_sent(two) -> None:
             assert stage["find_unused"] is False
 
 
+def test_a_wrapper_is_gone_before_the_next_is_made(two) -> None:
+    """Else its buckets of gradients would stay beside those of the next, and autograd would run the hooks of both."""
+    for found in two:
+        for run in (
+            *(found["parity:10"][mode] for mode in ("always", "never")),
+            *found["parity:10"]["resumed"].values(),
+        ):
+            assert len(run["alive"]) > len(run["stages"]) - 1 > 0
+            assert not any(run["alive"])
+
+
 @pytest.mark.slow
 def test_what_is_written_does_not_depend_on_the_number_of_processes(all_of_two, one, folder: Path) -> None:
     for name in ("lossless", "lossy"):

@@ -18,6 +18,7 @@ from hf_freezecache.model.freeze import (
     freeze,
     prune_optimizer,
 )
+from hf_freezecache.model.split import find_blocks
 
 DROPOUT = {"hidden_dropout_prob": 0.4, "attention_probs_dropout_prob": 0.4}
 
@@ -228,7 +229,7 @@ def test_pruning_keeps_groups_options_scheduler_and_counts_released_bytes(accele
     # Two moments in fp32 and one fp32 counter for each.
     expected = sum(2 * 4 * p.numel() + 4 for p in frozen)
 
-    assert prune_optimizer(wrapped) == expected
+    assert prune_optimizer(wrapped, frozen) == expected
 
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == options
     kept = [group["params"] for group in optimizer.param_groups]
@@ -237,7 +238,7 @@ def test_pruning_keeps_groups_options_scheduler_and_counts_released_bytes(accele
     assert optimizer.state.keys() == states.keys() - frozen
     for parameter, state in optimizer.state.items():
         assert all(torch.equal(state[name], value) for name, value in states[parameter].items())
-    assert prune_optimizer(wrapped) == 0
+    assert prune_optimizer(wrapped, frozen) == 0
 
     step(model, optimizer, 1)
     scheduler.step()
@@ -250,10 +251,11 @@ def test_pruned_and_unpruned_optimizers_train_alike() -> None:
         model = tiny_vit()
         optimizer = torch.optim.AdamW(grouped(model))
         step(model, optimizer, 0)
-        freeze(split_model(model, 2))
+        split = split_model(model, 2)
+        freeze(split)
         optimizer.zero_grad()
         if prune:
-            assert prune_optimizer(optimizer) > 0
+            assert prune_optimizer(optimizer, split.prefix_parameters().values()) > 0
         step(model, optimizer, 1)
         return clones(dict(model.named_parameters()))
 
@@ -264,11 +266,12 @@ def test_pruned_and_unpruned_optimizers_train_alike() -> None:
 def test_pruning_before_the_first_step_and_without_frozen_parameters_releases_nothing() -> None:
     model = tiny_vit()
     optimizer = torch.optim.AdamW(model.parameters())
-    assert prune_optimizer(optimizer) == 0
+    assert prune_optimizer(optimizer, []) == 0
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     split = split_model(model, 2)
     freeze(split)
-    assert prune_optimizer(optimizer) == 0
+    model.classifier.requires_grad_(False)  # by the user, who may thaw it: it stays
+    assert prune_optimizer(optimizer, split.prefix_parameters().values()) == 0
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters())) - len(split.prefix_parameters())
 
 
@@ -276,12 +279,13 @@ def test_pruning_before_the_first_step_and_without_frozen_parameters_releases_no
 def test_reentrant_checkpointing_is_refused(reentrant) -> None:
     model = tiny_vit()
     check_checkpointing(model)
-    layer = model.vit.layers[1]
+    name, blocks = find_blocks(model)
+    layer = blocks[1]
     layer._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
     if not reentrant:
         check_checkpointing(model)
         return
-    with pytest.raises(UnsupportedSetupError, match=r"'vit.layers.1'.*use_reentrant=True.*'use_reentrant': False"):
+    with pytest.raises(UnsupportedSetupError, match=rf"'{name}.1'.*use_reentrant=True.*'use_reentrant': False"):
         check_checkpointing(model)
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,20 @@ SETTINGS = {"schedule": SCHEDULE, "num_train_epochs": 4, "per_device_train_batch
 
 
 class Watched(Recorder):
-    """Counts what DDP reduces and what is decoded."""
+    """Counts what DDP reduces, what is decoded, and the wrappers that are still there when another is made."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        prepare, self.alive = self.accelerator.prepare_model, []
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.alive.append(sum(wrapper() is not None for wrapper in getattr(self, "wrappers", [])))
+            return prepare(*args, **kwargs)
+
+        self.accelerator.prepare_model = counting
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            del self.accelerator.prepare_model
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.rates = [*getattr(self, "rates", []), self.optimizer.param_groups[0]["lr"]]
@@ -50,8 +64,9 @@ class Watched(Recorder):
         loader = self._run.current.loader
         self.stages = [*getattr(self, "stages", []), {"split_point": split_point, "reduced": None, "decoded": []}]
         self.cached = loader.dataset if isinstance(loader.dataset, CachedDataset) else None
-        self.wrapped = self.model_wrapped
-        if isinstance(self.wrapped, torch.nn.parallel.DistributedDataParallel):
+        wrapped = self.model_wrapped
+        if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
+            self.wrappers = [*getattr(self, "wrappers", []), weakref.ref(wrapped)]
             self.seen: list[int] = []
 
             def hook(_, bucket):  # DDP reads annotations, which must not be strings
@@ -62,8 +77,8 @@ class Watched(Recorder):
                     .then(lambda future: future.value()[0])
                 )
 
-            self.wrapped.register_comm_hook(None, hook)
-            self.stages[-1]["find_unused"] = self.wrapped.find_unused_parameters
+            wrapped.register_comm_hook(None, hook)
+            self.stages[-1]["find_unused"] = wrapped.find_unused_parameters
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         steps = self.state.global_step
@@ -106,6 +121,7 @@ def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
         "digest": digest(trainer.model),
         "losses": getattr(trainer, "losses", []),
         "stages": getattr(trainer, "stages", []),
+        "alive": trainer.alive,
         "built": [entry["freezecache/built_shards"] for entry in logs if "freezecache/built_shards" in entry],
         "new": getattr(trainer, "built", []),
         "rates": getattr(trainer, "rates", []),

@@ -16,7 +16,12 @@ from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.model import split as split_module
 from hf_freezecache.schedules import Stage
 from hf_freezecache.training.checkpoints import STATE_NAME
-from hf_freezecache.training.hooks import TRAINER_HOOKS, missing_hooks
+from hf_freezecache.training.hooks import (
+    TRAINER_ATTRIBUTES,
+    TRAINER_HOOKS,
+    check_trainer_attributes,
+    missing_hooks,
+)
 from hf_freezecache.training.planner import predict_passes
 
 
@@ -142,6 +147,16 @@ def test_the_installed_trainer_has_each_hook(hook, train_dataset, monkeypatch) -
     monkeypatch.delattr(Trainer, hook.name)
     with pytest.raises(UnsupportedSetupError, match=rf"{hook.name} \("):
         make_trainer(tiny_vit(), train_dataset)
+
+
+@pytest.mark.parametrize("path", TRAINER_ATTRIBUTES)
+def test_private_attributes_are_there_or_named(path, train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset)
+    check_trainer_attributes(trainer)
+    owner = trainer.accelerator if path.startswith("accelerator.") else trainer
+    delattr(owner, path.rpartition(".")[2])
+    with pytest.raises(UnsupportedSetupError, match=rf"lacks what.*{path} \("):
+        check_trainer_attributes(trainer)
 
 
 def test_every_private_override_is_a_hook_or_nobody_calls_it() -> None:
