@@ -27,6 +27,7 @@ from .training.adapter import (
     check_train_arguments,
     describe,
     find_process_groups,
+    first_split_point,
     install_callbacks,
     plan_stages_of,
     report_callbacks,
@@ -37,7 +38,6 @@ from .training.adapter import (
 )
 from .training.checkpoints import (
     SavedStage,
-    load_stage,
     move_scheduler,
     move_to_world_size,
     save_stage,
@@ -187,12 +187,7 @@ class FreezeCacheTrainer(Trainer):
         run = self._run
         if run is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        split_point = run.stages[0].split_point
-        if resume_from_checkpoint is not None:
-            saved = load_stage(Path(resume_from_checkpoint))
-            split_point = saved.split_point
-            if saved.stage is not None:
-                run.restore_progress(saved.progress)
+        split_point = first_split_point(run, resume_from_checkpoint)
         self._freezer.optimizer_is_ours = self.optimizer is None
         run.use_model(self.model)
         run.freeze(split_point, self.optimizer)  # a user's own optimizer holds all parameters

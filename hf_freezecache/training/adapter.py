@@ -22,7 +22,7 @@ from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
 from ..schedules import Stage
-from .checkpoints import announce_stage, find_checkpoint
+from .checkpoints import announce_stage, find_checkpoint, load_stage
 from .data_checks import num_classes, with_columns_removed
 from .evaluation_check import check_evaluation
 from .hooks import check_trainer_attributes
@@ -39,6 +39,7 @@ __all__ = [
     "check_setup",
     "describe",
     "find_process_groups",
+    "first_split_point",
     "plan_stages_of",
     "restore_weights_of",
     "resume_weights_of",
@@ -196,6 +197,20 @@ def start_run(
         augmenter,
         try_evaluation,
     )
+
+
+def first_split_point(run: StageRunner, checkpoint: str | None) -> int:
+    """Return with how many frozen blocks a run begins: those of the checkpoint it goes on from, whose progress it takes over.
+
+    Raises:
+        UnsupportedSetupError: The stage of the checkpoint cannot be read.
+    """
+    if checkpoint is None:
+        return run.stages[0].split_point
+    saved = load_stage(Path(checkpoint))
+    if saved.stage is not None:
+        run.restore_progress(saved.progress)
+    return saved.split_point
 
 
 def describe(trainer: Any) -> None:

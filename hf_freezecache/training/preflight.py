@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -280,7 +281,9 @@ def check_steps(run: StageRunner, wrapped: nn.Module) -> None:
     Raises:
         FreezeCacheError: See ``rehearse`` and ``check_folder``.
     """
+    started = time.perf_counter()
     rehearse(run, wrapped)
     points = [stage.split_point for stage in run.stages if stage.split_point not in run.refusals]
     if run.config.mode != "never" and any(points):
         check_folder(run.cache, run.splits, points)
+    run.record.preflight_seconds = round(run.record.preflight_seconds + time.perf_counter() - started, 3)
