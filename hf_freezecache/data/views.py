@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..codecs.predictor import WHOLE
 from ..errors import DataError, UnrepeatableTransformError, UnsupportedSetupError
 from .geometry import ViewParameters, recorded
-from .seeding import seeded
+from .image_transform import ImageTransform
+from .seeding import random_states, seeded
 
-__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "with_rgb_images"]
+__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "mixes_rows", "same_examples"]
 
 #: (sample index, view): samplers yield it, and data sets take it. View 0 is the base view.
 ViewKey = tuple[int, int]
 
 
-def with_rgb_images(dataset: Any) -> Any:
-    """Return a ``datasets.Dataset`` that decodes its one image column to RGB.
-
-    Grayscale, palette and RGBA images among RGB ones would otherwise fail in the transform or the model, hours into a run.
-    The data set comes back unchanged if it is of another type, if its column has a mode already, or if it has several image
-    columns (masks, say).
-    """
-    if not isinstance(dataset, datasets.Dataset):
-        return dataset
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if len(columns) != 1 or dataset.features[columns[0]].mode is not None:
-        return dataset
-    return dataset.cast_column(columns[0], datasets.Image(mode="RGB", decode=dataset.features[columns[0]].decode))
+def _with_transform(dataset: Any, transform: Callable[..., Any]) -> Any:
+    """Return a ``datasets.Dataset`` with another transform. ``with_transform`` would copy the one that it has."""
+    other = copy.copy(dataset)
+    other.set_transform(transform)
+    return other
 
 
 class ViewDataset(Dataset):  # type: ignore[type-arg]
     """Renders views live: item ``(i, v)`` is sample ``i`` of the user's data set, drawn under ``seeded(seed, i, v)``.
+
+    The user's own transform is called, not a copy, and with what the data set holds: nothing is converted before.
 
     Args:
         dataset: A ``datasets.Dataset`` with its ``set_transform``/``with_transform``, or any map-style data set.
@@ -70,9 +67,10 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
             )
         self.dataset = dataset
         self.seed = seed
-        self._base = dataset if eval_transform is None else dataset.with_transform(eval_transform)
-        self._augmented = dataset if train_transform is None else dataset.with_transform(train_transform)
+        self._base = dataset if eval_transform is None else _with_transform(dataset, eval_transform)
+        self._augmented = dataset if train_transform is None else _with_transform(dataset, train_transform)
         self._geometry = False
+        self._together = False
 
     def with_geometry(self) -> ViewDataset:
         """Return the same views with items ``(example, geometry)``, for ``CheckedCollator.with_geometry``.
@@ -82,6 +80,24 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         views = copy.copy(self)
         views._geometry = True
         return views
+
+    def rendered_together(self) -> ViewDataset:
+        """Return views whose transform gets all rows of a batch in one call, as under ``Trainer``.
+
+        It is for transforms that mix the rows of a batch. A view then depends on the batch that it is in, so none can be
+        cached. Each batch is drawn under ``seeded(seed, i, v)`` of its first item.
+        """
+        views = copy.copy(self)
+        views._together = True
+        return views
+
+    def sources(self, num_views: int) -> list[Any]:
+        """Return the user's data sets with their transforms: that of view 0, and that of further views if it is another.
+
+        Args:
+            num_views: Views per sample.
+        """
+        return [self._base] if num_views == 1 or self._augmented is self._base else [self._base, self._augmented]
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -113,11 +129,12 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
             # If several images were rendered, nothing says which of them the tokens show.
             return example, drawn[0] if len(drawn) == 1 else None
         except Exception as error:
+            modes = _image_modes(self.dataset, sample_index)
             raise DataError(
                 f"Row {sample_index} of the training data set could not be rendered (view {view}): "
-                f"{type(error).__name__}: {error}. Check that the row's image is intact and that the transform finds "
-                "its columns; remove a bad row with dataset.select or dataset.filter and start again: finished "
-                "shards of a cache are kept."
+                f"{type(error).__name__}: {error}. {modes}Check that the row's image is intact and that the transform finds "
+                "its columns; remove a bad row with dataset.select or dataset.filter. Finished shards of a cache are kept "
+                "for a run with the same data set and settings; a changed data set has a cache of its own, built anew."
             ) from error
 
     def __getitems__(self, keys: Sequence[int | ViewKey]) -> list[Any]:
@@ -126,15 +143,54 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         Raises:
             DataError: A row could not be read or transformed; the message names the row.
         """
-        return [self[key] for key in keys]
+        if not self._together:
+            return [self[key] for key in keys]
+        pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
+        examples: dict[int, Any] = {}
+        try:
+            with seeded(self.seed, *pairs[0]):
+                for source in self.sources(2):
+                    places = [
+                        place
+                        for place, (_, view) in enumerate(pairs)
+                        if source is (self._augmented if view else self._base)
+                    ]
+                    if places:
+                        examples |= zip(places, source.__getitems__([pairs[place][0] for place in places]), strict=True)
+        except Exception as error:
+            raise DataError(
+                f"Rows {[row for row, _ in pairs]} of the training data set could not be rendered together: "
+                f"{type(error).__name__}: {error}. Check that their images are intact and that the transform finds its columns."
+            ) from error
+        return [examples[place] for place in range(len(pairs))]
 
 
-def _same(a: Any, b: Any) -> bool:
+def _image_modes(dataset: Any, row: int) -> str:
+    """Say in which modes the images of a row are, if one is not RGB: many transforms take nothing else."""
+    try:
+        plain = copy.copy(dataset)
+        plain.set_format(None)
+        modes = {column: value.mode for column, value in plain[row].items() if isinstance(value, Image.Image)}
+    except Exception:  # the data set is of another type, or the image is broken
+        return ""
+    if all(mode == "RGB" for mode in modes.values()):
+        return ""
+    found = ", ".join(f"that in {column!r} has mode {mode!r}" for column, mode in modes.items())
+    return (
+        f"Of its images {found}: if the transform expects RGB, let it call image.convert('RGB'), as images are passed to it "
+        "as they are stored. "
+    )
+
+
+def same_examples(a: Any, b: Any) -> bool:
+    """Say whether two rendered examples, or batches of them, are equal to the bit; NaN equals NaN."""
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same_examples(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same_examples(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor):
+        if not isinstance(b, torch.Tensor) or a.shape != b.shape:
+            return False
         return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
@@ -156,9 +212,59 @@ def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -
     """
     for sample_index in range(min(num_samples, len(views))):
         for view in range(min(max(num_views, 1), 2)):
-            if not _same(views[sample_index, view], views[sample_index, view]):
+            if not same_examples(views[sample_index, view], views[sample_index, view]):
                 raise UnrepeatableTransformError(
                     f"The training transform gave two different results for row {sample_index}, view {view}, under "
                     "the same state of random, numpy.random and torch. It has a random generator of its own: let it "
                     "use one of the global ones, or seed it in each call from one of them."
                 )
+
+
+#: Least and most trials of ``mixes_rows``, the CPU seconds after which the least number is enough, and the rows to use.
+_TRIALS = (8, 16, 0.1, 8)
+
+
+def mixes_rows(views: ViewDataset, num_views: int) -> bool:
+    """Say whether a transform gives a row another result when other rows are rendered with it in one call.
+
+    Row 0 is rendered with one other row, then with a third under the same random states. A transform that draws for one row
+    after the other gives row 0 the same draws in both. Where the two calls drew different amounts, nothing is concluded.
+
+    Args:
+        views: The views to render.
+        num_views: Views per sample that the run stores or trains on.
+    """
+    return len(views) > 1 and any(_mixes(views, source) for source in views.sources(num_views))
+
+
+def _mixes(views: ViewDataset, source: Any) -> bool:
+    if not hasattr(source, "__getitems__"):
+        return False  # PyTorch would render its rows one by one, too
+    if isinstance(source, datasets.Dataset):
+        transform = (source.format["format_kwargs"] or {}).get("transform")
+        if transform is None or type(transform) is ImageTransform:
+            return False
+    least, most, seconds, rows = _TRIALS
+    started, last = time.process_time(), min(len(views), rows) - 1
+
+    def first_of(rows: list[int], trial: int) -> tuple[Any, Any, bool]:
+        with seeded(views.seed, trial, 0):
+            before = random_states()
+            example = source.__getitems__(rows)[0]
+            after = random_states()
+        return example, after, before != after
+
+    try:
+        for trial in range(most):
+            other, third = 1 + trial % last, (2 + trial) % (last + 1)
+            alone, _, _ = first_of([0], trial)
+            pair, drawn, drew = first_of([0, other], trial)
+            if not same_examples(alone, pair):
+                example, drawn_again, _ = first_of([0, third if third != other else 0], trial)
+                if drawn == drawn_again and not same_examples(pair, example):
+                    return True
+            if not drew or (trial + 1 >= least and time.process_time() - started > seconds):
+                return False
+    except Exception:  # it takes one row at a time, and that is what it gets
+        return False
+    return False

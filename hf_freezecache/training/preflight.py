@@ -29,7 +29,7 @@ from ..report.record import RunRecord
 from ..schedules import Stage
 from .data_checks import num_classes, prepare_data
 from .freezer import Freezer
-from .planner import make_sampler, shuffle_seed, view_seed
+from .planner import make_sampler, shuffle_seed
 from .runtime import Runtime
 from .stage import StageRunner
 from .stage_cache import StageCache
@@ -257,9 +257,10 @@ def prepare_run(
     """
     sampler = make_sampler(len(dataset), config, runtime.args, runtime.cache_group, runtime.batch_size)
     layout = sampler.layouts[runtime.cache_group.group_index]
-    data = prepare_data(runtime, config, dataset, transforms, layout, view_seed(config, runtime.args))
-    model, splits = runtime.model, Splits(runtime.model, data.image_shape)
     split_points = tuple(stage.split_point for stage in stages)
+    cached = config.mode != "never" and any(split_points)
+    data = prepare_data(runtime, config, dataset, transforms, layout, config.view_seed, cached)
+    model, splits = runtime.model, Splits(runtime.model, data.image_shape)
     deepest = splits.at(max(split_points))
     device = next(model.parameters()).device
     inputs = {"pixel_values", *data.prefix_inputs}
@@ -279,7 +280,7 @@ def prepare_run(
         split_points,
         runtime.cache_group,
     )
-    if config.mode != "never" and any(split_points):
+    if cached:
         cache.check_settings()
         _check_folder(config, runtime.cache_group)
         if transforms[0] is not None and config.num_views == 1:

@@ -35,6 +35,7 @@ from .freezer import Freezer
 from .planner import Outlook, predict_passes, why_live
 from .runtime import Runtime
 from .stage_cache import OpenedCache, StageCache
+from .transform_watch import TransformWatch
 
 __all__ = ["ActiveStage", "StageRunner"]
 
@@ -82,6 +83,7 @@ class StageRunner:
         moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
         released_bytes: Bytes of optimizer state that the last freezing released.
         stage_logs: What to log of the stage that was entered last.
+        watch: Looks whether the transform is still what it was when the cache of the stage was opened.
     """
 
     runtime: Runtime
@@ -101,6 +103,7 @@ class StageRunner:
     moved_to: int | None = None
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
+    watch: TransformWatch | None = None
 
     @property
     def current(self) -> ActiveStage:
@@ -243,6 +246,7 @@ class StageRunner:
             self.active = ActiveStage(stage, split, self.live_loader(), None, decision)
         else:
             self._describe(decision, opened)
+            self.watch = TransformWatch(self.data, self.config)
             self.active = self._cached(stage, split, opened, decision)
         # Before the record adds what a run that was interrupted in this stage had built.
         self.stage_logs = decision_logs(decision)
@@ -300,7 +304,7 @@ class StageRunner:
         decision.cache = "found" if opened.built_from is None else "built"
         decision.built_from = opened.built_from
         decision.calibrated = opened.calibrated
-        decision.num_views = index.num_views
+        decision.num_views = len(opened.reader.selection.chosen_views(index))
         decision.codec = dict(index.codec)
         decision.dtype = str(DTYPES[index.dtype]).removeprefix("torch.")
         decision.calibration = index.calibration
@@ -334,6 +338,11 @@ class StageRunner:
         )
         loader = self.runtime.make_loader(dataset, self.sampler, collate_cached)
         return ActiveStage(stage, split, loader, step, decision)
+
+    def watch_transform(self) -> None:
+        """Warn, once in a stage, if a callback has changed the transform since the cache was opened."""
+        if self.watch is not None and self.runtime.everyone.is_main_process:
+            self.watch.look(self.sampler.epoch)
 
     def cost_logs(self, state: Any) -> dict[str, float]:
         """Record what training has cost since this was called last, and return what to log of it.
