@@ -24,8 +24,8 @@ _GENERATORS = (
 )
 _FILES = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO)
 _WITHOUT_CONTENT = (types.MemberDescriptorType, types.GetSetDescriptorType, weakref.ReferenceType)
-#: Seeds that people choose are smaller than those that the operating system draws.
-_CHOSEN_SEEDS = 2**64
+#: Seeds that people choose are smaller than those that a clock or the operating system gives.
+_CHOSEN_SEEDS = 2**32
 
 
 def content_of(value: Any) -> tuple[str | bytes, ...] | None:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import collections
 import copyreg
-import dis
 import enum
 import functools
 import hashlib
-import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from .code_names import names_in, variables_and_imports
 from .code_values import content_of, file_words
 from .origin import INSTALLED, PROJECT, SCRIPT, is_importable, origin_of, source_hash
 
@@ -55,31 +54,6 @@ def _leaf(*words: str | bytes) -> _Pair:
 
 def _together(name: str, pairs: list[_Pair]) -> _Pair:
     return _hash(name, *(deep for deep, _ in pairs)), _hash(name, *(shallow for _, shallow in pairs))
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yield a code object and those of the functions and classes inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-def _variables_and_imports(code: types.CodeType, package: str) -> tuple[set[str], set[str]]:
-    """Return the names of the global variables that code reads, and of the modules that it imports when it runs."""
-    variables, imports = set(), set()
-    for part in _codes(code):
-        constants: list[Any] = []
-        for step in dis.get_instructions(part):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                variables.add(step.argval)
-            elif step.opname == "IMPORT_NAME":
-                level = next((each for each in constants[-2:] if isinstance(each, int)), 0)
-                with suppress(ImportError):
-                    imports.add(importlib.util.resolve_name("." * level + step.argval, package))
-            elif step.opname.startswith("LOAD_"):
-                constants.append(step.argval)
-    return variables, imports
 
 
 class CodeWalk:
@@ -237,7 +211,7 @@ class CodeWalk:
         defaults = {"defaults": value.__defaults__, **(value.__kwdefaults__ or {})}
         pairs = [
             _leaf("function", name),
-            self._parts(cells, f"{place}.{inside}()", not own, own),
+            *self._variables(cells, f"{place}.{inside}()", names_in(value.__code__), not own, own),
             self._parts(defaults, f"{place}.{inside}.defaults", not own, own),
             self._parts(vars(value), f"{place}.{inside}", not own, own),
         ]
@@ -260,17 +234,20 @@ class CodeWalk:
 
     def _references(self, code: types.CodeType, variables: dict[str, Any]) -> list[_Pair]:
         """Visit the global variables that code reads, and the modules that it imports when it runs."""
-        read, imported = _variables_and_imports(code, str(variables.get("__package__") or ""))
-        names = sorted({name for part in _codes(code) for name in part.co_names})
-        pairs = self._variables({name: variables[name] for name in read & variables.keys()}, variables, names)
+        read, imported = variables_and_imports(code, str(variables.get("__package__") or ""))
+        names, module = names_in(code), str(variables.get("__name__", ""))
+        pairs = self._variables({name: variables[name] for name in read & variables.keys()}, module, names)
         for name in sorted(imported & sys.modules.keys()):
             pairs += self._module(sys.modules[name], names)
         return pairs
 
-    def _variables(self, values: dict[str, Any], variables: dict[str, Any], names: list[str]) -> list[_Pair]:
+    def _variables(
+        self, values: dict[str, Any], place: str, names: list[str], lenient: bool = True, note: bool = True
+    ) -> list[_Pair]:
+        """Visit variables that code with these names in it reads."""
         modules = {name: value for name, value in values.items() if isinstance(value, types.ModuleType)}
         others = {name: value for name, value in values.items() if name not in modules}
-        pairs = [self._parts(others, str(variables.get("__name__", "")), lenient=True)]
+        pairs = [self._parts(others, place, lenient, note)]
         for name in sorted(modules):
             pairs += self._module(modules[name], names)
         return pairs
@@ -284,13 +261,13 @@ class CodeWalk:
             variables = vars(module)
             values = {name: variables[name] for name in names if name in variables}
             source = _leaf("module", module.__name__, self._source(module.__name__))
-            return [source, *self._variables(values, variables, names)]
+            return [source, *self._variables(values, module.__name__, names)]
         finally:
             self._begun.discard(id(module))
 
     def _module_by_itself(self, value: types.ModuleType, place: str) -> _Pair:
-        # It is being visited, so it would be taken for a circle.
-        return _leaf("module", value.__name__, self._source(value.__name__))
+        self._begun.discard(id(value))  # it is being visited: else it would be taken for a circle
+        return _together("module", self._module(value, [name for name in vars(value) if not name.startswith("__")]))
 
     def _class(self, value: type, place: str) -> _Pair:
         module, origin = value.__module__, origin_of(value.__module__)

@@ -77,7 +77,7 @@ CHANGES = {
     "image size": lambda images: {"transform": HalfSize(augment=True), "model": tiny_vit(image_size=8)},
     "split point": lambda images: {"schedule": "0:3"},
     "number of views": lambda images: {"cache": {"num_views": 3}},
-    "view seed": lambda images: {"seed": 2},
+    "view seed": lambda images: {"cache": {"view_seed": 2}},
     "dtype": lambda images: {"bf16": True},
     "chunk layout": lambda images: {"cache": {"chunk_size": 9}},
 }

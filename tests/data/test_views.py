@@ -261,7 +261,7 @@ def test_the_users_own_transform_gets_images_as_they_are_stored(given) -> None:
         views[row, 1]
     assert [image.mode for image in transform.images] == modes
     assert len(np.unique(np.array(transform.images[-1]))) == 256
-    dataset.set_transform(None)
+    dataset.reset_format()
     for row, image in enumerate(transform.images):
         assert np.array_equal(np.array(image), np.array(dataset[row]["image"]))
 
