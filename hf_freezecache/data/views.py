@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import datasets
@@ -19,7 +19,7 @@ from .geometry import ViewParameters, recorded
 from .image_transform import ImageTransform
 from .seeding import random_states, seeded
 
-__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "mixes_rows", "same_examples"]
+__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "same_examples"]
 
 #: (sample index, view): samplers yield it, and data sets take it. View 0 is the base view.
 ViewKey = tuple[int, int]
@@ -91,13 +91,24 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         views._together = True
         return views
 
-    def sources(self, num_views: int) -> list[Any]:
-        """Return the user's data sets with their transforms: that of view 0, and that of further views if it is another.
+    def render_among(self, key: ViewKey, others: Sequence[int]) -> tuple[Any, Any]:
+        """Render a view in one call with other rows, after it, as ``Trainer`` would.
+
+        Where the rows are never rendered together, or cannot be, the view is rendered alone.
 
         Args:
-            num_views: Views per sample.
+            key: The view.
+            others: The other rows.
+
+        Returns:
+            The view, and the random states that the call left behind.
         """
-        return [self._base] if num_views == 1 or self._augmented is self._base else [self._base, self._augmented]
+        source = self._augmented if key[1] else self._base
+        with seeded(self.seed, *key):
+            if _takes_batches(source):
+                with suppress(Exception):  # a transform may take one row at a time, and that is what it gets
+                    return source.__getitems__([key[0], *others])[0], random_states()
+        return self[key], None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -149,20 +160,28 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         examples: dict[int, Any] = {}
         try:
             with seeded(self.seed, *pairs[0]):
-                for source in self.sources(2):
-                    places = [
-                        place
-                        for place, (_, view) in enumerate(pairs)
+                for source in {id(each): each for each in (self._base, self._augmented)}.values():
+                    rows = {
+                        place: row
+                        for place, (row, view) in enumerate(pairs)
                         if source is (self._augmented if view else self._base)
-                    ]
-                    if places:
-                        examples |= zip(places, source.__getitems__([pairs[place][0] for place in places]), strict=True)
+                    }
+                    if rows:
+                        examples |= zip(rows, source.__getitems__(list(rows.values())), strict=True)
         except Exception as error:
             raise DataError(
                 f"Rows {[row for row, _ in pairs]} of the training data set could not be rendered together: "
                 f"{type(error).__name__}: {error}. Check that their images are intact and that the transform finds its columns."
             ) from error
         return [examples[place] for place in range(len(pairs))]
+
+
+def _takes_batches(source: Any) -> bool:
+    """Say whether rows of a data set are rendered in one call under ``Trainer``, by code that is not known."""
+    if not isinstance(source, datasets.Dataset):
+        return hasattr(source, "__getitems__")
+    transform = (source.format["format_kwargs"] or {}).get("transform")
+    return transform is not None and type(transform) is not ImageTransform
 
 
 def _image_modes(dataset: Any, row: int) -> str:
@@ -195,76 +214,43 @@ def same_examples(a: Any, b: Any) -> bool:
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
-def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -> None:
-    """Render a few views twice, and check that both renderings are equal.
+def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -> bool:
+    """Render a few views twice, alone and in one call with other rows; check that both renderings are equal.
 
     A transform with a random generator of its own gives two different images, since only the global generators of Python,
     NumPy and torch are seeded. Its views could not be rendered again after a resume, nor checked against the cache.
+
+    A transform that mixes the rows of its batch gives other images with other rows. One that draws for all rows at once may,
+    too: so the row is rendered with two pairs of rows under the same random states. Where the two calls drew different
+    amounts, nothing is concluded.
 
     Args:
         views: The views to render.
         num_views: Views per sample that the run stores or trains on. View 1 is rendered only if there are at least two.
         num_samples: Number of samples to render, from row 0 on.
 
+    Returns:
+        Whether the transform mixes rows.
+
     Raises:
         UnrepeatableTransformError: Two renderings of one view differ.
         DataError: A row could not be read or transformed.
     """
-    for sample_index in range(min(num_samples, len(views))):
+    rows = min(num_samples, len(views))
+    for row in range(rows):
         for view in range(min(max(num_views, 1), 2)):
-            if not same_examples(views[sample_index, view], views[sample_index, view]):
+            alone = views[row, view]
+            together, drawn = views.render_among((row, view), [(row + 1) % rows, (row + 2) % rows])
+            if same_examples(alone, together):
+                continue
+            if not same_examples(alone, views[row, view]):
                 raise UnrepeatableTransformError(
-                    f"The training transform gave two different results for row {sample_index}, view {view}, under "
+                    f"The training transform gave two different results for row {row}, view {view}, under "
                     "the same state of random, numpy.random and torch. It has a random generator of its own: let it "
                     "use one of the global ones, or seed it in each call from one of them."
                 )
-
-
-#: Least and most trials of ``mixes_rows``, the CPU seconds after which the least number is enough, and the rows to use.
-_TRIALS = (8, 16, 0.1, 8)
-
-
-def mixes_rows(views: ViewDataset, num_views: int) -> bool:
-    """Say whether a transform gives a row another result when other rows are rendered with it in one call.
-
-    Row 0 is rendered with one other row, then with a third under the same random states. A transform that draws for one row
-    after the other gives row 0 the same draws in both. Where the two calls drew different amounts, nothing is concluded.
-
-    Args:
-        views: The views to render.
-        num_views: Views per sample that the run stores or trains on.
-    """
-    return len(views) > 1 and any(_mixes(views, source) for source in views.sources(num_views))
-
-
-def _mixes(views: ViewDataset, source: Any) -> bool:
-    if not hasattr(source, "__getitems__"):
-        return False  # PyTorch would render its rows one by one, too
-    if isinstance(source, datasets.Dataset):
-        transform = (source.format["format_kwargs"] or {}).get("transform")
-        if transform is None or type(transform) is ImageTransform:
-            return False
-    least, most, seconds, rows = _TRIALS
-    started, last = time.process_time(), min(len(views), rows) - 1
-
-    def first_of(rows: list[int], trial: int) -> tuple[Any, Any, bool]:
-        with seeded(views.seed, trial, 0):
-            before = random_states()
-            example = source.__getitems__(rows)[0]
-            after = random_states()
-        return example, after, before != after
-
-    try:
-        for trial in range(most):
-            other, third = 1 + trial % last, (2 + trial) % (last + 1)
-            alone, _, _ = first_of([0], trial)
-            pair, drawn, drew = first_of([0, other], trial)
-            if not same_examples(alone, pair):
-                example, drawn_again, _ = first_of([0, third if third != other else 0], trial)
-                if drawn == drawn_again and not same_examples(pair, example):
-                    return True
-            if not drew or (trial + 1 >= least and time.process_time() - started > seconds):
-                return False
-    except Exception:  # it takes one row at a time, and that is what it gets
-        return False
+            others = [row, row] if rows < 5 else [(row + 3) % rows, (row + 4) % rows]
+            among_others, drawn_again = views.render_among((row, view), others)
+            if drawn == drawn_again and not same_examples(together, among_others):
+                return True
     return False

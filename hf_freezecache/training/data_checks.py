@@ -22,7 +22,7 @@ from ..data.layout import ChunkLayout
 from ..data.seeding import seeded
 from ..data.task import IMAGE_CLASSIFICATION, task_of
 from ..data.training_data import TrainingData, UserCode
-from ..data.views import ViewDataset, check_repeatable, mixes_rows
+from ..data.views import ViewDataset, check_repeatable
 from ..distributed.process_group import ProcessGroup
 from ..errors import DataError, UnsupportedSetupError
 from .runtime import Runtime
@@ -31,8 +31,8 @@ __all__ = [
     "check_batch",
     "check_collator",
     "check_labels",
-    "check_rows",
     "check_same_rows",
+    "check_views",
     "num_classes",
     "prepare_data",
 ]
@@ -184,21 +184,19 @@ def num_classes(model: nn.Module) -> int | None:
     return task.num_classes(getattr(model, "config", None))
 
 
-def check_rows(views: ViewDataset, num_views: int, cached: bool) -> ViewDataset:
-    """Refuse a transform that mixes the rows of its batch, or let it have whole batches where nothing is cached.
+def check_views(views: ViewDataset, num_views: int, cached: bool) -> ViewDataset:
+    """Draw a few views, and return what renders the rows of a run: one by one, or whole batches of them.
 
     Args:
         views: Renders the rows one by one.
         num_views: Views per sample that the run stores or trains on.
         cached: Whether the run has stages that train from a cache.
 
-    Returns:
-        What renders the rows of the run.
-
     Raises:
-        DataError: The transform mixes rows, and the run has cached stages.
+        DataError: The transform mixes the rows of its batch, and the run has cached stages.
+        UnrepeatableTransformError: The transform has a random generator of its own.
     """
-    if not mixes_rows(views, num_views):
+    if not check_repeatable(views, num_views):
         return views
     if not cached:
         logger.warning(
@@ -207,10 +205,10 @@ def check_rows(views: ViewDataset, num_views: int, cached: bool) -> ViewDataset:
         )
         return views.rendered_together()
     raise DataError(
-        "The training transform gives row 0 another result when it is rendered together with another row: it mixes the rows "
-        "of its batch (Mixup, CutMix, a norm over the batch, padding to the largest). Hidden states are cached row by row. "
-        "Let it treat each row by itself, and mix cached batches with CacheConfig(feature_augmentation='mixup:0.2'); or train "
-        "without a cache with CacheConfig(mode='never')."
+        "The training transform gives a row another result when it is rendered together with other rows: it mixes the rows of "
+        "its batch (Mixup, CutMix, a norm over the batch, padding to the largest). Hidden states are cached row by row. Let it "
+        "treat each row by itself, and mix cached batches with CacheConfig(feature_augmentation='mixup:0.2'); or train without "
+        "a cache with CacheConfig(mode='never')."
     )
 
 
@@ -244,8 +242,7 @@ def prepare_data(
     collate = CheckedCollator(runtime.collate, runtime.label_names, runtime.num_classes)
     code = UserCode(dataset, transforms, runtime.raw_collator)
     before = code.walks() if cached and config.transform_id is None else {}
-    check_repeatable(views, config.num_views)
-    views = check_rows(views, config.num_views, cached)
+    views = check_views(views, config.num_views, cached)
     batch = check_batch(views, collate, runtime.label_names, runtime.num_classes)
     check_collator(views, collate)
     code = code.without_what_changed_since(before)

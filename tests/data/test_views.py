@@ -21,7 +21,6 @@ from hf_freezecache.data.seeding import preserved_random_state, seeded
 from hf_freezecache.data.views import (
     ViewDataset,
     check_repeatable,
-    mixes_rows,
 )
 from hf_freezecache.errors import (
     DataError,
@@ -303,9 +302,9 @@ class Mixing:
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("how", ["mixup", "mixup, half of the time", "norm over the batch", "cutmix", "reversed"])
 def test_a_transform_that_mixes_rows_is_found(images, how, augment) -> None:
-    assert mixes_rows(ViewDataset(images.with_transform(Mixing(how, augment)), 5), 1)
-    assert mixes_rows(ViewDataset(images, 5, Mixing(how, augment), TinyTransform(augment=False)), 2)
-    assert not mixes_rows(ViewDataset(images, 5, Mixing(how, augment), TinyTransform(augment=False)), 1)
+    assert check_repeatable(ViewDataset(images.with_transform(Mixing(how, augment)), 5), 1)
+    assert check_repeatable(ViewDataset(images, 5, Mixing(how, augment), TinyTransform(augment=False)), 2)
+    assert not check_repeatable(ViewDataset(images, 5, Mixing(how, augment), TinyTransform(augment=False)), 1)
 
 
 def draws_by_image(batch):
@@ -331,8 +330,8 @@ def one_row_only(batch):
     "transform", [TinyTransform(True), TinyTransform(False), draws_by_image, draws_at_once, one_row_only]
 )
 def test_a_transform_that_treats_each_row_by_itself_is_not_taken_for_one_that_mixes(images, transform) -> None:
-    assert not mixes_rows(ViewDataset(images.with_transform(transform), 5), 2)
-    assert not mixes_rows(ViewDataset(images.select([0]).with_transform(transform), 5), 2)
+    assert not check_repeatable(ViewDataset(images.with_transform(transform), 5), 2)
+    assert not check_repeatable(ViewDataset(images.select([0]).with_transform(transform), 5), 2)
 
 
 def test_rows_rendered_together_are_those_of_one_call(images) -> None:
