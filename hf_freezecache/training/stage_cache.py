@@ -191,9 +191,10 @@ class StageCache:
     def _locate(self, split: Split, fingerprint: Fingerprint) -> Fingerprint | None:
         """Return the fingerprint of a finished cache that will do; see ``find_finished``."""
         config = self.config
-        # A lossy codec is fitted to all views.
-        lossless = requested_codec(config, split.split_point)[0].lossless and not config.copies_apart
-        return find_finished(self._cache_dir, split.split_point, fingerprint, config.num_views, more_views=lossless)
+        # A lossy codec is fitted to all views; and what another run has stored beyond this one's views is not to be consumed.
+        more_views = requested_codec(config, split.split_point)[0].lossless and not config.copies_apart
+        more_views = more_views and not config.consume_previous_cache
+        return find_finished(self._cache_dir, split.split_point, fingerprint, config.num_views, more_views=more_views)
 
     def _reader(self, directory: Path, fingerprint: Fingerprint, **settings: Any) -> CacheReader:
         with self.process_group.fail_together():

@@ -53,17 +53,17 @@ def column_of(kind: str, paths: list[str]) -> datasets.Dataset:
     image, text = datasets.Image(), datasets.Value("string")
     feature, values = {
         "text": (text, paths),
-        "texts": (datasets.List(text), [[path] for path in paths]),
-        "fixed list of texts": (datasets.List(text, length=2), [[path, "x"] for path in paths]),
+        "texts": ([text], [[path] for path in paths]),
+        "fixed list of texts": (datasets.Sequence(text, length=2), [[path, "x"] for path in paths]),
         "large text": (datasets.Value("large_string"), paths),
         "image": (image, paths),
-        "images": (datasets.List(image), [[path] for path in paths]),
+        "images": ([image], [[path] for path in paths]),
         "struct of text": (
             {"file": text, "size": datasets.Value("int64")},
             [{"file": path, "size": 4} for path in paths],
         ),
         "struct of image": ({"picture": image}, [{"picture": path} for path in paths]),
-        "list of structs": (datasets.List({"views": datasets.List(image)}), [[{"views": [path]}] for path in paths]),
+        "list of structs": ([{"views": [image]}], [[{"views": [path]}] for path in paths]),
         "url of a file": (text, [f"file://{path}" for path in paths]),
     }[kind]
     rows = {"data": values, "label": list(range(len(paths)))}
