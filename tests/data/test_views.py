@@ -187,6 +187,17 @@ def test_a_transform_with_a_generator_of_its_own_is_refused(images, make) -> Non
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_generator_of_its_own_is_not_taken_for_mixing_rows(images, seed) -> None:
+    generator = random.Random(seed)
+
+    def flip(batch):
+        return {"pixel_values": [torch.full((3, 4, 4), generator.random() < 0.5) for _ in batch["image"]]}
+
+    with pytest.raises(UnrepeatableTransformError):
+        check_repeatable(ViewDataset(images.with_transform(flip), 5), num_views=2)
+
+
 def test_an_unrepeatable_train_transform_is_found_behind_a_repeatable_eval_transform(images) -> None:
     evaluation = TinyTransform(augment=False)
     views = ViewDataset(images, 5, OwnGenerator(random.Random(0)), evaluation)
@@ -313,7 +324,7 @@ def draws_by_image(batch):
     for each in pixels:
         while random.random() < float(each.mean()) / 255:
             each *= 0.99
-    return {"pixel_values": [each + torch.rand(()) for each in pixels], "labels": batch["label"]}
+    return {"pixel_values": [each + random.random() for each in pixels], "labels": batch["label"]}
 
 
 def draws_at_once(batch):
