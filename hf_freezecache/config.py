@@ -218,9 +218,12 @@ class CacheConfig:
         default=None,
         metadata={"help": f"{ADVANCED}processes that render images while building. Default: dataloader_num_workers."},
     )
-    view_seed: Optional[int] = field(
-        default=None,
-        metadata={"help": f"{ADVANCED}seed of the views and of the chunk layout. Default: data_seed, then seed."},
+    view_seed: int = field(
+        default=0,
+        metadata={
+            "help": f"{ADVANCED}seed of the views and of the chunk layout. Runs with another --seed draw the same views in another "
+            "order, so they share a cache."
+        },
     )
     transform_id: Optional[str] = field(
         default=None,

@@ -42,7 +42,6 @@ from .training.checkpoints import (
     move_to_world_size,
     save_stage,
 )
-from .training.data_checks import with_rgb
 from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
 from .training.planner import shuffle_seed
@@ -61,7 +60,7 @@ class FreezeCacheTrainer(Trainer):
     bit. Only restoring weights (resume, ``load_best_model_at_end``) is mended, see ``weights.restore_weights``.
 
     With ``freeze_config`` the training data are drawn as *views*: view ``v`` of row ``i`` is one draw of the data set's
-    own transform under random states seeded by ``(seed, i, v)``. A stage that freezes at least one block first writes
+    own transform under random states seeded by ``(view_seed, i, v)``. A stage that freezes at least one block first writes
     the hidden states of ``num_views`` views of every row to the folder of caches, or finds them there. It then trains on
     them. Evaluation and prediction always see images. Saved models are whole, ordinary models.
 
@@ -123,7 +122,6 @@ class FreezeCacheTrainer(Trainer):
             return
         self._process_groups = find_process_groups(self)
         check_setup(self, FreezeCacheTrainer)
-        self.eval_dataset = with_rgb(self.eval_dataset, self.model)
         install_callbacks(self)
 
     # ---- Training ----
@@ -227,6 +225,7 @@ class FreezeCacheTrainer(Trainer):
         step = None if self._run is None else self._run.step
         if step is None:
             return super().training_step(model, inputs, *args, **kwargs)
+        self._run.watch_transform()  # type: ignore[union-attr]
         return step(super().training_step, self.state.global_step, model, inputs, *args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -282,15 +281,6 @@ class FreezeCacheTrainer(Trainer):
         if self._run is None:
             raise UnsupportedSetupError("get_train_dataloader() is available once train() has been called.")
         return self._run.live_loader()  # type: ignore[no-any-return]
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As for ``Trainer``; images are decoded to RGB, as those of the training data are."""
-        convert = self.freeze_config is not None and eval_dataset is not None and not isinstance(eval_dataset, str)
-        return super().get_eval_dataloader(with_rgb(eval_dataset, self.model) if convert else eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As for ``Trainer``; images are decoded to RGB, as those of the training data are."""
-        return super().get_test_dataloader(with_rgb(test_dataset, self.model) if self.freeze_config else test_dataset)
 
     # ---- Checkpoints ----
 

@@ -108,7 +108,9 @@ def run(schedule: str, args: argparse.Namespace, train: datasets.Dataset, test: 
         train_transform=ImageTransform.from_processor(processor, train=True, scale=(0.35, 1.0)),
         eval_transform=plain,
         freeze_config=FreezeConfig(schedule=schedule),
-        cache_config=CacheConfig(cache_dir=args.cache_dir, num_views=args.num_views, codec=args.codec),
+        cache_config=CacheConfig(
+            cache_dir=args.cache_dir, num_views=args.num_views, codec=args.codec, view_seed=args.seed
+        ),
     )
     trainer.train()
     history = trainer.state.log_history

@@ -354,7 +354,7 @@ def test_every_field_is_a_flag() -> None:
     (parsed,) = HfArgumentParser(CacheConfig).parse_args_into_dataclasses(flags)
     assert dataclasses.asdict(parsed) == arguments
     # A parser rewrites the types that it finds in a dataclass; values are checked as before.
-    assert CacheConfig(build_batch_size=None, bits_per_element=2.5, view_seed=None).bits_per_element == "2.5"
+    assert CacheConfig(build_batch_size=None, bits_per_element=2.5, build_num_workers=None).bits_per_element == "2.5"
     with pytest.raises(UnsupportedSetupError, match="build_batch_size"):
         CacheConfig(build_batch_size="7")
 

@@ -53,15 +53,17 @@ from .shard_file import (
     file_sha256,
     read_shard_header,
 )
-from .shard_writer import CachePlan
+from .shard_writer import CachePlan, cache_name
 
-__all__ = ["SCRATCH", "Build", "BuildReport", "Unit", "explain_miss"]
+__all__ = ["SCRATCH", "Build", "BuildReport", "Unit", "explain_miss", "find_finished"]
 
 logger = logging.getLogger(__name__)
 
 
 #: Folder in a cache where ``datasets.map`` writes. It goes away with the build.
 SCRATCH = ".build"
+#: Caches with up to so many views are looked for where fewer are asked for.
+_MOST_VIEWS = 64
 #: (view, shard): what one shard holds, and what is built at once.
 Unit = tuple[int, int]
 
@@ -289,9 +291,29 @@ class Build:
         self.report.total_bytes = process_group.on_main_process(write_index)
 
 
+def find_finished(
+    cache_dir: Path, split_point: int, fingerprint: Fingerprint, num_views: int, *, more_views: bool
+) -> Fingerprint | None:
+    """Return the fingerprint of a finished cache: the one asked for, or the same with more views; ``None`` without one.
+
+    Args:
+        cache_dir: Folder of caches.
+        split_point: Number of frozen blocks.
+        fingerprint: The fingerprint asked for.
+        num_views: Number of views that it asks for.
+        more_views: Whether the views of a cache with more of them are the same, as in lossless caches.
+    """
+    for number in range(num_views, max(num_views, _MOST_VIEWS if more_views else 0) + 1):
+        candidate = Fingerprint({**fingerprint.components, "number of views": str(number)})
+        if (cache_dir / cache_name(split_point, candidate) / INDEX_NAME).is_file():
+            return candidate
+    return None
+
+
 def explain_miss(cache_dir: Path, fingerprint: Fingerprint) -> str | None:
     """Say in which components the most similar finished cache differs; ``None`` if there is no other cache."""
     nearest: tuple[int, Path, list[str]] | None = None
+    by_code_alone = 0
     for path in sorted(cache_dir.glob(f"k*/{INDEX_NAME}")):
         try:
             other = Fingerprint(load_index(path.parent).fingerprint)
@@ -299,8 +321,14 @@ def explain_miss(cache_dir: Path, fingerprint: Fingerprint) -> str | None:
             logger.warning("Passing over a cache that cannot be read: %s", error)
             continue
         different = fingerprint.difference(other)
+        by_code_alone += bool(different) and set(different) <= {"transform", "data collator"}
         if nearest is None or len(different) < nearest[0]:
             nearest = (len(different), path.parent, different)
     if nearest is None:
         return None
-    return f"the nearest cache, {nearest[1]}, differs in: {', '.join(nearest[2])}"
+    # Once, it was likely edited. Twice, it is likely hashed differently in each process.
+    hint = (
+        f". {by_code_alone} caches differ in nothing else: if you have not changed the code, something in it differs from process "
+        "to process. Give it a name with CacheConfig(transform_id=...), and change the name whenever you change the code"
+    )
+    return f"the nearest cache, {nearest[1]}, differs in: {', '.join(nearest[2])}{hint if by_code_alone > 1 else ''}"

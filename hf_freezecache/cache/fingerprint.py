@@ -26,6 +26,14 @@ class Fingerprint:
         """SHA-256 over all components, 64 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.components, sort_keys=True).encode()).hexdigest()
 
+    def __eq__(self, other: object) -> bool:
+        """Say whether two fingerprints have the same components."""
+        return isinstance(other, Fingerprint) and self.components == other.components
+
+    def __hash__(self) -> int:
+        """Return a hash of the components."""
+        return hash(self.digest)
+
     def difference(self, other: Fingerprint) -> list[str]:
         """Return the names of the components in which two fingerprints differ, sorted."""
         names = self.components.keys() | other.components.keys()

@@ -149,7 +149,12 @@ def _build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
             ),
             train_dataset=images,
             freeze_config=FreezeConfig(schedule=f"0:{settings.split_point}"),
-            cache_config=CacheConfig(cache_dir=settings.cache_dir, codec=settings.codec, num_views=settings.num_views),
+            cache_config=CacheConfig(
+                cache_dir=settings.cache_dir,
+                codec=settings.codec,
+                num_views=settings.num_views,
+                view_seed=settings.seed,
+            ),
             **transforms,
         )
         return trainer.build_cache(settings.split_point), trainer

@@ -371,8 +371,8 @@ def _three_runs(settings: DemoSettings, seed: int, scratch: Path, echo: Callable
 
     frozen, cache_dir = FreezeConfig(schedule=settings.schedule), str(scratch / "caches")
     # The live run draws a new view in every epoch, as a user without a cache would.
-    live = CacheConfig(cache_dir=cache_dir, mode="never", num_views=0)
-    cached = CacheConfig(cache_dir=cache_dir, num_views=settings.num_views)
+    live = CacheConfig(cache_dir=cache_dir, mode="never", num_views=0, view_seed=seed)
+    cached = CacheConfig(cache_dir=cache_dir, num_views=settings.num_views, view_seed=seed)
     variants: list[tuple[str, dict[str, Any]]] = [
         (FULL, {}),
         (LIVE, {"freeze_config": frozen, "cache_config": live}),

@@ -64,8 +64,9 @@ class CheckedCollator:
         except Exception as error:
             raise DataError(
                 f"The data_collator failed on rows {[sample_index for sample_index, _ in keys]} (view {keys[0][1]}): "
-                f"{type(error).__name__}: {error}. Let the transform give all images one size and valid labels; finished "
-                "shards of the cache are kept."
+                f"{type(error).__name__}: {error}. Let the transform give all images one size and one number of channels, and "
+                "valid labels. Finished shards of a cache are kept for a run with the same data set and settings; what is "
+                "changed has a cache of its own, built anew."
             ) from error
 
     def _collate(self, examples: list[Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ __all__ = ["ImageTransform"]
 #: In the order in which they are drawn.
 AUGMENTATIONS = ("crop", "flip", "colour")
 #: Part of the hashed state, and so of every fingerprint. Raise it when the same settings give other pixels or draws.
-REVISION = 1
+REVISION = 2
 
 
 def _pair(name: str, value: Any, kind: type) -> tuple[Any, Any]:
@@ -30,6 +30,28 @@ def _pair(name: str, value: Any, kind: type) -> tuple[Any, Any]:
         return kind(first), kind(second)
     except (TypeError, ValueError) as error:
         raise UnsupportedSetupError(f"{name}={value!r} is no pair of numbers.") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in mode RGB.
+
+    Raises:
+        DataError: Its mode cannot be converted.
+    """
+    if image.mode.startswith("I;16"):  # Pillow would turn all above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"An image has mode {image.mode!r}, 32 bits a pixel, of which nothing says what is black and what is white. Store "
+            "it with 8 or 16 bits a channel, or scale it in a transform of your own."
+        )
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise DataError(
+            f"An image has mode {image.mode!r}, which cannot be converted to RGB: {error}. Store it in another mode, or "
+            "convert it in a transform of your own."
+        ) from error
 
 
 class ImageTransform:
@@ -274,16 +296,17 @@ class ImageTransform:
         """Render one view; the same arguments give the same bits.
 
         Args:
-            image: An image of any mode; it is converted to RGB.
+            image: An image of any mode but ``"I"`` and ``"F"``, whose range is unknown; it is converted to RGB. Of 16 bits
+                the upper 8 are used.
             parameters: What was drawn for an image of this size.
 
         Returns:
             Shape ``(3, height, width)``, ``float32``: ``(pixels * rescale - mean) / std``.
 
         Raises:
-            DataError: The crop contains no pixel of the image.
+            DataError: The crop contains no pixel of the image, or the image has a mode that cannot be converted to RGB.
         """
-        image = image.convert("RGB")
+        image = _to_rgb(image)
         image = crop_and_flip(image, parameters, self._centre_crop(*image.size), self.resample)
         for enhance, factor in (
             (ImageEnhance.Brightness, parameters.brightness),
@@ -306,7 +329,7 @@ class ImageTransform:
             ``pixel_values``, a list of tensors as of ``render``, and ``labels``, the ``label_column`` as it came.
 
         Raises:
-            DataError: A column is missing, or an image is none.
+            DataError: A column is missing, an image is none, or its mode cannot be converted to RGB.
         """
         for option, column in (("image_column", self.image_column), ("label_column", self.label_column)):
             if column is not None and column not in batch:

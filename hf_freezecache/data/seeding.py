@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["preserved_random_state", "seeded"]
+__all__ = ["preserved_random_state", "random_states", "seeded"]
 
 
 @contextmanager
@@ -22,6 +23,12 @@ def preserved_random_state() -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the global CPU generators of Python, NumPy and torch, to be compared."""
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), torch.get_rng_state().numpy().tobytes()
 
 
 @contextmanager

@@ -2,19 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
 from torch import Tensor
 
 from ..config import CacheConfig
+from ..errors import UnsupportedSetupError
+from .code_walk import CodeWalk, changed_parts
 from .collators import CheckedCollator
-from .hashing import hash_dataset, hash_object
+from .hashing import hash_dataset, hash_object, look_into
 from .layout import ChunkLayout
 from .views import ViewDataset
 
-__all__ = ["TrainingData"]
+__all__ = ["TrainingData", "UserCode"]
+
+#: Names of the two kinds of code, as users know them.
+_TRANSFORM, _COLLATOR = "transform", "data collator"
+
+
+@dataclass(frozen=True)
+class UserCode:
+    """The code of the user's own that training data pass through, with its state.
+
+    Attributes:
+        dataset: The data set that the user passed, with its transform.
+        transforms: The user's ``train_transform`` and ``eval_transform``, or ``(None, None)``.
+        collator: The user's collator as it was passed.
+        changing: Parts that rendering changes by itself, as a count of calls, by the name of the code they are in.
+    """
+
+    dataset: Any
+    transforms: tuple[Any, Any]
+    collator: Any
+    changing: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def _parts(self) -> dict[str, tuple[Any, str]]:
+        formatted = self.dataset.format if isinstance(self.dataset, datasets.Dataset) else None
+        return {
+            _TRANSFORM: ((*self.transforms, formatted), "training transform"),
+            _COLLATOR: (self.collator, "data collator"),
+        }
+
+    def walks(self) -> dict[str, CodeWalk]:
+        """Walk over the code as it is now, by name. What cannot be hashed is left out."""
+        walks = {}
+        for name, (code, what) in self._parts().items():
+            with suppress(UnsupportedSetupError):
+                walks[name] = look_into(code, what)
+        return walks
+
+    def without_what_changed_since(self, before: Mapping[str, CodeWalk]) -> UserCode:
+        """Return the same code without the parts that rendering has changed since some walks: they are no inputs.
+
+        Args:
+            before: What ``walks`` gave before views were rendered.
+        """
+        now = self.walks() if before else {}
+        return replace(
+            self, changing={name: changed_parts(before[name], now[name]) for name in before.keys() & now.keys()}
+        )
+
+    def hashes(self, config: CacheConfig) -> dict[str, str]:
+        """Return the hashes of the code as it is now, by name.
+
+        Raises:
+            UnsupportedSetupError: The transform or the collator cannot be hashed.
+        """
+        if config.transform_id is not None:
+            return {_TRANSFORM: config.transform_id, _COLLATOR: config.transform_id}
+        nothing: frozenset[str] = frozenset()
+        return {
+            name: hash_object(code, what, self.changing.get(name, nothing))
+            for name, (code, what) in self._parts().items()
+        }
 
 
 @dataclass(frozen=True)
@@ -23,10 +87,9 @@ class TrainingData:
 
     Attributes:
         dataset: The data set that the user passed.
-        transforms: The user's ``train_transform`` and ``eval_transform``, or ``(None, None)``.
         views: Renders the views.
         collate: The user's collator, with its labels checked.
-        raw_collator: The user's collator as it was passed, for hashing.
+        code: The user's transforms and collator as they were passed, for hashing.
         layout: Which sample lies in which chunk.
         view_seed: Seed of the views.
         has_classes: Whether each label is one of several exclusive classes.
@@ -38,10 +101,9 @@ class TrainingData:
     """
 
     dataset: Any
-    transforms: tuple[Any, Any]
     views: ViewDataset
     collate: CheckedCollator
-    raw_collator: Any
+    code: UserCode
     layout: ChunkLayout
     view_seed: int
     has_classes: bool
@@ -51,18 +113,10 @@ class TrainingData:
     prefix_inputs: frozenset[str]
     batch_spec: str
 
-    def hashes(self, config: CacheConfig) -> dict[str, str]:
-        """Return the hashes of data and code, by names that a user knows. Reads the whole data set.
+    def dataset_hash(self, config: CacheConfig) -> str:
+        """Return the name of the data set in fingerprints, or its hash. Reads the whole data set.
 
         Raises:
-            UnsupportedSetupError: The data set, the transform or the collator cannot be hashed.
+            UnsupportedSetupError: The data set cannot be hashed.
         """
-        formatted = self.dataset.format if isinstance(self.dataset, datasets.Dataset) else None
-        transform = config.transform_id
-        if transform is None:
-            transform = hash_object((*self.transforms, formatted), "training transform")
-        return {
-            "dataset": config.dataset_id or hash_dataset(self.dataset),
-            "transform": transform,
-            "data collator": config.transform_id or hash_object(self.raw_collator, "data collator"),
-        }
+        return config.dataset_id or hash_dataset(self.dataset)

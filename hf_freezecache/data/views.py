@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..codecs.predictor import WHOLE
 from ..errors import DataError, UnrepeatableTransformError, UnsupportedSetupError
 from .geometry import ViewParameters, recorded
-from .seeding import seeded
+from .image_transform import ImageTransform
+from .seeding import random_states, seeded
 
-__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "with_rgb_images"]
+__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "same_examples"]
 
 #: (sample index, view): samplers yield it, and data sets take it. View 0 is the base view.
 ViewKey = tuple[int, int]
 
 
-def with_rgb_images(dataset: Any) -> Any:
-    """Return a ``datasets.Dataset`` that decodes its one image column to RGB.
-
-    Grayscale, palette and RGBA images among RGB ones would otherwise fail in the transform or the model, hours into a run.
-    The data set comes back unchanged if it is of another type, if its column has a mode already, or if it has several image
-    columns (masks, say).
-    """
-    if not isinstance(dataset, datasets.Dataset):
-        return dataset
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if len(columns) != 1 or dataset.features[columns[0]].mode is not None:
-        return dataset
-    return dataset.cast_column(columns[0], datasets.Image(mode="RGB", decode=dataset.features[columns[0]].decode))
+def _with_transform(dataset: Any, transform: Callable[..., Any]) -> Any:
+    """Return a ``datasets.Dataset`` with another transform. ``with_transform`` would copy the one that it has."""
+    other = copy.copy(dataset)
+    other.set_transform(transform)
+    return other
 
 
 class ViewDataset(Dataset):  # type: ignore[type-arg]
     """Renders views live: item ``(i, v)`` is sample ``i`` of the user's data set, drawn under ``seeded(seed, i, v)``.
+
+    The user's own transform is called, not a copy, and with what the data set holds: nothing is converted before.
 
     Args:
         dataset: A ``datasets.Dataset`` with its ``set_transform``/``with_transform``, or any map-style data set.
@@ -70,9 +67,10 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
             )
         self.dataset = dataset
         self.seed = seed
-        self._base = dataset if eval_transform is None else dataset.with_transform(eval_transform)
-        self._augmented = dataset if train_transform is None else dataset.with_transform(train_transform)
+        self._base = dataset if eval_transform is None else _with_transform(dataset, eval_transform)
+        self._augmented = dataset if train_transform is None else _with_transform(dataset, train_transform)
         self._geometry = False
+        self._together = False
 
     def with_geometry(self) -> ViewDataset:
         """Return the same views with items ``(example, geometry)``, for ``CheckedCollator.with_geometry``.
@@ -82,6 +80,35 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         views = copy.copy(self)
         views._geometry = True
         return views
+
+    def rendered_together(self) -> ViewDataset:
+        """Return views whose transform gets all rows of a batch in one call, as under ``Trainer``.
+
+        It is for transforms that mix the rows of a batch. A view then depends on the batch that it is in, so none can be
+        cached. Each batch is drawn under ``seeded(seed, i, v)`` of its first item.
+        """
+        views = copy.copy(self)
+        views._together = True
+        return views
+
+    def render_among(self, key: ViewKey, others: Sequence[int]) -> tuple[Any, Any]:
+        """Render a view in one call with other rows, after it, as ``Trainer`` would.
+
+        Where the rows are never rendered together, or cannot be, the view is rendered alone.
+
+        Args:
+            key: The view.
+            others: The other rows.
+
+        Returns:
+            The view, and the random states that the call left behind.
+        """
+        source = self._augmented if key[1] else self._base
+        with seeded(self.seed, *key):
+            if _takes_batches(source):
+                with suppress(Exception):  # a transform may take one row at a time, and that is what it gets
+                    return source.__getitems__([key[0], *others])[0], random_states()
+        return self[key], None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -113,11 +140,12 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
             # If several images were rendered, nothing says which of them the tokens show.
             return example, drawn[0] if len(drawn) == 1 else None
         except Exception as error:
+            modes = _image_modes(self.dataset, sample_index)
             raise DataError(
                 f"Row {sample_index} of the training data set could not be rendered (view {view}): "
-                f"{type(error).__name__}: {error}. Check that the row's image is intact and that the transform finds "
-                "its columns; remove a bad row with dataset.select or dataset.filter and start again: finished "
-                "shards of a cache are kept."
+                f"{type(error).__name__}: {error}. {modes}Check that the row's image is intact and that the transform finds "
+                "its columns; remove a bad row with dataset.select or dataset.filter. Finished shards of a cache are kept "
+                "for a run with the same data set and settings; a changed data set has a cache of its own, built anew."
             ) from error
 
     def __getitems__(self, keys: Sequence[int | ViewKey]) -> list[Any]:
@@ -126,39 +154,112 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         Raises:
             DataError: A row could not be read or transformed; the message names the row.
         """
-        return [self[key] for key in keys]
+        if not self._together:
+            return [self[key] for key in keys]
+        pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
+        examples: dict[int, Any] = {}
+        try:
+            with seeded(self.seed, *pairs[0]):
+                for source in {id(each): each for each in (self._base, self._augmented)}.values():
+                    rows = {
+                        place: row
+                        for place, (row, view) in enumerate(pairs)
+                        if source is (self._augmented if view else self._base)
+                    }
+                    if rows:
+                        examples |= zip(rows, source.__getitems__(list(rows.values())), strict=True)
+        except Exception as error:
+            raise DataError(
+                f"Rows {[row for row, _ in pairs]} of the training data set could not be rendered together: "
+                f"{type(error).__name__}: {error}. Check that their images are intact and that the transform finds its columns."
+            ) from error
+        return [examples[place] for place in range(len(pairs))]
 
 
-def _same(a: Any, b: Any) -> bool:
+def _takes_batches(source: Any) -> bool:
+    """Say whether rows of a data set are rendered in one call under ``Trainer``, by code that is not known."""
+    if not isinstance(source, datasets.Dataset):
+        return hasattr(source, "__getitems__")
+    transform = (source.format["format_kwargs"] or {}).get("transform")
+    return transform is not None and type(transform) is not ImageTransform
+
+
+def _image_modes(dataset: Any, row: int) -> str:
+    """Say in which modes the images of a row are, if one is not RGB: many transforms take nothing else."""
+    try:
+        plain = copy.copy(dataset)
+        plain.set_format(None)
+        modes = {column: value.mode for column, value in plain[row].items() if isinstance(value, Image.Image)}
+    except Exception:  # the data set is of another type, or the image is broken
+        return ""
+    if all(mode == "RGB" for mode in modes.values()):
+        return ""
+    found = ", ".join(f"that in {column!r} has mode {mode!r}" for column, mode in modes.items())
+    return (
+        f"Of its images {found}: if the transform expects RGB, let it call image.convert('RGB'), as images are passed to it "
+        "as they are stored. "
+    )
+
+
+def same_examples(a: Any, b: Any) -> bool:
+    """Say whether two rendered examples, or batches of them, are equal to the bit; NaN equals NaN."""
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same_examples(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same_examples(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor):
+        if not isinstance(b, torch.Tensor) or a.shape != b.shape:
+            return False
         return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
-def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -> None:
-    """Render a few views twice, and check that both renderings are equal.
+#: How often a rendering is repeated that differs from the same one among other rows.
+_CONFIRMATIONS = 5
+
+
+def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -> bool:
+    """Render a few views twice, alone and in one call with other rows; check that both renderings are equal.
 
     A transform with a random generator of its own gives two different images, since only the global generators of Python,
     NumPy and torch are seeded. Its views could not be rendered again after a resume, nor checked against the cache.
+
+    A transform that mixes the rows of its batch gives other images with other rows. One that draws for all rows at once may,
+    too: so the row is rendered with two pairs of rows under the same random states. Where the two calls drew different
+    amounts, nothing is concluded.
 
     Args:
         views: The views to render.
         num_views: Views per sample that the run stores or trains on. View 1 is rendered only if there are at least two.
         num_samples: Number of samples to render, from row 0 on.
 
+    Returns:
+        Whether the transform mixes rows.
+
     Raises:
         UnrepeatableTransformError: Two renderings of one view differ.
         DataError: A row could not be read or transformed.
     """
-    for sample_index in range(min(num_samples, len(views))):
+    rows = min(num_samples, len(views))
+    for row in range(rows):
         for view in range(min(max(num_views, 1), 2)):
-            if not _same(views[sample_index, view], views[sample_index, view]):
+            alone, pair = views[row, view], [(row + 1) % rows, (row + 2) % rows]
+            together, drawn = views.render_among((row, view), pair)
+            if same_examples(alone, together):
+                continue
+            # A few times: two draws of a flip are equal half of the time, and would be taken for rows that are mixed.
+            if not all(
+                same_examples(alone, views[row, view])
+                and same_examples(together, views.render_among((row, view), pair)[0])
+                for _ in range(_CONFIRMATIONS)
+            ):
                 raise UnrepeatableTransformError(
-                    f"The training transform gave two different results for row {sample_index}, view {view}, under "
+                    f"The training transform gave two different results for row {row}, view {view}, under "
                     "the same state of random, numpy.random and torch. It has a random generator of its own: let it "
                     "use one of the global ones, or seed it in each call from one of them."
                 )
+            others = [row, row] if rows < 5 else [(row + 3) % rows, (row + 4) % rows]
+            among_others, drawn_again = views.render_among((row, view), others)
+            if drawn == drawn_again and not same_examples(together, among_others):
+                return True
+    return False

@@ -14,7 +14,7 @@ from .split import Split
 
 __all__ = ["hash_config", "hash_prefix", "hash_tensors"]
 
-#: Configuration entries on which the prefix does not depend: those of the head, names and versions.
+#: Configuration entries on which a prefix in eval mode does not depend: those of the head and of outputs, names and versions.
 _UNRELATED_CONFIG = frozenset(
     {
         "_name_or_path",
@@ -23,14 +23,32 @@ _UNRELATED_CONFIG = frozenset(
         "classifier_dropout",
         "dtype",
         "finetuning_task",
+        "gradient_checkpointing",
         "id2label",
+        "initializer_factor",
+        "initializer_range",
         "label2id",
         "num_labels",
+        "output_attentions",
+        "output_hidden_states",
         "problem_type",
+        "return_dict",
         "torch_dtype",
         "transformers_version",
         "use_cache",
+        "use_return_dict",
     }
+)
+#: Parts of names of entries that act in train mode only: ``attention_probs_dropout_prob``, ``drop_path_rate``.
+_TRAINING_ONLY = (
+    "dropout",
+    "drop_path",
+    "drop_prob",
+    "drop_rate",
+    "droppath",
+    "layerdrop",
+    "layer_drop",
+    "stochastic_depth",
 )
 
 
@@ -48,14 +66,25 @@ def hash_prefix(split: Split) -> str:
     return hash_tensors({**split.prefix_parameters(), **split.prefix_buffers()})
 
 
+def _related(entries: Any) -> Any:
+    """Return the entries of a configuration, and of those inside it, that the prefix depends on."""
+    if not isinstance(entries, dict):
+        return entries
+    return {
+        name: _related(value)
+        for name, value in entries.items()
+        if name not in _UNRELATED_CONFIG and not any(part in str(name).lower() for part in _TRAINING_ONLY)
+    }
+
+
 def hash_config(config: Any) -> str:
-    """Return the SHA-256 of a model configuration, without entries of the head, names and versions.
+    """Return the SHA-256 of a model configuration, without entries that a prefix in eval mode does not depend on.
 
     Args:
         config: A ``PretrainedConfig``, or ``None`` for a model without one, whose hash is ``"none"``.
     """
     if config is None:
         return "none"
-    entries = {name: value for name, value in config.to_dict().items() if name not in _UNRELATED_CONFIG}
+    entries = _related(config.to_dict())
     entries["attn_implementation"] = getattr(config, "_attn_implementation", None)
     return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
 from ..cache.reader import CacheReader
@@ -69,14 +70,16 @@ def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader)
 def spot_check(
     chooser: CodecChooser, split: Split, reader: CacheReader, mixed_precision: str, num_samples: int = 4
 ) -> None:
-    """Compute a few samples of a cache again: the fingerprint cannot see all code that data pass through.
+    """Compute a few samples of a cache again: the fingerprint cannot see all that data pass through.
+
+    The rows are drawn anew in each run, so that what one run misses the next may find. The main process calls this.
 
     Args:
         chooser: Gives the data, and runs the prefix.
         split: The model, split where the cache was made.
         reader: The cache.
         mixed_precision: The run's autocast: ``"no"``, ``"bf16"`` or ``"fp16"``.
-        num_samples: Samples to compute, spread over the rows, in the views in turn.
+        num_samples: Samples to compute, in the views in turn.
 
     Raises:
         CacheMismatchError: The cache does not hold what its rows give now.
@@ -84,10 +87,11 @@ def spot_check(
     data, available = chooser.data, reader.available_rows()
     if not len(available):
         return
-    # The same rows for every process.
-    last = max(num_samples - 1, 1)
-    rows = sorted({int(available[place * (len(available) - 1) // last]) for place in range(num_samples)})
-    keys = [(row, position % reader.index.num_views) for position, row in enumerate(rows)]
+    # Seeded by the operating system: neither the run's seeds nor its random states may decide.
+    generator, views = np.random.default_rng(), reader.selection.chosen_views(reader.index)
+    rows = generator.choice(available, min(num_samples, len(available)), replace=False).tolist()
+    first = int(generator.integers(len(views)))
+    keys = [(row, views[(first + position) % len(views)]) for position, row in enumerate(rows)]
     with preserved_random_state():
         batch = data.collate([data.views[key] for key in keys])
         inputs = {name: batch[name] for name in batch.keys() & {"pixel_values", *data.prefix_inputs}}

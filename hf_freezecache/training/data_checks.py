@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import nn
 
 from ..config import CacheConfig
 from ..data.collators import CheckedCollator, Collator, check_label_values
+from ..data.hashing import arrow_rows
 from ..data.layout import ChunkLayout
 from ..data.seeding import seeded
 from ..data.task import IMAGE_CLASSIFICATION, task_of
-from ..data.training_data import TrainingData
-from ..data.views import ViewDataset, check_repeatable, with_rgb_images
+from ..data.training_data import TrainingData, UserCode
+from ..data.views import ViewDataset, check_repeatable
 from ..distributed.process_group import ProcessGroup
 from ..errors import DataError, UnsupportedSetupError
 from .label_check import check_label_rows, has_several_labels
@@ -29,11 +31,13 @@ __all__ = [
     "check_batch",
     "check_collator",
     "check_same_rows",
+    "check_views",
     "num_classes",
     "prepare_data",
     "with_columns_removed",
-    "with_rgb",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def check_same_rows(dataset: Any, process_group: ProcessGroup, num_rows: int = 16) -> None:
@@ -49,7 +53,7 @@ def check_same_rows(dataset: Any, process_group: ProcessGroup, num_rows: int = 1
     found = str(len(dataset))
     if isinstance(dataset, datasets.Dataset):
         rows = sorted({place * (len(dataset) - 1) // (num_rows - 1) for place in range(num_rows)})
-        cells = [cell for column in dataset.with_format("arrow").select(rows)[:].columns for cell in column.to_pylist()]
+        cells = [cell for column in arrow_rows(dataset).select(rows)[:].columns for cell in column.to_pylist()]
         # Machines may hold copies of one file in folders of their own.
         plain = [
             {**cell, "path": Path(cell["path"]).name} if isinstance(cell, dict) and cell.get("path") else cell
@@ -83,7 +87,7 @@ def check_batch(
     Raises:
         DataError: Images or labels are missing; something is no tensor; a label is out of range.
     """
-    examples = [views[row, 0] for row in range(min(2, len(views)))]
+    examples = views.__getitems__([(row, 0) for row in range(min(2, len(views)))])
     keys = sorted(examples[0]) if isinstance(examples[0], dict) else type(examples[0]).__name__
     hint = (
         f"The transform returned {keys}. With a transform that needs other columns set "
@@ -187,17 +191,42 @@ def with_columns_removed(trainer: Any) -> Any:
         ) from error
 
 
-def with_rgb(dataset: Any, model: nn.Module) -> Any:
-    """Let a data set, or each of a dict of them, decode its images to RGB if the model takes three channels."""
-    if isinstance(dataset, dict):
-        return {name: with_rgb(each, model) for name, each in dataset.items()}
-    config = getattr(model, "config", None)
-    channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
-    return with_rgb_images(dataset) if channels == 3 else dataset
+def check_views(views: ViewDataset, num_views: int, cached: bool) -> ViewDataset:
+    """Draw a few views, and return what renders the rows of a run: one by one, or whole batches of them.
+
+    Args:
+        views: Renders the rows one by one.
+        num_views: Views per sample that the run stores or trains on.
+        cached: Whether the run has stages that train from a cache.
+
+    Raises:
+        DataError: The transform mixes the rows of its batch, and the run has cached stages.
+        UnrepeatableTransformError: The transform has a random generator of its own.
+    """
+    if not check_repeatable(views, num_views):
+        return views
+    if not cached:
+        logger.warning(
+            "The training transform mixes the rows of its batch: it gets whole batches, as under Trainer. No stage of such a "
+            "run could be cached."
+        )
+        return views.rendered_together()
+    raise DataError(
+        "The training transform gives a row another result when it is rendered together with other rows: it mixes the rows of "
+        "its batch (Mixup, CutMix, a norm over the batch, padding to the largest). Hidden states are cached row by row. Let it "
+        "treat each row by itself, and mix cached batches with CacheConfig(feature_augmentation='mixup:0.2'); or train without "
+        "a cache with CacheConfig(mode='never')."
+    )
 
 
 def prepare_data(
-    runtime: Runtime, config: CacheConfig, dataset: Any, transforms: tuple[Any, Any], layout: ChunkLayout, seed: int
+    runtime: Runtime,
+    config: CacheConfig,
+    dataset: Any,
+    transforms: tuple[Any, Any],
+    layout: ChunkLayout,
+    seed: int,
+    cached: bool = True,
 ) -> TrainingData:
     """Draw a few views, refuse what would fail later, and return the training data.
 
@@ -208,18 +237,22 @@ def prepare_data(
         transforms: The user's ``train_transform`` and ``eval_transform``, or ``(None, None)``.
         layout: Which sample lies in which chunk.
         seed: Seed of the views.
+        cached: Whether the run has stages that train from a cache.
 
     Raises:
-        DataError: The transform or the collator gives batches that cannot be used.
+        DataError: The transform or the collator gives batches that cannot be used, or the transform mixes rows.
         UnrepeatableTransformError: The transform has a random generator of its own.
         UnsupportedSetupError: The data set differs between processes, or only one transform was given.
     """
     check_same_rows(dataset, runtime.everyone)
-    views = ViewDataset(with_rgb(dataset, runtime.model), seed, *transforms)
+    views = ViewDataset(dataset, seed, *transforms)
     collate = CheckedCollator(runtime.collate, runtime.label_names, runtime.num_classes)
-    check_repeatable(views, config.num_views)
+    code = UserCode(dataset, transforms, runtime.raw_collator)
+    before = code.walks() if cached and config.transform_id is None else {}
+    views = check_views(views, config.num_views, cached)
     batch = check_batch(views, collate, runtime.label_names, runtime.num_classes)
     check_collator(views, collate)
+    code = code.without_what_changed_since(before)
     check_label_rows(views.dataset, lambda row: views[row, 0], collate, batch)
     with runtime.rehearsing() as trainer:
         call, prefix_inputs = observed_call(trainer, runtime.model, batch, runtime.label_names)
@@ -227,10 +260,9 @@ def prepare_data(
     spec: list[Any] = sorted((name, str(v.dtype), list(v.shape[1:])) for name, v in batch.items())
     return TrainingData(
         dataset=dataset,
-        transforms=transforms,
         views=views,
         collate=collate,
-        raw_collator=runtime.raw_collator,
+        code=code,
         layout=layout,
         view_seed=seed,
         has_classes=runtime.num_classes is not None and not has_several_labels(batch, runtime.label_names),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from ..data.collators import CheckedCollator
+from ..data.hashing import arrow_rows
 from ..data.seeding import seeded
 from ..errors import DataError
 
@@ -130,7 +131,7 @@ def _columns(dataset: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(dataset, datasets.Dataset):
         for name in sorted(dataset.features, key=lambda name: "label" not in name):
             if _is_of_single_values(dataset, name):
-                yield name, dataset.with_format("arrow").select_columns([name])[:][name]
+                yield name, arrow_rows(dataset).select_columns([name])[:][name]
         return
     indices: Any = slice(None)
     whole: Any = dataset
@@ -155,7 +156,7 @@ def _is_of_single_values(dataset: datasets.Dataset, name: str) -> bool:
         return False
     kind = str(feature.dtype)
     if kind in ("string", "large_string"):
-        first = dataset.with_format("arrow").select_columns([name])[:16][name].to_pylist()
+        first = arrow_rows(dataset).select_columns([name])[:16][name].to_pylist()
         return max((len(text) for text in first if text is not None), default=0) <= _LONGEST_TEXT
     return kind == "bool" or kind.startswith(("int", "uint", "float"))
 

@@ -28,7 +28,6 @@ __all__ = [
     "plan_run",
     "predict_passes",
     "shuffle_seed",
-    "view_seed",
     "why_live",
 ]
 
@@ -39,11 +38,6 @@ _BACKWARD_PASSES = 2
 def shuffle_seed(args: Any) -> int:
     """Return the seed of the order of samples, as ``Trainer`` chooses it."""
     return int(args.seed if args.data_seed is None else args.data_seed)
-
-
-def view_seed(config: CacheConfig, args: Any) -> int:
-    """Return the seed of the views: ``view_seed``, or else that of the order of samples."""
-    return shuffle_seed(args) if config.view_seed is None else config.view_seed
 
 
 def make_sampler(
@@ -61,14 +55,13 @@ def make_sampler(
     Raises:
         UnsupportedSetupError: There are too few chunks for so many processes.
     """
-    seed = view_seed(config, args)
     return ChunkSampler(
         [
-            ChunkLayout.of_rows(num_samples, config.chunk_size, seed, *rows)
+            ChunkLayout.of_rows(num_samples, config.chunk_size, config.view_seed, *rows)
             for rows in process_group.rows_of_groups(num_samples)
         ],
         shuffle_seed(args),
-        seed,
+        config.view_seed,
         config.num_views,
         config.shuffle_window,
         process_group.group_of_rank,

@@ -26,7 +26,7 @@ from ..schedules import Stage
 from .cache_folder import check_folder
 from .data_checks import num_classes, prepare_data
 from .freezer import Freezer
-from .planner import make_sampler, shuffle_seed, view_seed
+from .planner import make_sampler, shuffle_seed
 from .rehearsal import rehearse
 from .runtime import Runtime
 from .stage import StageRunner
@@ -241,10 +241,11 @@ def prepare_run(
     """
     sampler = make_sampler(len(dataset), config, runtime.args, runtime.cache_group, runtime.batch_size)
     layout = sampler.layouts[runtime.cache_group.group_index]
-    data = prepare_data(runtime, config, dataset, transforms, layout, view_seed(config, runtime.args))
+    split_points = tuple(stage.split_point for stage in stages)
+    cached = config.mode != "never" and any(split_points)
+    data = prepare_data(runtime, config, dataset, transforms, layout, config.view_seed, cached)
     model = runtime.model
     splits = Splits(model, data.image_shape, data.call, strict=config.mode == "always")
-    split_points = tuple(stage.split_point for stage in stages)
     deepest = splits.at(max(split_points))
     device = next(model.parameters()).device
     inputs = {"pixel_values", *data.prefix_inputs}
@@ -264,7 +265,7 @@ def prepare_run(
         split_points,
         runtime.cache_group,
     )
-    if config.mode != "never" and any(split_points):
+    if cached:
         cache.check_settings()
         if transforms[0] is not None and config.num_views == 1:
             logger.warning("num_views=1 stores the eval rendering only: train_transform is not used in cached stages.")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.reader import CacheReader
-from ..codecs import DTYPES
 from ..config import CacheConfig
 from ..data.collators import collate_cached
 from ..data.feature_augmenter import FeatureAugmenter
@@ -31,10 +30,12 @@ from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at
 from .cached_step import CachedStep
 from .checkpoints import last_complete
+from .decisions import describe_cache
 from .freezer import Freezer
 from .planner import Outlook, predict_passes, why_live
 from .runtime import Runtime
 from .stage_cache import OpenedCache, StageCache
+from .transform_watch import TransformWatch
 
 __all__ = ["ActiveStage", "StageRunner"]
 
@@ -83,6 +84,7 @@ class StageRunner:
         refusals: Why no cache is to be made, by split point; see ``rehearsal.rehearse``.
         released_bytes: Bytes of optimizer state that the last freezing released.
         stage_logs: What to log of the stage that was entered last.
+        watch: Looks whether the transform is still what it was when the cache of the stage was opened.
     """
 
     runtime: Runtime
@@ -103,6 +105,7 @@ class StageRunner:
     refusals: dict[int, str] = field(default_factory=dict)
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
+    watch: TransformWatch | None = None
 
     @property
     def current(self) -> ActiveStage:
@@ -249,7 +252,8 @@ class StageRunner:
             logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
             self.active = ActiveStage(stage, split, self.live_loader(), None, decision)
         else:
-            self._describe(decision, opened)
+            describe_cache(decision, opened)
+            self.watch = TransformWatch(self.data, self.config)
             self.active = self._cached(stage, split, opened, decision)
         # Before the record adds what a run that was interrupted in this stage had built.
         self.stage_logs = decision_logs(decision)
@@ -300,25 +304,6 @@ class StageRunner:
             known |= provenance_of_model(self.runtime.model, index)
         return Provenance(**known)
 
-    @staticmethod
-    def _describe(decision: Decision, opened: OpenedCache) -> None:
-        index, report = opened.reader.index, opened.report
-        decision.trained_from = "cache"
-        decision.cache = "found" if opened.built_from is None else "built"
-        decision.built_from = opened.built_from
-        decision.calibrated = opened.calibrated
-        decision.num_views = index.num_views
-        decision.codec = dict(index.codec)
-        decision.dtype = str(DTYPES[index.dtype]).removeprefix("torch.")
-        decision.calibration = index.calibration
-        decision.copies_calibration = index.copies_calibration
-        decision.cache_bytes = report.total_bytes
-        decision.cache_bytes_per_image = report.total_bytes / index.num_samples
-        decision.bits_per_element = round(index.bits_per_element, 4)
-        decision.built_shards = report.built_shards
-        decision.distortion = opened.distortion
-        decision.build_seconds = round(report.seconds, 3)
-
     def _cached(self, stage: Stage, split: Split, opened: OpenedCache, decision: Decision) -> ActiveStage:
         """Return a stage that trains on a cache."""
         reader, window = opened.reader, self.config.shuffle_window
@@ -341,6 +326,11 @@ class StageRunner:
         )
         loader = self.runtime.make_loader(dataset, self.sampler, collate_cached)
         return ActiveStage(stage, split, loader, step, decision)
+
+    def watch_transform(self) -> None:
+        """Warn, once in a stage, if a callback has changed the transform since the cache was opened."""
+        if self.watch is not None and self.runtime.everyone.is_main_process:
+            self.watch.look(self.sampler.epoch)
 
     def cost_logs(self, state: Any) -> dict[str, float]:
         """Record what training has cost since this was called last, and return what to log of it.

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cache.commit import explain_miss
+from ..cache.commit import explain_miss, find_finished
 from ..cache.fingerprint import Fingerprint
 from ..cache.index import (
     CONSUMED_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
+    Selection,
     shard_name,
     table_name,
 )
@@ -94,7 +95,7 @@ class StageCache:
     split_points: tuple[int, ...]
     process_group: ProcessGroup = SINGLE_PROCESS
     current: CacheReader | None = None
-    _hashes: dict[str, str] = field(default_factory=dict)
+    _dataset_hash: str = ""
     _cache_dir: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,14 +108,16 @@ class StageCache:
         Raises:
             UnsupportedSetupError: Data or code cannot be hashed, or there are too few rows for a lossy codec.
         """
-        self.process_group.on_main_process(self._hash_data)
+        self.process_group.on_main_process(self._hashes)
         lossless = requested_codec(self.config, max(self.split_points))[0].lossless
         if not lossless or self.config.copies_apart:
             check_rows(self.chooser.data.layout.num_samples)
 
-    def _hash_data(self) -> None:
-        """Hash data and code, once: reading a large data set takes a while."""
-        self._hashes = self._hashes or self.chooser.data.hashes(self.config)
+    def _hashes(self) -> dict[str, str]:
+        """Hash code as it is now, and data once: reading a large data set takes a while."""
+        data, config = self.chooser.data, self.config
+        self._dataset_hash = self._dataset_hash or data.dataset_hash(config)
+        return {"dataset": self._dataset_hash, **data.code.hashes(config)}
 
     # ---- Identify ----
 
@@ -125,15 +128,14 @@ class StageCache:
             UnsupportedSetupError: Data or code cannot be hashed.
         """
         config, data, layout = self.config, self.chooser.data, self.chooser.data.layout
-        self._hash_data()
         dtypes = sorted({str(p.dtype) for p in split.prefix_parameters().values()})
         return Fingerprint(
             {
                 "format version": str(FORMAT_VERSION),
-                **self._hashes,
+                **self._hashes(),
                 "batch": data.batch_spec,
                 "image size": "x".join(map(str, data.image_shape)),
-                "model": f"{type(split.model).__name__} {hash_config(getattr(split.model, 'config', None))}",
+                "model": hash_config(getattr(split.model, "config", None)),
                 "prefix weights": hash_prefix(split),
                 "split point": str(split.split_point),
                 "number of views": str(config.num_views),
@@ -173,17 +175,27 @@ class StageCache:
             CacheMismatchError: It does not hold what its rows give now.
             CacheCorruptError: It is damaged.
         """
-        directory = self._cache_dir / cache_name(split.split_point, fingerprint)
-        if not self.process_group.broadcast((directory / INDEX_NAME).is_file()):
+        expected = self.process_group.on_main_process(lambda: self._locate(split, fingerprint))
+        if expected is None:
             if self.process_group.is_main_process:
-                self._announce(directory, fingerprint)
+                self._announce(self._cache_dir / cache_name(split.split_point, fingerprint), fingerprint)
             return None
-        reader = self._reader(directory, fingerprint)
+        directory = self._cache_dir / cache_name(split.split_point, expected)
+        selection = Selection() if expected == fingerprint else Selection.of(views=range(self.config.num_views))
+        reader = self._reader(directory, expected, selection=selection)
         distortion = self.process_group.on_main_process(lambda: self.check(split, reader))
         logger.info("Using the cache %s.", directory)
         shards = reader.index.num_shards * self.config.num_views
         report = BuildReport(directory, reader.index.total_bytes, kept_shards=shards)
         return OpenedCache(reader, report, distortion=distortion)
+
+    def _locate(self, split: Split, fingerprint: Fingerprint) -> Fingerprint | None:
+        """Return the fingerprint of a finished cache that will do; see ``find_finished``."""
+        config = self.config
+        # A lossy codec is fitted to all views; and what another run has stored beyond this one's views is not to be consumed.
+        more_views = requested_codec(config, split.split_point)[0].lossless and not config.copies_apart
+        more_views = more_views and not config.consume_previous_cache
+        return find_finished(self._cache_dir, split.split_point, fingerprint, config.num_views, more_views=more_views)
 
     def _reader(self, directory: Path, fingerprint: Fingerprint, **settings: Any) -> CacheReader:
         with self.process_group.fail_together():
@@ -229,7 +241,7 @@ class StageCache:
             config.shard_chunks,
             codec,
         )
-        source = self._source(split)
+        source = self._source(split, fingerprint)
         if codec.lossless and not config.copies_apart:
             return _Planned(plan, source)
         directory = self._cache_dir / plan.name
@@ -245,7 +257,7 @@ class StageCache:
             plan, takes_source, calibrated = self.process_group.on_main_process(choose)
         return _Planned(plan, source if takes_source else None, calibrated)
 
-    def _source(self, split: Split) -> CacheReader | None:
+    def _source(self, split: Split, fingerprint: Fingerprint) -> CacheReader | None:
         """Return the cache of the stage before, if later states can be computed from it. Collective."""
         config = self.config
         if config.build_from == "images":
@@ -256,7 +268,9 @@ class StageCache:
         stored = {spec.name for spec in earlier.index.extras}
         needed = self.chooser.data.prefix_inputs | ({GEOMETRY_NAME} if config.copies_apart else set())
         suffices = earlier.index.num_views >= config.num_views and needed <= stored
-        return earlier if suffices else None
+        # A callback may have changed the transform since.
+        same = not {"transform", "data collator"} & set(fingerprint.difference(Fingerprint(earlier.index.fingerprint)))
+        return earlier if suffices and same else None
 
     def _earlier(self, split: Split) -> CacheReader | None:
         """Find the cache of the stage before, which a run that was resumed has not opened. Collective."""
@@ -267,6 +281,7 @@ class StageCache:
 
         def locate() -> tuple[dict[str, str], Path, dict[str, Any]] | None:
             fingerprint = self.identify(earlier)
+            fingerprint = self._locate(earlier, fingerprint) or fingerprint
             directory = self._cache_dir / cache_name(earlier.split_point, fingerprint)
             settings: dict[str, Any] = {}
             if not (directory / INDEX_NAME).is_file():

@@ -129,7 +129,7 @@ def train_once(
             train_transform=training,
             eval_transform=evaluation,
             freeze_config=FreezeConfig(schedule=schedule),
-            cache_config=CacheConfig(cache_dir=f"{folder}/caches", **cache),
+            cache_config=CacheConfig(cache_dir=f"{folder}/caches", view_seed=task["seed"], **cache),
         )
         # What the rule for copies gives, this benchmark sweeps; no setting does.
         rule = mock.patch.object(extra_views, "_budgets", return_value=copies) if copies else nullcontext()

@@ -125,7 +125,11 @@ def run(args: argparse.Namespace, folder: str, size: int, arm: str, seed: int, c
         eval_transform=Transform(size, augment=False),
         freeze_config=FreezeConfig(schedule=args.schedule),
         cache_config=CacheConfig(
-            cache_dir=str(Path(cache_dir) / "caches"), num_views=args.views, copies="full", **codec_settings(arm)
+            cache_dir=str(Path(cache_dir) / "caches"),
+            num_views=args.views,
+            copies="full",
+            view_seed=seed,
+            **codec_settings(arm),
         ),
     )
     started = time.perf_counter()

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import make_images
 from support.tiny import TinyTransform, make_trainer, tiny_vit
+from transformers import ViTForImageClassification
 
-from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache import CachedDataset, FreezeCacheTrainer
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.codecs import (
@@ -23,12 +24,15 @@ from hf_freezecache.codecs import (
     Zstd,
 )
 from hf_freezecache.data.hashing import hash_dataset, hash_object
+from hf_freezecache.data.seeding import random_states
+from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.errors import (
     CacheMismatchError,
     UnsupportedSetupError,
 )
 from hf_freezecache.model.hashing import hash_tensors
 from hf_freezecache.training import stage_cache as caching
+from hf_freezecache.training.cache_check import spot_check
 
 
 class HalfSize(TinyTransform):
@@ -77,7 +81,7 @@ CHANGES = {
     "image size": lambda images: {"transform": HalfSize(augment=True), "model": tiny_vit(image_size=8)},
     "split point": lambda images: {"schedule": "0:3"},
     "number of views": lambda images: {"cache": {"num_views": 3}},
-    "view seed": lambda images: {"seed": 2},
+    "view seed": lambda images: {"cache": {"view_seed": 2}},
     "dtype": lambda images: {"bf16": True},
     "chunk layout": lambda images: {"cache": {"chunk_size": 9}},
 }
@@ -136,10 +140,93 @@ def test_a_change_of_training_hyperparameters_is_no_change(images) -> None:
     assert cached_run(images, learning_rate=0.1, weight_decay=0.5, dataloader_num_workers=1) == 0
 
 
+class RenamedViT(ViTForImageClassification):
+    pass
+
+
+def renamed(model):
+    model.__class__ = RenamedViT
+    return model
+
+
+def configured(**settings):
+    model = tiny_vit()
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    return {"model": model}
+
+
+NO_CHANGES = {
+    "another seed": lambda: {"seed": 5},
+    "another data seed": lambda: {"data_seed": 5},
+    "dropout": lambda: {"model": tiny_vit(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1)},
+    "outputs": lambda: configured(output_hidden_states=True),
+    "a renamed class": lambda: {"model": renamed(tiny_vit())},
+    "fewer views": lambda: {"cache": {"num_views": 1}},
+}
+
+
+@pytest.mark.by_default(2)
+@pytest.mark.parametrize("change", NO_CHANGES)
+def test_what_does_not_matter_is_no_change(images, change) -> None:
+    assert cached_run(images) == 8
+    assert cached_run(images, **NO_CHANGES[change]()) == 0
+
+
 @pytest.mark.slow
-def test_view_seed_lets_runs_of_several_seeds_share_a_cache(images) -> None:
-    assert cached_run(images, cache={"view_seed": 0}) == 8
-    assert cached_run(images, cache={"view_seed": 0}, seed=5) == 0
+def test_a_run_of_fewer_views_trains_as_with_a_cache_of_its_own(images) -> None:
+    def losses(folder, num_views):
+        trainer = make_trainer(
+            tiny_vit(),
+            images.with_transform(TinyTransform(augment=True)),
+            schedule="0:2",
+            cache={"num_views": num_views, "cache_dir": folder},
+            num_train_epochs=2,
+        )
+        trainer.train()
+        return trainer
+
+    losses("many", 4)
+    found, own = losses("many", 2), losses("own", 2)
+    assert len(list(Path("many").glob("k*"))) == 1
+    assert found.losses == own.losses
+    assert found._record.decisions[0].num_views == 2
+    assert {view for _, view in CachedDataset(found._run.cache.current).sampler(0)} <= {0, 1}
+    with pytest.raises(IndexError, match="view"):
+        CachedDataset(found._run.cache.current)[0, 2]
+
+
+@pytest.mark.slow
+def test_a_lossy_cache_of_more_views_is_another_cache(images) -> None:
+    assert cached_run(images, cache={"codec": "int8", "num_views": 3}) > 0
+    assert cached_run(images, cache={"codec": "int8", "num_views": 2}) > 0
+
+
+@pytest.mark.slow
+def test_a_transform_that_misses_twice_in_a_row_gets_a_hint(images, caplog) -> None:
+    for number in range(3):
+        caplog.clear()
+        cached_run(images, transform=TinyTransform(augment=True, strength=0.1 + number))
+        assert ("transform_id" in caplog.text) == (number == 2)
+    caplog.clear()
+    cached_run(images, transform=TinyTransform(augment=True, strength=9), cache={"chunk_size": 9})
+    assert "chunk layout" in caplog.text
+
+
+class Counts(TinyTransform):
+    calls = 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        return super().__call__(batch)
+
+
+def test_a_transform_that_counts_its_calls_is_found_again(images, caplog) -> None:
+    transform = Counts(augment=True)
+    assert cached_run(images, transform=transform) == 8
+    assert cached_run(images, transform=transform) == 0
+    assert cached_run(images, transform=Counts(augment=True)) == 0
+    assert "no longer what it was" not in caplog.text
 
 
 def test_opening_a_cache_of_other_inputs_names_the_components(images) -> None:
@@ -220,6 +307,38 @@ def test_edited_code_of_an_imported_transform_is_noticed(images, tmp_path, monke
         built.append(cached_run(images, transform=importlib.import_module("scaled").Scaled(True)))
     assert built == [8, 8]
     assert "transform" in caplog.text.split("differs in: ")[1]
+
+
+def test_rows_are_checked_by_drawing_anew(images, monkeypatch) -> None:
+    """Each run computes other rows again. Neither its seeds nor its random states decide which, nor do they change."""
+    checked = []
+    rendered = ViewDataset.render
+
+    def recording(views, key):
+        checked.append(key)
+        return rendered(views, key)
+
+    cached_run(images)
+    trainer = make_trainer(
+        tiny_vit(),
+        images.with_transform(TinyTransform(True)),
+        schedule="0:2",
+        cache={"num_views": 2},
+        num_train_epochs=1,
+    )
+    trainer.train()
+    cache, split = trainer._run.cache, trainer._run.current.split
+    monkeypatch.setattr(ViewDataset, "render", recording)
+    drawn = []
+    before = random_states()
+    for _ in range(8):
+        checked.clear()
+        spot_check(cache.chooser, split, cache.current, "no")
+        drawn.append(tuple(checked))
+    assert random_states() == before
+    assert all(len(set(keys)) == 4 for keys in drawn)
+    assert len({row for keys in drawn for row, _ in keys}) > 10
+    assert {view for keys in drawn for _, view in keys} == {0, 1}
 
 
 def test_edited_code_of_the_model_is_caught(images) -> None:

@@ -53,7 +53,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def assert_holds_the_views(directory: Path, dataset, seed: int = 1) -> None:
+def assert_holds_the_views(directory: Path, dataset, seed: int = 0) -> None:
     """Every sample and view against the prefix applied to that very view, in batches of one."""
     cached = CachedDataset.from_pretrained(directory)
     split = split_model(tiny_vit().eval(), 2)
@@ -96,7 +96,7 @@ def test_building_leaves_random_states_alone(train_dataset) -> None:
 
 
 @pytest.mark.by_default(1)
-@pytest.mark.parametrize("stop_at", [60, 80, 115])
+@pytest.mark.parametrize("stop_at", [24, 44, 79])
 def test_killed_build_resumes_at_the_next_shard(train_dataset, tmp_path, stop_at) -> None:
     """Kill -9 in the middle of a shard; finished shards stay as they are, and the cache ends the same."""
     mark = tmp_path / "stopped"

@@ -597,3 +597,24 @@ def test_a_processor_of_another_kind_is_refused(settings) -> None:
     ):
         ImageTransform.from_processor(processor, train=True)
     assert ImageTransform.from_processor(processor, train=True, size=8).size == (8, 8)
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_images_of_16_bits_are_scaled_to_8(order) -> None:
+    ramp = (np.arange(256, dtype=np.uint16) * 256 + 3).reshape(16, 16)
+    image = (
+        Image.fromarray(ramp.astype(order))
+        if order == "<u2"
+        else Image.frombytes("I;16B", (16, 16), ramp.astype(order).tobytes())
+    )
+    assert image.mode.startswith("I;16")
+    transform = ImageTransform(16, train=False, mean=(0, 0, 0), std=(1, 1, 1), rescale=1)
+    (pixels,) = transform({"image": [image], "label": [0]})["pixel_values"]
+    assert torch.equal(pixels, torch.arange(256.0).reshape(16, 16).expand(3, 16, 16))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_an_image_of_a_mode_without_known_range_is_refused(mode) -> None:
+    image = Image.new(mode, (20, 20))
+    with pytest.raises(DataError, match=f"mode {mode!r}.*transform of your own"):
+        ImageTransform(16, train=False)({"image": [image], "label": [0]})

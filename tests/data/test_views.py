@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import random
+import threading
 
 import datasets
 import numpy as np
@@ -20,7 +21,6 @@ from hf_freezecache.data.seeding import preserved_random_state, seeded
 from hf_freezecache.data.views import (
     ViewDataset,
     check_repeatable,
-    with_rgb_images,
 )
 from hf_freezecache.errors import (
     DataError,
@@ -187,6 +187,17 @@ def test_a_transform_with_a_generator_of_its_own_is_refused(images, make) -> Non
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_generator_of_its_own_is_not_taken_for_mixing_rows(images, seed) -> None:
+    generator = random.Random(seed)
+
+    def flip(batch):
+        return {"pixel_values": [torch.full((3, 4, 4), generator.random() < 0.5) for _ in batch["image"]]}
+
+    with pytest.raises(UnrepeatableTransformError):
+        check_repeatable(ViewDataset(images.with_transform(flip), 5), num_views=2)
+
+
 def test_an_unrepeatable_train_transform_is_found_behind_a_repeatable_eval_transform(images) -> None:
     evaluation = TinyTransform(augment=False)
     views = ViewDataset(images, 5, OwnGenerator(random.Random(0)), evaluation)
@@ -210,7 +221,7 @@ def test_repeatable_transforms_pass_whatever_they_return(images) -> None:
     check_repeatable(ViewDataset(images.select([]).with_transform(odd), 5), num_views=2)
 
 
-# ---- Images that are not RGB, and images that are none ----
+# ---- What the user's transform gets ----
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -225,44 +236,135 @@ def images_of(contents: list[bytes]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features=features)
 
 
-def test_images_of_all_modes_are_converted_to_rgb() -> None:
+def images_of_all_modes() -> tuple[list[str], datasets.Dataset]:
     rgb = make_images(1)[0]["image"]
-    modes = ["RGB", "L", "RGBA", "P", "1", "LA", "CMYK"]
-    contents = [encoded(rgb.convert(mode), "TIFF" if mode == "CMYK" else "PNG") for mode in modes]
-    dataset = images_of(contents)
-    assert [row["image"].mode for row in dataset] == modes
-    converted = with_rgb_images(dataset)
-    assert [row["image"].mode for row in converted] == ["RGB"] * len(modes)
-    assert np.array_equal(np.array(converted[0]["image"]), np.array(rgb))
-    gray = np.array(rgb.convert("L"))
-    assert np.array_equal(np.array(converted[1]["image"]), np.stack([gray] * 3, axis=2))
-    assert np.array_equal(np.array(converted[2]["image"]), np.array(rgb))
-    views = ViewDataset(with_rgb_images(dataset.with_transform(TinyTransform(augment=True))), 0)
-    assert {views[row]["pixel_values"].shape for row in range(len(modes))} == {(3, IMAGE_SIZE, IMAGE_SIZE)}
-    unconverted = ViewDataset(dataset.with_transform(TinyTransform(augment=True)), 0)
-    with pytest.raises(DataError, match="Row 1 "):
-        unconverted[1]
+    modes = ["RGB", "L", "RGBA", "P", "1", "LA", "CMYK", "I;16"]
+    gray = np.arange(IMAGE_SIZE**2, dtype=np.uint16).reshape(IMAGE_SIZE, IMAGE_SIZE) * 256
+    pictures = [Image.fromarray(gray) if mode == "I;16" else rgb.convert(mode) for mode in modes]
+    kinds = ["TIFF" if mode == "CMYK" else "PNG" for mode in modes]
+    return modes, images_of([encoded(picture, kind) for picture, kind in zip(pictures, kinds, strict=True)])
 
 
-def test_data_sets_whose_images_are_decided_or_several_are_left_alone() -> None:
-    gray = images_of([encoded(Image.new("L", (4, 4)))])
-    decided = gray.cast_column("image", datasets.Image(mode="L"))
-    assert with_rgb_images(decided) is decided
-    two = gray.add_column("mask", gray.data["image"].to_pylist()).cast_column("mask", datasets.Image())
-    assert with_rgb_images(two) is two
-    assert two[0]["mask"].mode == "L"
-    none = gray.remove_columns("image")
-    assert with_rgb_images(none) is none
-    assert with_rgb_images([1, 2]) == [1, 2]
-    raw = gray.cast_column("image", datasets.Image(decode=False))
-    assert with_rgb_images(raw)[0]["image"]["bytes"] == raw[0]["image"]["bytes"]
+class Looking:
+    """Keeps the images that it got; it holds a lock, so it cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.images: list[Image.Image] = []
+
+    def __call__(self, batch):
+        self.images += batch["image"]
+        return {"pixel_values": [torch.zeros(3, 4, 4) for _ in batch["image"]]}
+
+
+@pytest.mark.parametrize("given", ["set", "apart"])
+def test_the_users_own_transform_gets_images_as_they_are_stored(given) -> None:
+    modes, dataset = images_of_all_modes()
+    transform = Looking()
+    if given == "set":
+        dataset.set_transform(transform)
+        views = ViewDataset(dataset, 0)
+    else:
+        dataset.set_transform(Looking())  # this one cannot be copied either
+        views = ViewDataset(dataset, 0, transform, transform)
+    for row in range(len(modes)):
+        views[row, 1]
+    assert [image.mode for image in transform.images] == modes
+    assert len(np.unique(np.array(transform.images[-1]))) == 256
+    dataset.reset_format()
+    for row, image in enumerate(transform.images):
+        assert np.array_equal(np.array(image), np.array(dataset[row]["image"]))
+
+
+def test_a_transform_that_fails_on_an_image_of_another_mode_is_told_the_mode() -> None:
+    modes, dataset = images_of_all_modes()
+    views = ViewDataset(dataset.with_transform(TinyTransform(augment=True)), 0)
+    assert views[0]["pixel_values"].shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+    with pytest.raises(DataError, match=r"^Row 1 .*'image' has mode 'L'.*convert\('RGB'\)"):
+        views[modes.index("L")]
+
+
+# ---- Transforms that mix the rows of a batch ----
+
+
+class Mixing:
+    """Mixes rows in a way; ``augment`` draws as people do: all crops first, then all noise."""
+
+    def __init__(self, how: str, augment: bool) -> None:
+        self.how, self.plain = how, TinyTransform(augment)
+
+    def __call__(self, batch):
+        batch = self.plain(batch)
+        pixels = torch.stack(batch["pixel_values"])
+        if self.how == "mixup":
+            share = np.random.beta(0.4, 0.4)
+            pixels = share * pixels + (1 - share) * pixels[torch.randperm(len(pixels))]
+        elif self.how == "mixup, half of the time" and random.random() < 0.5:
+            pixels = 0.5 * pixels + 0.5 * pixels.roll(1, 0)
+        elif self.how == "norm over the batch":
+            pixels = (pixels - pixels.mean()) / pixels.std()
+        elif self.how == "cutmix" and len(pixels) > 1:
+            pixels[0, :, :4, :4] = pixels[-1, :, :4, :4]
+        elif self.how == "reversed":
+            pixels = pixels.flip(0)
+        return {**batch, "pixel_values": list(pixels)}
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("how", ["mixup", "mixup, half of the time", "norm over the batch", "cutmix", "reversed"])
+def test_a_transform_that_mixes_rows_is_found(images, how, augment) -> None:
+    assert check_repeatable(ViewDataset(images.with_transform(Mixing(how, augment)), 5), 1)
+    assert check_repeatable(ViewDataset(images, 5, Mixing(how, augment), TinyTransform(augment=False)), 2)
+    assert not check_repeatable(ViewDataset(images, 5, Mixing(how, augment), TinyTransform(augment=False)), 1)
+
+
+def draws_by_image(batch):
+    """Draws more often for brighter images, as crops that are tried again; then adds noise to all."""
+    pixels = [torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) for image in batch["image"]]
+    for each in pixels:
+        while random.random() < float(each.mean()) / 255:
+            each *= 0.99
+    return {"pixel_values": [each + random.random() for each in pixels], "labels": batch["label"]}
+
+
+def draws_at_once(batch):
+    noise = np.random.rand(len(batch["image"]))
+    return {"pixel_values": [torch.full((3, 4, 4), float(each)) for each in noise], "labels": batch["label"]}
+
+
+def one_row_only(batch):
+    (image,) = batch["image"]
+    return {"pixel_values": [torch.full((3, 4, 4), float(np.array(image).mean()))], "labels": batch["label"]}
+
+
+@pytest.mark.parametrize(
+    "transform", [TinyTransform(True), TinyTransform(False), draws_by_image, draws_at_once, one_row_only]
+)
+def test_a_transform_that_treats_each_row_by_itself_is_not_taken_for_one_that_mixes(images, transform) -> None:
+    assert not check_repeatable(ViewDataset(images.with_transform(transform), 5), 2)
+    assert not check_repeatable(ViewDataset(images.select([0]).with_transform(transform), 5), 2)
+
+
+def test_rows_rendered_together_are_those_of_one_call(images) -> None:
+    mixing, plain = Mixing("mixup", augment=True), TinyTransform(augment=False)
+    views = ViewDataset(images.with_transform(mixing), 5).rendered_together()
+    with seeded(5, 3, 2):
+        expected = images.with_transform(mixing)[[3, 1, 7]]["pixel_values"]
+    found = [example["pixel_values"] for example in views.__getitems__([(3, 2), (1, 2), (7, 2)])]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    # Rows of view 0 have a transform of their own.
+    both = ViewDataset(images, 5, mixing, plain).rendered_together().__getitems__([(3, 1), (1, 0), (7, 1)])
+    assert torch.equal(both[1]["pixel_values"], images.with_transform(plain)[1]["pixel_values"])
+    assert not torch.equal(both[0]["pixel_values"], images.with_transform(plain)[3]["pixel_values"])
+
+
+# ---- Images that are none ----
 
 
 @pytest.mark.parametrize("content", [b"no image at all", b"", encoded(Image.new("RGB", (64, 64)))[:60]])
 def test_a_corrupt_image_is_an_error_that_names_its_row(content) -> None:
     good = encoded(Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)))
-    dataset = with_rgb_images(images_of([good, good, content, good]).with_transform(TinyTransform(augment=True)))
-    views = ViewDataset(dataset, 0)
+    views = ViewDataset(images_of([good, good, content, good]).with_transform(TinyTransform(augment=True)), 0)
     assert views[1, 1]["pixel_values"].shape == (3, IMAGE_SIZE, IMAGE_SIZE)
     before = states()
     with pytest.raises(DataError, match=r"^Row 2 of the training data set could not be rendered \(view 1\)") as caught:

@@ -19,6 +19,7 @@ from hf_freezecache import (
     FreezeCacheTrainer,
     FreezeConfig,
 )
+from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.errors import (
     DataError,
@@ -77,7 +78,7 @@ def test_corrupt_image_names_its_row_and_keeps_finished_shards(images, tmp_path)
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
         return datasets.Dataset.from_dict({"image": rows, "label": images["label"]}, features=features)
 
-    bad = int(ChunkLayout(50, 8, 1).order[40])  # in the third of four shards
+    bad = int(ChunkLayout(50, 8, 0).order[40])  # in the third of four shards
     good = buffers[bad]
     buffers[bad] = {"bytes": good["bytes"][:60], "path": None}
     with pytest.raises(DataError, match=f"Row {bad} of the training data set could not be rendered"):
@@ -88,17 +89,65 @@ def test_corrupt_image_names_its_row_and_keeps_finished_shards(images, tmp_path)
     assert entry["freezecache/built_shards"] == 2
 
 
-def test_grayscale_and_rgba_images_are_converted(images) -> None:
+def images_of_other_modes(images):
     rows = [dict(row) for row in images]
-    rows[3]["image"] = rows[3]["image"].convert("L")
-    rows[8]["image"] = rows[8]["image"].convert("RGBA")
-    rows[9]["image"] = rows[9]["image"].convert("P")
-    mixed = datasets.Dataset.from_list(rows, features=images.features).with_transform(TinyTransform(True))
+    for row, mode in ((3, "L"), (8, "RGBA"), (9, "P"), (12, "CMYK")):
+        rows[row]["image"] = rows[row]["image"].convert(mode)
+    return datasets.Dataset.from_list(rows, features=images.features)
+
+
+def test_our_own_transform_converts_images_of_any_mode(images) -> None:
+    mixed = images_of_other_modes(images).with_transform(ImageTransform(16, train=True))
     trainer = train(mixed, eval_dataset=mixed)
     assert trainer.evaluate()["eval_loss"] > 0
-    red = np.array(rows[8]["image"])[..., 0] / 127.5 - 1
-    plain = images.with_transform(TinyTransform(False))
-    np.testing.assert_allclose(plain[8]["pixel_values"][0], red, atol=1e-6)
+    assert trainer.predict(mixed).predictions.shape == (50, 4)
+
+
+def test_the_users_transform_gets_images_of_any_mode_as_they_are(images) -> None:
+    """In training, evaluation and prediction alike; a transform that takes RGB only is told which row is not."""
+    mixed = images_of_other_modes(images)
+    seen: dict[str, set[str]] = {}
+
+    def transform(batch):
+        seen.setdefault(part, set()).update(image.mode for image in batch["image"])
+        return TinyTransform(True)({**batch, "image": [image.convert("RGB") for image in batch["image"]]})
+
+    part = "train"
+    trainer = train(mixed.with_transform(transform), eval_dataset=mixed.with_transform(transform))
+    part = "evaluate"
+    trainer.evaluate()
+    part = "evaluate other"
+    trainer.evaluate(mixed.with_transform(transform))
+    part = "predict"
+    trainer.predict(mixed.with_transform(transform))
+    modes = {image["image"].mode for image in mixed}
+    assert len(modes) > 3
+    assert seen == dict.fromkeys(("train", "evaluate", "evaluate other", "predict"), modes)
+    with pytest.raises(DataError, match=r"Row 3 .*mode 'L'"):
+        train(mixed.with_transform(TinyTransform(True)), cache={"cache_dir": "other"})
+
+
+def mixup_in_the_transform(batch):
+    batch = TinyTransform(True)(batch)
+    pixels = torch.stack(batch["pixel_values"])
+    return {**batch, "pixel_values": list(0.6 * pixels + 0.4 * pixels.flip(0))}
+
+
+def test_transform_that_mixes_rows(images) -> None:
+    with pytest.raises(DataError, match=r"mixes the rows of its batch.*feature_augmentation"):
+        train(images.with_transform(mixup_in_the_transform))
+    assert no_work_was_done()
+
+
+def test_transform_that_mixes_rows_gets_whole_batches_where_nothing_is_cached(images) -> None:
+    sizes = []
+
+    def transform(batch):
+        sizes.append(len(batch["image"]))
+        return mixup_in_the_transform(batch)
+
+    train(images.with_transform(transform), cache={"mode": "never"})
+    assert sizes[-5:] == [10] * 5
 
 
 @pytest.mark.parametrize("label", [4, -1, 1000])

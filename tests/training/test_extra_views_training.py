@@ -70,6 +70,7 @@ def trainer_of(
             "num_views": NUM_VIEWS,
             "transform_id": "tiny",
             "calibration_samples": CALIBRATION,
+            "view_seed": SEED,
             **(cache or {}),
         },
         trainer={} if opaque else transforms,
