@@ -184,7 +184,7 @@ class _Rehearsal:
         self._repeatable: _Outcome | None = None
 
     def _step(self, inputs: dict[str, Any], step: _StatesStep | None, seed: int, split: Split) -> _Outcome:
-        self.trainer._run = SimpleNamespace(step=step)
+        self.trainer._run = SimpleNamespace(step=step, watch_transform=lambda: None)
         buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
         # Each process by itself: not all parameters that the wrapper knows get a gradient here.
         alone = self.trainer.accelerator.no_sync(self.wrapped)
