@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import torch
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 
 from ..data.collators import CheckedCollator
 from ..errors import DataError, UnsupportedSetupError
@@ -158,6 +159,13 @@ def _check_metric(trainer: Any, has_labels: dict[str, bool]) -> None:
     metric = args.metric_for_best_model
     best = args.load_best_model_at_end or getattr(args.save_strategy, "value", args.save_strategy) == "best"
     if metric is None or not best or not has_labels:
+        return
+    own = [
+        type(each)
+        for each in trainer.callback_handler.callbacks
+        if not type(each).__module__.startswith("transformers.")
+    ]
+    if any(callback.on_evaluate is not TrainerCallback.on_evaluate for callback in own):  # it may add a metric
         return
     found = []
     for name, labels in has_labels.items():
