@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import torch
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
 
 from ..data.collators import CheckedCollator
 from ..errors import DataError, UnsupportedSetupError
@@ -160,12 +159,9 @@ def _check_metric(trainer: Any, has_labels: dict[str, bool]) -> None:
     best = args.load_best_model_at_end or getattr(args.save_strategy, "value", args.save_strategy) == "best"
     if metric is None or not best or not has_labels:
         return
-    own = [
-        type(each)
-        for each in trainer.callback_handler.callbacks
-        if not type(each).__module__.startswith("transformers.")
-    ]
-    if any(callback.on_evaluate is not TrainerCallback.on_evaluate for callback in own):  # it may add a metric
+    methods = [getattr(type(callback), "on_evaluate", None) for callback in trainer.callback_handler.callbacks]
+    packages = {getattr(method, "__module__", "").partition(".")[0] for method in methods}
+    if packages - {"", "transformers", "hf_freezecache"}:  # a callback of the user's own may add a metric
         return
     found = []
     for name, labels in has_labels.items():
