@@ -171,10 +171,10 @@ OVERRIDES |= {
         **{"backbone_config": {"window_size": 2, "global_attn_indexes": [1, 3]}, "fpn_hidden_size": 16},
         **{"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     },
-    "DeepseekOcr2VisionModel": {"sam_config": {**_DOWNSAMPLED, "image_size": 64}},
+    "DeepseekOcr2VisionModel": {"sam_config": {**_DOWNSAMPLED, "image_size": 64, "patch_size": 8}},
     "UnlimitedOcrVisionModel": {
-        "sam_config": {**_DOWNSAMPLED, "image_size": 64},
-        "encoder_config": {"image_size": 4, "patch_size": 1},
+        "sam_config": {**_DOWNSAMPLED, "image_size": 64, "patch_size": 8},
+        "encoder_config": {"image_size": 2, "patch_size": 1},
     },
     **dict.fromkeys(("ConditionalDetrModel", "DabDetrModel", "DetrModel", "TableTransformerModel"), _DETR),
     "DeformableDetrModel": {**_DETR, "d_model": 32, "num_feature_levels": 3},
@@ -408,6 +408,10 @@ def reason(error: BaseException, model: nn.Module | None = None) -> str:
     if "of one class that contain attention" in text:
         has_attention = model is not None and any("attention" in type(m).__name__.lower() for m in model.modules())
         return "no blocks of one class that all have attention" if has_attention else "no blocks with attention"
+    if "random numbers are drawn before the split" in text:
+        return "random numbers are drawn before the split (by a dropout, say), so hidden states are new in each step"
+    if "depends on the images or on outputs of the first" in text:
+        return "the loss depends on the images, or on outputs of frozen blocks before the last"
     text = re.sub(r"^\w+ cannot be (split|trained from a cache)[^:]*: ", "", text)
     text = re.split(r"(?<=[^.])\. (?=[A-Z])|; expected ", text)[0].removesuffix(".")
     return text if len(text) <= 200 else text[:197] + "..."
@@ -417,16 +421,24 @@ def attempt(model: nn.Module, rows: Images, split_point: int, folder: Path) -> t
     """Return how training with so many frozen blocks fares: ``exact``, ``refused`` or ``wrong``, and why."""
     results = []
     for mode in ("always", "never"):
+        run = folder / f"{split_point}-{mode}"
         try:
-            results.append(train(model, rows, mode, split_point, folder / f"{split_point}-{mode}"))
+            results.append(train(model, rows, mode, split_point, run))
         except FreezeCacheError as error:
+            if any(run.rglob("*.safetensors")):
+                return "wrong", f"{split_point} frozen blocks: refused after a cache was built: {reason(error, model)}"
             return "refused", reason(error, model)
         except Exception as error:
             return (
                 "wrong",
                 f"{split_point} frozen blocks, mode={mode!r}: {type(error).__name__}: {reason(error, model)}",
             )
-    difference = results[0].difference(results[1])
+    cached, live = results
+    difference = cached.difference(live)
+    if difference is None and not any(folder.rglob(f"{split_point}-always/caches/**/index.json")):
+        difference = "no cache was written"
+    if difference is None and live.difference(Result(live.losses, model.state_dict())) is None:
+        difference = "nothing was trained"
     return ("exact", "") if difference is None else ("wrong", f"{split_point} frozen blocks: {difference}")
 
 
@@ -463,6 +475,8 @@ def try_class(cls: type[PreTrainedModel], folder: Path) -> Row:
     try:
         first = {key: value[None] for key, value in rows[0].items() if key != "labels"}
         blocks_name, blocks = find_blocks(model, first)
+        if isinstance(model, WithHead):
+            blocks_name = blocks_name.removeprefix("encoder.")
         where, total = f"`{blocks_name}`, {len(blocks)}", len(blocks)
     except FreezeCacheError:
         where, total = "", 1
@@ -473,8 +487,10 @@ def try_class(cls: type[PreTrainedModel], folder: Path) -> Row:
         return Row(name, "wrong", where, "WRONG: " + "; ".join(outcomes[k][1] for k in by_kind["wrong"]))
     if not by_kind["refused"]:
         return Row(name, "exact", where, "exact for every k")
-    why = {outcomes[k][1]: k for k in reversed(by_kind["refused"])}  # each reason with the first k it is given for
-    reasons = "; ".join(text for text, _ in sorted(why.items(), key=lambda item: item[1]))
+    why: dict[str, str] = {}  # reasons that differ in numbers alone are one
+    for k in by_kind["refused"]:
+        why.setdefault(re.sub(r"\d+", "", outcomes[k][1]), outcomes[k][1])
+    reasons = "; ".join(why.values())
     if not by_kind["exact"]:
         return Row(name, "refused", where, f"refused: {reasons}")
     exact = by_kind["exact"]

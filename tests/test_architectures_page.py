@@ -43,22 +43,29 @@ def test_rows_say_what_a_cached_run_does(tmp_path) -> None:
     assert "| `TimmWrapperForImageClassification` |  | needs the package timm |" in text
 
 
-@pytest.mark.parametrize("fault", ["losses", "parameters", "raw exception"])
+@pytest.mark.parametrize("fault", ["losses", "parameters", "RuntimeError", "no cache was written", "refused after"])
 def test_a_class_that_differs_without_a_refusal_is_wrong(script, monkeypatch, tmp_path, fault) -> None:
     def train(model, rows, mode, split_point, folder):
         wrong = mode == "always" and split_point == 2
-        if wrong and fault == "raw exception":
+        if wrong and fault == "RuntimeError":
             raise RuntimeError("no such tensor")
-        loss = 1.5 if wrong and fault == "losses" else 1.0
-        weight = torch.full((2,), float(wrong and fault == "parameters"))
-        return script.Result([loss], {"weight": weight})
+        if mode == "always" and not (wrong and fault == "no cache was written"):
+            (folder / "caches").mkdir(parents=True)
+            (folder / "caches" / "index.json").touch()
+        if wrong and fault == "refused after":
+            (folder / "caches" / "shard-00000.safetensors").touch()
+            raise script.FreezeCacheError("not this one")
+        trained = {name: value + 1 for name, value in model.state_dict().items()}
+        if wrong and fault == "parameters":
+            trained["classifier.bias"] += 1
+        return script.Result([1.5 if wrong and fault == "losses" else 1.0], trained)
 
     monkeypatch.setattr(script, "train", train)
     monkeypatch.setattr(script, "classes", lambda: [transformers.ViTForImageClassification])
     page = tmp_path / "page.md"
     assert script.main(page, "") == 1
     assert "## Wrong: 1" in page.read_text()
-    assert re.search(r"WRONG: 2 frozen blocks\W.*(losses|parameters differ|RuntimeError)", page.read_text())
+    assert re.search(rf"WRONG: 2 frozen blocks\W.*{fault}", page.read_text())
 
 
 def test_a_class_may_be_exact_up_to_some_number_of_blocks(script, monkeypatch, tmp_path) -> None:
@@ -66,7 +73,9 @@ def test_a_class_may_be_exact_up_to_some_number_of_blocks(script, monkeypatch, t
         if mode == "always" and split_point > 2:
             message = f"X cannot be trained from a cache behind {split_point} frozen blocks: states leave early. Freeze others."
             raise script.FreezeCacheError(message)
-        return script.Result([1.0], {})
+        (folder / "caches").mkdir(parents=True)
+        (folder / "caches" / "index.json").touch()
+        return script.Result([1.0], {name: value + 1 for name, value in model.state_dict().items()})
 
     monkeypatch.setattr(script, "train", train)
     row = script.try_class(transformers.ViTForImageClassification, tmp_path)
