@@ -204,7 +204,7 @@ NOT_TRIED = {
     "EdgeTamVisionModel": "needs the package timm",
     "DinatForImageClassification": "needs the package natten",
     "ShieldGemma2ForImageClassification": "a language model that reads text as well",
-    "PPLCNetForImageClassification": "returns no loss and no logits",
+    "PPLCNetForImageClassification": "returns no loss",
     "VideoPrismVisionModel": "its forward takes pixel_values_videos",
     "Pix2StructVisionModel": "its forward takes flattened_patches",
     "InklingVisionModel": "its forward takes single patches",
@@ -543,10 +543,10 @@ Written by `python .ci/architectures.py docs/architectures.md`, with transformer
 
 Each class was made with random weights and a few narrow blocks, and trained for three steps on random images, with its first `k`
 blocks frozen: once on images and once from a cache. *Exact* means that all losses and all parameters of the two runs are equal
-to the bit, on a CPU. *Refused* means that `FreezeCacheTrainer` stops before it builds anything, and says why. A class whose
-name does not end in `ForImageClassification` had a linear head on the mean of its last hidden states. Models with more than
-{every} blocks were tried with 1, half and all of them frozen. An encoder in stages is split between stages where its stages
-are alike, and else within its first stage. A model with other settings may fare otherwise: every run rehearses its own.
+to the bit, on a CPU. *Refused* means that `FreezeCacheTrainer` stops before it builds a cache, and says why. A class whose
+name does not end in `ForImageClassification` had a linear head on the mean of its last hidden states. The second column names
+the list of blocks and their number in the tiny model; an encoder may have stages for blocks. Models with more than {every} blocks were
+tried with 1, half and all of them frozen. A model with other settings may fare otherwise: every run tries its own first steps.
 
 The table has the classes of `AutoModelForImageClassification`, and the encoders of images for which there is no such class.
 """
