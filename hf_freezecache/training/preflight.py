@@ -20,6 +20,7 @@ from ..errors import UnsupportedSetupError
 from ..model.freeze import check_checkpointing
 from ..model.split import Split, Splits, first_tensor
 from ..model.suffix import SuffixModel
+from ..model.threads import one_thread_if_small
 from ..model.tokens import token_grid
 from ..report.record import RunRecord
 from ..schedules import Stage
@@ -243,14 +244,17 @@ def prepare_run(
     layout = sampler.layouts[runtime.cache_group.group_index]
     split_points = tuple(stage.split_point for stage in stages)
     cached = config.mode != "never" and any(split_points)
-    data = prepare_data(runtime, config, dataset, transforms, layout, config.view_seed, cached)
     model = runtime.model
+    with one_thread_if_small(model):
+        data = prepare_data(runtime, config, dataset, transforms, layout, config.view_seed, cached)
     splits = Splits(model, data.image_shape, data.call, strict=config.mode == "always")
     deepest = splits.at(max(split_points))
     device = next(model.parameters()).device
     inputs = {"pixel_values", *data.prefix_inputs}
     batch = {name: value.to(device) for name, value in data.example_batch.items() if name in inputs}
     check_checkpointing(model)
+    with one_thread_if_small(model):
+        _ = deepest.stem  # traces the model
     if augmenter is not None and deepest.split_point > 0:
         check_augmenter(augmenter, deepest, runtime, data.example_batch.get("labels"), batch)
     try_evaluation()
@@ -283,7 +287,8 @@ def check_steps(run: StageRunner, wrapped: nn.Module) -> None:
         FreezeCacheError: See ``rehearse`` and ``check_folder``.
     """
     started = time.perf_counter()
-    rehearse(run, wrapped)
+    with one_thread_if_small(run.runtime.model):
+        rehearse(run, wrapped)
     points = [stage.split_point for stage in run.stages if stage.split_point not in run.refusals]
     if run.config.mode != "never" and any(points):
         check_folder(run.cache, run.splits, points)

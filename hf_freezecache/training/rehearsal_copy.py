@@ -109,7 +109,9 @@ def _modules(trainer: Any) -> list[nn.Module]:
 def _changeable(trainer: Any) -> list[dict[str, Any]]:
     """Return the attributes of all objects that code of users may change through a trainer."""
     modules = _modules(trainer)
-    objects = [trainer.accelerator, trainer.accelerator.gradient_state, *modules]
+    # Most modules are layers of torch without a state of their own.
+    objects = [trainer.accelerator, trainer.accelerator.gradient_state]
+    objects += [each for each in modules if each._buffers or not type(each).__module__.startswith("torch.nn.")]
     objects += [module.config for module in modules if hasattr(getattr(module, "config", None), "__dict__")]
     for name, value in vars(trainer).items():
         package = type(value).__module__.partition(".")[0]

@@ -35,6 +35,7 @@ from ..distributed.process_group import ProcessGroup
 from ..errors import FreezeCacheError
 from ..model.hashing import hash_config, hash_prefix
 from ..model.split import Split
+from ..model.threads import one_thread_if_small
 from .cache_check import measure_distortion, spot_check
 from .stage_codecs import choose_codecs, codec_request, copies_request, kept_codecs, name_of_source
 
@@ -217,7 +218,8 @@ class StageCache:
         Raises:
             CacheMismatchError: It does not hold what its rows give now.
         """
-        spot_check(self.chooser, split, reader, self.mixed_precision)
+        with one_thread_if_small(split.model):
+            spot_check(self.chooser, split, reader, self.mixed_precision)
         return measure_distortion(self.chooser, split, reader)
 
     # ---- Plan ----
