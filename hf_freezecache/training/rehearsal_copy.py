@@ -109,9 +109,7 @@ def _modules(trainer: Any) -> list[nn.Module]:
 def _changeable(trainer: Any) -> list[dict[str, Any]]:
     """Return the attributes of all objects that code of users may change through a trainer."""
     modules = _modules(trainer)
-    # Most modules are layers of torch without a state of their own.
-    objects = [trainer.accelerator, trainer.accelerator.gradient_state]
-    objects += [each for each in modules if each._buffers or not type(each).__module__.startswith("torch.nn.")]
+    objects = [trainer.accelerator, trainer.accelerator.gradient_state, *modules]
     objects += [module.config for module in modules if hasattr(getattr(module, "config", None), "__dict__")]
     for name, value in vars(trainer).items():
         package = type(value).__module__.partition(".")[0]
@@ -123,7 +121,9 @@ def _changeable(trainer: Any) -> list[dict[str, Any]]:
 def _remember(attributes: dict[str, Any]) -> Callable[[], None]:
     """Return what puts the attributes of an object back, with the content of containers and tensors among them."""
     kept = dict(attributes)
-    containers = [(value, copy.copy(value)) for value in kept.values() if isinstance(value, (list, dict, set, deque))]
+    held = [value for value in kept.values() if isinstance(value, (list, dict, set, deque))]
+    # Most are the empty dicts of hooks that every module has.
+    containers = [(value, copy.copy(value) if value else None) for value in held]
     # Buffers lie in a dict of the module; parameters and gradients are not looked at.
     tensors = [*kept.values(), *kept.get("_buffers", {}).values()]
     contents = [(tensor, tensor.detach().clone()) for tensor in tensors if type(tensor) is Tensor]
@@ -144,7 +144,11 @@ def _remember(attributes: dict[str, Any]) -> Callable[[], None]:
 
 
 def _refill(container: Any, content: Any) -> None:
-    """Give a list, dict, set or deque the content of a copy of it again."""
+    """Give a list, dict, set or deque the content of a copy of it again; ``None`` is that of one that was empty."""
+    if content is None:
+        if container:
+            container.clear()
+        return
     if isinstance(container, dict):
         if container.keys() != content.keys() or any(container[key] is not content[key] for key in content):
             container.clear()

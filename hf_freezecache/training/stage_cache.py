@@ -13,14 +13,7 @@ from torch import Tensor
 
 from ..cache.commit import explain_miss, find_finished
 from ..cache.fingerprint import Fingerprint
-from ..cache.index import (
-    CONSUMED_NAME,
-    FORMAT_VERSION,
-    INDEX_NAME,
-    Selection,
-    shard_name,
-    table_name,
-)
+from ..cache.index import CONSUMED_NAME, FORMAT_VERSION, INDEX_NAME, Selection, shard_name, table_name
 from ..cache.lock import SINGLE_PROCESS, build_lock, os_errors_as_cache_errors
 from ..cache.reader import CacheReader
 from ..cache.shard_writer import CachePlan, cache_name

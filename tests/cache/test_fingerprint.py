@@ -107,6 +107,7 @@ def test_a_change_of_codec_is_noticed_and_named(images, monkeypatch, caplog) -> 
     assert "codec" in caplog.text.split("differs in: ")[1]
 
 
+@pytest.mark.slow
 def test_a_change_of_format_version_is_noticed_and_named(images, monkeypatch, caplog) -> None:
     cached_run(images)
     monkeypatch.setattr(caching, "FORMAT_VERSION", 3)
@@ -309,6 +310,7 @@ def test_edited_code_of_an_imported_transform_is_noticed(images, tmp_path, monke
     assert "transform" in caplog.text.split("differs in: ")[1]
 
 
+@pytest.mark.slow
 def test_rows_are_checked_by_drawing_anew(images, monkeypatch) -> None:
     """Each run computes other rows again. Neither its seeds nor its random states decide which, nor do they change."""
     checked = []

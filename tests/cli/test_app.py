@@ -555,6 +555,7 @@ def test_a_second_demo_builds_its_caches_anew_and_leaves_others_alone(tmp_path) 
     assert all(Path(cache, "index.json").is_file() for cache in first["caches"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["sklearn.datasets", "matplotlib.figure"])
 def test_demo_without_its_extras_says_what_to_install(module, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -620,6 +621,7 @@ def test_table_is_aligned() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_picture_of_runs_without_a_cache(tmp_path) -> None:
     draw_runs([{**RUNS[0], "accuracy_after_seconds": [[1.0, 0.2], [9.0, 0.5]]}], tmp_path / "one.png")
     with Image.open(tmp_path / "one.png") as picture:

@@ -250,6 +250,7 @@ def test_a_shard_altered_by_one_bit_is_refused_by_name(server, cache, tmp_path, 
     pulling.pull_cache(REPO, tmp_path / "pulled")
 
 
+@pytest.mark.slow
 def test_a_file_altered_in_the_local_download_cache_is_refused(server, cache) -> None:
     pushing.push_cache(cache, REPO)
     folder = Path(CachedDataset.from_pretrained(REPO).reader.directory)
@@ -552,6 +553,7 @@ def test_a_licence_that_the_hub_refuses_is_refused_before_anything_is_sent(serve
     pushing.push_cache(cache, REPO, provenance=Provenance(license="apache-2.0"))
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_gone_is_sent_again_and_the_card_stays(server, cache) -> None:
     CachedDataset.from_pretrained(cache).push_to_hub(REPO, license="mit", dataset_name="somebody/pictures")
     card = server.read(REPO, "README.md")
@@ -669,6 +671,7 @@ def test_a_pull_overwrites_nothing(server, cache, tmp_path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_pull_mends_what_is_there(server, cache, tmp_path) -> None:
     """A damaged or missing file is fetched again, and what was left out when a part was pulled; nothing else is."""
     pushing.push_cache(cache, REPO)

@@ -50,7 +50,7 @@ def test_training_and_evaluation_on_parts_of_a_cache(cached, cls) -> None:
     assert len(losses) == 1
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", TRAINERS)
 def test_a_cache_that_was_opened_in_part(cached, cls) -> None:
     part = CachedDataset.from_pretrained(cached.reader.directory, shards=[0, 1])

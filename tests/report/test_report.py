@@ -360,6 +360,7 @@ def test_a_run_that_does_not_save_writes_nothing(train_dataset) -> None:
     assert len([callback for callback in callbacks if isinstance(callback, ReportCallback)]) == 1
 
 
+@pytest.mark.slow
 def test_without_the_callback_nothing_is_written(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset, num_train_epochs=1, save_strategy="epoch")
     trainer.remove_callback(ReportCallback)
@@ -386,6 +387,7 @@ def test_a_resumed_run_keeps_stages_and_adds_up(train_dataset) -> None:
     assert len(until) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawing")
 def test_without_matplotlib_training_finishes_and_says_how_to_get_the_report(
     train_dataset, monkeypatch, caplog

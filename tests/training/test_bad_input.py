@@ -139,6 +139,7 @@ def test_transform_that_mixes_rows(images) -> None:
     assert no_work_was_done()
 
 
+@pytest.mark.slow
 def test_transform_that_mixes_rows_gets_whole_batches_where_nothing_is_cached(images) -> None:
     sizes = []
 

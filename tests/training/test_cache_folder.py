@@ -55,7 +55,7 @@ def only_reading(monkeypatch):
     return start
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES])
 def test_a_file_system_without_locks(train_dataset, monkeypatch, number) -> None:
     def flock(file, operation) -> None:
@@ -84,7 +84,7 @@ def test_a_finished_cache_may_be_only_read(train_dataset, only_reading, caplog) 
     assert "Whether the caches of 3 frozen blocks" in caplog.text
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("schedule", ["0:1", "0:2,1:3", "0:0,1:1"])
 def test_a_cache_that_is_missing_from_a_folder_that_is_only_read(train_dataset, only_reading, schedule) -> None:
     trained(train_dataset)
@@ -100,7 +100,7 @@ def test_a_cache_that_is_missing_from_a_folder_that_is_only_read(train_dataset, 
     "name",
     ["data [v2]/caches", "my caches", "caches/", "Käse-缓存", "a*b?", "~nobody-here", "c:d", "%20#x", "'q\"", "{a,b}"],
 )
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 def test_folders_of_any_name(train_dataset, name) -> None:
     assert built_shards(trained(train_dataset, cache={"cache_dir": name})) == [4]
     again = trained(train_dataset, cache={"cache_dir": str(Path(name).absolute())})
@@ -109,6 +109,7 @@ def test_folders_of_any_name(train_dataset, name) -> None:
     assert len(CachedDataset.from_pretrained(str(directory))) == 50
 
 
+@pytest.mark.slow
 def test_a_folder_behind_a_link(train_dataset) -> None:
     Path("disk").mkdir()
     Path("link").symlink_to("disk")
@@ -128,6 +129,7 @@ def test_a_name_that_is_taken(train_dataset, kind) -> None:
         trainer.train()
 
 
+@pytest.mark.slow
 def test_a_relative_folder_stays_where_it_was_when_the_run_began(train_dataset, tmp_path) -> None:
     """Callbacks may change the working folder between two stages."""
     from transformers import TrainerCallback

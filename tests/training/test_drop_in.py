@@ -90,6 +90,7 @@ def test_what_the_user_froze_stays_frozen_before_and_behind_the_split(train_data
     assert any(parameter is behind for group in optimizer.param_groups for parameter in group["params"])
 
 
+@pytest.mark.slow
 def test_frozen_blocks_that_a_callback_thaws_stay_frozen(train_dataset, caplog) -> None:
     def run(callbacks):
         trainer = make_trainer(
@@ -121,6 +122,7 @@ class OwnOptimizer(Recorder):
         return self.optimizer
 
 
+@pytest.mark.slow
 def test_resume_with_an_optimizer_that_a_subclass_makes(train_dataset) -> None:
     settings = {"schedule": "0:1,1:2", "num_train_epochs": 3, "save_strategy": "epoch", "cls": OwnOptimizer}
     whole = make_trainer(tiny_vit(), train_dataset, **settings)
@@ -190,7 +192,7 @@ class Looking(TrainerCallback):
     on_train_begin = on_epoch_begin = on_epoch_end = on_train_end = look
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["always", "never"])
 def test_callbacks_find_batches_of_images(mode, train_dataset) -> None:
     losses = []
@@ -257,6 +259,7 @@ class Averages(TrainerCallback):
             optimizer.train()
 
 
+@pytest.mark.slow
 def test_schedule_free_optimizers(train_dataset, eval_dataset) -> None:
     trained = []
     for mode in ("always", "never"):
@@ -283,7 +286,7 @@ def test_schedule_free_optimizers(train_dataset, eval_dataset) -> None:
     assert_same(trained[0][1], trained[1][1])
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["even_batches", "split_batches", "dispatch_batches", "use_seedable_sampler"])
 def test_settings_of_accelerates_loaders(setting, train_dataset) -> None:
     losses = []

@@ -70,6 +70,7 @@ def test_a_bad_label_late_in_an_evaluation_set(train_dataset, images, bad) -> No
     refused(make_trainer(tiny_vit(), train_dataset, rows, **EACH_EPOCH), match)
 
 
+@pytest.mark.slow
 def test_a_collator_that_leaves_bad_rows_out_of_an_evaluation(train_dataset, images) -> None:
     labels = [None if row == 37 else row % 4 for row in range(50)]
     rows = images.remove_columns("label").add_column("label", labels).with_transform(TinyTransform(False))
@@ -91,6 +92,7 @@ def test_columns_are_removed_as_trainer_does(images, train_dataset, eval_dataset
     refused(trainer, r"removes the columns \['image'\].*remove_unused_columns=False")
 
 
+@pytest.mark.slow
 def test_a_run_that_will_not_evaluate_is_not_asked(train_dataset, eval_dataset) -> None:
     make_trainer(tiny_vit(), train_dataset, eval_dataset.rename_column("image", "picture"), num_train_epochs=1).train()
 
@@ -128,6 +130,7 @@ def test_good_sets_are_evaluated_as_ever(train_dataset, eval_dataset) -> None:
     assert [e["eval_a_accuracy"] >= 0 for e in trainer.state.log_history if "eval_a_accuracy" in e] == []
 
 
+@pytest.mark.slow
 def test_data_that_can_be_read_once_are_left_alone(train_dataset, eval_dataset) -> None:
     class Once(torch.utils.data.IterableDataset):
         def __init__(self) -> None:
@@ -141,6 +144,7 @@ def test_data_that_can_be_read_once_are_left_alone(train_dataset, eval_dataset) 
     assert [entry["eval_loss"] > 0 for entry in trainer.state.log_history if "eval_loss" in entry] == [True]
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_users_own_is_not_refused(train_dataset, eval_dataset, caplog) -> None:
     class Own(Recorder):
         def evaluate(self, *args, **kwargs):
@@ -151,7 +155,7 @@ def test_an_evaluation_of_the_users_own_is_not_refused(train_dataset, eval_datas
     assert "Own overrides evaluate, which may do otherwise" in caplog.text
 
 
-@pytest.mark.by_default(3)
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     ("kind", "metric", "fine"),
     [

@@ -121,6 +121,7 @@ def test_one_null_as_a_float(images) -> None:
     refused(dataset, r"Row 37 .*label=None, gets torch.float64 \(\) as labels", trainer={"data_collator": collate})
 
 
+@pytest.mark.slow
 def test_nulls_that_are_given_a_label(images) -> None:
     dataset = labelled(images, with_one(None), label=lambda value: -100 if value is None else value)
     trainer_on(dataset).train()
@@ -147,7 +148,7 @@ def test_data_sets_with_targets(images, kind) -> None:
     refused(dataset, f"row {37 if kind == 'targets' else 12} has targets=9, but the model has 4 classes")
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("problem_type", [None, "multi_label_classification"])
 def test_a_label_for_each_class(images, problem_type) -> None:
     """transformers takes floating-point labels for several classes, whatever the configuration says."""
@@ -161,6 +162,7 @@ def test_a_label_for_each_class(images, problem_type) -> None:
     assert not cached._run.data.has_classes
 
 
+@pytest.mark.slow
 def test_a_head_with_more_classes_than_labels(images) -> None:
     dataset = labelled(images, [row % 3 for row in range(50)])
     trainer_on(dataset, with_head(1000)).train()

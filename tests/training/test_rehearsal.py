@@ -112,7 +112,7 @@ REFUSED_LOSSES = [
 ]
 
 
-@pytest.mark.by_default(4)
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("loss", REFUSED_LOSSES, ids=lambda loss: loss.__name__)
 def test_a_loss_that_reads_what_a_cached_step_does_not_have_is_refused(loss, train_dataset, tmp_path) -> None:
     model = tiny_vit(attn_implementation="eager")
@@ -138,7 +138,7 @@ def smooths(trainer, model, inputs):
     return outputs, nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("loss", [reads_later_states, twice, smooths], ids=lambda loss: loss.__name__)
 def test_a_loss_of_what_the_suffix_gives_is_exact(loss, train_dataset, tmp_path) -> None:
     model = tiny_vit(attn_implementation="eager", hidden_dropout_prob=0.1)

@@ -88,6 +88,7 @@ def test_a_resumed_run_knows_the_decisions_and_epochs_before(train_dataset) -> N
     assert resumed._record.epochs[:3] == whole._record.epochs[:3]
 
 
+@pytest.mark.slow
 def test_progress_of_another_schedule_is_left_behind(train_dataset, caplog) -> None:
     settings = {"num_train_epochs": 4, "save_strategy": "epoch"}
     make_trainer(tiny_vit(), train_dataset, schedule="0:0,1:2", **settings).train()
@@ -98,6 +99,7 @@ def test_progress_of_another_schedule_is_left_behind(train_dataset, caplog) -> N
     assert [epoch.stage for epoch in resumed._record.epochs] == [0, 0]
 
 
+@pytest.mark.slow
 def test_finding_a_cache_takes_time_that_is_told(train_dataset) -> None:
     settings = {"schedule": "0:2", "num_train_epochs": 1}
     for cache in ("built", "found"):
