@@ -173,6 +173,7 @@ def test_nothing_but_hub_and_cli_touches_the_network() -> None:
             assert "fsspec" not in roots(found), name
 
 
+@pytest.mark.slow
 def test_optional_dependencies_are_for_what_users_run() -> None:
     for name in MODULES:
         if not in_package(name, "cli"):

@@ -100,6 +100,7 @@ def test_a_change_is_noticed_and_named(images, component, caplog) -> None:
     assert component in message.split("differs in: ")[1]
 
 
+@pytest.mark.slow
 def test_a_change_of_codec_is_noticed_and_named(images, monkeypatch, caplog) -> None:
     cached_run(images)
     monkeypatch.setitem(PRESETS, "lossless", Codec((Planes(), Zstd(3))))
@@ -276,6 +277,7 @@ def test_data_sets_that_cannot_be_hashed_need_a_name(images) -> None:
     assert trainer._run.step is not None
 
 
+@pytest.mark.slow
 def test_transforms_that_cannot_be_hashed_need_a_name(images) -> None:
     cannot_be_pickled = (row for row in range(3))
     with pytest.raises(UnsupportedSetupError, match="transform_id"):

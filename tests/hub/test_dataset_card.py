@@ -124,6 +124,7 @@ def test_a_card_says_nothing_that_it_was_not_told(plain) -> None:
     assert data["license"] == "other"
 
 
+@pytest.mark.slow
 def test_a_lossy_cache_states_its_distortion(lossy) -> None:
     index, text = load_index(lossy), render(lossy, None)
     assert index.calibration is not None

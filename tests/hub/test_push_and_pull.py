@@ -165,6 +165,7 @@ def assert_no_rows(server: HubServer, home: Path) -> None:
     assert "No (supported) data files found" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_push_is_no_cache_and_goes_on(server, cache, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pushing, "COMMIT_FILES", 4)
     monkeypatch.setattr(pushing, "GROUP_FILES", 1)

@@ -121,6 +121,7 @@ def test_a_cache_that_was_built_from_the_one_before() -> None:
     )
 
 
+@pytest.mark.slow
 def test_two_stages_of_one_split_point_are_two_rows() -> None:
     second = decision(1, 2, 6, cache="found", built_from=None, reason="The cache of stage 0 serves this one too.")
     card, page = check(

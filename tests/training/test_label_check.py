@@ -56,6 +56,7 @@ def test_labels_that_the_transform_maps(images) -> None:
     assert trainer.state.global_step == 5
 
 
+@pytest.mark.slow
 def test_labels_that_the_collator_maps(images) -> None:
     def collate(examples):
         return {

@@ -76,6 +76,7 @@ def test_two_stages_with_one_split_point_are_two(train_dataset) -> None:
     assert stages == [Stage(0, 0, 2), Stage(1, 1, 2), Stage(2, 2, 3)]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_the_decisions_and_epochs_before(train_dataset) -> None:
     settings = {"schedule": "0:1,2:3", "num_train_epochs": 4, "save_strategy": "epoch"}
     whole = make_trainer(tiny_vit(), train_dataset, **settings)
