@@ -34,9 +34,12 @@ _QUESTIONS = (
     "size dim ndimension numel nelement __len__ stride is_floating_point is_complex is_contiguous is_pinned element_size "
     "get_device data_ptr storage_offset new_zeros new_ones new_empty new_full"
 )
+_FUNCTIONS = "is_floating_point is_complex numel zeros_like ones_like empty_like full_like rand_like randn_like"
 #: What may be asked of a withheld tensor: its shape and place.
-_METADATA = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {
-    getattr(Tensor, name) for name in _QUESTIONS.split()
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
+    *(getattr(Tensor, name) for name in _QUESTIONS.split()),
+    *(getattr(torch, name) for name in _FUNCTIONS.split()),
 }
 #: Copies to elsewhere are withheld too.
 _COPYING = "to cpu cuda type float half bfloat16 contiguous clone detach pin_memory requires_grad_"
@@ -78,7 +81,7 @@ class Withheld(Tensor):
                 answer = func(*args, **(kwargs or {}))
             if func in _COPIES and isinstance(answer, Tensor):
                 return cls.of(answer, args[0].what, args[0].why)
-            return answer
+            return answer.as_subclass(Tensor) if isinstance(answer, Tensor) else answer
         read = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
         raise UnsupportedSetupError(
             f"{read.what} is read ({getattr(func, '__name__', func)}) while training from a cache, where it does not exist: "

@@ -7,12 +7,12 @@ Loss and gradients of both steps must agree. Then a cached stage trains on what 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,8 @@ from ..model.probe import first_row
 from ..model.split import Split
 from ..schedules import Stage
 from .cached_step import train_on_states
+from .rehearsal_copy import duplicate, keeping_parameters
+from .step_outcome import TOLERANCES, StepOutcome, difference, same_values
 
 __all__ = ["observed_call", "rehearse"]
 
@@ -36,9 +38,6 @@ logger = logging.getLogger(__name__)
 _STATES = "packed.rehearsed"
 #: Further random states to compare under, where random numbers are drawn before the split.
 _TRIALS = 7
-#: Largest difference of the loss, relative to it, and of the gradients, relative to all of them. On a CPU equal shapes give
-#: equal bits, as a rule. Elsewhere kernels need not be deterministic, and 16 bits round to 3 digits.
-_TOLERANCES = {"cpu": 1e-6, "16 bits": 2e-2, "other": 1e-3}
 
 
 # ---- What the model is called with ----
@@ -90,24 +89,6 @@ def observed_call(
 
 
 # ---- One step ----
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What one training step gave.
-
-    Attributes:
-        loss: The loss, a scalar.
-        gradients: Name of each trainable parameter -> its gradient, or ``None``.
-        draws: Whether random numbers were drawn before the hidden states at the split were there.
-        repeatable: Whether no random number was drawn at all, and no buffer changed. Then the step gives the same behind more
-            frozen blocks, which are in eval mode.
-    """
-
-    loss: Tensor
-    gradients: dict[str, Tensor | None]
-    draws: bool = False
-    repeatable: bool = False
 
 
 class _StatesStep:
@@ -176,41 +157,53 @@ class _Rehearsal:
         trainer: A copy of the trainer.
         model: The model.
         wrapped: The model in its wrapper for several processes.
-        batch: The first rows, collated, on the CPU.
+        batch: The first rows, collated.
+        may_grow: Whether more rows are tried if these do not do.
     """
 
-    def __init__(self, trainer: Any, model: nn.Module, wrapped: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, trainer: Any, model: nn.Module, wrapped: nn.Module, batch: Mapping[str, Tensor], may_grow: bool
+    ) -> None:
         self.trainer, self.model, self.wrapped, self.batch = trainer, model, wrapped, batch
-        self._repeatable: _Outcome | None = None
+        self.may_grow = may_grow
+        self._repeatable: StepOutcome | None = None
 
-    def _step(self, inputs: dict[str, Any], step: _StatesStep | None, seed: int, split: Split) -> _Outcome:
-        self.trainer._run = SimpleNamespace(step=step, watch_transform=lambda: None)
-        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+    def _step(
+        self, inputs: dict[str, Any], step: _StatesStep | None, seed: int, split: Split, progress: float
+    ) -> StepOutcome:
+        # What one step leaves behind in the trainer must not reach the next.
+        trainer = duplicate(self.trainer)
+        trainer._run = SimpleNamespace(step=step, watch_transform=lambda: None)
+        trainer.state = copy.copy(trainer.state)
+        trainer.state.global_step = int(progress * max(trainer.state.max_steps - 1, 0))
+        trainer.state.epoch = progress * (trainer.state.num_train_epochs or 0)
+        buffers = [(name, buffer, buffer.detach().clone()) for name, buffer in self.model.named_buffers()]
         # Each process by itself: not all parameters that the wrapper knows get a gradient here.
-        alone = self.trainer.accelerator.no_sync(self.wrapped)
+        alone = trainer.accelerator.no_sync(self.wrapped)
         try:
-            with _drawing(seed), alone, _watching_draws(split) as drawn:
-                loss = self.trainer.training_step(self.wrapped, inputs).detach()
-            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
-            unchanged = all(torch.equal(buffer, value) for buffer, value in buffers)
-            return _Outcome(loss, gradients, drawn[0], not drawn[-1] and unchanged)
+            with keeping_parameters(trainer), _drawing(seed), alone, _watching_draws(split) as drawn:
+                loss = trainer.training_step(self.wrapped, inputs).detach()
+                gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
+            changed = {n: b.detach().clone() for n, b, before in buffers if not same_values(b, before)}
+            return StepOutcome(loss, gradients, changed, drawn[0], not drawn[-1] and not changed)
         finally:
             for parameter in self.model.parameters():
                 parameter.grad = None
-            for buffer, value in buffers:
+            for _, buffer, value in buffers:
                 buffer.data.copy_(value)
 
-    def live(self, split: Split, seed: int) -> _Outcome:
+    def live(self, split: Split, seed: int, progress: float = 0.0) -> StepOutcome:
         """Take the step on images. Split points must come in rising order.
 
         Raises:
             DataError: It fails, as it would in training.
         """
-        if self._repeatable is not None:
+        if self._repeatable is not None and progress == 0:
             return self._repeatable
         try:
-            outcome = self._step(dict(self.batch), None, seed, split)
-            self._repeatable = outcome if outcome.repeatable else None
+            outcome = self._step(dict(self.batch), None, seed, split, progress)
+            if progress == 0 and outcome.repeatable:
+                self._repeatable = outcome
             return outcome
         except FreezeCacheError:
             raise
@@ -220,10 +213,18 @@ class _Rehearsal:
                 f"{_described(self.batch)}. Do model, labels and loss fit each other? Plain Trainer fails on them alike."
             ) from error
 
-    def cached(self, split: Split, hidden_states: Tensor, seed: int) -> _Outcome:
+    def cached(self, split: Split, hidden_states: Tensor, seed: int, progress: float = 0.0) -> StepOutcome:
         """Take the step on hidden states."""
         inputs = {name: value for name, value in self.batch.items() if name != "pixel_values"}
-        return self._step({**inputs, _STATES: hidden_states}, _StatesStep(split), seed, split)
+        return self._step({**inputs, _STATES: hidden_states}, _StatesStep(split), seed, split, progress)
+
+    @property
+    def progress(self) -> tuple[float, ...]:
+        """Parts of the run at which to compare: a loss of the user's own may change with it."""
+        trainer = self.trainer
+        methods = (type(trainer).compute_loss, type(trainer).training_step)
+        ours = all(method.__module__.partition(".")[0] == "hf_freezecache" for method in methods)
+        return (0.0,) if ours and trainer.compute_loss_func is None else (0.0, 0.5, 1.0)
 
 
 def _described(batch: Mapping[str, Tensor]) -> str:
@@ -235,32 +236,8 @@ def _described(batch: Mapping[str, Tensor]) -> str:
 # ---- Comparing ----
 
 
-def _difference(live: _Outcome, cached: _Outcome, tolerance: float) -> str | None:
-    """Say how two steps differ; ``None`` if they agree."""
-    expected, found = float(live.loss), float(cached.loss)
-    # The conditions say what is right, so that NaN is a difference.
-    if not abs(found - expected) <= tolerance * max(abs(expected), 1e-12) and found != expected:
-        return f"the loss is {found:.6g} from the cache and {expected:.6g} on images"
-    # The step on images may have been taken with fewer frozen blocks.
-    gradients = {name: live.gradients[name] for name in cached.gradients}
-    for name, gradient in gradients.items():
-        other = cached.gradients[name]
-        if (gradient is None) != (other is None):
-            has, lacks = ("images", "the cache") if other is None else ("the cache", "images")
-            return f"the parameter {name} gets a gradient from {has} and none from {lacks}"
-    pairs = [(name, g.float(), cached.gradients[name].float()) for name, g in gradients.items() if g is not None]  # type: ignore[union-attr]
-    total = sum(float(g.square().sum()) for _, g, _ in pairs) ** 0.5
-    for name, gradient, other in pairs:
-        if torch.equal(gradient, other):
-            continue
-        # A parameter whose gradient is all rounding (the bias of keys) is measured by those of the others.
-        scale = max(float(gradient.norm()), total * (gradient.numel() / sum(g.numel() for _, g, _ in pairs)) ** 0.5)
-        if not float((gradient - other).norm()) <= tolerance * scale:
-            return (
-                f"the gradient of {name} differs by {float((gradient - other).norm()) / max(scale, 1e-30):.3g} of its size "
-                "between cache and images"
-            )
-    return None
+def _other_images(images: Tensor) -> Tensor:
+    return 0.37 - images.flip(-1) if images.is_floating_point() else images.flip(-1)
 
 
 def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | None:
@@ -277,6 +254,8 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
     split, runtime = run.splits.at(split_point), run.runtime
     inputs = {name: rehearsal.batch[name] for name in ("pixel_values", *sorted(run.data.prefix_inputs))}
     live = rehearsal.live(split, 0)
+    if rehearsal.may_grow and bool(torch.isnan(live.loss)):
+        raise DataError("The loss of the first rows is NaN.")
     try:
         hidden_states = runtime.run_frozen(split.prefix, **inputs)
         rows = len(inputs["pixel_values"])
@@ -285,16 +264,27 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
                 f"hidden states there are {tuple(hidden_states.shape)} for {rows} images; a cache stores (tokens, hidden) of "
                 "each image"
             )
+        # A module or a hook may keep what it saw: then a step from the cache finds what the prefix saw last.
+        other = {**inputs, "pixel_values": _other_images(inputs["pixel_values"])}
+        runtime.run_frozen(split.prefix, **other)
         narrow = str(runtime.accelerator.mixed_precision) != "no" or hidden_states.dtype.itemsize < 4
-        kind = "16 bits" if narrow else "cpu" if hidden_states.device.type == "cpu" else "other"
+        kind = "cpu" if hidden_states.device.type == "cpu" else "16 bits" if narrow else "other"
         # Tokens in random order, say, may change the loss by no more than rounding does.
-        tolerance = 0.0 if kind == "cpu" and live.draws else _TOLERANCES[kind]
+        tolerance = 0.0 if kind == "cpu" and live.draws else TOLERANCES[kind]
         for seed in range(1 + (_TRIALS if live.draws else 0)):
             expected = live if seed == 0 else rehearsal.live(split, seed)
-            difference = _difference(expected, rehearsal.cached(split, hidden_states, seed), tolerance)
-            if difference is not None:
+            if seed > 0:
+                runtime.run_frozen(split.prefix, **other)
+            differs = difference(expected, rehearsal.cached(split, hidden_states, seed), tolerance)
+            if differs is not None:
                 drawn = "; random numbers are drawn before the split, so hidden states are new in each step"
-                return difference + (drawn if live.draws else "")
+                return differs + (drawn if live.draws else "")
+        for progress in rehearsal.progress[1:]:
+            expected = rehearsal.live(split, 0, progress)
+            runtime.run_frozen(split.prefix, **other)
+            differs = difference(expected, rehearsal.cached(split, hidden_states, 0, progress), tolerance)
+            if differs is not None:
+                return f"{differs}, {progress:.0%} into the run"
     except FreezeCacheError as error:
         return str(error).removesuffix(".")
     except Exception as error:
@@ -329,11 +319,32 @@ def rehearse(run: Any, wrapped: nn.Module) -> None:
         UnsupportedSetupError: A stage would train nothing.
         DataError: A training step on the first rows fails.
     """
+    with run.runtime.everyone.fail_together():
+        few, many = len(run.data.example_batch["pixel_values"]), min(run.runtime.batch_size, len(run.data.views))
+        try:
+            refusals = _rehearse(run, wrapped, run.data.example_batch, many > few)
+        except DataError:
+            if many <= few:
+                raise
+            # A loss may need more rows: it takes the hardest of them, or pairs of a class.
+            batch = run.data.collate([run.data.views[row, 0] for row in range(many)])
+            refusals = _rehearse(run, wrapped, batch, False)
+    for split_point, reason in refusals.items():
+        if run.config.mode == "always":
+            raise UnsupportedModelError(
+                f"{type(run.runtime.model).__name__} cannot be trained from a cache behind {split_point} frozen blocks: {reason}. "
+                "Cached training must be the same as training on images. Freeze other blocks, train such stages on images "
+                "with CacheConfig(mode='auto') or 'never', or use plain Trainer."
+            )
+    run.refusals = refusals
+
+
+def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_grow: bool) -> dict[int, str]:
+    """Rehearse a step of each stage on one batch; return why some stages cannot be cached, by split point."""
     model, frozen = run.runtime.model, run.frozen or 0
     refusals: dict[int, str] = {}
     with run.runtime.rehearsing() as trainer:
-        batch = run.runtime.prepare_inputs(dict(run.data.example_batch))
-        rehearsal = _Rehearsal(trainer, model, wrapped, batch)
+        rehearsal = _Rehearsal(trainer, model, wrapped, run.runtime.prepare_inputs(dict(batch)), may_grow)
         for stage in sorted(run.stages, key=lambda stage: stage.split_point):
             if stage.split_point < frozen or stage.split_point in refusals:
                 continue
@@ -348,11 +359,4 @@ def rehearse(run: Any, wrapped: nn.Module) -> None:
                     rehearsal.live(run.splits.at(stage.split_point), 0)
             finally:
                 changes.thaw()
-    for split_point, reason in refusals.items():
-        if run.config.mode == "always":
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be trained from a cache behind {split_point} frozen blocks: {reason}. "
-                "Cached training must be the same as training on images. Freeze other blocks, train such stages on images "
-                "with CacheConfig(mode='auto') or 'never', or use plain Trainer."
-            )
-    run.refusals = refusals
+    return refusals

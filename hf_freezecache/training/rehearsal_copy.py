@@ -11,16 +11,29 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data.seeding import preserved_random_state
 
-__all__ = ["rehearsing"]
+__all__ = ["duplicate", "keeping_parameters", "rehearsing"]
 
 #: Packages whose objects a trainer shares with its stand-in. Objects of other classes are the user's own.
 _SHARED = frozenset({"torch", "transformers", "accelerate", "datasets", "numpy", "PIL", "hf_freezecache", "builtins"})
 _DATA = ("train_dataset", "eval_dataset")
+#: Numbers of a frozen parameter whose value is kept all the same: an averaged head, say.
+_FEW = 10_000_000
+
+
+def duplicate(trainer: Any) -> Any:
+    """Return a shallow copy of a trainer with containers, tensors and arrays of its own; methods are bound to the copy."""
+    stand_in = object.__new__(type(trainer))
+    for name, value in vars(trainer).items():
+        if isinstance(value, MethodType) and value.__self__ is trainer:
+            value = MethodType(value.__func__, stand_in)
+        vars(stand_in)[name] = value if name in _DATA else _copied(value)
+    return stand_in
 
 
 @contextmanager
@@ -34,16 +47,12 @@ def rehearsing(trainer: Any) -> Iterator[Any]:
     - the configuration of the model, and attributes of objects of the user's own classes that it holds;
     - what the accelerator knows of loaders and models, and the random states of Python, NumPy, torch and the device.
 
-    Values of parameters are not put back: a step of an optimizer must not be tried.
+    Values of parameters are not put back, see ``keeping_parameters``. A step of an optimizer must not be tried.
 
     Args:
         trainer: The user's trainer. It is in no stage.
     """
-    stand_in = object.__new__(type(trainer))
-    for name, value in vars(trainer).items():
-        if isinstance(value, MethodType) and value.__self__ is trainer:
-            value = MethodType(value.__func__, stand_in)
-        vars(stand_in)[name] = value if name in _DATA else _copied(value)
+    stand_in = duplicate(trainer)
     if isinstance(stand_in.eval_dataset, dict):
         stand_in.eval_dataset = dict(stand_in.eval_dataset)
     stand_in.callback_handler = copy.copy(trainer.callback_handler)
@@ -66,7 +75,11 @@ def rehearsing(trainer: Any) -> Iterator[Any]:
 
 
 def _copied(value: Any) -> Any:
-    """Copy containers, and containers in them. Their other content is shared."""
+    """Copy containers, and containers in them, tensors and arrays. Their other content is shared."""
+    if type(value) is Tensor:
+        return value.detach().clone() if value.is_leaf else value
+    if isinstance(value, np.ndarray):
+        return value.copy()
     if not isinstance(value, (list, dict, set, deque)):
         return value
     try:
@@ -176,6 +189,20 @@ def _without_gradients(modules: list[nn.Module]) -> Iterator[None]:
         for parameter, gradient, required in kept:
             parameter.grad = gradient
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def keeping_parameters(trainer: Any) -> Iterator[None]:
+    """Put values of parameters back: a step may move weights and back again (SAM), or average some (EMA)."""
+    parameters = [parameter for module in _modules(trainer) for parameter in module.parameters(recurse=False)]
+    values = [(p, p._version, p.detach().clone()) for p in parameters if p.requires_grad or p.numel() <= _FEW]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, version, value in values:
+                if parameter._version != version or not torch.equal(parameter, value):
+                    parameter.data.copy_(value)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from .cached_step import CachedStep
 from .checkpoints import last_complete
 from .decisions import describe_cache
 from .freezer import Freezer
+from .frozen_weights import FrozenWeights
 from .planner import Outlook, predict_passes, why_live
 from .runtime import Runtime
 from .stage_cache import OpenedCache, StageCache
@@ -106,6 +107,7 @@ class StageRunner:
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
     watch: TransformWatch | None = None
+    frozen_weights: FrozenWeights = field(default_factory=FrozenWeights)
 
     @property
     def current(self) -> ActiveStage:
@@ -254,6 +256,7 @@ class StageRunner:
         else:
             describe_cache(decision, opened)
             self.watch = TransformWatch(self.data, self.config)
+            self.frozen_weights = FrozenWeights(split)
             self.active = self._cached(stage, split, opened, decision)
         # Before the record adds what a run that was interrupted in this stage had built.
         self.stage_logs = decision_logs(decision)
@@ -328,7 +331,12 @@ class StageRunner:
         return ActiveStage(stage, split, loader, step, decision)
 
     def watch_transform(self) -> None:
-        """Warn, once in a stage, if a callback has changed the transform since the cache was opened."""
+        """Warn, once in a stage, if a callback has changed the transform since the cache was opened.
+
+        Raises:
+            UnsupportedSetupError: Frozen blocks have changed.
+        """
+        self.frozen_weights.look(self.sampler.epoch)
         if self.watch is not None and self.runtime.everyone.is_main_process:
             self.watch.look(self.sampler.epoch)
 

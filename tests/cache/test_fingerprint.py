@@ -31,6 +31,7 @@ from hf_freezecache.errors import (
     UnsupportedSetupError,
 )
 from hf_freezecache.model.hashing import hash_tensors
+from hf_freezecache.model.split import find_blocks
 from hf_freezecache.training import stage_cache as caching
 from hf_freezecache.training.cache_check import spot_check
 
@@ -41,16 +42,20 @@ class HalfSize(TinyTransform):
         return {**batch, "pixel_values": [pixels[:, ::2, ::2] for pixels in batch["pixel_values"]]}
 
 
+def _first_matrix(model, block: int):
+    return next(p for p in find_blocks(model)[1][block].parameters() if p.dim() == 2)
+
+
 def other_weight(model):
     with torch.no_grad():
-        model.vit.layers[1].mlp.fc1.weight[3, 5] += 1e-3
+        _first_matrix(model, 1)[3, 5] += 1e-3
     return model
 
 
 def other_head(model):
     with torch.no_grad():
         model.classifier.weight.add_(1.0)
-        model.vit.layers[2].mlp.fc1.weight.add_(0.1)
+        _first_matrix(model, 2).add_(0.1)
         model.vit.layernorm.bias.add_(0.5)
     return model
 
@@ -349,8 +354,9 @@ def test_edited_code_of_the_model_is_caught(images) -> None:
     """No hash sees a forward that was replaced; a few samples computed again do."""
     cached_run(images)
     model = tiny_vit()
-    own = model.vit.layers[0].forward
-    model.vit.layers[0].forward = lambda *args, **kwargs: own(*args, **kwargs) * 1.5
+    first = find_blocks(model)[1][0]
+    own = first.forward
+    first.forward = lambda *args, **kwargs: own(*args, **kwargs) * 1.5
     with pytest.raises(CacheMismatchError, match="Code of the transform, the data set or the model"):
         cached_run(images, model)
 

@@ -40,6 +40,7 @@ from hf_freezecache.errors import (
     DataError,
     UnsupportedSetupError,
 )
+from hf_freezecache.model.split import find_blocks
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -478,7 +479,7 @@ def test_states_reach_the_suffix_changed(train_dataset, monkeypatch) -> None:
             if block.training and len(args[0]) > 2:  # two rows are rehearsed
                 states.append(args[0].detach().clone())
 
-        model.vit.layers[1].register_forward_pre_hook(look)
+        find_blocks(model)[1][1].register_forward_pre_hook(look)
         run(train_dataset, text, model, num_train_epochs=1)
     plain, doubled = (torch.cat(states) for states in seen.values())
     assert plain.shape == (50, 17, 16)

@@ -10,10 +10,10 @@ import torch
 from support.parity import assert_same, parameters_of
 from support.tiny import Recorder, make_trainer, tiny_vit
 from torch import nn
-from transformers import ViTForImageClassification, ViTModel
+from transformers import TrainerCallback, ViTForImageClassification, ViTModel
 
 from hf_freezecache.errors import DataError, FreezeCacheError, UnsupportedModelError, UnsupportedSetupError
-from hf_freezecache.model.split import first_tensor
+from hf_freezecache.model.split import find_blocks, first_tensor
 
 
 def losses_of(trainer_class, model, train_dataset, mode: str, cache_dir: Path, **settings) -> tuple[list[float], dict]:
@@ -229,13 +229,13 @@ def test_a_model_that_cannot_be_split_is_trained_on_images_unless_a_cache_is_ask
     trainer = make_trainer(
         OnceMore(tiny_vit()), train_dataset, schedule="0:2", num_train_epochs=1, cache={"mode": mode}
     )
-    frozen = [p.clone() for p in trainer.model.vit.vit.layers[1].parameters()]
+    frozen = [p.clone() for p in find_blocks(trainer.model)[1][1].parameters()]
     trainer.train()
     decision = trainer._record.decisions[0]
     assert (decision.trained_from, decision.cache) == ("images", "none")
     if mode == "auto":
-        assert "cannot be split: its 4 modules at 'vit.vit.layers' ran 8 times" in decision.reason
-    assert all(map(torch.equal, frozen, trainer.model.vit.vit.layers[1].parameters()))
+        assert "cannot be split: ran 8 times for one image" in decision.reason
+    assert all(map(torch.equal, frozen, find_blocks(trainer.model)[1][1].parameters()))
     assert not caches.exists()
     with pytest.raises(UnsupportedModelError, match="ran 8 times for one image"):
         make_trainer(OnceMore(tiny_vit()), train_dataset, schedule="0:2").train()
@@ -311,7 +311,7 @@ def test_a_loss_that_fails_is_refused_with_what_was_collated(train_dataset, tmp_
         return {"pixel_values": pixel_values, "labels": torch.tensor([float(e["labels"]) for e in examples])}
 
     trainer = make_trainer(tiny_vit(), train_dataset, trainer={"data_collator": collate})
-    with pytest.raises(DataError, match=r"A training step on the first rows fails.*labels float32 \(2,\)"):
+    with pytest.raises(DataError, match=r"A training step on the first rows fails.*labels float32 \(10,\)"):
         trainer.train()
     assert not (tmp_path / "caches").exists()
 
@@ -319,7 +319,7 @@ def test_a_loss_that_fails_is_refused_with_what_was_collated(train_dataset, tmp_
 def test_a_loss_that_begins_to_read_images_later_raises_instead_of_training_on_nothing(train_dataset) -> None:
     def later(trainer, model, inputs):
         outputs = model(**inputs)
-        if trainer.state.global_step >= 3:
+        if len(getattr(trainer, "losses", ())) == 3:
             return outputs, outputs.loss + outputs.hidden_states[0].mean()
         return outputs, outputs.loss
 
@@ -346,3 +346,99 @@ def test_rehearsing_leaves_no_trace(train_dataset) -> None:
     assert again_steps == [0]
     assert trainer.losses == again.losses
     assert_same(parameters_of(trainer.model), parameters_of(again.model))
+
+
+def from_the_middle_on(trainer, model, inputs):
+    outputs = model(**inputs)
+    if trainer.state.epoch is not None and trainer.state.epoch > 0.4:
+        return outputs, outputs.loss + inputs["pixel_values"].mean()
+    return outputs, outputs.loss
+
+
+def test_a_loss_that_reads_images_later_in_the_run_is_refused_at_its_start(train_dataset, tmp_path) -> None:
+    error = assert_the_same_or_refused(own_loss(from_the_middle_on), tiny_vit(), train_dataset, tmp_path)
+    assert "pixel_values is read" in str(error)
+
+
+class KeepsAnAttention(Wrapped):
+    """A hook inside the first block keeps what it saw; nothing in there runs in a cached step."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        find_blocks(vit)[1][0].attention.register_forward_hook(self.keep)
+        self.kept = None
+
+    def keep(self, module, args, output):
+        self.kept = output[0] if isinstance(output, tuple) else output
+
+    def forward(self, pixel_values, labels=None):
+        outputs = self.vit(pixel_values=pixel_values, labels=labels)
+        outputs.loss = outputs.loss * (1 + self.kept.square().mean())
+        return outputs
+
+
+class AveragesItsInput(Wrapped):
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, pixel_values, labels=None):
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * pixel_values.mean())
+        return self.vit(pixel_values=pixel_values, labels=labels)
+
+
+@pytest.mark.parametrize("wrapper", [KeepsAnAttention, AveragesItsInput])
+def test_what_is_kept_of_earlier_steps_is_not_taken_for_this_one(wrapper, train_dataset, tmp_path) -> None:
+    model = wrapper(tiny_vit())
+    trainer = make_trainer(model, train_dataset, schedule="0:2", num_train_epochs=1)
+    with pytest.raises(UnsupportedModelError):
+        trainer.train()
+    assert not (tmp_path / "caches").exists()
+
+
+def hardest_of_the_batch(trainer, model, inputs):
+    labels = inputs.pop("labels")
+    outputs = model(**inputs)
+    assert "num_seen" not in vars(model)
+    return outputs, nn.functional.cross_entropy(outputs.logits, labels, reduction="none").topk(4).values.mean()
+
+
+def test_a_loss_that_needs_a_whole_batch_gets_one(train_dataset, tmp_path) -> None:
+    assert assert_the_same_or_refused(own_loss(hardest_of_the_batch), tiny_vit(), train_dataset, tmp_path) is None
+
+
+class CountsLabels(Recorder):
+    """Keeps state of its own in place: a tensor, and averaged weights."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if not hasattr(self, "counts"):
+            self.counts = torch.ones(4)
+        self.counts += torch.bincount(inputs["labels"], minlength=4)
+        with torch.no_grad():
+            weight = model.classifier.weight
+            weight.add_(0.1).sub_(0.1)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits + self.counts.log(), labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_state_of_a_loss_is_that_of_training_alone(train_dataset, tmp_path) -> None:
+    assert assert_the_same_or_refused(CountsLabels, tiny_vit(), train_dataset, tmp_path) is None
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2", num_train_epochs=1, cls=CountsLabels)
+    trainer.train()
+    assert trainer.counts.sum() == 4 + 50
+
+
+def test_frozen_blocks_that_a_callback_changes_end_a_cached_stage(train_dataset) -> None:
+    class Writes(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+            if state.epoch and state.epoch >= 1:
+                next(find_blocks(model)[1][0].parameters()).data.mul_(1.01)
+
+    settings = {"callbacks": [Writes()]}
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2", num_train_epochs=3, trainer=settings)
+    with pytest.raises(UnsupportedSetupError, match="weights of the first 2 blocks have changed"):
+        trainer.train()
+    assert trainer.state.global_step == 5

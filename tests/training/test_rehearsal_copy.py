@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_freezecache import FreezeCacheTrainer
 from hf_freezecache.data.collators import collate_cached
+from hf_freezecache.model.split import find_blocks
 from hf_freezecache.training.rehearsal_copy import rehearsing
 
 
@@ -46,7 +47,7 @@ class Busy(FreezeCacheTrainer):
         self.seen_rate = self.optimizer.param_groups[0]["lr"]
         self.model.calls += 1
         self.model.calls_buffer += 1
-        self.model.vit.layers[0].late = "new"
+        find_blocks(self.model)[1][0].late = "new"
         self.model.classifier.weight.requires_grad_(False)
         self.model.classifier.register_forward_hook(lambda *args: None)  # in an OrderedDict
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
@@ -59,7 +60,7 @@ def state_of(trainer) -> list:
         *(trainer.steps, trainer.meter.count, list(trainer.meter.seen), dict(trainer.counts), repr(trainer.history)),
         *(len(trainer.state.log_history), trainer.control.should_training_stop, model.config.problem_type),
         *(random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
-        *(model.calls, model.calls_buffer.tolist(), hasattr(model.vit.layers[0], "late")),
+        *(model.calls, model.calls_buffer.tolist(), hasattr(find_blocks(model)[1][0], "late")),
         *(list(model.classifier._forward_hooks), list(model.vit._forward_hooks)),
         *([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]),
         *([p.grad is None for p in model.parameters()], trainer.optimizer, trainer.callback_handler.callbacks[:]),
