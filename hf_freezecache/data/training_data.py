@@ -41,7 +41,7 @@ class UserCode:
     changing: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def _parts(self) -> dict[str, tuple[Any, str]]:
-        formatted = self.dataset.format if isinstance(self.dataset, datasets.Dataset) else None
+        formatted = self.dataset.format if isinstance(self.dataset, datasets.Dataset) else _code_of(self.dataset)
         return {
             _TRANSFORM: ((*self.transforms, formatted), "training transform"),
             _COLLATOR: (self.collator, "data collator"),
@@ -79,6 +79,17 @@ class UserCode:
             name: hash_object(code, what, self.changing.get(name, nothing))
             for name, (code, what) in self._parts().items()
         }
+
+
+def _code_of(dataset: Any) -> Any:
+    """Return the code that renders the rows of a data set of the user's own: its class, and transforms as torchvision has them."""
+    parts: list[Any] = []
+    while dataset is not None:
+        held = vars(dataset) if hasattr(dataset, "__dict__") else {}
+        parts.append({name: held[name] for name in ("transform", "target_transform", "transforms") if held.get(name)})
+        parts += [vars(type(dataset))[name] for name in ("__getitem__", "__getitems__") if name in vars(type(dataset))]
+        dataset = held.get("dataset")  # of a Subset
+    return parts
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,8 @@ def same_examples(a: Any, b: Any) -> bool:
 
 #: How often a rendering is repeated that differs from the same one among other rows.
 _CONFIRMATIONS = 5
+#: Other rows that the first row is rendered with.
+_BESIDE = 7
 
 
 def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -> bool:
@@ -243,7 +245,9 @@ def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -
     rows = min(num_samples, len(views))
     for row in range(rows):
         for view in range(min(max(num_views, 1), 2)):
-            alone, pair = views[row, view], [(row + 1) % rows, (row + 2) % rows]
+            # The first row among many: a mosaic takes four.
+            beside = min(_BESIDE if row == 0 else 2, max(rows - 1, 2))
+            alone, pair = views[row, view], [(row + 1 + place) % rows for place in range(beside)]
             together, drawn = views.render_among((row, view), pair)
             if same_examples(alone, together):
                 continue
@@ -258,7 +262,9 @@ def check_repeatable(views: ViewDataset, num_views: int, num_samples: int = 8) -
                     "the same state of random, numpy.random and torch. It has a random generator of its own: let it "
                     "use one of the global ones, or seed it in each call from one of them."
                 )
-            others = [row, row] if rows < 5 else [(row + 3) % rows, (row + 4) % rows]
+            others = [row] * beside
+            if 2 * beside < len(views):
+                others = [(row + 1 + beside + place) % len(views) for place in range(beside)]
             among_others, drawn_again = views.render_among((row, view), others)
             if drawn == drawn_again and not same_examples(together, among_others):
                 return True

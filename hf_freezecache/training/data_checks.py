@@ -253,6 +253,12 @@ def prepare_data(
     batch = check_batch(views, collate, runtime.label_names, runtime.num_classes)
     check_collator(views, collate)
     code = code.without_what_changed_since(before)
+    if cached and (changing := sorted(set().union(*code.changing.values()))):
+        logger.warning(
+            "The training transform changes by itself as it renders (%s). A cached stage shows views as they are rendered when "
+            "the cache is built. If such a change is to be seen in later epochs, train them with CacheConfig(mode='never').",
+            ", ".join(changing[:3]),
+        )
     check_label_rows(views.dataset, lambda row: views[row, 0], collate, batch)
     with runtime.rehearsing() as trainer:
         call, prefix_inputs = observed_call(trainer, runtime.model, batch, runtime.label_names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
@@ -23,8 +24,10 @@ from hf_freezecache.codecs import (
     Planes,
     Zstd,
 )
+from hf_freezecache.config import CacheConfig
 from hf_freezecache.data.hashing import hash_dataset, hash_object
 from hf_freezecache.data.seeding import random_states
+from hf_freezecache.data.training_data import UserCode
 from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.errors import (
     CacheMismatchError,
@@ -234,6 +237,7 @@ def test_a_transform_that_counts_its_calls_is_found_again(images, caplog) -> Non
     assert cached_run(images, transform=transform) == 0
     assert cached_run(images, transform=Counts(augment=True)) == 0
     assert "no longer what it was" not in caplog.text
+    assert "The training transform changes by itself as it renders" in caplog.text
 
 
 def test_opening_a_cache_of_other_inputs_names_the_components(images) -> None:
@@ -391,3 +395,29 @@ def test_tensor_hash_sees_names_dtypes_shapes_and_bits() -> None:
         {"a": -torch.zeros(4, 2), "b": torch.ones(3)},
     ):
         assert hash_tensors(other) != reference
+
+
+def test_names_of_classes_are_no_content(images) -> None:
+    named = images.cast_column("label", datasets.ClassLabel(names=["a", "b", "c", "d"]))
+    renamed = images.cast_column("label", datasets.ClassLabel(names=["w", "x", "y", "z"]))
+    assert hash_dataset(named) == hash_dataset(renamed)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, transform) -> None:
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row):
+        return self.transform(row)
+
+
+def test_the_transform_of_a_data_set_of_the_users_own_is_hashed() -> None:
+    def hashed(transform):
+        rows = torch.utils.data.Subset(Rows(transform), [0, 1])
+        return UserCode(rows, (None, None), None).hashes(CacheConfig(dataset_id="rows"))["transform"]
+
+    assert hashed(functools.partial(pow, exp=2)) == hashed(functools.partial(pow, exp=2))
+    assert hashed(functools.partial(pow, exp=2)) != hashed(functools.partial(pow, exp=3))
