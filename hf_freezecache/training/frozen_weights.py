@@ -1,35 +1,61 @@
-"""Notices that frozen blocks change while a stage trains from a cache of what they gave."""
+"""Notices that frozen blocks, or what stands before them, change while a stage trains from a cache of what they gave."""
 
 from __future__ import annotations
+
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
+from ..data.seeding import preserved_random_state
+from ..data.training_data import TrainingData
 from ..errors import UnsupportedSetupError
 from ..model.split import Split
+from ..model.threads import one_thread_if_small
+from .runtime import Runtime
 
 __all__ = ["FrozenWeights"]
 
 
 class FrozenWeights:
-    """Compares sums of the prefix's parameters and buffers with what they were when the stage began.
+    """Compares sums of the prefix's weights, and hidden states of the first rows, with what they were at a stage's start.
+
+    The hidden states are those of training: a model may begin to augment its images after some steps.
 
     Args:
-        split: The model, split where the cache was made; ``None`` looks at nothing.
+        split: The model, split where the cache was made.
+        runtime: The trainer.
+        data: The training data.
     """
 
-    def __init__(self, split: Split | None = None) -> None:
-        self._split = split
+    def __init__(self, split: Split, runtime: Runtime, data: TrainingData) -> None:
+        self._split, self._runtime, self._data = split, runtime, data
         self._looked_at: int | None = None
-        self._before = self._sums()
+        self._sums_before, self._states_before = self._sums(), self._states()
 
     def _sums(self) -> Tensor:
-        if self._split is None:
-            return torch.zeros(0)
-        tensors = [*self._split.prefix_parameters().values(), *self._split.prefix_buffers().values()]
+        split = self._split
+        tensors = [*split.prefix_parameters().values(), *split.prefix_buffers().values()]
         with torch.no_grad():
             sums = [torch.stack([t.double().sum(), t.double().abs().sum()]) for t in tensors]
         return torch.stack(sums) if sums else torch.zeros(0)
+
+    def _states(self) -> Tensor:
+        runtime, data, model = self._runtime, self._data, self._split.model
+        names = ("pixel_values", *sorted(data.prefix_inputs))
+        inputs = runtime.prepare_inputs({name: data.example_batch[name] for name in names})
+        training, buffers = model.training, [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        model.train()
+        try:
+            with ExitStack() as stack:
+                contexts = (preserved_random_state(), one_thread_if_small(model), torch.no_grad())
+                for context in (*contexts, runtime.autocast(), runtime.accelerator.autocast()):
+                    stack.enter_context(context)
+                return self._split.prefix(**inputs)
+        finally:
+            model.train(training)
+            for buffer, value in buffers:
+                buffer.data.copy_(value)
 
     def look(self, epoch: int) -> None:
         """Look once in an epoch.
@@ -38,15 +64,23 @@ class FrozenWeights:
             epoch: The epoch that is being trained.
 
         Raises:
-            UnsupportedSetupError: The weights have changed.
+            UnsupportedSetupError: Something has changed.
         """
-        if self._split is None or epoch == self._looked_at:
+        split = self._split
+        if epoch == self._looked_at:
             return
         self._looked_at = epoch
-        if not torch.equal(self._sums(), self._before):
+        now = "CacheConfig(mode='never')"
+        if not torch.equal(self._sums(), self._sums_before):
             raise UnsupportedSetupError(
-                f"The weights of the first {self._split.split_point} blocks have changed since the cache of this stage was "
-                f"opened, before epoch {epoch}: a callback has written to them, perhaps (averaged weights, say). The cache holds "
-                "what the blocks gave before. Let the callback leave frozen blocks alone, or train such stages on images with "
-                "CacheConfig(mode='never')."
+                f"The weights of the first {split.split_point} blocks have changed since the cache of this stage was opened, "
+                f"before epoch {epoch}: a callback has written to them, perhaps (averaged weights, say). The cache holds what "
+                f"the blocks gave before. Let the callback leave frozen blocks alone, or train such stages with {now}."
+            )
+        states, before = self._states(), self._states_before
+        if not float((states - before).abs().max()) <= 1e-2 * float(before.abs().max()):
+            raise UnsupportedSetupError(
+                f"In epoch {epoch} the frozen blocks no longer see the images as they did when the cache of this stage was "
+                "opened: the model changes its input, perhaps (an augmentation that begins later). Augment in the data set's "
+                f"transform, or train such stages with {now}."
             )

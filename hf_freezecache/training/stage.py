@@ -107,7 +107,7 @@ class StageRunner:
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
     watch: TransformWatch | None = None
-    frozen_weights: FrozenWeights = field(default_factory=FrozenWeights)
+    frozen_weights: FrozenWeights | None = None
 
     @property
     def current(self) -> ActiveStage:
@@ -256,7 +256,7 @@ class StageRunner:
         else:
             describe_cache(decision, opened)
             self.watch = TransformWatch(self.data, self.config)
-            self.frozen_weights = FrozenWeights(split)
+            self.frozen_weights = FrozenWeights(split, self.runtime, self.data)
             self.active = self._cached(stage, split, opened, decision)
         # Before the record adds what a run that was interrupted in this stage had built.
         self.stage_logs = decision_logs(decision)
@@ -334,9 +334,10 @@ class StageRunner:
         """Warn, once in a stage, if a callback has changed the transform since the cache was opened.
 
         Raises:
-            UnsupportedSetupError: Frozen blocks have changed.
+            UnsupportedSetupError: Frozen blocks, or what the model does in front of them, have changed.
         """
-        self.frozen_weights.look(self.sampler.epoch)
+        if self.frozen_weights is not None:
+            self.frozen_weights.look(self.sampler.epoch)
         if self.watch is not None and self.runtime.everyone.is_main_process:
             self.watch.look(self.sampler.epoch)
 

@@ -442,3 +442,26 @@ def test_frozen_blocks_that_a_callback_changes_end_a_cached_stage(train_dataset)
     with pytest.raises(UnsupportedSetupError, match="weights of the first 2 blocks have changed"):
         trainer.train()
     assert trainer.state.global_step == 5
+
+
+class NoisyLater(Wrapped):
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        self.strength = 0.0
+
+    def forward(self, pixel_values, labels=None):
+        pixel_values = pixel_values * (1 + self.strength) if self.training else pixel_values
+        return self.vit(pixel_values=pixel_values, labels=labels)
+
+
+def test_a_model_that_begins_to_augment_later_ends_a_cached_stage(train_dataset) -> None:
+    class Begins(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+            model.strength = 0.5 if state.epoch and state.epoch >= 1 else 0.0
+
+    settings = {"callbacks": [Begins()]}
+    model = NoisyLater(tiny_vit())
+    trainer = make_trainer(model, train_dataset, schedule="0:2", num_train_epochs=3, trainer=settings)
+    with pytest.raises(UnsupportedSetupError, match="In epoch 1 the frozen blocks no longer see the images"):
+        trainer.train()
+    assert trainer.state.global_step == 5
