@@ -92,7 +92,8 @@ def run(checkout: Path, trainer: str, limit: int, arguments: list[str]) -> dict[
         report.touch()
         here = Path(__file__).resolve().parent
         environment = {
-            **os.environ,
+            # Not those of a run of pytest that this one is part of.
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]),

@@ -256,7 +256,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
                     f"Labels out of range: sample {reader.members(chunk)[row]} of the cache {reader.directory} has label "
                     f"{labels[row]}, but this {type(model).__name__} has {num_labels} classes, so labels must lie in "
                     f"[0, {num_labels}). Give the model num_labels=..., e.g. in from_pretrained(..., num_labels=..., "
-                    "ignore_mismatched_sizes=True)."
+                    "ignore_mismatched_sizes=True). If a collator gives other labels, say so: for_cache(..., relabelled=True)."
                 )
 
     def __len__(self) -> int:

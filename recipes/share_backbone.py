@@ -104,7 +104,7 @@ def train(options: argparse.Namespace) -> None:
             return {**batch, "labels": torch.tensor([relabel(int(label), count) for label in batch["labels"]])}
 
         trainer = FreezeCacheTrainer(
-            model=SuffixModel.for_cache(model, cached),
+            model=SuffixModel.for_cache(model, cached, relabelled=True),
             args=TrainingArguments(
                 f"{options.output_dir}/head-{number}",
                 num_train_epochs=options.epochs,

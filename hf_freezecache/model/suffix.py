@@ -42,12 +42,13 @@ class SuffixModel(nn.Module):
         self.accepts_loss_kwargs = getattr(model, "accepts_loss_kwargs", takes_any)
 
     @classmethod
-    def for_cache(cls, model: nn.Module, cached: Any) -> SuffixModel:
+    def for_cache(cls, model: nn.Module, cached: Any, relabelled: bool = False) -> SuffixModel:
         """Return the suffix behind the split point of a cache, after checking that the model has the cached prefix.
 
         Args:
             model: The model whose prefix was cached. Its head may differ.
             cached: A ``CachedDataset``, whose ``reader`` has the ``index`` and the ``directory`` of the cache.
+            relabelled: Whether the labels of the cache will be mapped to others, by a collator say; they are not checked then.
 
         Raises:
             CacheMismatchError: The cache was computed with other prefix weights.
@@ -64,7 +65,8 @@ class SuffixModel(nn.Module):
                 f"before block {index.split_point} (SHA-256 {weights_hash[:16]}, expected {str(expected_hash)[:16]}). Load the "
                 "model and revision that it was computed with, in the same dtype."
             )
-        cached.check_labels(model)
+        if not relabelled:
+            cached.check_labels(model)
         return suffix
 
     @property

@@ -173,7 +173,9 @@ class _Rehearsal:
     ) -> StepOutcome:
         # What one step leaves behind in the trainer must not reach the next.
         trainer = duplicate(self.trainer)
-        trainer._run = SimpleNamespace(step=step, watch_transform=lambda: None)
+        original = trainer._original
+        before = original._run
+        trainer._run = original._run = SimpleNamespace(step=step, watch_transform=lambda: None)
         trainer.state = copy.copy(trainer.state)
         trainer.state.global_step = int(progress * max(trainer.state.max_steps - 1, 0))
         trainer.state.epoch = progress * (trainer.state.num_train_epochs or 0)
@@ -187,6 +189,7 @@ class _Rehearsal:
             changed = {n: b.detach().clone() for n, b, before in buffers if not same_values(b, before)}
             return StepOutcome(loss, gradients, changed, drawn[0], not drawn[-1] and not changed)
         finally:
+            original._run = before
             for parameter in self.model.parameters():
                 parameter.grad = None
             for _, buffer, value in buffers:

@@ -64,6 +64,8 @@ def rehearsing(trainer: Any) -> Iterator[Any]:
     vars(stand_in).pop("_eval_dataloaders", None)  # kept workers of another loader
     if "_run" in vars(stand_in):
         stand_in._run = None
+    # A method that was set on the trainer itself, as `trainer.compute_loss = ...`, may call the trainer's own.
+    stand_in._original = trainer
     with preserved_random_state(), ExitStack() as stack:
         if trainer.args.device.type != "cpu":
             stack.enter_context(_preserved_device_state(trainer.args.device))

@@ -257,7 +257,7 @@ def test_a_folder_that_vanishes_while_training_is_named(images) -> None:
     step, seen = trainer.training_step, []
 
     def vanishing(*args, **kwargs):
-        seen.append(1)
+        seen.extend(Path("caches").glob("k*/index.json"))  # the first steps are rehearsed
         if len(seen) == 2:
             shutil.rmtree("caches")
         return step(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -465,3 +466,16 @@ def test_a_model_that_begins_to_augment_later_ends_a_cached_stage(train_dataset)
     with pytest.raises(UnsupportedSetupError, match="In epoch 1 the frozen blocks no longer see the images"):
         trainer.train()
     assert trainer.state.global_step == 5
+
+
+def test_a_method_that_was_set_on_the_trainer_itself_is_rehearsed(train_dataset) -> None:
+    def run(mode):
+        settings = {"schedule": "0:2", "num_train_epochs": 1, "cache": {"mode": mode}}
+        trainer = make_trainer(tiny_vit(), train_dataset, **settings)
+        step, loss = trainer.training_step, trainer.compute_loss
+        trainer.training_step = functools.partial(step)
+        trainer.compute_loss = lambda *args, **kwargs: loss(*args, **kwargs) * 2
+        trainer.train()
+        return parameters_of(trainer.model)
+
+    assert_same(run("always"), run("never"))
