@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.model.split import find_blocks
 from hf_freezecache.training.checkpoints import STATE_NAME
@@ -334,9 +335,9 @@ def test_building_shows_progress(train_dataset, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_evaluation_and_prediction_convert_grayscale_images(train_dataset, images) -> None:
+def test_our_own_transform_converts_grayscale_images_in_evaluation_and_prediction(train_dataset, images) -> None:
     rows = [{**row, "image": row["image"].convert("L")} for row in images.select(range(4))]
-    gray = datasets.Dataset.from_list(rows, features=images.features).with_transform(TinyTransform(False))
+    gray = datasets.Dataset.from_list(rows, features=images.features).with_transform(ImageTransform(16, train=False))
     trainer = make_trainer(tiny_vit(), train_dataset, num_train_epochs=1)
     trainer.train()
     assert trainer.evaluate(gray)["eval_loss"] > 0

@@ -174,7 +174,8 @@ class _Rehearsal:
         # What one step leaves behind in the trainer must not reach the next.
         trainer = duplicate(self.trainer)
         original = trainer._original
-        before = original._run
+        kept = dict(vars(original))
+        original.current_gradient_accumulation_steps = 1  # `Trainer` sets it with the first batch
         trainer._run = original._run = SimpleNamespace(step=step, watch_transform=lambda: None)
         trainer.state = copy.copy(trainer.state)
         trainer.state.global_step = int(progress * max(trainer.state.max_steps - 1, 0))
@@ -189,7 +190,8 @@ class _Rehearsal:
             changed = {n: b.detach().clone() for n, b, before in buffers if not same_values(b, before)}
             return StepOutcome(loss, gradients, changed, drawn[0], not drawn[-1] and not changed)
         finally:
-            original._run = before
+            vars(original).clear()
+            vars(original).update(kept)
             for parameter in self.model.parameters():
                 parameter.grad = None
             for _, buffer, value in buffers:
