@@ -238,8 +238,9 @@ def check_document(document: Mapping[str, Any]) -> None:
     if not isinstance(components, dict) or not all(isinstance(value, str) for value in components.values()):
         raise ValueError(f"the fingerprint is {_short(components)}, expected texts by name")
     counts = {name: _count(document[name], name, least, most) for name, (least, most) in _COUNTS.items()}
-    length = 2 if len(document["image_shape"]) == 2 else 3  # images may come as patches
-    if math.prod(_counts(document["image_shape"], "image_shape", length, 1, 2**16)) > 2**32:
+    shape = document["image_shape"]
+    length = 2 if isinstance(shape, (list, tuple)) and len(shape) == 2 else 3  # images may come as patches
+    if math.prod(_counts(shape, "image_shape", length, 1, 2**16)) > 2**32:
         raise ValueError(f"image_shape is {document['image_shape']}, expected at most 2**32 values")
     stored_tokens, hidden = _counts(document["hidden_shape"], "hidden_shape", 2, 1, 2**20)
     dtype, extras = document["dtype"], document["extras"]

@@ -178,16 +178,7 @@ def look_into(code: Any, what: str, skipped: frozenset[str] = frozenset()) -> Co
 
 
 def hash_object(code: Any, what: str, skipped: frozenset[str] = frozenset()) -> str:
-    """Return a hash of the code and state of a transform or collator, and of the user's own code that it reaches.
-
-    Args:
-        code: The transform or collator, or a tuple of them.
-        what: Its name in the message of an error, such as ``"training transform"``.
-        skipped: Parts that do not count; see ``changed_parts``.
-
-    Raises:
-        UnsupportedSetupError: It holds something that cannot be hashed.
-    """
+    """Return the digest of ``look_into``, with the same arguments and errors; what was not seen is said once."""
     walk = look_into(code, what, skipped)
     if walk.unseen:
         _say_once(

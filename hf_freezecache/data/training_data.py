@@ -22,6 +22,8 @@ __all__ = ["TrainingData", "UserCode"]
 
 #: Names of the two kinds of code, as users know them.
 _TRANSFORM, _COLLATOR = "transform", "data collator"
+#: Data sets around data sets that are looked into.
+_NESTED = 8
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,14 @@ class UserCode:
 def _code_of(dataset: Any) -> Any:
     """Return the code that renders the rows of a data set of the user's own: its class, and transforms as torchvision has them."""
     parts: list[Any] = []
-    while dataset is not None:
+    for _ in range(_NESTED):
+        if isinstance(dataset, datasets.Dataset):
+            return [*parts, dataset.format]
         held = vars(dataset) if hasattr(dataset, "__dict__") else {}
         parts.append({name: held[name] for name in ("transform", "target_transform", "transforms") if held.get(name)})
         parts += [vars(type(dataset))[name] for name in ("__getitem__", "__getitems__") if name in vars(type(dataset))]
-        dataset = held.get("dataset")  # of a Subset
+        if (dataset := held.get("dataset")) is None:  # as a Subset has it
+            break
     return parts
 
 

@@ -181,7 +181,6 @@ def start_run(
         raw_collator=trainer.data_collator,
         collate=trainer._get_collator_with_removed_columns(trainer.data_collator, description="training"),
         prepare_inputs=trainer._prepare_inputs,
-        compute_loss=trainer.compute_loss,
         rehearsing=lambda: rehearsing(trainer),
         autocast=trainer.compute_loss_context_manager,
     )

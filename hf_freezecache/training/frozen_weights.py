@@ -10,6 +10,7 @@ from torch import Tensor
 from ..data.seeding import preserved_random_state
 from ..data.training_data import TrainingData
 from ..errors import UnsupportedSetupError
+from ..model.probe import first_row
 from ..model.split import Split
 from ..model.threads import one_thread_if_small
 from .runtime import Runtime
@@ -18,7 +19,7 @@ __all__ = ["FrozenWeights"]
 
 
 class FrozenWeights:
-    """Compares sums of the prefix's weights, and hidden states of the first rows, with what they were at a stage's start.
+    """Compares sums of the prefix's weights, and hidden states of the first row, with what they were at a stage's start.
 
     The hidden states are those of training: a model may begin to augment its images after some steps.
 
@@ -43,7 +44,7 @@ class FrozenWeights:
     def _states(self) -> Tensor:
         runtime, data, model = self._runtime, self._data, self._split.model
         names = ("pixel_values", *sorted(data.prefix_inputs))
-        inputs = runtime.prepare_inputs({name: data.example_batch[name] for name in names})
+        inputs = runtime.prepare_inputs(first_row({name: data.example_batch[name] for name in names}))
         training, buffers = model.training, [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
         model.train()
         try:
@@ -70,17 +71,17 @@ class FrozenWeights:
         if epoch == self._looked_at:
             return
         self._looked_at = epoch
-        now = "CacheConfig(mode='never')"
         if not torch.equal(self._sums(), self._sums_before):
             raise UnsupportedSetupError(
                 f"The weights of the first {split.split_point} blocks have changed since the cache of this stage was opened, "
                 f"before epoch {epoch}: a callback has written to them, perhaps (averaged weights, say). The cache holds what "
-                f"the blocks gave before. Let the callback leave frozen blocks alone, or train such stages with {now}."
+                f"the blocks gave before. Let the callback leave frozen blocks alone, or train such stages with "
+                "CacheConfig(mode='never')."
             )
         states, before = self._states(), self._states_before
         if not float((states - before).abs().max()) <= 1e-2 * float(before.abs().max()):
             raise UnsupportedSetupError(
                 f"In epoch {epoch} the frozen blocks no longer see the images as they did when the cache of this stage was "
                 "opened: the model changes its input, perhaps (an augmentation that begins later). Augment in the data set's "
-                f"transform, or train such stages with {now}."
+                "transform, or train such stages with CacheConfig(mode='never')."
             )

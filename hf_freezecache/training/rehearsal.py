@@ -99,17 +99,10 @@ class _StatesStep:
     def __init__(self, split: Split) -> None:
         self.split = split
 
-    def __call__(
-        self,
-        training_step: Callable[..., Tensor],
-        global_step: int,
-        model: nn.Module,
-        inputs: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def __call__(self, training_step: Callable[..., Tensor], global_step: int, *args: Any, **kwargs: Any) -> Tensor:
+        model, inputs, *rest = args
         batch = dict(inputs)
-        return train_on_states(self.split, batch.pop(_STATES), batch, training_step, model, *args, **kwargs)
+        return train_on_states(self.split, batch.pop(_STATES), batch, training_step, model, *rest, **kwargs)
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -177,7 +170,7 @@ class _Rehearsal:
         kept = dict(vars(original))
         original.current_gradient_accumulation_steps = 1  # `Trainer` sets it with the first batch
         trainer._run = original._run = SimpleNamespace(step=step, watch_transform=lambda: None)
-        trainer.state = copy.copy(trainer.state)
+        trainer.state = original.state = copy.copy(trainer.state)
         trainer.state.global_step = int(progress * max(trainer.state.max_steps - 1, 0))
         trainer.state.epoch = progress * (trainer.state.num_train_epochs or 0)
         buffers = [(name, buffer, buffer.detach().clone()) for name, buffer in self.model.named_buffers()]
@@ -226,10 +219,10 @@ class _Rehearsal:
     @property
     def progress(self) -> tuple[float, ...]:
         """Parts of the run at which to compare: a loss of the user's own may change with it."""
-        trainer = self.trainer
-        methods = (type(trainer).compute_loss, type(trainer).training_step)
-        ours = all(method.__module__.partition(".")[0] == "hf_freezecache" for method in methods)
-        return (0.0,) if ours and trainer.compute_loss_func is None else (0.0, 0.5, 1.0)
+        # Of the object, not of its class: a method may have been set on the trainer itself.
+        methods = (self.trainer.compute_loss, self.trainer.training_step)
+        ours = all(getattr(method, "__module__", "").partition(".")[0] == "hf_freezecache" for method in methods)
+        return (0.0,) if ours and self.trainer.compute_loss_func is None else (0.0, 0.5, 1.0)
 
 
 def _described(batch: Mapping[str, Tensor]) -> str:
@@ -270,7 +263,7 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
                 "each image"
             )
         # A module or a hook may keep what it saw: then a step from the cache finds what the prefix saw last.
-        other = {**inputs, "pixel_values": _other_images(inputs["pixel_values"])}
+        other = first_row({**inputs, "pixel_values": _other_images(inputs["pixel_values"])})
         runtime.run_frozen(split.prefix, **other)
         narrow = str(runtime.accelerator.mixed_precision) != "no" or hidden_states.dtype.itemsize < 4
         kind = "cpu" if hidden_states.device.type == "cpu" else "16 bits" if narrow else "other"

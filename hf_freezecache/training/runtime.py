@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from ..distributed.ddp import unused_parameters
 from ..distributed.process_group import ProcessGroup
 
 __all__ = ["Runtime"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,6 @@ class Runtime:
         raw_collator: The user's collator, as it was passed.
         collate: The same, with unused columns removed as ``Trainer`` does.
         prepare_inputs: Moves a batch to the training device.
-        compute_loss: The trainer's loss of (model, batch), a scalar.
         rehearsing: Enters a copy of the trainer, on which a step leaves nothing behind; see ``rehearsal_copy``.
         autocast: Enters the run's autocast.
     """
@@ -48,7 +51,6 @@ class Runtime:
     raw_collator: Any
     collate: Callable[[list[Any]], dict[str, Any]]
     prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
-    compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor]
     rehearsing: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
 
@@ -69,6 +71,24 @@ class Runtime:
                 return function(**inputs)
         finally:
             self.model.train(training)
+
+    def parameters_without_gradient(self, batch: dict[str, Tensor]) -> list[str] | None:
+        """Return the names of trainable parameters on which the loss of a batch does not depend.
+
+        Args:
+            batch: A collated batch: name -> (rows, ...).
+
+        Returns:
+            The names; ``None`` if the loss fails. Two rows may not do for it; what is wrong, rehearsing a step will tell.
+        """
+
+        try:
+            with self.rehearsing() as trainer, self.accelerator.autocast():
+                inputs = self.prepare_inputs(dict(batch))
+                return unused_parameters(self.model, lambda: trainer.compute_loss(self.model, inputs))
+        except Exception as error:
+            logger.debug("Which parameters the loss depends on is not known: %r", error)
+            return None
 
     def make_loader(self, dataset: Any, sampler: Sampler[Any], collate: Callable[[list[Any]], Any]) -> Any:
         """Return a prepared ``DataLoader`` with the settings of ``TrainingArguments``."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..cache.reader import CacheReader
 from ..config import CacheConfig
@@ -20,7 +20,7 @@ from ..data.feature_augmenter import FeatureAugmenter
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
 from ..dataset import CachedDataset
-from ..distributed.ddp import is_replicated, unused_parameters, unwrapped, wrap_again
+from ..distributed.ddp import is_replicated, unwrapped, wrap_again
 from ..errors import CacheWriteError, UnsupportedSetupError
 from ..hub.provenance import Provenance, keep_provenance, provenance_of_dataset, provenance_of_model
 from ..model.split import Split, Splits
@@ -161,13 +161,8 @@ class StageRunner:
         if handler is None or self.runtime.args.ddp_find_unused_parameters is not None:
             return inner
 
-        def loss() -> Tensor:
-            with accelerator.autocast():
-                batch = self.runtime.prepare_inputs(dict(self.data.example_batch))
-                return self.runtime.compute_loss(self.runtime.model, batch)
-
-        unused = unused_parameters(self.runtime.model, loss)
-        handler.find_unused_parameters = bool(unused)
+        unused = self.runtime.parameters_without_gradient(self.data.example_batch)
+        handler.find_unused_parameters = unused is None or bool(unused)
         if unused:
             logger.warning(
                 "The loss does not depend on %d parameters that are to be trained (%s, ...): DDP looks for them in every "

@@ -421,3 +421,25 @@ def test_the_transform_of_a_data_set_of_the_users_own_is_hashed() -> None:
 
     assert hashed(functools.partial(pow, exp=2)) == hashed(functools.partial(pow, exp=2))
     assert hashed(functools.partial(pow, exp=2)) != hashed(functools.partial(pow, exp=3))
+
+
+class Around(torch.utils.data.Dataset):
+    """Rows of a data set that renders them."""
+
+    def __init__(self, dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row):
+        return self.dataset[row]
+
+
+def test_the_transform_of_a_data_set_inside_another_is_hashed(images) -> None:
+    def hashed(strength):
+        rows = Around(images.with_transform(TinyTransform(True, strength)))
+        return UserCode(rows, (None, None), None).hashes(CacheConfig(dataset_id="rows"))["transform"]
+
+    assert hashed(0.1) == hashed(0.1)
+    assert hashed(0.1) != hashed(0.2)

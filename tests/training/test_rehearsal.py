@@ -13,6 +13,7 @@ from support.tiny import Recorder, make_trainer, tiny_vit
 from torch import nn
 from transformers import TrainerCallback, ViTForImageClassification, ViTModel
 
+from hf_freezecache import FreezeCacheTrainer
 from hf_freezecache.errors import DataError, FreezeCacheError, UnsupportedModelError, UnsupportedSetupError
 from hf_freezecache.model.split import find_blocks, first_tensor
 
@@ -401,7 +402,6 @@ def test_what_is_kept_of_earlier_steps_is_not_taken_for_this_one(wrapper, train_
 def hardest_of_the_batch(trainer, model, inputs):
     labels = inputs.pop("labels")
     outputs = model(**inputs)
-    assert "num_seen" not in vars(model)
     return outputs, nn.functional.cross_entropy(outputs.logits, labels, reduction="none").topk(4).values.mean()
 
 
@@ -479,3 +479,12 @@ def test_a_method_that_was_set_on_the_trainer_itself_is_rehearsed(train_dataset)
         return parameters_of(trainer.model)
 
     assert_same(run("always"), run("never"))
+
+
+def test_a_loss_set_on_the_trainer_itself_is_tried_later_in_the_run_too(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2", num_train_epochs=1, cls=FreezeCacheTrainer)
+    trainer.compute_loss = functools.partial(own_loss(from_the_middle_on).compute_loss, trainer)
+    with pytest.raises(UnsupportedModelError, match="pixel_values is read"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not list(Path("caches").rglob("*.safetensors"))
