@@ -171,6 +171,7 @@ def test_evaluation_and_prediction_see_the_whole_model_on_images(train_dataset, 
     assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 4
 
 
+@pytest.mark.slow
 def test_logs_of_a_stage(train_dataset) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset, cache={"num_views": 2})
     trainer.train()
@@ -263,6 +264,7 @@ def test_train_and_eval_transform(images, caplog) -> None:
     assert not torch.equal(trainer._run.data.views[0, 1]["pixel_values"], base)
 
 
+@pytest.mark.slow
 def test_users_collator_extras_are_stored_and_reach_the_model(train_dataset) -> None:
     """A column beside labels is stored with its sample, and handed to a user's own loss."""
     seen: list[torch.Tensor] = []

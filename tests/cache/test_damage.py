@@ -37,6 +37,7 @@ def check(done: list[Trial], trials: DamageTrials) -> None:
 
 
 @pytest.mark.parametrize("kind", FAST)
+@pytest.mark.by_default(1)
 def test_damage_is_found_and_reaches_no_batch(trials, kind) -> None:
     check(run(trials, kind, FAST[kind]), trials)
 

@@ -231,6 +231,7 @@ class Counts(TinyTransform):
         return super().__call__(batch)
 
 
+@pytest.mark.slow
 def test_a_transform_that_counts_its_calls_is_found_again(images, caplog) -> None:
     transform = Counts(augment=True)
     assert cached_run(images, transform=transform) == 8
@@ -354,6 +355,7 @@ def test_rows_are_checked_by_drawing_anew(images, monkeypatch) -> None:
     assert {view for keys in drawn for _, view in keys} == {0, 1}
 
 
+@pytest.mark.slow
 def test_edited_code_of_the_model_is_caught(images) -> None:
     """No hash sees a forward that was replaced; a few samples computed again do."""
     cached_run(images)

@@ -676,6 +676,7 @@ def test_a_header_that_claims_another_size_is_refused_unread(tmp_path, claimed) 
         read_shard_header(path)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_a_header_gives_another_error_than_ours(tmp_path) -> None:
     """Resuming reads headers that no index vouches for yet."""
     path = tmp_path / "shard.safetensors"

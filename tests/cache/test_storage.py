@@ -142,6 +142,7 @@ def test_a_remote_cache_that_vanishes_says_so(memory, sound) -> None:
         dataset[2]
 
 
+@pytest.mark.slow
 def test_hostile_caches_are_refused_from_a_store_too(memory, sound, tmp_path) -> None:
     for number, name in enumerate(
         [

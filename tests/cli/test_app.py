@@ -345,6 +345,7 @@ def test_verify_finds_a_flipped_bit_in_every_file(cache) -> None:
     assert call("verify", cache)[0] == 0
 
 
+@pytest.mark.slow
 def test_verify_finds_truncated_and_lengthened_files(cache) -> None:
     for name in files_of(cache):
         path = cache / name
@@ -582,6 +583,7 @@ def test_demo_that_fails_leaves_nothing_half_done(monkeypatch) -> None:
     assert call("demo", "--output-dir", "demo", "--json", ".")[0] == 1
 
 
+@pytest.mark.slow
 def test_digits_are_real_and_whole() -> None:
     digits = demo.load_digit_images(32)
     assert len(digits) == 1797

@@ -435,6 +435,7 @@ def deaf_vit():
     ],
     ids=["plain", "no-loss-kwargs", "ragged-unlabelled", "smoothing-bf16"],
 )
+@pytest.mark.slow
 def test_training_on_unmixed_soft_labels_is_training_on_hard_ones(images, settings, monkeypatch) -> None:
     """Losses, and parameters after plain gradient steps; 5 or 8 batches leave the last accumulation incomplete."""
     monkeypatch.setitem(FEATURE_AUGMENTATIONS, "unchanged", Unchanged)
@@ -487,6 +488,7 @@ def test_states_reach_the_suffix_changed(train_dataset, monkeypatch) -> None:
     assert torch.equal(doubled[:, 1:], plain[:, 1:] * 2)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_identical(train_dataset) -> None:
     """Five batches an epoch, two a step: every checkpoint, also behind an incomplete step."""
     make = functools.partial(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from support.tiny import make_trainer, tiny_vit
 from transformers import ViTForImageClassification
@@ -33,6 +34,7 @@ def test_a_model_has_the_task_that_its_class_names() -> None:
     assert task_of(torch.nn.Linear(2, 2)) is None
 
 
+@pytest.mark.slow
 def test_another_task_brings_its_loss_and_its_tag(train_dataset, monkeypatch) -> None:
     calls: list[torch.Size] = []
     monkeypatch.setitem(TASKS, "grading", grading(calls))

@@ -117,6 +117,7 @@ def test_the_index_is_committed_last_and_in_batches(server, cache, monkeypatch) 
     assert report.commits == 6
 
 
+@pytest.mark.slow
 def test_pushing_again_sends_nothing_and_leaves_an_edited_card(server, cache) -> None:
     pushing.push_cache(cache, REPO)
     server.replace(REPO, "README.md", b"---\nlicense: mit\n---\nedited by hand")
@@ -325,6 +326,7 @@ def test_a_damaged_or_partial_cache_is_not_pushed(server, cache) -> None:
     assert server.repos == {}
 
 
+@pytest.mark.slow
 def test_privacy(server, cache) -> None:
     pushing.push_cache(cache, "user/open", private=False)
     assert not server.repo("user/open").private
@@ -1009,6 +1011,7 @@ def test_push_and_pull_from_the_command_line(server, cache, tmp_path) -> None:
     assert "(public)" in out
 
 
+@pytest.mark.slow
 def test_errors_on_the_command_line_are_one_line(server, cache, tmp_path) -> None:
     call("push", cache, REPO)
     server.alter(REPO, "view-00/shard-00000.safetensors", 7)

@@ -36,6 +36,7 @@ def test_too_few_classes_for_the_labels_of_the_cache(cached) -> None:
 
 @pytest.mark.by_default(1)
 @pytest.mark.parametrize("cls", TRAINERS)
+@pytest.mark.slow
 def test_training_and_evaluation_on_parts_of_a_cache(cached, cls) -> None:
     trainer = cls(
         model=SuffixModel.for_cache(tiny_vit(), cached),

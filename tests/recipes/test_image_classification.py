@@ -96,6 +96,7 @@ def reported_accuracy(folder: str | Path) -> float:
     return json.loads((Path(folder) / "eval_results.json").read_text())["eval_accuracy"]
 
 
+@pytest.mark.slow
 def test_parquet_folder_gives_the_reported_accuracy_and_a_second_run_reuses_the_caches(run, parquet_folder) -> None:
     settings = {"dataset_name": parquet_folder, "freeze_schedule": "0:1,2:3", "num_views": 2}
     log = run(*command_line(**settings))

@@ -251,6 +251,7 @@ def test_without_matplotlib_the_card_has_no_plot(train_dataset, monkeypatch, cap
     assert "The model card shows no plot" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawing")
 def test_push_to_hub_uploads_an_ordinary_model_and_no_cache(train_dataset, eval_dataset, monkeypatch, tmp_path) -> None:
     plain = write_plain_run(tmp_path / "plain")

@@ -71,6 +71,7 @@ def test_mode_auto_with_a_cache_that_pays() -> None:
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("never", "mode='never'."), ("auto", "Caching would not pay.")])
+@pytest.mark.slow
 def test_frozen_blocks_that_ran_in_every_step(mode, reason) -> None:
     made = live(0, 0, 6, reason, predicted={"live_passes": 96})
     check(
@@ -101,6 +102,7 @@ def test_a_run_that_fell_back_in_its_only_stage() -> None:
     check(one_stage(made=live(0, 0, 6, FULL_DISK), cache={"mode": "auto"}), NOTHING, f"Reason: {FULL_DISK}")
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_found() -> None:
     found = decision(0, 0, 6, cache="found", built_from=None, built_shards=0, build_seconds=0.25, calibrated=False)
     card, _ = check(
@@ -112,6 +114,7 @@ def test_a_cache_that_was_found() -> None:
     assert "| found cache |" in card
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_built_from_the_one_before() -> None:
     promoted = decision(1, 2, 6, built_from=3, calibrated=False)
     check(
@@ -139,6 +142,7 @@ def test_two_stages_of_one_split_point_are_two_rows() -> None:
     assert "6 from epoch 2" in page
 
 
+@pytest.mark.slow
 def test_a_resumed_run() -> None:
     known = one_stage()
     known.keep_decision(decision(0, 0, 6, cache="found", built_from=None, calibrated=False, build_seconds=0.5))
@@ -149,6 +153,7 @@ def test_a_resumed_run() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_early() -> None:
     stopped = record(global_step=15, log_history=[entry for entry in log_history() if entry["epoch"] <= 1.5])
     stopped.decisions, stopped.epochs = stopped.decisions[:1], stopped.epochs[:1]
@@ -160,6 +165,7 @@ def test_a_run_that_was_stopped_early() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_within_a_stage() -> None:
     check(
         partial_record(3, global_step=30),
@@ -168,6 +174,7 @@ def test_a_run_that_was_interrupted_within_a_stage() -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_exact_cache_is_called_exact_and_an_unmeasured_one_is_not() -> None:
     exact = decision(0, 0, 6, codec={"name": "lossless", "configuration": {}}, calibration=None, distortion={})
     assert "| 2.50 | exact |" in documents(one_stage(made=exact))[0]

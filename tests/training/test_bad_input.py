@@ -103,6 +103,7 @@ def test_our_own_transform_converts_images_of_any_mode(images) -> None:
     assert trainer.predict(mixed).predictions.shape == (50, 4)
 
 
+@pytest.mark.slow
 def test_the_users_transform_gets_images_of_any_mode_as_they_are(images) -> None:
     """In training, evaluation and prediction alike; a transform that takes RGB only is told which row is not."""
     mixed = images_of_other_modes(images)

@@ -86,6 +86,7 @@ def test_a_finished_cache_may_be_only_read(train_dataset, only_reading, caplog) 
 
 @pytest.mark.by_default(1)
 @pytest.mark.parametrize("schedule", ["0:1", "0:2,1:3", "0:0,1:1"])
+@pytest.mark.slow
 def test_a_cache_that_is_missing_from_a_folder_that_is_only_read(train_dataset, only_reading, schedule) -> None:
     trained(train_dataset)
     only_reading()
@@ -101,6 +102,7 @@ def test_a_cache_that_is_missing_from_a_folder_that_is_only_read(train_dataset, 
     ["data [v2]/caches", "my caches", "caches/", "Käse-缓存", "a*b?", "~nobody-here", "c:d", "%20#x", "'q\"", "{a,b}"],
 )
 @pytest.mark.by_default(1)
+@pytest.mark.slow
 def test_folders_of_any_name(train_dataset, name) -> None:
     assert built_shards(trained(train_dataset, cache={"cache_dir": name})) == [4]
     again = trained(train_dataset, cache={"cache_dir": str(Path(name).absolute())})

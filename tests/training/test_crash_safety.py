@@ -277,7 +277,8 @@ def disk_use(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors*") if path.is_file())
 
 
-@pytest.mark.parametrize("consume_previous_cache", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("consume_previous_cache", [False, True])
 def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, consume_previous_cache: bool) -> None:
     import hf_freezecache.cache.writer as writer
 

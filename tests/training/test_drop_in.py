@@ -44,6 +44,7 @@ def changes(values: list[torch.Tensor]) -> list[bool]:
 @pytest.mark.by_default(2)
 @pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize("own", [False, True], ids=["optimizer-of-trainer", "own-optimizer"])
+@pytest.mark.by_default(1)
 def test_a_head_that_a_callback_thaws_is_trained(own, mode, train_dataset) -> None:
     """A first stage that freezes must not take what the user froze out of the optimizer, nor must a second."""
     model = tiny_vit()
@@ -151,6 +152,7 @@ def test_parameters_added_to_the_users_optimizer_survive_a_second_training(train
 
 @pytest.mark.by_default(1)
 @pytest.mark.parametrize("count", ["all", "non_padding", "no"])
+@pytest.mark.slow
 def test_inputs_of_cached_batches_are_counted_as_those_of_images(count, train_dataset, caplog) -> None:
     seen = []
     for mode in ("always", "never"):

@@ -97,6 +97,7 @@ def test_a_run_that_will_not_evaluate_is_not_asked(train_dataset, eval_dataset) 
     make_trainer(tiny_vit(), train_dataset, eval_dataset.rename_column("image", "picture"), num_train_epochs=1).train()
 
 
+@pytest.mark.slow
 def test_good_sets_are_evaluated_as_ever(train_dataset, eval_dataset) -> None:
     """Nothing of the trial shows: not in the log, the losses, or what the user's code counts."""
 
@@ -167,6 +168,7 @@ def test_an_evaluation_of_the_users_own_is_not_refused(train_dataset, eval_datas
         ("metrics", "accuracy", True),
     ],
 )
+@pytest.mark.by_default(1)
 def test_the_metric_of_the_best_model_must_be_given(train_dataset, images, eval_dataset, kind, metric, fine) -> None:
     sets = {"several": {"a": eval_dataset, "b": eval_dataset}, "unlabelled": images.with_transform(without_labels)}
     trainer = make_trainer(

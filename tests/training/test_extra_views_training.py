@@ -183,7 +183,7 @@ def residual(pictures, tmp_path_factory) -> Run:
 # ---- What is stored ----
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "budgets", "storage"),
     [
@@ -289,6 +289,7 @@ def test_stored_geometry_is_that_of_the_views(pictures, residual) -> None:
     assert "hidden_states" not in batch
 
 
+@pytest.mark.slow
 def test_inspect_and_verify_take_a_cache_with_copies(residual) -> None:
     runner = CliRunner()
     for command in (["inspect"], ["inspect", "--json"], ["verify"]):
@@ -404,7 +405,7 @@ def test_resume_in_a_stage_with_copies_is_bit_identical(pictures, residual) -> N
         assert torch.equal(a, b)
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("build_from", ["previous_cache", "images"])
 def test_promotion_to_a_later_stage(pictures, build_from) -> None:
     """Copies that are residuals in both stages."""

@@ -72,6 +72,7 @@ class Counting(TinyTransform):
         return super().__call__(batch)
 
 
+@pytest.mark.slow
 def test_auto_meets_the_budget_at_each_stage_and_reports(images, caplog) -> None:
     caplog.set_level(logging.INFO, logger="hf_freezecache")
     trainer = lossy_run(images, cache={"max_distortion": 0.01, "build_from": "images"})
@@ -96,7 +97,7 @@ def test_auto_meets_the_budget_at_each_stage_and_reports(images, caplog) -> None
     assert load_index(cache_of(1, "exact")).calibration is None
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec",
     ["int8", "int4", "bf16", "fp16", "transform", PIPELINE, json.loads(PIPELINE), make_codec(PIPELINE)],
@@ -397,6 +398,7 @@ def test_settings_that_cannot_work_are_refused_at_construction(train_dataset, se
         make_trainer(tiny_vit(), train_dataset, cache=settings)
 
 
+@pytest.mark.slow
 def test_a_rate_needs_a_step_to_choose(images) -> None:
     with pytest.raises(UnsupportedSetupError, match="needs a codec with 'transform'"):
         make_trainer(tiny_vit(), images, cache={"codec": "int8", "bits_per_element": "3.25"})

@@ -210,6 +210,7 @@ class NormalisesFirst(Wrapped):
         return self.vit(pixel_values=self.normalise(pixel_values) / 0.5, labels=labels)
 
 
+@pytest.mark.slow
 def test_a_normaliser_in_front_of_the_model_is_exact(train_dataset, tmp_path) -> None:
     model = NormalisesFirst(tiny_vit())
     assert assert_the_same_or_refused(Recorder, model, train_dataset, tmp_path) is None
@@ -264,6 +265,7 @@ def of_another_size(trainer, model, inputs):
     return outputs, outputs.loss
 
 
+@pytest.mark.slow
 def test_constants_that_a_loss_passes_to_the_model_reach_the_prefix(train_dataset, tmp_path) -> None:
     model = tiny_vit(image_size=32)  # the images have 16 pixels
     assert assert_the_same_or_refused(own_loss(of_another_size), model, train_dataset, tmp_path) is None
@@ -357,6 +359,7 @@ def from_the_middle_on(trainer, model, inputs):
     return outputs, outputs.loss
 
 
+@pytest.mark.slow
 def test_a_loss_that_reads_images_later_in_the_run_is_refused_at_its_start(train_dataset, tmp_path) -> None:
     error = assert_the_same_or_refused(own_loss(from_the_middle_on), tiny_vit(), train_dataset, tmp_path)
     assert "pixel_values is read" in str(error)
@@ -391,6 +394,7 @@ class AveragesItsInput(Wrapped):
 
 
 @pytest.mark.parametrize("wrapper", [KeepsAnAttention, AveragesItsInput])
+@pytest.mark.slow
 def test_what_is_kept_of_earlier_steps_is_not_taken_for_this_one(wrapper, train_dataset, tmp_path) -> None:
     model = wrapper(tiny_vit())
     trainer = make_trainer(model, train_dataset, schedule="0:2", num_train_epochs=1)
@@ -405,6 +409,7 @@ def hardest_of_the_batch(trainer, model, inputs):
     return outputs, nn.functional.cross_entropy(outputs.logits, labels, reduction="none").topk(4).values.mean()
 
 
+@pytest.mark.slow
 def test_a_loss_that_needs_a_whole_batch_gets_one(train_dataset, tmp_path) -> None:
     assert assert_the_same_or_refused(own_loss(hardest_of_the_batch), tiny_vit(), train_dataset, tmp_path) is None
 
@@ -425,6 +430,7 @@ class CountsLabels(Recorder):
         return (loss, outputs) if return_outputs else loss
 
 
+@pytest.mark.slow
 def test_state_of_a_loss_is_that_of_training_alone(train_dataset, tmp_path) -> None:
     assert assert_the_same_or_refused(CountsLabels, tiny_vit(), train_dataset, tmp_path) is None
     trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2", num_train_epochs=1, cls=CountsLabels)
@@ -455,6 +461,7 @@ class NoisyLater(Wrapped):
         return self.vit(pixel_values=pixel_values, labels=labels)
 
 
+@pytest.mark.slow
 def test_a_model_that_begins_to_augment_later_ends_a_cached_stage(train_dataset) -> None:
     class Begins(TrainerCallback):
         def on_epoch_begin(self, args, state, control, model=None, **kwargs):
@@ -468,6 +475,7 @@ def test_a_model_that_begins_to_augment_later_ends_a_cached_stage(train_dataset)
     assert trainer.state.global_step == 5
 
 
+@pytest.mark.slow
 def test_a_method_that_was_set_on_the_trainer_itself_is_rehearsed(train_dataset) -> None:
     def run(mode):
         settings = {"schedule": "0:2", "num_train_epochs": 1, "cache": {"mode": mode}}

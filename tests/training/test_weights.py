@@ -345,6 +345,7 @@ def test_the_best_model_and_a_resume_of_a_changed_model(schedule, train_dataset,
         (None, "0:0", "taking it for a checkpoint of plain training"),
     ],
 )
+@pytest.mark.by_default(1)
 def test_a_checkpoint_of_the_other_kind_says_so_once(saved, opened, expected, train_dataset, caplog) -> None:
     settings = {"save_strategy": "epoch", "num_train_epochs": 2}
     make_trainer(tiny_vit(), train_dataset, schedule=saved, **settings).train()
