@@ -86,7 +86,7 @@ def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
     # Stages of one split point may share a cache.
     caches = list({stage["split_point"]: stage for stage in figures["stages"] if stage["has_cache"]}.values())
     if caches:
-        number = f"{len(caches)} cache{'s' if len(caches) > 1 else ''} on disk"
+        number = f"in {len(caches)} cache{'s' if len(caches) > 1 else ''}"
         bits = " and ".join(f"{stage['bits_per_element']:.1f}" for stage in (caches[0], *caches[1:][-1:]))
         tiles.append((size_words(sum(stage["cache_bytes"] for stage in caches)), number, f"{bits} bits per element"))
     return tiles

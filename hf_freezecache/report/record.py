@@ -111,6 +111,8 @@ class Decision:
         """
         self.build_seconds += earlier.build_seconds
         self.built_shards += earlier.built_shards
+        # A resumed run makes its optimizer for what trains alone: it has nothing to release.
+        self.released_optimizer_bytes = max(self.released_optimizer_bytes, earlier.released_optimizer_bytes)
         if self.cache == "found" and earlier.cache == "built":
             self.cache, self.built_from, self.calibrated = "built", earlier.built_from, earlier.calibrated
 

@@ -14,6 +14,7 @@ from ..data.seeding import preserved_random_state
 from ..dataset import CachedDataset
 from ..errors import CacheMismatchError
 from ..model.split import Split
+from ..model.threads import one_thread_if_small
 
 __all__ = ["measure_distortion", "spot_check"]
 
@@ -92,7 +93,7 @@ def spot_check(
     rows = generator.choice(available, min(num_samples, len(available)), replace=False).tolist()
     first = int(generator.integers(len(views)))
     keys = [(row, views[(first + position) % len(views)]) for position, row in enumerate(rows)]
-    with preserved_random_state():
+    with preserved_random_state(), one_thread_if_small(split.model):
         batch = data.collate([data.views[key] for key in keys])
         inputs = {name: batch[name] for name in batch.keys() & {"pixel_values", *data.prefix_inputs}}
         exact = chooser.run(split.prefix, **inputs).to("cpu").float()

@@ -17,9 +17,12 @@ from .runtime import Runtime
 
 __all__ = ["FrozenWeights"]
 
+#: Whole numbers of each size in bytes.
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class FrozenWeights:
-    """Compares sums of the prefix's weights, and hidden states of the first row, with what they were at a stage's start.
+    """Compares sums over the bits of the prefix's weights, and hidden states of the first row, with what they were at a stage's start.
 
     The hidden states are those of training: a model may begin to augment its images after some steps.
 
@@ -37,8 +40,8 @@ class FrozenWeights:
     def _sums(self) -> Tensor:
         split = self._split
         tensors = [*split.prefix_parameters().values(), *split.prefix_buffers().values()]
-        with torch.no_grad():
-            sums = [torch.stack([t.double().sum(), t.double().abs().sum()]) for t in tensors]
+        with torch.no_grad(), one_thread_if_small(split.model):
+            sums = [_sum_of_bits(tensor.detach()) for tensor in tensors]
         return torch.stack(sums) if sums else torch.zeros(0)
 
     def _states(self) -> Tensor:
@@ -85,3 +88,10 @@ class FrozenWeights:
                 "opened: the model changes its input, perhaps (an augmentation that begins later). Augment in the data set's "
                 "transform, or train such stages with CacheConfig(mode='never')."
             )
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's values, each read as a whole number: exact, whatever the order and the device."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.contiguous().view(_WHOLE[tensor.element_size()]).sum(dtype=torch.int64)

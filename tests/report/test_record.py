@@ -40,11 +40,13 @@ def test_stages_of_one_split_point_are_kept_apart() -> None:
 
 def test_a_resumed_stage_adds_up() -> None:
     known = record()
+    known.decisions[1].released_optimizer_bytes = 4096
     resumed = decision(1, 2, 6, cache="found", built_from=None, calibrated=False, build_seconds=0.5, built_shards=0)
     known.keep_decision(resumed)
     assert [kept.stage for kept in known.decisions] == [0, 1]
     assert known.decisions[1] is resumed
     assert (resumed.build_seconds, resumed.built_shards) == (3.5, 2)
+    assert resumed.released_optimizer_bytes == 4096  # the optimizer of a resumed run never held it
     # This run built what it finds.
     assert (resumed.cache, resumed.built_from, resumed.calibrated) == ("built", 0, True)
     known.keep_decision(resumed)  # once more does not count twice

@@ -95,7 +95,7 @@ def test_a_stage_that_fell_back_beside_one_with_a_cache() -> None:
     )
     assert "| 0 | 3 of 12 | 0 | built cache |" in card
     assert "| 1 | 6 of 12 | 2 | images | 20.0 | 10 s | 4.00 s | none |" in card
-    assert "1 cache on disk" in page
+    assert "in 1 cache " in page
 
 
 def test_a_run_that_fell_back_in_its_only_stage() -> None:
@@ -138,7 +138,7 @@ def test_two_stages_of_one_split_point_are_two_rows() -> None:
         [" 0 ", " 6 of 12 ", " 0 ", " built cache "],
         [" 1 ", " 6 of 12 ", " 2 ", " found cache "],
     ]
-    assert "1 cache on disk" in page  # one folder serves both
+    assert "in 1 cache " in page  # one folder serves both
     assert "6 from epoch 2" in page
 
 
