@@ -192,6 +192,7 @@ class FreezeCacheTrainer(Trainer):
         # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
         self.model_wrapped = run.unwrap(self.model_wrapped)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        run.rates.prepare(run.splits, self.optimizer, self.lr_scheduler, self._freezer)
         check_steps(run, self.model_wrapped)
         if run.moved_to is not None:
             move_scheduler(self.lr_scheduler, run.moved_to)
@@ -208,6 +209,7 @@ class FreezeCacheTrainer(Trainer):
         if stage is not None:
             self.model_wrapped = run.leave(stage, self.optimizer, self.model_wrapped)
             self.model_wrapped = run.enter(stage, self.model_wrapped)
+            run.rates.enter(run.current.decision.lr_scale, self.optimizer, self.lr_scheduler)
             self.log(run.stage_logs)
             for callback in report_callbacks(self):
                 callback.stage_began(self.args, self.state)
@@ -311,6 +313,8 @@ class FreezeCacheTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As ``Trainer``; what a ``create_optimizer`` of the user's own put in of frozen blocks is in no saved optimizer."""
         self._freezer.prune(self.optimizer)
+        if self._run is not None:  # the saved optimizer has groups by layer
+            self._run.rates.prepare(self._run.splits, self.optimizer, self.lr_scheduler, self._freezer)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- Caches by themselves ----

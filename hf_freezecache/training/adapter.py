@@ -26,6 +26,7 @@ from .checkpoints import announce_stage, find_checkpoint, load_stage
 from .data_checks import num_classes, with_columns_removed
 from .evaluation_check import check_evaluation
 from .hooks import check_trainer_attributes
+from .learning_rates import LearningRates
 from .planner import make_sampler, plan_run
 from .preflight import check_arguments, check_cache_dir, check_overrides, check_steps, make_augmenter, prepare_run
 from .rehearsal_copy import rehearsing
@@ -184,7 +185,7 @@ def start_run(
         rehearsing=lambda: rehearsing(trainer),
         autocast=trainer.compute_loss_context_manager,
     )
-    return prepare_run(
+    run = prepare_run(
         runtime,
         trainer.cache_config,
         stages,
@@ -196,6 +197,8 @@ def start_run(
         augmenter,
         try_evaluation,
     )
+    run.rates = LearningRates.of(trainer.freeze_config)
+    return run
 
 
 def first_split_point(run: StageRunner, checkpoint: str | None) -> int:
