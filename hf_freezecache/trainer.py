@@ -29,6 +29,7 @@ from .training.adapter import (
     find_process_groups,
     first_split_point,
     install_callbacks,
+    optimizer_ready,
     plan_stages_of,
     report_callbacks,
     restore_weights_of,
@@ -311,11 +312,9 @@ class FreezeCacheTrainer(Trainer):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As ``Trainer``; what a ``create_optimizer`` of the user's own put in of frozen blocks is in no saved optimizer."""
-        self._freezer.prune(self.optimizer)
-        if self._run is not None:  # the saved optimizer has groups by layer
-            self._run.rates.prepare(self._run.splits, self.optimizer, self.lr_scheduler, self._freezer)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        """As ``Trainer``; the optimizer gets the groups that it had when it was saved."""
+        with optimizer_ready(self, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- Caches by themselves ----
 

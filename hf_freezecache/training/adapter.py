@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ __all__ = [
     "describe",
     "find_process_groups",
     "first_split_point",
+    "optimizer_ready",
     "plan_stages_of",
     "restore_weights_of",
     "resume_weights_of",
@@ -290,6 +293,27 @@ def restore_weights_of(
         return False
     logger.info("Loading the weights of %s.", checkpoint)
     return restore_weights(Path(checkpoint), trainer.model if model is None else model, strict=strict)
+
+
+@contextmanager
+def optimizer_ready(trainer: Any, checkpoint: str | None) -> Iterator[None]:
+    """While active, a trainer's optimizer has the groups that a checkpoint of such a run has.
+
+    Args:
+        trainer: The user's trainer.
+        checkpoint: Its folder; ``None`` if there is none.
+
+    Raises:
+        UnsupportedSetupError: See ``LearningRates.prepare`` and ``LearningRates.restoring``.
+    """
+    run = trainer._run
+    trainer._freezer.prune(trainer.optimizer)  # what a `create_optimizer` of the user's own put in of frozen blocks
+    if run is None:
+        yield
+        return
+    run.rates.prepare(run.splits, trainer.optimizer, trainer.lr_scheduler, trainer._freezer)
+    with run.rates.restoring(checkpoint, trainer.optimizer):
+        yield
 
 
 def report_callbacks(trainer: Any) -> list[ReportCallback]:

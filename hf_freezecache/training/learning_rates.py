@@ -10,7 +10,8 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ __all__ = ["LearningRates", "layers_of"]
 logger = logging.getLogger(__name__)
 
 #: Keys of a group that checkpoints keep. Other libraries have an ``lr_scale`` of their own there.
-LAYER, SCALE = "freezecache_layer", "freezecache_lr_scale"
+LAYER, DECAY, SCALE = "freezecache_layer", "freezecache_layer_decay", "freezecache_lr_scale"
 #: Rates in a group: of every optimizer, of schedulers, of OneCycleLR (two), of SWALR.
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 #: Lists of a scheduler with one rate for each group: of all, of plateaus and cycles, of GreedyLR.
@@ -124,6 +125,35 @@ class LearningRates:
         for each in _all_schedulers(scheduler):
             if type(each).__module__ not in _KNOWN:
                 _check_scheduler(optimizer, each)
+
+    @contextmanager
+    def restoring(self, checkpoint: Any, optimizer: Any) -> Iterator[None]:
+        """While active, the state of a checkpoint is loaded into an optimizer: say so if it was of another ``layer_decay``.
+
+        Args:
+            checkpoint: Its folder.
+            optimizer: A ``torch.optim.Optimizer``, or accelerate's wrapper around one.
+
+        Raises:
+            UnsupportedSetupError: The groups of the checkpoint are others.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise UnsupportedSetupError(
+                f"The optimizer in {checkpoint} has other groups of parameters than that of this run, with layer_decay="
+                f"{self.layer_decay!r}: {error}. Resume with the layer_decay and the optimizer of the interrupted run."
+            ) from error
+        saved = {group[DECAY] for group in _inner(optimizer, "optimizer").param_groups if DECAY in group}
+        if saved and saved != {self.layer_decay}:
+            logger.warning(
+                "The rates of %s were made with layer_decay=%g: they go on, as the checkpoint has them, not with %r.",
+                checkpoint,
+                min(saved),
+                self.layer_decay,
+            )
 
     def enter(self, scale: float, optimizer: Any, scheduler: Any) -> None:
         """Multiply all rates by the scale of a stage, in place of that of the stage before. The groups keep the scale.
@@ -230,7 +260,7 @@ def _split_groups(
         names = group.pop("param_names", None)
         if names is not None and len(names) == len(former[place]["params"]):
             group["param_names"] = [names[number] for number in kept]
-        groups.append({**group, LAYER: layer})
+        groups.append({**group, LAYER: layer, DECAY: decay})
     optimizer.param_groups[:] = groups  # in place: wrappers may share the list
     if len(optimizer.param_groups) != len(groups):
         raise UnsupportedSetupError(
