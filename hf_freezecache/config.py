@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from .errors import UnsupportedSetupError
-from .schedules import parse_schedule
+from .schedules import parse_lr_scale, parse_schedule
 
 __all__ = ["ADVANCED", "DEFAULT_MAX_DISTORTION", "CacheConfig", "FreezeConfig"]
 
@@ -67,6 +67,7 @@ class FreezeConfig:
 
     Raises:
         ScheduleError: The schedule cannot be read.
+        UnsupportedSetupError: A value is out of its range, or cannot be read.
     """
 
     schedule: Optional[str] = field(
@@ -79,13 +80,44 @@ class FreezeConfig:
             "'linear' alone takes these numbers. In Python a dict works too.",
         },
     )
+    layer_decay: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of a layer as a share of that of the next, above 0 and at most 1: with 0.75 and n blocks, what "
+            "follows the blocks trains with the full learning rate, block i (from 0) with 0.75^(n - i) of it, and the embeddings "
+            "with 0.75^(n + 1), as in the fine-tuning recipes of BEiT and MAE. Groups of any optimizer are divided. It needs "
+            "no schedule."
+        },
+    )
+    lr_scale: Union[float, str, None] = field(
+        default=None,
+        metadata={
+            "help": "What the learning rates of a stage are multiplied by: '2.5' where blocks are frozen, or by split point, e.g. "
+            "'6:1.5,9:2.5' (1.5 from split point 6 on, 2.5 from 9 on, 1 before), or 'auto', a rule: the fewer blocks train, "
+            "the higher the rates."
+        },
+    )
 
     def __post_init__(self) -> None:
-        """Turn a dict into text, and check what can be checked without a model."""
+        """Turn dicts and numbers into text, and check what can be checked without a model."""
         if isinstance(self.schedule, Mapping):
             self.schedule = ",".join(f"{start}:{split_point}" for start, split_point in self.schedule.items())
         if self.schedule is not None:
             parse_schedule(self.schedule)
+        if type(self.layer_decay) not in (int, float, type(None)):
+            raise UnsupportedSetupError(f"layer_decay={self.layer_decay!r}: expected a number above 0 and at most 1.")
+        try:
+            _between(0, 1, above=True)(self.layer_decay)
+        except ValueError as error:
+            raise UnsupportedSetupError(f"layer_decay: {error}.") from error
+        if self.layer_decay is not None:
+            self.layer_decay = float(self.layer_decay)
+        if type(self.lr_scale) in (int, float):
+            self.lr_scale = str(self.lr_scale)
+        if not isinstance(self.lr_scale, (str, type(None))):
+            raise UnsupportedSetupError(f"lr_scale={self.lr_scale!r}: expected a number, a text or None.")
+        if self.lr_scale is not None:
+            parse_lr_scale(self.lr_scale)
 
 
 @_documented

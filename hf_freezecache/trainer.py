@@ -29,6 +29,7 @@ from .training.adapter import (
     find_process_groups,
     first_split_point,
     install_callbacks,
+    optimizer_ready,
     plan_stages_of,
     report_callbacks,
     restore_weights_of,
@@ -192,6 +193,7 @@ class FreezeCacheTrainer(Trainer):
         # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
         self.model_wrapped = run.unwrap(self.model_wrapped)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        run.rates.prepare(run.splits, self.optimizer, self.lr_scheduler, self._freezer)
         check_steps(run, self.model_wrapped)
         if run.moved_to is not None:
             move_scheduler(self.lr_scheduler, run.moved_to)
@@ -208,6 +210,7 @@ class FreezeCacheTrainer(Trainer):
         if stage is not None:
             self.model_wrapped = run.leave(stage, self.optimizer, self.model_wrapped)
             self.model_wrapped = run.enter(stage, self.model_wrapped)
+            run.rates.enter(run.current.decision.lr_scale, self.optimizer, self.lr_scheduler)
             self.log(run.stage_logs)
             for callback in report_callbacks(self):
                 callback.stage_began(self.args, self.state)
@@ -309,9 +312,9 @@ class FreezeCacheTrainer(Trainer):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As ``Trainer``; what a ``create_optimizer`` of the user's own put in of frozen blocks is in no saved optimizer."""
-        self._freezer.prune(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        """As ``Trainer``; the optimizer gets the groups that it had when it was saved."""
+        with optimizer_ready(self, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- Caches by themselves ----
 

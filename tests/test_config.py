@@ -325,6 +325,35 @@ def test_flags_stand_beside_those_of_example_scripts(script) -> None:
     assert (freezing, caching) == (FreezeConfig(schedule="0:6"), CacheConfig())
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"layer_decay": 0}, "expected a number above 0 and at most 1, got 0"),
+        ({"layer_decay": 1.5}, "expected a number above 0 and at most 1, got 1.5"),
+        ({"layer_decay": float("nan")}, "expected a number above 0 and at most 1, got nan"),
+        ({"layer_decay": "0.5"}, "layer_decay='0.5': expected a number"),
+        ({"layer_decay": True}, "layer_decay=True: expected a number"),
+        ({"lr_scale": 0}, "lr_scale='0' has the entry '0'; expected 'auto', one number above 0"),
+        ({"lr_scale": "fast"}, "expected 'auto'"),
+        ({"lr_scale": "6:1.5,9"}, "has the entry '9'"),
+        ({"lr_scale": "9:2,6:1"}, "must name rising split points"),
+        ({"lr_scale": [2.0]}, r"lr_scale=\[2.0\]: expected a number, a text or None"),
+    ],
+    ids=str,
+)
+def test_learning_rates_out_of_range_are_refused(settings, expected) -> None:
+    with pytest.raises(UnsupportedSetupError, match=expected):
+        FreezeConfig(**settings)
+
+
+def test_learning_rates_are_flags() -> None:
+    (config,) = HfArgumentParser(FreezeConfig).parse_args_into_dataclasses(["--layer_decay", "0.75", "--lr_scale", "2"])
+    assert config == FreezeConfig(layer_decay=0.75, lr_scale=2)
+    (config,) = HfArgumentParser(FreezeConfig).parse_args_into_dataclasses(["--lr_scale", "6:1.5,9:2"])
+    assert config == FreezeConfig(lr_scale="6:1.5,9:2")
+    assert dataclasses.replace(config, layer_decay=1).layer_decay == 1.0
+
+
 def test_every_field_is_a_flag() -> None:
     arguments = {
         "freezecache_dir": "states",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..codecs import PRESETS, Codec
 from ..errors import UnsupportedSetupError
+from ..schedules import parse_by_split_point
 from .distortion import DistortionMeter
 
 __all__ = ["Calibration", "calibrate", "fit_codec", "rate_at", "roundtrip"]
@@ -319,20 +320,5 @@ def parse_rates(bits_per_element: str) -> Sequence[tuple[int, float]]:
     Raises:
         UnsupportedSetupError: The text cannot be read; the message says why.
     """
-    rates = []
-    for entry in bits_per_element.split(","):
-        start, _, bits = entry.rpartition(":") if entry != bits_per_element or ":" in entry else ("0", "", entry)
-        try:
-            rate = (int(start), float(bits))
-        except ValueError:
-            rate = (-1, -1.0)
-        if rate[0] < 0 or not 0 < rate[1] <= 16:
-            raise UnsupportedSetupError(
-                f"bits_per_element={bits_per_element!r} has the entry {entry!r}; expected one number above 0 and up to 16, e.g. "
-                "'2.5', or split_point:bits pairs, e.g. '0:4.0,6:2.5,9:1.5'."
-            )
-        rates.append(rate)
-    starts = [start for start, _ in rates]
-    if starts != sorted(set(starts)):
-        raise UnsupportedSetupError(f"bits_per_element={bits_per_element!r} must name rising split points, each once.")
-    return rates
+    expected = "one number above 0 and up to 16, e.g. '2.5', or split_point:bits pairs, e.g. '0:4.0,6:2.5,9:1.5'"
+    return parse_by_split_point("bits_per_element", bits_per_element, 16, expected)

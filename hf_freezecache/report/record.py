@@ -65,6 +65,7 @@ class Decision:
             and the same of further views under ``copy_...``; empty if lossless.
         trainable_parameters: Number of parameters that the stage trains.
         released_optimizer_bytes: Bytes of optimizer state that freezing released.
+        lr_scale: What learning rates were multiplied by, beside ``layer_decay``.
         predicted: Predicted cost of the stage in block passes per image, over all its epochs: ``cached_passes`` with a
             cache, its building included, and ``live_passes`` without one. One forward of one block is one pass, a
             backward two.
@@ -91,6 +92,7 @@ class Decision:
     distortion: dict[str, int | float | None] = field(default_factory=dict)
     trainable_parameters: int = 0
     released_optimizer_bytes: int = 0
+    lr_scale: Number = 1.0
     predicted: dict[str, Number] = field(default_factory=dict)
     build_seconds: Number = 0.0
 

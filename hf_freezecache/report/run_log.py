@@ -24,6 +24,7 @@ def decision_logs(decision: Decision) -> dict[str, float]:
         "split_point": decision.split_point,
         "trainable_parameters": decision.trainable_parameters,
         "released_optimizer_bytes": decision.released_optimizer_bytes,
+        "lr_scale": decision.lr_scale,
     }
     if decision.has_cache:
         logs |= {

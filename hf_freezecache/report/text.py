@@ -94,17 +94,30 @@ def distortion_words(calibration: dict[str, Any]) -> str:
 
 
 def describe_schedule(figures: Figures) -> str:
-    """Return the schedule, e.g. ``6 of 12 blocks frozen from epoch 0, 9 from epoch 3``; and what of it was not reached."""
+    """Return the schedule, e.g. ``6 of 12 blocks frozen from epoch 0, 9 from epoch 3``; and what of it was not reached.
+
+    What was asked of learning rates follows, e.g. ``; layer_decay 0.75; lr_scale auto (1.5, 2 by stage)``.
+    """
     num_blocks, done = figures["model"].get("num_blocks"), figures["epochs_done"]
     stages = figures["planned_stages"] or figures["stages"]
     if not stages:
-        return "no block frozen"
+        return "no block frozen" + _learning_rates(figures)
     words = []
     for number, stage in enumerate(stages):
         first = f"{f' of {num_blocks}' if num_blocks else ''} blocks frozen" if number == 0 else ""
         ahead = " (not reached)" if number and done is not None and stage["start_epoch"] >= done else ""
         words.append(f"{stage['split_point']}{first} from epoch {stage['start_epoch']:g}{ahead}")
-    return ", ".join(words)
+    return ", ".join(words) + _learning_rates(figures)
+
+
+def _learning_rates(figures: Figures) -> str:
+    """Return what was asked of learning rates, beginning with a semicolon; nothing if nothing was."""
+    decay, scale = (figures["freezing"].get(name) for name in ("layer_decay", "lr_scale"))
+    words = "" if decay is None else f"; layer_decay {decay:g}"
+    if scale is not None:
+        used = ", ".join(f"{stage['lr_scale']:.3g}" for stage in figures["stages"])
+        words += f"; lr_scale {scale}" + (f" ({used} by stage)" if used else "")
+    return words
 
 
 def _count(number: int, noun: str) -> str:
@@ -166,6 +179,8 @@ def stage_account(stage: Figures) -> str:
         ]
         taken = "" if spent is None else f"; it took {spent:,.4g}"
         sentences.append(f"Predicted passes through blocks per image: {', '.join(costs)}{taken}.")
+    if stage["lr_scale"] != 1:
+        sentences.append(f"Learning rates were multiplied by {stage['lr_scale']:.3g}.")
     trained = duration(stage["train_seconds"])
     if stage["has_cache"]:
         doing = "Building" if stage["cache"] == "built" else "Finding"

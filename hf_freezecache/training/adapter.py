@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from .checkpoints import announce_stage, find_checkpoint, load_stage
 from .data_checks import num_classes, with_columns_removed
 from .evaluation_check import check_evaluation
 from .hooks import check_trainer_attributes
+from .learning_rates import LearningRates
 from .planner import make_sampler, plan_run
 from .preflight import check_arguments, check_cache_dir, check_overrides, check_steps, make_augmenter, prepare_run
 from .rehearsal_copy import rehearsing
@@ -40,6 +43,7 @@ __all__ = [
     "describe",
     "find_process_groups",
     "first_split_point",
+    "optimizer_ready",
     "plan_stages_of",
     "restore_weights_of",
     "resume_weights_of",
@@ -184,7 +188,7 @@ def start_run(
         rehearsing=lambda: rehearsing(trainer),
         autocast=trainer.compute_loss_context_manager,
     )
-    return prepare_run(
+    run = prepare_run(
         runtime,
         trainer.cache_config,
         stages,
@@ -196,6 +200,8 @@ def start_run(
         augmenter,
         try_evaluation,
     )
+    run.rates = LearningRates.of(trainer.freeze_config)
+    return run
 
 
 def first_split_point(run: StageRunner, checkpoint: str | None) -> int:
@@ -287,6 +293,27 @@ def restore_weights_of(
         return False
     logger.info("Loading the weights of %s.", checkpoint)
     return restore_weights(Path(checkpoint), trainer.model if model is None else model, strict=strict)
+
+
+@contextmanager
+def optimizer_ready(trainer: Any, checkpoint: str | None) -> Iterator[None]:
+    """While active, a trainer's optimizer has the groups that a checkpoint of such a run has.
+
+    Args:
+        trainer: The user's trainer.
+        checkpoint: Its folder; ``None`` if there is none.
+
+    Raises:
+        UnsupportedSetupError: See ``LearningRates.prepare`` and ``LearningRates.restoring``.
+    """
+    run = trainer._run
+    trainer._freezer.prune(trainer.optimizer)  # what a `create_optimizer` of the user's own put in of frozen blocks
+    if run is None:
+        yield
+        return
+    run.rates.prepare(run.splits, trainer.optimizer, trainer.lr_scheduler, trainer._freezer)
+    with run.rates.restoring(checkpoint, trainer.optimizer):
+        yield
 
 
 def report_callbacks(trainer: Any) -> list[ReportCallback]:

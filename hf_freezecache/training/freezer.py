@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,24 @@ class Freezer:
     def prune(self, optimizer: Any) -> int:
         """Drop the parameters of the frozen prefix from an optimizer; return the bytes of state that were released."""
         return 0 if optimizer is None else prune_optimizer(optimizer, self._prefix)
+
+    def regroup(
+        self, parts: Sequence[tuple[int, int]], layer_of: Callable[[nn.Parameter], int], optimizer: Any
+    ) -> None:
+        """Divide the groups that ``begin`` will restore, as those of the user's own optimizer were just divided.
+
+        Args:
+            parts: For each new group, the layer of its parameters, and the place of the group that they were in.
+            layer_of: Tells the layer of a parameter.
+            optimizer: The optimizer, with the new groups. Those that the user has added are taken from it.
+        """
+        if (known := self._groups) is not None:
+            self._groups = [
+                [parameter for parameter in known[place] if layer_of(parameter) == layer]
+                if place < len(known)
+                else list(group["params"])
+                for (layer, place), group in zip(parts, optimizer.param_groups, strict=True)
+            ]
 
     def hold(self) -> None:
         """Freeze again what somebody else, such as a callback, has thawed of the prefix: it would get useless gradients."""

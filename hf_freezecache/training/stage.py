@@ -33,6 +33,7 @@ from .checkpoints import last_complete
 from .decisions import describe_cache
 from .freezer import Freezer
 from .frozen_weights import FrozenWeights
+from .learning_rates import LearningRates
 from .planner import Outlook, predict_passes, why_live
 from .runtime import Runtime
 from .stage_cache import OpenedCache, StageCache
@@ -86,6 +87,7 @@ class StageRunner:
         released_bytes: Bytes of optimizer state that the last freezing released.
         stage_logs: What to log of the stage that was entered last.
         watch: Looks whether the transform is still what it was when the cache of the stage was opened.
+        rates: What the user asks of learning rates.
     """
 
     runtime: Runtime
@@ -108,6 +110,7 @@ class StageRunner:
     stage_logs: dict[str, float] = field(default_factory=dict)
     watch: TransformWatch | None = None
     frozen_weights: FrozenWeights | None = None
+    rates: LearningRates = field(default_factory=LearningRates)
 
     @property
     def current(self) -> ActiveStage:
@@ -233,6 +236,7 @@ class StageRunner:
             split_point=stage.split_point,
             trainable_parameters=sum(p.numel() for p in self.runtime.model.parameters() if p.requires_grad),
             released_optimizer_bytes=self.released_bytes,
+            lr_scale=self.rates.scale_at(stage.split_point, self.splits.num_blocks),
             predicted=predict_passes(
                 stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config.num_views
             ),

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def all_of_two(folder: Path) -> list[dict[str, Any]]:
     """What two processes found in the scenarios of slow tests."""
-    scenarios = ["parity", "build", "one_fails:always", "one_fails:auto", "lossy", "terminated", "twice"]
+    scenarios = ["parity", "build", "one_fails:always", "one_fails:auto", "lossy", "terminated", "twice", "rates"]
     return launch(folder, 2, *scenarios, "save:two")
 
 
@@ -79,6 +79,15 @@ def test_resuming_at_every_checkpoint_is_the_same_to_the_bit(all_of_two) -> None
     for found in all_of_two:
         assert found["parity"]["saved"]["built"] == [0, 0]  # the caches of the first run
         check_resumed(found["parity"], 5)
+
+
+@pytest.mark.slow
+def test_resuming_with_rates_by_layer_and_stage_is_the_same_to_the_bit(all_of_two) -> None:
+    for found in all_of_two:
+        saved, resumed = found["rates"]["saved"], found["rates"]["resumed"]
+        assert saved["digest"] != found["parity"]["always"]["digest"]
+        assert len(resumed) == 5
+        assert {run["digest"] for run in resumed.values()} == {saved["digest"]}
 
 
 @pytest.mark.slow

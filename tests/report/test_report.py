@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from packaging.version import Version
 from PIL import Image
 from support.commands import assert_one_line, call
 from support.tiny import make_trainer, tiny_vit, training_arguments
-from support.tiny_runs import EPOCHS, live, log_history, partial_record, record, write_plain_run
+from support.tiny_runs import EPOCHS, decisions, live, log_history, partial_record, record, write_plain_run
 from transformers import Trainer, TrainerCallback
 
 from hf_freezecache.report.callback import ReportCallback
@@ -43,6 +44,7 @@ from hf_freezecache.report.text import (
     duration,
     how_it_ended,
     size_words,
+    stage_account,
     time_cost,
     when_not_to_use,
 )
@@ -213,6 +215,16 @@ def test_a_run_that_was_stopped_early_names_no_stage_as_done(train_dataset) -> N
         assert schedule in text
     assert how_it_ended(figures_of(record())) is None
     assert "not reached" not in describe_schedule(figures_of(record()))
+
+
+def test_a_schedule_tells_what_was_asked_of_learning_rates() -> None:
+    asked = {"schedule": "0:0,2:6", "layer_decay": 0.75, "lr_scale": "auto"}
+    first, second = decisions()
+    scaled = record(freezing=asked, decisions=[first, dataclasses.replace(second, lr_scale=1.5)])
+    words = describe_schedule(figures_of(scaled))
+    assert words.endswith("6 from epoch 2; layer_decay 0.75; lr_scale auto (1, 1.5 by stage)")
+    accounts = [stage_account(stage) for stage in figures_of(scaled)["stages"]]
+    assert ["Learning rates were multiplied by 1.5." in account for account in accounts] == [False, True]
 
 
 def test_a_baseline_that_was_evaluated_after_its_state_was_saved(tmp_path) -> None:

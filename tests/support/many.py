@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -114,7 +115,7 @@ def quiet() -> None:
 
 def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
     cache = {"num_views": 2, "transform_id": "tiny", **settings.pop("cache", {})}
-    trainer = make_trainer(tiny_vit(), data(), cls=Watched, cache=cache, **{**SETTINGS, **settings})
+    trainer = make_trainer(tiny_vit(), data(), cache=cache, **{**SETTINGS, "cls": Watched, **settings})
     trainer.train(resume_from_checkpoint=resume)
     logs = trainer.state.log_history
     return {
@@ -194,6 +195,19 @@ def node() -> dict[str, Any]:
 
 def go_on(checkpoint: str) -> dict[str, Any]:
     return run(checkpoint)
+
+
+def rates() -> dict[str, Any]:
+    """Train with rates by layer and stage, and go on from all checkpoints."""
+
+    def make(**arguments: Any) -> Watched:
+        freezing = dataclasses.replace(arguments["freeze_config"], layer_decay=0.6, lr_scale="auto")
+        return Watched(**{**arguments, "freeze_config": freezing})
+
+    saved = run(cls=make, save_strategy="steps", save_steps=5, output_dir="rates")
+    dist.barrier()
+    folders = sorted(Path("rates").glob("checkpoint-*"))
+    return {"saved": saved, "resumed": {path.name: run(str(path), cls=make, output_dir="again") for path in folders}}
 
 
 def terminated() -> dict[str, Any]:
