@@ -67,6 +67,7 @@ class FreezeConfig:
 
     Raises:
         ScheduleError: The schedule cannot be read.
+        UnsupportedSetupError: Another value is out of its range.
     """
 
     schedule: Optional[str] = field(
@@ -80,12 +81,22 @@ class FreezeConfig:
         },
     )
 
+    token_keep: Annotated[float, _between(0, 1, above=True)] = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the patch tokens that a training step sees behind frozen blocks: the step trains on CLS, "
+            "registers and a random part of each image's patches, another in each epoch. 0.5 halves the work of the blocks that "
+            "train. Caches hold all tokens, and evaluation sees all. For models whose blocks ignore the order of patches."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Turn a dict into text, and check what can be checked without a model."""
         if isinstance(self.schedule, Mapping):
             self.schedule = ",".join(f"{start}:{split_point}" for start, split_point in self.schedule.items())
         if self.schedule is not None:
             parse_schedule(self.schedule)
+        _check_values(self)
 
 
 @_documented
@@ -298,22 +309,27 @@ def _settle_folder(cache_dir: Any, freezecache_dir: Any) -> _Folder:
     return _Folder(folders.pop())
 
 
-def _check_values(config: CacheConfig) -> None:
+def _check_values(config: Any) -> None:
     """Check every field by its type and by the check beside it.
 
     Raises:
         UnsupportedSetupError: The message names the field, what was found and what was expected.
     """
-    for name, hint in _TYPES.items():
+    types, schema = next(found for kind, found in _SCHEMAS.items() if isinstance(config, kind))
+    for name, hint in types.items():
         value = getattr(config, name)
         if float in get_args(hint) and type(value) is int:
             setattr(config, name, float(value))
     try:
-        validate_typed_dict(_SCHEMA, vars(config))  # type: ignore[type-var]
+        validate_typed_dict(schema, vars(config))
     except StrictDataclassFieldValidationError as error:
-        raise UnsupportedSetupError(f"CacheConfig: {' '.join(str(error).split())}.") from error
+        raise UnsupportedSetupError(f"{type(config).__name__}: {' '.join(str(error).split())}.") from error
+
+
+def _schema_of(config: type) -> tuple[dict[str, Any], Any]:
+    types = {name: hint for name, hint in get_type_hints(config, include_extras=True).items() if name != "cache_dir"}
+    return types, TypedDict(f"_{config.__name__}", types)  # type: ignore[operator]
 
 
 # Taken here once: `HfArgumentParser` rewrites the types that it finds in a dataclass.
-_TYPES = {name: hint for name, hint in get_type_hints(CacheConfig, include_extras=True).items() if name != "cache_dir"}
-_SCHEMA = TypedDict("_SCHEMA", _TYPES)  # type: ignore[misc]
+_SCHEMAS = {kind: _schema_of(kind) for kind in (FreezeConfig, CacheConfig)}

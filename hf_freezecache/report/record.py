@@ -69,6 +69,7 @@ class Decision:
             cache, its building included, and ``live_passes`` without one. One forward of one block is one pass, a
             backward two.
         build_seconds: Seconds that finding, calibrating and building took.
+        token_keep: Share of the patch tokens that each step saw behind the frozen blocks.
     """
 
     stage: int
@@ -93,6 +94,7 @@ class Decision:
     released_optimizer_bytes: int = 0
     predicted: dict[str, Number] = field(default_factory=dict)
     build_seconds: Number = 0.0
+    token_keep: Number = 1.0
 
     @property
     def has_cache(self) -> bool:

@@ -25,6 +25,8 @@ def decision_logs(decision: Decision) -> dict[str, float]:
         "trainable_parameters": decision.trainable_parameters,
         "released_optimizer_bytes": decision.released_optimizer_bytes,
     }
+    if decision.token_keep < 1:
+        logs["token_keep"] = decision.token_keep
     if decision.has_cache:
         logs |= {
             "cache_bytes": decision.cache_bytes,
