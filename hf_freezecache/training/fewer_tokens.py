@@ -27,6 +27,9 @@ __all__ = ["LiveStep", "check_fewer_tokens", "example_positions", "refusal", "wh
 #: another order: sums are in another order, too. What depends on the order of patches moves gradients by their own size.
 _ROUNDING = {"32 bits": 5e-3, "16 bits": 5e-2}
 
+#: Standard deviation of what is added to parameters; weights of transformers begin at 0.02.
+_STIRRING = 0.01
+
 
 @dataclass
 class LiveStep:
@@ -108,7 +111,11 @@ def _in_full_precision(model: nn.Module) -> Iterator[None]:
 
 
 def _outcome(trainer: Any, split: Split, batch: Mapping[str, Any], positions: Tensor | None) -> tuple[StepOutcome, Any]:
-    """Compute loss and gradients in eval mode, under fixed random states; return them and the shape of the hidden states."""
+    """Compute loss and gradients in eval mode, under fixed random states; return them and the shape of the hidden states.
+
+    All that trains is stirred a little, alike in each call: a new head or position bias of zeros would hide what training
+    will make of it.
+    """
     model = split.model
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients: Sequence[Tensor | None] = [None] * len(parameters)
@@ -119,6 +126,9 @@ def _outcome(trainer: Any, split: Split, batch: Mapping[str, Any], positions: Te
         _in_full_precision(model),
         keeping_tokens(split, positions) as seen,
     ):
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.add_(torch.randn_like(parameter), alpha=_STIRRING)
         loss = trainer.compute_loss(model, dict(batch))
         if loss.requires_grad:
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -142,7 +152,7 @@ def why_not_fewer_tokens(split: Split, token_keep: float, runtime: Runtime, batc
         The reason, or ``None`` if the model can.
 
     Raises:
-        DataError: The loss fails on all tokens.
+        DataError: The loss of the first rows fails on all tokens, or is not finite.
     """
     return _try_fewer_tokens(split, token_keep, 0, runtime, batch)[0]
 
@@ -161,7 +171,7 @@ def check_fewer_tokens(
 
     Raises:
         UnsupportedModelError: The model cannot be trained on some of its patch tokens.
-        DataError: The loss fails on all tokens.
+        DataError: The loss of the first rows fails on all tokens, or is not finite.
     """
     reason, tokens = _try_fewer_tokens(split, token_keep, seed, runtime, batch)
     if tokens is None:
@@ -185,6 +195,8 @@ def _try_fewer_tokens(
                 f"The loss of the first rows fails with {type(error).__name__}: {error}. Do model, labels and loss fit each "
                 "other? Plain Trainer fails on them alike."
             ) from error
+        if not bool(torch.isfinite(expected.loss)):
+            raise DataError(f"The loss of the first rows is {float(expected.loss)}; expected a finite number.")
         if shape is None or len(shape) != 3 or shape[0] != rows:
             found = "are not computed" if shape is None else f"are {tuple(shape)} for {rows} images"
             return f"hidden states there {found}, not (images, tokens, hidden)", None
@@ -213,7 +225,7 @@ def _try_fewer_tokens(
         except Exception as error:
             return f"{tokens.num_kept} of {tokens.num_tokens} tokens do not run: {type(error).__name__}: {error}", None
     gradients = [gradient for gradient in fewer.gradients.values() if gradient is not None]
-    if bool(torch.isfinite(expected.loss)) and not all(bool(torch.isfinite(x).all()) for x in (fewer.loss, *gradients)):
+    if not all(bool(torch.isfinite(values).all()) for values in (fewer.loss, *gradients)):
         return f"{tokens.num_kept} of {tokens.num_tokens} tokens give a loss or a gradient that is not finite", None
     return None, tokens
 
