@@ -80,7 +80,7 @@ class FreezeConfig:
             "'linear' alone takes these numbers. In Python a dict works too.",
         },
     )
-    layer_decay: Optional[float] = field(
+    layer_decay: Annotated[Optional[float], _between(0, 1, above=True)] = field(
         default=None,
         metadata={
             "help": "Learning rate of a layer as a share of that of the next, above 0 and at most 1: with 0.75 and n blocks, what "
@@ -98,25 +98,25 @@ class FreezeConfig:
         },
     )
 
+    token_keep: Annotated[float, _between(0, 1, above=True)] = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the patch tokens that a training step sees behind frozen blocks: the step trains on CLS, "
+            "registers and a random part of each image's patches, another in each epoch. 0.5 halves the work of the blocks that "
+            "train. Caches hold all tokens, and evaluation sees all. For models whose blocks ignore the order of patches."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Turn dicts and numbers into text, and check what can be checked without a model."""
         if isinstance(self.schedule, Mapping):
             self.schedule = ",".join(f"{start}:{split_point}" for start, split_point in self.schedule.items())
         if self.schedule is not None:
             parse_schedule(self.schedule)
-        if type(self.layer_decay) not in (int, float, type(None)):
-            raise UnsupportedSetupError(f"layer_decay={self.layer_decay!r}: expected a number above 0 and at most 1.")
-        try:
-            _between(0, 1, above=True)(self.layer_decay)
-        except ValueError as error:
-            raise UnsupportedSetupError(f"layer_decay: {error}.") from error
-        if self.layer_decay is not None:
-            self.layer_decay = float(self.layer_decay)
         if type(self.lr_scale) in (int, float):
             self.lr_scale = str(self.lr_scale)
-        if not isinstance(self.lr_scale, (str, type(None))):
-            raise UnsupportedSetupError(f"lr_scale={self.lr_scale!r}: expected a number, a text or None.")
-        if self.lr_scale is not None:
+        _check_values(self)
+        if isinstance(self.lr_scale, str):
             parse_lr_scale(self.lr_scale)
 
 
@@ -330,22 +330,33 @@ def _settle_folder(cache_dir: Any, freezecache_dir: Any) -> _Folder:
     return _Folder(folders.pop())
 
 
-def _check_values(config: CacheConfig) -> None:
+def _check_values(config: Any) -> None:
     """Check every field by its type and by the check beside it.
 
     Raises:
         UnsupportedSetupError: The message names the field, what was found and what was expected.
     """
-    for name, hint in _TYPES.items():
+    types, schema = next(found for kind, found in _SCHEMAS.items() if isinstance(config, kind))
+    for name, hint in types.items():
         value = getattr(config, name)
-        if float in get_args(hint) and type(value) is int:
+        if type(value) is int and _takes(float, hint):
             setattr(config, name, float(value))
     try:
-        validate_typed_dict(_SCHEMA, vars(config))  # type: ignore[type-var]
+        validate_typed_dict(schema, vars(config))
     except StrictDataclassFieldValidationError as error:
-        raise UnsupportedSetupError(f"CacheConfig: {' '.join(str(error).split())}.") from error
+        raise UnsupportedSetupError(f"{type(config).__name__}: {' '.join(str(error).split())}.") from error
+
+
+def _takes(kind: type, hint: Any) -> bool:
+    """Say whether a type is among those that a hint names, but for a type of whole numbers."""
+    named = [hint, *get_args(hint), *(part for each in get_args(hint) for part in get_args(each))]
+    return kind in named and int not in named
+
+
+def _schema_of(config: type) -> tuple[dict[str, Any], Any]:
+    types = {name: hint for name, hint in get_type_hints(config, include_extras=True).items() if name != "cache_dir"}
+    return types, TypedDict(f"_{config.__name__}", types)  # type: ignore[operator]
 
 
 # Taken here once: `HfArgumentParser` rewrites the types that it finds in a dataclass.
-_TYPES = {name: hint for name, hint in get_type_hints(CacheConfig, include_extras=True).items() if name != "cache_dir"}
-_SCHEMA = TypedDict("_SCHEMA", _TYPES)  # type: ignore[misc]
+_SCHEMAS = {kind: _schema_of(kind) for kind in (FreezeConfig, CacheConfig)}

@@ -16,7 +16,9 @@ from .cache.fingerprint import Fingerprint
 from .cache.index import Selection
 from .cache.reader import CacheReader
 from .cache.transfer import copy_cache
+from .codecs.array_names import KEPT
 from .data.geometry import GEOMETRY_NAME
+from .data.kept_tokens import EpochKey, TokenSubset
 from .data.sampler import (
     ChunkSampler,
     OpenedSampler,
@@ -50,6 +52,9 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         geometry: Items hold ``view_geometry`` (5,), where the view lies in its image, if the cache has it.
         keep_read: A chunk stays in memory after all of its samples were read, until others need the room. ``ChunkSampler``
             wants this for several processes, where some samples come twice.
+        tokens: Draws the tokens that items hold; ``None`` for all. Keys are then ``(i, v, epoch)``. Packed items hold the
+            positions as ``packed.kept``, for ``ViewCodec.dequantize``, and of the arrays what it needs for these tokens.
+        whole: Packed items hold all tokens all the same: something else is to see all before others are dropped.
     """
 
     def __init__(
@@ -59,12 +64,17 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         packed: bool = False,
         geometry: bool = False,
         keep_read: bool = False,
+        tokens: TokenSubset | None = None,
+        whole: bool = False,
     ) -> None:
         self.reader = reader
         self.max_chunks = max_chunks
         self.packed = packed
         self.geometry = geometry
         self.keep_read = keep_read
+        self.tokens = tokens
+        #: Axis of the tokens in those entries of a chunk that items hold only a part of.
+        self._token_axes = {} if whole else reader.views.token_axes() if packed else {"hidden_states": 1}
         #: Chunks decoded so far by this process.
         self.decoded_chunks = 0
         self._chunks: OrderedDict[tuple[int, int], _Chunk] = OrderedDict()
@@ -288,7 +298,14 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             del self._unread[old]
         return parts
 
-    def __getitem__(self, key: int | ViewKey) -> dict[str, Tensor]:
+    def _drop(self, item: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        """Return a sample with some of its tokens."""
+        for name, axis in self._token_axes.items():
+            if name in item:
+                item[name] = item[name].index_select(axis - 1, positions)
+        return {**item, KEPT: positions} if self.packed else item
+
+    def __getitem__(self, key: int | ViewKey | EpochKey) -> dict[str, Tensor]:
         """Return one sample.
 
         Raises:
@@ -297,12 +314,12 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         """
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[int | ViewKey]) -> list[dict[str, Tensor]]:
-        """Return several samples. Tensors share memory with the decoded chunk."""
+    def __getitems__(self, keys: Sequence[int | ViewKey | EpochKey]) -> list[dict[str, Tensor]]:
+        """Return several samples. Tensors share memory with the decoded chunk, unless they hold some tokens only."""
         layout, num_views = self.reader.layout, self.reader.index.num_views
         items = []
         for key in keys:
-            sample_index, view = (key, 0) if isinstance(key, (int, np.integer)) else key
+            sample_index, view, *epoch = (key, 0) if isinstance(key, (int, np.integer)) else key
             in_range = 0 <= sample_index < layout.total_samples and 0 <= view < num_views
             position = int(layout.position[sample_index]) if in_range else -1
             if position < 0:
@@ -311,7 +328,10 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
                     f"{len(self)} samples in {num_views} views."
                 )
             chunk, row = divmod(position, layout.chunk_size)
-            items.append({name: value[row] for name, value in self._chunk(view, chunk).items()})
+            item = {name: value[row] for name, value in self._chunk(view, chunk).items()}
+            items.append(
+                item if self.tokens is None else self._drop(item, self.tokens.positions(sample_index, view, *epoch))
+            )
             # In an epoch each sample is read once: a chunk read to its end makes room at once.
             self._unread[view, chunk] -= 1
             if self._unread[view, chunk] == 0 and not self.keep_read:

@@ -328,16 +328,16 @@ def test_flags_stand_beside_those_of_example_scripts(script) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"layer_decay": 0}, "expected a number above 0 and at most 1, got 0"),
+        ({"layer_decay": 0}, "expected a number above 0 and at most 1, got 0.0"),
         ({"layer_decay": 1.5}, "expected a number above 0 and at most 1, got 1.5"),
         ({"layer_decay": float("nan")}, "expected a number above 0 and at most 1, got nan"),
-        ({"layer_decay": "0.5"}, "layer_decay='0.5': expected a number"),
-        ({"layer_decay": True}, "layer_decay=True: expected a number"),
+        ({"layer_decay": "0.5"}, "'layer_decay'.* expected float, got str"),
+        ({"layer_decay": True}, "'layer_decay'.* expected float, got bool"),
         ({"lr_scale": 0}, "lr_scale='0' has the entry '0'; expected 'auto', one number above 0"),
         ({"lr_scale": "fast"}, "expected 'auto'"),
         ({"lr_scale": "6:1.5,9"}, "has the entry '9'"),
         ({"lr_scale": "9:2,6:1"}, "must name rising split points"),
-        ({"lr_scale": [2.0]}, r"lr_scale=\[2.0\]: expected a number, a text or None"),
+        ({"lr_scale": [2.0]}, "'lr_scale'.* expected str, got list"),
     ],
     ids=str,
 )

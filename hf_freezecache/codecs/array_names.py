@@ -8,6 +8,7 @@ flat dict, beside the labels of a batch. Only this module knows how their names 
 ``packed.<view>.<step>.<name>`` What the array step at position ``<step>`` put beside it, (samples, ...).
 ``packed.geometry``             Where base view and view lie in their image, (samples, 2, 5) float32.
 ``packed.is_copy``              Whether the sample is a view beyond the first, (samples,) bool.
+``packed.kept``                 Positions of the tokens that a training step sees, (samples, kept) int64.
 ==============================  =======================================================================================
 
 ``<view>`` is ``base`` for arrays of the codec of base views, and ``copy`` for arrays of the codec of further views.
@@ -27,6 +28,7 @@ __all__ = [
     "COPY",
     "GEOMETRY",
     "IS_COPY",
+    "KEPT",
     "is_packed",
     "join_groups",
     "main_array",
@@ -38,8 +40,8 @@ __all__ = [
 _PACKED = "packed."
 #: Values of ``<view>``.
 BASE, COPY = "base", "copy"
-#: Names of the two arrays that no codec gives.
-GEOMETRY, IS_COPY = f"{_PACKED}geometry", f"{_PACKED}is_copy"
+#: Names of the arrays that no codec gives.
+GEOMETRY, IS_COPY, KEPT = f"{_PACKED}geometry", f"{_PACKED}is_copy", f"{_PACKED}kept"
 
 
 def is_packed(name: str) -> bool:

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ..model.tokens import take_tokens
+
 __all__ = [
     "BYTES",
     "DTYPES",
@@ -168,6 +170,9 @@ class ArrayStep(Step):
     lossless: ClassVar[bool] = False
     #: Whether the step has a quantization step size that a search may choose. At most one step of a codec has.
     has_step_size: ClassVar[bool] = False
+    #: Axis of the tokens in the arrays that ``collatable`` gives, by name, ``"values"`` included; others have no tokens. With
+    #: fewer tokens in all of them, ``decode`` gives these tokens as it gives them among all. ``None``: it needs all tokens.
+    token_axes: ClassVar[Mapping[str, int] | None] = None
 
     # ---- Fitting. A step without anything to fit leaves these as they are. ----
 
@@ -247,6 +252,24 @@ class ArrayStep(Step):
             dtype: Dtype of the result.
             compute_dtype: Dtype of the arithmetic; ``None`` for the one in which the error bound holds.
         """
+
+    def decode_kept(
+        self, arrays: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype | None
+    ) -> Tensor:
+        """Decode hidden states (batch, tokens, hidden) at some tokens. Override it where that takes less than ``decode``.
+
+        It is called where ``token_axes`` is ``None``.
+
+        Args:
+            arrays: Arrays by name, of all tokens.
+            positions: Which tokens of each sample, (batch, kept) int64, in rising order, with all prefix tokens.
+            dtype: As for ``decode``.
+            compute_dtype: As for ``decode``.
+
+        Returns:
+            (batch, kept, hidden).
+        """
+        return take_tokens(self.decode(arrays, dtype, compute_dtype), positions)
 
     @abstractmethod
     def error_bound(self, array: Tensor) -> Tensor:

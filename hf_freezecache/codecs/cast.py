@@ -50,6 +50,7 @@ class Cast(ArrayStep):
     name: ClassVar[str] = "cast"
     takes: ClassVar[frozenset[str]] = frozenset({FLOATS})
     gives: ClassVar[str] = FLOATS
+    token_axes: ClassVar[Mapping[str, int] | None] = {"values": 1}
     dtype: str = "BF16"
 
     def __post_init__(self) -> None:

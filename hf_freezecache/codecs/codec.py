@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..model.tokens import take_tokens
 from .array_names import BASE, join_groups, main_array, side_array, side_arrays
 from .base import (
     FLOATS,
@@ -274,30 +275,55 @@ class Codec:
             dtypes.append(step.encoded_specs(ArraySpec((1, 1, 1), dtypes[-1]))["values"].dtype)
         return dtypes
 
+    def token_axes(self, view: str = BASE) -> dict[str, int]:
+        """Return the axis of the tokens in the arrays of ``entropy_decode``, by name, where tokens are decoded one by one.
+
+        Returns:
+            Empty if a step needs all tokens: then ``dequantize`` takes all, whichever it is to give.
+        """
+        axes, steps = {main_array(view): 1}, self._array_steps
+        for position, step in enumerate(steps):
+            if step.token_axes is None:
+                return {}
+            axes[main_array(view)] = step.token_axes["values"]
+            axes |= {side_array(view, position, name): a for name, a in step.token_axes.items() if name != "values"}
+        return axes
+
     def dequantize(
         self,
         arrays: Mapping[str, Tensor],
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,
         view: str = BASE,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Turn a batch of what ``entropy_decode`` gave into hidden states, on the device where it lies.
 
         Args:
-            arrays: Arrays of (batch, ...) by name; those of another view are passed over.
+            arrays: Arrays of (batch, ...) by name; those of another view are passed over. With ``positions``, those that
+                ``token_axes`` names hold only these tokens.
             dtype: Dtype of the hidden states.
             compute_dtype: Dtype of the arithmetic, e.g. that of the run's autocast. ``None``: fp32, or fp64 for fp64
                 hidden states; ``error_bound`` holds for this one only.
             view: As for ``entropy_decode``.
+            positions: Which tokens of each sample to give, (batch, kept) int64, in rising order; ``None`` for all.
 
         Returns:
-            (batch, tokens, hidden).
+            (batch, tokens, hidden), or (batch, kept, hidden).
         """
         array, dtypes = arrays[main_array(view)], self._input_dtypes(dtype)
+        taken = positions is None or bool(self.token_axes(view))
         for position, step in reversed(list(enumerate(self._array_steps))):
-            sides = side_arrays(arrays, view, position)
-            array = step.decode({"values": array, **sides}, dtypes[position], compute_dtype)
-        return array
+            named = {"values": array, **side_arrays(arrays, view, position)}
+            if not taken and positions is not None and self._gives_states(position):
+                array, taken = step.decode_kept(named, positions, dtypes[position], compute_dtype), True
+            else:
+                array = step.decode(named, dtypes[position], compute_dtype)
+        return array if taken or positions is None else take_tokens(array, positions)
+
+    def _gives_states(self, position: int) -> bool:
+        """Say whether a step decodes to (batch, tokens, hidden), of which the steps before it take each token by itself."""
+        return all(step.token_axes == {"values": 1} for step in self._array_steps[:position])
 
     def decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Decode a chunk: ``entropy_decode``, then ``dequantize`` on the CPU.

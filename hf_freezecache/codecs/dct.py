@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..model.tokens import take_tokens
+
 __all__ = ["dct_matrix", "frequency_order", "inverse_matrices", "to_frequencies", "to_positions"]
 
 #: Tokens up to which the DCT is undone by one matrix of all frequencies: more arithmetic than rows and columns apart, but in
@@ -59,12 +61,29 @@ def inverse_matrices(grid: tuple[int, int], dtype: torch.dtype, device: torch.de
     return rows.to(device, dtype), columns.to(device, dtype), torch.argsort(order).to(device)
 
 
-def to_positions(coefficients: Tensor, grid: tuple[int, int], dtype: torch.dtype, *matrices: Tensor) -> Tensor:
-    """Undo ``to_frequencies``, in ``dtype`` and with the ``inverse_matrices`` of it."""
-    if not matrices:
-        return coefficients.to(dtype)
+def to_positions(
+    coefficients: Tensor, grid: tuple[int, int], dtype: torch.dtype, *matrices: Tensor, kept: Tensor | None = None
+) -> Tensor:
+    """Undo ``to_frequencies``, in ``dtype`` and with the ``inverse_matrices`` of it.
+
+    Args:
+        coefficients: (samples, hidden, tokens).
+        grid: (height, width) of the tokens.
+        dtype: Dtype of the result.
+        matrices: What ``inverse_matrices`` gave.
+        kept: Which tokens of each sample to give, (samples, kept) int64 on the same device; ``None`` for all.
+
+    Returns:
+        (samples, hidden, tokens), or (samples, hidden, kept).
+    """
     if len(matrices) == 1:
-        return coefficients.to(dtype) @ matrices[0]
-    rows, columns, order = matrices
-    values = coefficients.index_select(2, order).to(dtype).reshape(*coefficients.shape[:2], *grid)
-    return (rows.T @ (values @ columns)).flatten(2)
+        if kept is None:
+            return coefficients.to(dtype) @ matrices[0]
+        columns = matrices[0].T.contiguous()[kept]  # those of kept tokens are all that is needed
+        return torch.bmm(coefficients.to(dtype), columns.transpose(1, 2))
+    values = coefficients
+    if matrices:
+        rows, columns, order = matrices
+        values = coefficients.index_select(2, order).to(dtype).reshape(*coefficients.shape[:2], *grid)
+        values = (rows.T @ (values @ columns)).flatten(2)
+    return (values if kept is None else take_tokens(values, kept, axis=2)).to(dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.tokens import take_tokens
 from .base import ArraySpec, check_tensors, digest, largest_value
 from .cast import check_finite
 
@@ -232,15 +233,17 @@ class Predictor:
         weights = (gains.to(moved.device, torch.float32) * scale.to(moved.device)).to(moved.dtype)
         return moved @ weights if self.full else moved * weights
 
-    def __call__(self, base: Tensor, geometry: Tensor) -> Tensor:
+    def __call__(self, base: Tensor, geometry: Tensor, positions: Tensor | None = None) -> Tensor:
         """Predict views from base views.
 
         Args:
             base: Base views, (batch, tokens, hidden), on any device.
             geometry: Geometries of base view and view, (batch, 2, 5).
+            positions: Which tokens of each sample to predict, (batch, kept) int64, in rising order, with all prefix
+                tokens; ``None`` for all.
 
         Returns:
-            (batch, tokens, hidden), dtype of ``base``; zeros for prefix tokens.
+            (batch, tokens, hidden), or (batch, kept, hidden), dtype of ``base``; zeros for prefix tokens.
 
         Raises:
             ValueError: The predictor has not been fitted.
@@ -248,5 +251,10 @@ class Predictor:
         if self.gains is None or self.scale is None or self.mean is None:
             raise ValueError("the predictor has not been fitted")
         moved = move_tokens(base[:, self.prefix_tokens :], geometry.float(), self.grid)
-        patches = self._apply(moved, self.gains, self.scale) + self.mean.to(base.device, base.dtype)
+        mean = self.mean.to(base.device, base.dtype)
+        if positions is not None:
+            # A token moves to several places: all are moved, and those that are kept go through the map.
+            kept = positions[:, self.prefix_tokens :].to(base.device) - self.prefix_tokens
+            moved, mean = take_tokens(moved, kept), mean[kept]
+        patches = self._apply(moved, self.gains, self.scale) + mean
         return torch.cat([torch.zeros_like(base[:, : self.prefix_tokens]), patches], 1)

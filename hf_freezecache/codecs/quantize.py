@@ -36,6 +36,7 @@ class Quantize(ArrayStep):
     name: ClassVar[str] = "quantize"
     takes: ClassVar[frozenset[str]] = frozenset({FLOATS})
     gives: ClassVar[str] = INTEGERS
+    token_axes: ClassVar[Mapping[str, int] | None] = {"values": 2}
     bits: int = 8
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ class Select(ArrayStep):
     name: ClassVar[str] = "select"
     takes: ClassVar[frozenset[str]] = frozenset({FLOATS})
     gives: ClassVar[str] = FLOATS
+    token_axes: ClassVar[Mapping[str, int] | None] = {"values": 1}
     channels: tuple[int, ...] = ()
     tokens: int = 0
     prefix_tokens: int = 0

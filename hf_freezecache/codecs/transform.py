@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..model.tokens import take_tokens
 from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep, check_tensors, digest, largest_of_samples, largest_value
 from .basis import fit_basis
 from .cast import check_finite
@@ -27,8 +28,7 @@ _MEAN_QUANTA = 4
 _DEFAULT_RELATIVE_STEP_SIZE = 0.5
 #: Largest integer that is stored.
 _LARGEST = 32767
-#: Samples whose largest value is within this many steps are not decoded again to check the bound: some 400 products of that
-#: size summed in fp32 are wrong by at most 128 * 400 * 6e-8 = 0.003 steps.
+#: Samples up to so many steps are not decoded again to check the bound: some 400 such products in fp32 are wrong by 0.003 steps.
 _ORDINARY = 128
 
 
@@ -135,7 +135,7 @@ class Transform(ArrayStep):
         """
         if sample.dim() != 3 or len(sample) < 2:
             raise ValueError(
-                f"a basis is fitted on at least 2 samples of (tokens, hidden), got a sample of shape {tuple(sample.shape)}"
+                f"a basis is fitted on at least 2 samples of (tokens, hidden), got shape {tuple(sample.shape)}"
             )
         tokens = sample.shape[1] - prefix_tokens
         grid = grid or (1, tokens)
@@ -146,9 +146,7 @@ class Transform(ArrayStep):
         check_finite(sample)
         patch_gradients = None if gradients is None else gradients[:, prefix_tokens:]
         basis = fit_basis(sample[:, prefix_tokens:], patch_gradients, self.gradient_weight, rotate)
-        step = self.step
-        if step is None:
-            step = _DEFAULT_RELATIVE_STEP_SIZE * (basis.spread or float(basis.mean.abs().max()) or 1.0)
+        step = self.step or _DEFAULT_RELATIVE_STEP_SIZE * (basis.spread or float(basis.mean.abs().max()) or 1.0)
         # The mean comes last: it is stored in units of the step size and goes through the basis as it is stored.
         no_mean = torch.zeros(0, dtype=torch.int32)
         tensors: dict[str, Any] = {"basis": basis.columns, "scale": basis.scale, "mean": no_mean}
@@ -182,8 +180,6 @@ class Transform(ArrayStep):
             )
         tensors = {**self.tensors(), "mean": quanta.T.contiguous().to(torch.int32)}
         return dataclasses.replace(self, mean=tensors["mean"], state=digest(tensors))
-
-    # ---- The two maps, in float64 or in the dtype of training ----
 
     def _check_fitted(self) -> None:
         if self.basis is None or self.grid is None:
@@ -229,9 +225,9 @@ class Transform(ArrayStep):
         """Return the state without derived tensors, which a worker process computes anew."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_cached_constants", "_inverse")}
 
-    def _backward(self, coefficients: Tensor, basis: Tensor, *matrices: Tensor) -> Tensor:
+    def _backward(self, values: Tensor, basis: Tensor, *matrices: Tensor, kept: Tensor | None = None) -> Tensor:
         """Coefficients (samples, hidden, tokens) -> (samples, tokens, hidden), in the dtype of the basis."""
-        return to_positions(coefficients, self._grid, basis.dtype, *matrices).transpose(1, 2) @ basis.T
+        return to_positions(values, self._grid, basis.dtype, *matrices, kept=kept).transpose(1, 2) @ basis.T
 
     def _mean_tokens(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(tokens, hidden)."""
@@ -253,11 +249,10 @@ class Transform(ArrayStep):
         """
         self._check_fitted()
         assert self.basis is not None
-        assert self.grid is not None
         if len(spec.shape) != 3:
             raise ValueError(f"transform takes (samples, tokens, hidden), got {spec.shape}")
         samples, tokens, hidden = spec.shape
-        expected = (self.prefix_tokens + math.prod(self.grid), len(self.basis))
+        expected = (self.prefix_tokens + math.prod(self._grid), len(self.basis))
         if (tokens, hidden) != expected:
             raise ValueError(f"transform was fitted for (tokens, hidden) = {expected}, got {(tokens, hidden)}")
         return {
@@ -367,16 +362,25 @@ class Transform(ArrayStep):
         return collated
 
     @override
-    def decode(self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None) -> Tensor:
+    def decode_kept(self, arrays: Mapping[str, Tensor], positions: Tensor, dtype: Any, compute_dtype: Any) -> Tensor:
+        return self.decode(arrays, dtype, compute_dtype, positions.to(arrays["values"].device))
+
+    @override
+    def decode(
+        self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: Any, positions: Tensor | None = None
+    ) -> Tensor:
         values, prefix = arrays["values"], arrays["prefix"]
         wide = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
         mean, *maps = self._constants(wide, values.device)
-        patches = self._backward(values, *maps)
-        states = patches.new_empty((len(values), self.prefix_tokens + len(mean), len(maps[0])), dtype=dtype)
+        kept = None if positions is None else positions[:, self.prefix_tokens :] - self.prefix_tokens
+        patches = self._backward(values, *maps, kept=kept) + (mean if kept is None else mean[kept])
+        states = patches.new_empty((len(values), self.prefix_tokens + patches.shape[1], len(maps[0])), dtype=dtype)
         states[:, : self.prefix_tokens] = prefix
-        states[:, self.prefix_tokens :] = patches + mean
+        states[:, self.prefix_tokens :] = patches
         if "exact" in arrays:
-            states = torch.where(arrays["is_exact"][..., None], arrays["exact"], states)
+            beside = (arrays["is_exact"][..., None], arrays["exact"])
+            is_exact, exact = beside if positions is None else (take_tokens(array, positions) for array in beside)
+            states = torch.where(is_exact, exact, states)
         return states
 
     @functools.cached_property
@@ -387,9 +391,8 @@ class Transform(ArrayStep):
     def error_bound(self, array: Tensor) -> Tensor:
         """Return the bound of each sample, (samples,), float64.
 
-        It is half a step size times the largest singular value of the basis, plus 1% for arithmetic, plus the rounding of
-        the result. Coefficients are wrong by at most half a step; the DCT keeps root-mean-square values, and the basis stretches them
-        by at most its largest singular value. fp16 rounds prefix tokens to 11 bits.
+        Coefficients are wrong by at most half a step. The DCT keeps root-mean-square values, and the basis stretches them by at
+        most its largest singular value. Added are 1% for arithmetic and the rounding of the result, of prefix tokens to fp16.
         """
         self._check_fitted()
         assert self.step is not None

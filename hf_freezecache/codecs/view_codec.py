@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.tokens import take_tokens
 from .array_names import BASE, COPY, GEOMETRY, IS_COPY, join_groups, main_array, split_groups
 from .base import Buffer
 from .codec import Codec
@@ -93,26 +94,28 @@ class CopyCodec:
         geometry: Tensor | None,
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Turn a batch of what ``codec.entropy_decode`` gave as ``COPY`` into hidden states, on the device where it lies.
 
         Args:
             arrays: Arrays of (batch, ...) by name.
-            base: Base views, (batch, tokens, hidden); needed with a predictor.
+            base: Base views with all tokens, (batch, tokens, hidden); needed with a predictor.
             geometry: Geometries of base view and view, (batch, 2, 5); needed with a predictor.
             dtype: As for ``Codec.dequantize``.
             compute_dtype: As for ``Codec.dequantize``.
+            positions: As for ``Codec.dequantize``.
 
         Returns:
-            (batch, tokens, hidden).
+            (batch, tokens, hidden), or (batch, kept, hidden).
         """
-        states = self.codec.dequantize(arrays, dtype, compute_dtype, COPY)
+        states = self.codec.dequantize(arrays, dtype, compute_dtype, COPY, positions)
         if self.predictor is None:
             return states
         assert base is not None
         assert geometry is not None
         wide = compute_dtype or torch.promote_types(dtype, torch.float32)
-        return (states.to(wide) + self.predictor(base.to(wide), geometry)).to(dtype)
+        return (states.to(wide) + self.predictor(base.to(wide), geometry, positions)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -197,13 +200,39 @@ class ViewCodec:
         # A packed batch may hold samples of both. ``max`` would pass over NaN.
         return copy if math.isnan(copy) else max(base, copy)
 
+    @property
+    def _predicts(self) -> bool:
+        return self.copies is not None and self.copies.predictor is not None
+
+    def token_axes(self) -> dict[str, int]:
+        """Return the axis of the tokens in those arrays of a packed batch that need hold only the tokens to be decoded.
+
+        A view is predicted from all tokens of its base view, so arrays of base views are not among them there.
+        """
+        axes = {} if self._predicts else self.base.token_axes(BASE)
+        return axes if self.copies is None else axes | self.copies.codec.token_axes(COPY)
+
     def dequantize(
-        self, arrays: Mapping[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None = None
+        self,
+        arrays: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """Turn a packed batch into hidden states, on the device where it lies; see ``Codec.dequantize``."""
-        if IS_COPY not in arrays:
-            return self.base.dequantize(arrays, dtype, compute_dtype)
-        assert self.copies is not None
-        base = self.base.dequantize(arrays, dtype, compute_dtype) if main_array(BASE) in arrays else None
-        states = self.copies.dequantize(arrays, base, arrays.get(GEOMETRY), dtype, compute_dtype)
-        return states if base is None else torch.where(arrays[IS_COPY][:, None, None], states, base)
+        """Turn a packed batch into hidden states, on the device where it lies; see ``Codec.dequantize``.
+
+        With ``positions``, arrays that ``token_axes`` names hold only these tokens.
+        """
+        whole = None if self._predicts else positions
+        base = self.base.dequantize(arrays, dtype, compute_dtype, BASE, whole) if main_array(BASE) in arrays else None
+        states = None
+        if IS_COPY in arrays:
+            assert self.copies is not None
+            states = self.copies.dequantize(arrays, base, arrays.get(GEOMETRY), dtype, compute_dtype, positions)
+        if base is not None and positions is not None and whole is None:
+            base = take_tokens(base, positions)
+        if states is None or base is None:
+            found = base if states is None else states
+            assert found is not None
+            return found
+        return torch.where(arrays[IS_COPY][:, None, None], states, base)

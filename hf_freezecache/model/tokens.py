@@ -1,10 +1,13 @@
-"""How the tokens of hidden states lie on the image."""
+"""How the tokens of hidden states lie on the image, and how some of them are taken."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["token_grid"]
+import torch
+from torch import Tensor
+
+__all__ = ["take_tokens", "token_grid"]
 
 
 def token_grid(num_tokens: int, image_shape: tuple[int, ...], config: Any = None) -> tuple[int, tuple[int, int]]:
@@ -33,3 +36,26 @@ def token_grid(num_tokens: int, image_shape: tuple[int, ...], config: Any = None
         if rows > 0 and patches % rows == 0 and rows * rows * width == patches * height:
             return prefix_tokens, (rows, patches // rows)
     return 0, (1, num_tokens)
+
+
+def take_tokens(array: Tensor, positions: Tensor, axis: int = 1) -> Tensor:
+    """Take some tokens of each sample, others of each.
+
+    Args:
+        array: (batch, tokens, ...), or with the tokens along another axis.
+        positions: Which tokens, (batch, kept) int64; on any device.
+        axis: Axis of the tokens, from 1 on.
+
+    Returns:
+        The same array with ``kept`` tokens, contiguous.
+    """
+    positions = positions.to(array.device)
+    if axis == 1:
+        batch, tokens = array.shape[:2]
+        rows = positions + tokens * torch.arange(batch, device=array.device)[:, None]
+        return array.flatten(0, 1).index_select(0, rows.flatten()).reshape(*positions.shape, *array.shape[2:])
+    shape = [len(positions), *(1 for _ in array.shape[1:])]
+    shape[axis] = positions.shape[1]
+    sizes = [*array.shape]
+    sizes[axis] = positions.shape[1]
+    return array.gather(axis, positions.reshape(shape).expand(sizes))

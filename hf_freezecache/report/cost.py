@@ -33,10 +33,10 @@ class Rate:
         return self.basis == "baseline"
 
 
-def _step_passes(decision: Decision, num_blocks: int) -> int:
+def _step_passes(decision: Decision, num_blocks: int) -> float:
     """Return the passes through blocks that one training step takes per image."""
     frozen = decision.split_point if decision.runs_frozen_blocks else 0
-    return _STEP_PASSES * (num_blocks - decision.split_point) + frozen
+    return _STEP_PASSES * (num_blocks - decision.split_point) * decision.token_keep + frozen
 
 
 def unfrozen_rate(record: RunRecord) -> Rate | None:
@@ -45,7 +45,7 @@ def unfrozen_rate(record: RunRecord) -> Rate | None:
     It is the median of the unfrozen epochs, if there are any. Otherwise it is estimated from the epochs with the fewest
     frozen blocks, by counting passes. Without freezing, a step of a model of ``N`` blocks takes ``3 N`` passes: one
     forward, and a backward like two. With ``k`` frozen blocks it takes ``3 (N - k)``, and ``k`` more if the frozen blocks
-    run in every step. Embeddings, head, image pipeline and cache reading are left out.
+    run in every step. Where trained blocks see a part of the tokens, their passes count that part. Embeddings, head, image pipeline and cache reading are left out.
 
     Returns:
         The estimate, or ``None`` if there is nothing to make it from.

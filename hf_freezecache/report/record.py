@@ -70,6 +70,7 @@ class Decision:
             cache, its building included, and ``live_passes`` without one. One forward of one block is one pass, a
             backward two.
         build_seconds: Seconds that finding, calibrating and building took.
+        token_keep: Share of the patch tokens that each step saw behind the frozen blocks.
     """
 
     stage: int
@@ -95,6 +96,7 @@ class Decision:
     lr_scale: Number = 1.0
     predicted: dict[str, Number] = field(default_factory=dict)
     build_seconds: Number = 0.0
+    token_keep: Number = 1.0
 
     @property
     def has_cache(self) -> bool:

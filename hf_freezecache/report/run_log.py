@@ -26,6 +26,8 @@ def decision_logs(decision: Decision) -> dict[str, float]:
         "released_optimizer_bytes": decision.released_optimizer_bytes,
         "lr_scale": decision.lr_scale,
     }
+    if decision.token_keep < 1:
+        logs["token_keep"] = decision.token_keep
     if decision.has_cache:
         logs |= {
             "cache_bytes": decision.cache_bytes,

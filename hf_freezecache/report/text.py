@@ -168,6 +168,10 @@ def stage_account(stage: Figures) -> str:
         stage: One of ``figures["stages"]``.
     """
     sentences = [_training_source(stage)]
+    if stage["token_keep"] < 1:
+        sentences.append(
+            f"Each step saw a random {stage['token_keep']:.0%} of the patch tokens behind the frozen blocks."
+        )
     if stage["reason"]:
         sentences.append(f"Reason: {stage['reason'].rstrip('.')}.")
     predicted, spent = stage["predicted"], stage["passes_spent"]

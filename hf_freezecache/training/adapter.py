@@ -199,6 +199,8 @@ def start_run(
         trainer._record,
         augmenter,
         try_evaluation,
+        # A run that only builds takes no step: its caches hold all tokens.
+        1.0 if base is None else trainer.freeze_config.token_keep,
     )
     run.rates = LearningRates.of(trainer.freeze_config)
     return run

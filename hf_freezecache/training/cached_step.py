@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import ViewCodec
+from ..codecs.array_names import KEPT
 from ..data.collators import split_packed
 from ..data.feature_augmenter import FeatureAugmenter
 from ..errors import UnsupportedSetupError
 from ..model.split import Split
-from ..model.tokens import token_grid
+from ..model.tokens import take_tokens, token_grid
 from ..model.withheld import Withheld
 
 __all__ = ["CachedStep", "train_on_states"]
@@ -79,7 +80,7 @@ class CachedStep:
         compute_dtype: Dtype of the decoder's arithmetic; ``None`` for fp32.
         augmenter: Augments hidden states, if the user asks for it.
         prepare_inputs: Moves a batch to the training device.
-        num_tokens: Tokens per sample of the hidden states.
+        num_tokens: Tokens per sample that a step trains on.
     """
 
     split: Split
@@ -120,11 +121,16 @@ class CachedStep:
             return training_step(model, inputs, *args, **kwargs)
         batch = self.prepare_inputs(rest) if rest else {}
         packed = self.prepare_inputs(packed)
+        positions = packed.pop(KEPT, None)
+        # An augmentation sees all tokens: it may need their grid.
+        early = positions if self.augmenter is None else None
         with torch.no_grad():
-            hidden_states = self.decoder.dequantize(packed, self.dtype, self.compute_dtype)
+            hidden_states = self.decoder.dequantize(packed, self.dtype, self.compute_dtype, early)
         if self.augmenter is not None:
             grid = token_grid(hidden_states.shape[1], self.split.image_shape, getattr(self.split.model, "config", None))
             hidden_states = self.augmenter.step(hidden_states, batch.get("labels"), grid, global_step)
+            if positions is not None:
+                hidden_states = take_tokens(hidden_states, positions)
         try:
             return train_on_states(self.split, hidden_states, batch, training_step, model, *args, **kwargs)
         finally:

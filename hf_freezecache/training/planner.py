@@ -99,11 +99,11 @@ def plan_run(
 
 
 def predict_passes(
-    stage: Stage, stages: Sequence[Stage], num_epochs: int, num_blocks: int, num_views: int
+    stage: Stage, stages: Sequence[Stage], num_epochs: int, num_blocks: int, num_views: int, token_keep: float = 1.0
 ) -> dict[str, float]:
     """Count the passes through blocks that a stage takes per image, with and without a cache.
 
-    A forward pass of one block counts 1, a backward pass 2. Without a cache, each epoch runs the frozen blocks forward and
+    A forward pass of one block counts 1, a backward pass 2, and as much less as fewer tokens go through it. Without a cache, each epoch runs the frozen blocks forward and
     the others forward and backward. With one, the frozen blocks run once for each stored view. Embeddings, head, image
     pipeline and codec are left out.
 
@@ -113,13 +113,14 @@ def predict_passes(
         num_epochs: Epochs of the run.
         num_blocks: Blocks of the model.
         num_views: Stored views per image.
+        token_keep: Share of the patch tokens that the blocks see that are trained.
 
     Returns:
         ``cached_passes`` and ``live_passes`` per image, over all epochs of the stage.
     """
     following = [later.start_epoch for later in stages if later.index > stage.index]
     epochs = max(min([num_epochs, *following]) - stage.start_epoch, 0)
-    trained = (1 + _BACKWARD_PASSES) * (num_blocks - stage.split_point) * epochs
+    trained = (1 + _BACKWARD_PASSES) * (num_blocks - stage.split_point) * epochs * token_keep
     return {
         "cached_passes": float(trained + num_views * stage.split_point),
         "live_passes": float(trained + epochs * stage.split_point),

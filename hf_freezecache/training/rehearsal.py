@@ -10,23 +10,23 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.seeding import preserved_random_state
+from ..data.kept_tokens import KEPT_TOKENS, TokenSubset
 from ..errors import DataError, FreezeCacheError, UnsupportedModelError, UnsupportedSetupError
 from ..model.freeze import freeze
 from ..model.probe import first_row
 from ..model.split import Split
+from ..model.tokens import take_tokens
 from ..schedules import Stage
 from .cached_step import train_on_states
+from .draws import drawing, watching_draws
+from .fewer_tokens import LiveStep, check_fewer_tokens, example_positions, refusal
 from .rehearsal_copy import duplicate, keeping_parameters
 from .step_outcome import TOLERANCES, StepOutcome, difference, same_values
 
@@ -105,44 +105,6 @@ class _StatesStep:
         return train_on_states(self.split, batch.pop(_STATES), batch, training_step, model, *rest, **kwargs)
 
 
-def _random_states() -> tuple[Any, ...]:
-    cuda = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    numpy_state = np.random.get_state()
-    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], torch.get_rng_state().numpy().tobytes(), cuda  # type: ignore[union-attr,index]
-
-
-@contextmanager
-def _drawing(seed: int) -> Iterator[None]:
-    """Seed all generators, and put them back."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with preserved_random_state(), torch.random.fork_rng(devices=devices):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _watching_draws(split: Split) -> Iterator[list[bool]]:
-    """Note whether random numbers were drawn: each time that the hidden states at a split are there, and at the end."""
-    before = _random_states()
-    drawn: list[bool] = []
-
-    def look(*_: Any) -> None:
-        drawn.append(_random_states() != before)
-
-    blocks = list(split.blocks)
-    if split.split_point < len(blocks):
-        handle = blocks[split.split_point].register_forward_pre_hook(look)
-    else:
-        handle = blocks[-1].register_forward_hook(look)
-    try:
-        yield drawn
-        drawn.append(_random_states() != before)
-    finally:
-        handle.remove()
-
-
 class _Rehearsal:
     """Steps of one trainer on one batch.
 
@@ -159,10 +121,13 @@ class _Rehearsal:
     ) -> None:
         self.trainer, self.model, self.wrapped, self.batch = trainer, model, wrapped, batch
         self.may_grow = may_grow
+        #: What draws the tokens that are kept behind the split, and those of the first rows; ``None`` if all are.
+        self.tokens: TokenSubset | None = None
+        self.positions: Tensor | None = None
         self._repeatable: StepOutcome | None = None
 
     def _step(
-        self, inputs: dict[str, Any], step: _StatesStep | None, seed: int, split: Split, progress: float
+        self, inputs: dict[str, Any], step: _StatesStep | LiveStep | None, seed: int, split: Split, progress: float
     ) -> StepOutcome:
         # What one step leaves behind in the trainer must not reach the next.
         trainer = duplicate(self.trainer)
@@ -177,7 +142,7 @@ class _Rehearsal:
         # Each process by itself: not all parameters that the wrapper knows get a gradient here.
         alone = trainer.accelerator.no_sync(self.wrapped)
         try:
-            with keeping_parameters(trainer), _drawing(seed), alone, _watching_draws(split) as drawn:
+            with keeping_parameters(trainer), drawing(seed), alone, watching_draws(split) as drawn:
                 loss = trainer.training_step(self.wrapped, inputs).detach()
                 gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
             changed = {n: b.detach().clone() for n, b, before in buffers if not same_values(b, before)}
@@ -196,6 +161,8 @@ class _Rehearsal:
         Raises:
             DataError: It fails, as it would in training.
         """
+        if self.tokens is not None:
+            return self._live_on_fewer_tokens(split, self.tokens, seed, progress)
         if self._repeatable is not None and progress == 0:
             return self._repeatable
         try:
@@ -210,6 +177,29 @@ class _Rehearsal:
                 f"A training step on the first rows fails with {type(error).__name__}: {error}. They were collated to "
                 f"{_described(self.batch)}. Do model, labels and loss fit each other? Plain Trainer fails on them alike."
             ) from error
+
+    def keep(self, tokens: TokenSubset | None) -> None:
+        """Let the steps that follow see some of the tokens behind the split, or all again."""
+        self.tokens = tokens
+        self.positions = None if tokens is None else example_positions(tokens, len(self.batch["pixel_values"]))
+
+    def _live_on_fewer_tokens(self, split: Split, tokens: TokenSubset, seed: int, progress: float) -> StepOutcome:
+        """Take the step on images, and on some of the tokens behind the split.
+
+        Raises:
+            UnsupportedModelError: It fails, or sees all tokens.
+        """
+        step = LiveStep(split, tokens)
+        try:
+            outcome = self._step({**self.batch, KEPT_TOKENS: self.positions}, step, seed, split, progress)
+        except Exception as error:
+            raise refusal(split, tokens.token_keep, f"a step fails with {type(error).__name__}: {error}") from error
+        if step.steps == 0:
+            name = type(self.trainer).__name__
+            raise refusal(
+                split, tokens.token_keep, f"{name}.training_step does not hand its batch to that of its base class"
+            )
+        return outcome
 
     def cached(self, split: Split, hidden_states: Tensor, seed: int, progress: float = 0.0) -> StepOutcome:
         """Take the step on hidden states."""
@@ -262,6 +252,8 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
                 f"hidden states there are {tuple(hidden_states.shape)} for {rows} images; a cache stores (tokens, hidden) of "
                 "each image"
             )
+        if rehearsal.positions is not None:
+            hidden_states = take_tokens(hidden_states, rehearsal.positions)
         # A module or a hook may keep what it saw: then a step from the cache finds what the prefix saw last.
         other = first_row({**inputs, "pixel_values": _other_images(inputs["pixel_values"])})
         runtime.run_frozen(split.prefix, **other)
@@ -349,12 +341,30 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
             changes = freeze(run.splits.at(stage.split_point))
             try:
                 check_something_trains(stage, model)
+                rehearsal.keep(_tokens_of(run, rehearsal, stage.split_point))
                 if run.config.mode != "never" and stage.split_point > 0:
                     reason = _why_not_cached(rehearsal, run, stage.split_point)
                     if reason is not None:
                         refusals[stage.split_point] = reason
-                elif stage is run.stages[0]:
+                elif stage is run.stages[0] or rehearsal.tokens is not None:
                     rehearsal.live(run.splits.at(stage.split_point), 0)
             finally:
+                rehearsal.keep(None)
                 changes.thaw()
     return refusals
+
+
+def _tokens_of(run: Any, rehearsal: _Rehearsal, split_point: int) -> TokenSubset | None:
+    """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all.
+
+    Raises:
+        UnsupportedModelError: The model cannot be trained on some of its tokens.
+        DataError: A training step on all tokens fails.
+    """
+    if run.token_keep == 1 or split_point == 0:
+        return None
+    split = run.splits.at(split_point)
+    rehearsal.live(split, 0)  # what is wrong with all tokens, this tells
+    tokens = check_fewer_tokens(split, run.token_keep, run.sampler.seed, run.runtime, rehearsal.batch)
+    run.tokens[split_point] = tokens
+    return tokens

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..cache.reader import CacheReader
 from ..config import CacheConfig
-from ..data.collators import collate_cached
 from ..data.feature_augmenter import FeatureAugmenter
+from ..data.kept_tokens import TokenSubset
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
 from ..dataset import CachedDataset
@@ -31,11 +30,13 @@ from ..schedules import Stage, stage_at
 from .cached_step import CachedStep
 from .checkpoints import last_complete
 from .decisions import describe_cache
+from .fewer_tokens import LiveStep
 from .freezer import Freezer
 from .frozen_weights import FrozenWeights
 from .learning_rates import LearningRates
 from .planner import Outlook, predict_passes, why_live
 from .runtime import Runtime
+from .stage_batches import cached_batches, live_batches
 from .stage_cache import OpenedCache, StageCache
 from .transform_watch import TransformWatch
 
@@ -52,14 +53,14 @@ class ActiveStage:
         stage: The stage.
         split: The model, split where its frozen blocks end.
         loader: Gives its batches, of hidden states or of images.
-        step: Trains on batches of hidden states; ``None`` if the stage is trained on images.
+        step: Trains on its batches, of hidden states or of some tokens; ``None`` if ``Trainer`` takes them as they are.
         decision: What was decided for the stage, and why.
     """
 
     stage: Stage
     split: Split
     loader: Any
-    step: CachedStep | None
+    step: CachedStep | LiveStep | None
     decision: Decision
 
 
@@ -84,6 +85,8 @@ class StageRunner:
         stopwatch: Times the epoch that is being trained.
         moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
         refusals: Why no cache is to be made, by split point; see ``rehearsal.rehearse``.
+        token_keep: Share of the patch tokens that steps of stages with frozen blocks see.
+        tokens: What draws these tokens, by split point; see ``rehearsal.rehearse``.
         released_bytes: Bytes of optimizer state that the last freezing released.
         stage_logs: What to log of the stage that was entered last.
         watch: Looks whether the transform is still what it was when the cache of the stage was opened.
@@ -106,6 +109,8 @@ class StageRunner:
     stopwatch: Stopwatch | None = None
     moved_to: int | None = None
     refusals: dict[int, str] = field(default_factory=dict)
+    token_keep: float = 1.0
+    tokens: dict[int, TokenSubset] = field(default_factory=dict)
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
     watch: TransformWatch | None = None
@@ -124,8 +129,8 @@ class StageRunner:
         return self.active
 
     @property
-    def step(self) -> CachedStep | None:
-        """What trains on batches of the stage's cache; ``None`` if the stage is trained on images, or there is none."""
+    def step(self) -> CachedStep | LiveStep | None:
+        """What trains on batches of the stage; ``None`` if ``Trainer`` takes them as they are, or there is no stage."""
         return None if self.active is None else self.active.step
 
     def use_model(self, model: nn.Module) -> None:
@@ -138,7 +143,7 @@ class StageRunner:
 
     def live_loader(self) -> Any:
         """Return a loader that renders views as they are needed."""
-        return self.runtime.make_loader(self.data.views, self.sampler, self.data.collate)
+        return live_batches(self.runtime, self.data, self.sampler)[0]
 
     # ---- Freezing ----
 
@@ -230,6 +235,8 @@ class StageRunner:
         """
         if model is self.runtime.model and is_replicated(self.runtime.accelerator):
             model = wrap_again(self.runtime.accelerator, model)
+        tokens = self.tokens.get(stage.split_point)
+        token_keep = 1.0 if tokens is None else tokens.token_keep
         decision = Decision(
             stage=stage.index,
             start_epoch=stage.start_epoch,
@@ -238,11 +245,13 @@ class StageRunner:
             released_optimizer_bytes=self.released_bytes,
             lr_scale=self.rates.scale_at(stage.split_point, self.splits.num_blocks),
             predicted=predict_passes(
-                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config.num_views
+                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config.num_views, token_keep
             ),
+            token_keep=token_keep,
         )
         self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
         split, opened = self.splits.at(stage.split_point), None
+        step: CachedStep | LiveStep | None
         reason = why_live(Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point)))
         if reason is not None:
             decision.reason = reason
@@ -251,12 +260,16 @@ class StageRunner:
             opened = self._open(split, decision)
         if opened is None:
             logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
-            self.active = ActiveStage(stage, split, self.live_loader(), None, decision)
+            self.watch = self.frozen_weights = None
+            loader, step = live_batches(self.runtime, self.data, self.sampler, split, tokens)
         else:
             describe_cache(decision, opened)
             self.watch = TransformWatch(self.data, self.config)
             self.frozen_weights = FrozenWeights(split, self.runtime, self.data)
-            self.active = self._cached(stage, split, opened, decision)
+            loader, step = cached_batches(
+                self.runtime, self.config, self.sampler, split, opened.reader, self.augmenter, tokens
+            )
+        self.active = ActiveStage(stage, split, loader, step, decision)
         # Before the record adds what a run that was interrupted in this stage had built.
         self.stage_logs = decision_logs(decision)
         self.record.keep_decision(decision)
@@ -305,29 +318,6 @@ class StageRunner:
         if index.split_point <= self.freezer.trained_from:  # else the model is no longer that of the Hub
             known |= provenance_of_model(self.runtime.model, index)
         return Provenance(**known)
-
-    def _cached(self, stage: Stage, split: Split, opened: OpenedCache, decision: Decision) -> ActiveStage:
-        """Return a stage that trains on a cache."""
-        reader, window = opened.reader, self.config.shuffle_window
-        dataset = CachedDataset(
-            reader,
-            max_chunks=window + min(self.runtime.batch_size, window),
-            packed=True,
-            keep_read=self.runtime.args.world_size > 1,
-        )
-        bf16 = self.runtime.accelerator.mixed_precision == "bf16"
-        step = CachedStep(
-            split,
-            reader.views,
-            reader.dtype,
-            # What bf16 rounds off the states is far below what the codec did.
-            torch.bfloat16 if bf16 else None,
-            self.augmenter,
-            self.runtime.prepare_inputs,
-            reader.index.hidden_shape[0],
-        )
-        loader = self.runtime.make_loader(dataset, self.sampler, collate_cached)
-        return ActiveStage(stage, split, loader, step, decision)
 
     def watch_transform(self) -> None:
         """Warn, once in a stage, if a callback has changed the transform since the cache was opened.

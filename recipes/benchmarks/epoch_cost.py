@@ -2,12 +2,14 @@
 
     python recipes/benchmarks/epoch_cost.py --model DIR --data DIR --split-points 3,6,9,11 --json FILE
     python recipes/benchmarks/epoch_cost.py --shape deit-base --data DIR --split-points 6,9,11 --json FILE
+    python recipes/benchmarks/epoch_cost.py --model DIR --data DIR --split-points 6,9 --token-keep 0.5 --json FILE
 
 All arms run in one process, in turn, several rounds; figures are medians of images/s over rounds, and ratios are taken
 round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory; ``decode`` only reads the
 cache, through its sampler, and restores hidden states. ``full`` and ``frozen`` are measured
 twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
-the image pipeline out. Peak memory of each arm is that of a process of its own. Building is compared with rendering
+the image pipeline out. With ``--token-keep``, ``cached_kept`` is ``cached`` with that share of the patch tokens, and its ratio to
+``cached`` is what fewer tokens gain. Peak memory of each arm is that of a process of its own. Building is compared with rendering
 the same views and running the bare prefix on them, each measured before and after; calibrating is not part of it.
 """
 
@@ -47,11 +49,12 @@ from hf_freezecache.codecs import (
     Codec,
     make_codec,
 )
-from hf_freezecache.codecs.array_names import is_packed
+from hf_freezecache.codecs.array_names import KEPT, is_packed
 from hf_freezecache.compression.distortion import DistortionMeter
 from hf_freezecache.compression.step_search import calibrate, fit_codec
 from hf_freezecache.config import DEFAULT_MAX_DISTORTION
 from hf_freezecache.data.collators import CheckedCollator, collate_cached, split_packed
+from hf_freezecache.data.kept_tokens import EpochKeys, TokenSubset
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.data.views import ViewDataset
@@ -157,11 +160,11 @@ class Bench:
             num_workers=self.args.workers,
         )
 
-    def loader(self, dataset: Any, collator: Callable[..., Any]) -> DataLoader:
+    def loader(self, dataset: Any, collator: Callable[..., Any], with_epochs: bool = False) -> DataLoader:
         return DataLoader(
             dataset,
             self.args.batch_size,
-            sampler=self.sampler,
+            sampler=EpochKeys(self.sampler) if with_epochs else self.sampler,
             collate_fn=collator,
             num_workers=self.args.workers,
             drop_last=True,
@@ -177,10 +180,15 @@ class Bench:
         """Return the arm's endless stream of batches."""
         if arm in ("full", "frozen"):
             return self.endless(self.loader(self.views, collate))
-        if arm in ("cached", "decode"):
+        if arm in ("cached", "decode", "cached_kept"):
             reader = CacheReader(next(self.folder.glob(f"k{self.split_point:02d}-*")))
             self.stored = reader.views
-            return self.endless(self.loader(CachedDataset(reader, packed=True), collate_cached))
+            tokens = None
+            if arm == "cached_kept":
+                prefix, (height, width) = token_grid(reader.index.hidden_shape[0], (3, 224, 224), self.model.config)
+                tokens = TokenSubset(SEED, prefix, height * width, self.args.token_keep)
+            dataset = CachedDataset(reader, packed=True, tokens=tokens)
+            return self.endless(self.loader(dataset, collate_cached, tokens is not None))
         kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
         if arm == "limit":
             kept = [{"hidden_states": self.dequantize(batch), "labels": batch["labels"]} for batch in kept]
@@ -188,8 +196,9 @@ class Bench:
 
     def dequantize(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         packed, _ = split_packed(batch)
+        positions, compute_dtype = packed.pop(KEPT, None), None if self.args.fp32 else torch.bfloat16
         with torch.no_grad():
-            return self.stored.dequantize(packed, torch.float32, None if self.args.fp32 else torch.bfloat16)
+            return self.stored.dequantize(packed, torch.float32, compute_dtype, positions)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         """Train on one batch."""
@@ -284,6 +293,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps per arm and round")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--codec", default="lossless", help="name of a codec, or auto")
+    parser.add_argument(
+        "--token-keep", type=float, default=1.0, help="share of the patch tokens of the arm cached_kept"
+    )
     parser.add_argument("--fp32", action="store_true", help="train without bf16 autocast")
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory")
     args = parser.parse_args()
@@ -322,6 +334,8 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         "limit": frozen,
         "decode": frozen,
     }
+    if args.token_keep < 1:
+        benches["cached_kept"] = frozen
     streams = {arm: bench.batches(arm) for arm, bench in benches.items()}
     rates: dict[str, list[float]] = {arm: [] for arm in benches}
     for arm, bench in benches.items():
@@ -330,7 +344,7 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         order = list(benches)
         for arm in order[turn % len(order) :] + order[: turn % len(order)]:
             # Fast arms get more steps, so that every sample covers seconds.
-            steps = args.steps * {"cached": 4, "limit": 4, "decode": 16}.get(arm, 1)
+            steps = args.steps * {"cached": 4, "cached_kept": 4, "limit": 4, "decode": 16}.get(arm, 1)
             rates[arm].append(benches[arm].rate(streams[arm], steps, arm != "decode"))
 
     def ratio(a: str, b: str) -> dict[str, Any]:
@@ -345,7 +359,9 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
             ("cached", "frozen_in_memory"),
             ("cached", "full"),
             ("cached", "full_in_memory"),
+            ("cached_kept", "cached"),
         ]
+        if a in rates
     }
     result: dict[str, Any] = {
         "images_per_second": {arm: spread(values) for arm, values in rates.items()},

@@ -147,6 +147,19 @@ def parity(*steps: str) -> dict[str, Any]:
     return {**found, "saved": saved, "resumed": resumed}
 
 
+def fewer_tokens() -> dict[str, Any]:
+    """The same with half of the patch tokens, and resumed at every checkpoint."""
+    settings = {"freeze": {"token_keep": 0.5}}
+    found = {mode: run(cache={"mode": mode, "cache_dir": "fewer"}, **settings) for mode in ("never", "always")}
+    saving = {"save_strategy": "steps", "save_steps": 5, "output_dir": "fewer-saved", "cache": {"cache_dir": "fewer"}}
+    run(**settings, **saving)
+    if dist.is_initialized():
+        dist.barrier()
+    again = {**settings, "output_dir": "fewer-resumed", "cache": {"cache_dir": "fewer"}}
+    names = [f"checkpoint-{step}" for step in (5, 10, 15, 20)]
+    return {**found, "resumed": {name: run(f"fewer-saved/{name}", **again) for name in names}}
+
+
 def lossy() -> dict[str, Any]:
     """A lossy cache with copies, promoted shard by shard; and the same without making room."""
     cache = {"codec": "auto", "build_from": "previous_cache", "chunk_size": 4}

@@ -143,6 +143,7 @@ def make_trainer(
     cache: dict[str, Any] | None = None,
     cls: type[FreezeCacheTrainer] = Recorder,
     trainer: dict[str, Any] | None = None,
+    freeze: dict[str, Any] | None = None,
     **args: Any,
 ) -> FreezeCacheTrainer:
     cache_settings = {"cache_dir": str(Path("caches").absolute()), "chunk_size": 8, "shard_chunks": 2}
@@ -152,7 +153,7 @@ def make_trainer(
         args=training_arguments(**args),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        freeze_config=None if schedule is None else FreezeConfig(schedule=schedule),
+        freeze_config=None if schedule is None else FreezeConfig(schedule=schedule, **(freeze or {})),
         cache_config=CacheConfig(**cache_settings),
         **(trainer or {}),
     )

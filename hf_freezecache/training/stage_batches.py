@@ -1,0 +1,92 @@
+"""The batches of a stage, from its cache or of images, and what trains on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..cache.reader import CacheReader
+from ..config import CacheConfig
+from ..data.collators import collate_cached
+from ..data.feature_augmenter import FeatureAugmenter
+from ..data.kept_tokens import EpochKeys, KeptTokensCollator, KeptTokensViews, TokenSubset
+from ..data.sampler import ChunkSampler
+from ..data.training_data import TrainingData
+from ..dataset import CachedDataset
+from ..model.split import Split
+from .cached_step import CachedStep
+from .fewer_tokens import LiveStep
+from .runtime import Runtime
+
+__all__ = ["cached_batches", "live_batches"]
+
+
+def live_batches(
+    runtime: Runtime,
+    data: TrainingData,
+    sampler: ChunkSampler,
+    split: Split | None = None,
+    tokens: TokenSubset | None = None,
+) -> tuple[Any, LiveStep | None]:
+    """Return a loader that renders views as they are needed, and what trains on its batches.
+
+    Args:
+        runtime: The trainer.
+        data: The training data.
+        sampler: Order of the samples.
+        split: The model, split behind the frozen blocks; needed with ``tokens``.
+        tokens: Draws the tokens that steps see behind the split; ``None`` for all.
+
+    Returns:
+        The loader, and the step; ``None`` if ``Trainer`` takes batches as they are.
+    """
+    if tokens is None:
+        return runtime.make_loader(data.views, sampler, data.collate), None
+    assert split is not None
+    views, collate = KeptTokensViews(data.views, tokens), KeptTokensCollator(data.collate)
+    return runtime.make_loader(views, EpochKeys(sampler), collate), LiveStep(split, tokens)
+
+
+def cached_batches(
+    runtime: Runtime,
+    config: CacheConfig,
+    sampler: ChunkSampler,
+    split: Split,
+    reader: CacheReader,
+    augmenter: FeatureAugmenter | None,
+    tokens: TokenSubset | None = None,
+) -> tuple[Any, CachedStep]:
+    """Return a loader of the samples of a cache, and what trains on its batches.
+
+    Args:
+        runtime: The trainer.
+        config: The user's settings of caches.
+        sampler: Order of the samples.
+        split: The model, split behind the frozen blocks.
+        reader: The opened cache.
+        augmenter: Augments hidden states, if the user asks for it.
+        tokens: Draws the tokens that steps see; ``None`` for all.
+    """
+    window = config.shuffle_window
+    dataset = CachedDataset(
+        reader,
+        max_chunks=window + min(runtime.batch_size, window),
+        packed=True,
+        keep_read=runtime.args.world_size > 1,
+        tokens=tokens,
+        whole=augmenter is not None,
+    )
+    bf16 = runtime.accelerator.mixed_precision == "bf16"
+    step = CachedStep(
+        split,
+        reader.views,
+        reader.dtype,
+        # What bf16 rounds off the states is far below what the codec did.
+        torch.bfloat16 if bf16 else None,
+        augmenter,
+        runtime.prepare_inputs,
+        reader.index.hidden_shape[0] if tokens is None else tokens.num_kept,
+    )
+    order: Any = sampler if tokens is None else EpochKeys(sampler)
+    return runtime.make_loader(dataset, order, collate_cached), step
