@@ -53,6 +53,13 @@ def _above(least: float) -> Callable[[Any], None]:
     return _between(least, float("inf"), above=True)
 
 
+class _Views(int):
+    """A number of views that no caller has typed: ``schedule="auto"`` may choose another. ``replace`` passes it on."""
+
+
+_ONE_VIEW = _Views(1)
+
+
 class _Folder(str):
     """A folder that a config has settled on. ``dataclasses.replace`` passes it on; no caller has typed it."""
 
@@ -77,7 +84,15 @@ class FreezeConfig:
             "help": "Start:split_point pairs, e.g. '0:6,3:9,6:11'. A start is an epoch (a whole number) or, written with a "
             "decimal point and below 1, a fraction of training ('0.5:9'). Or a policy: 'linear(0.0,0.5,0.75)' freezes at a "
             "constant pace from the first to the second fraction of training, up to the third fraction of the blocks; "
-            "'linear' alone takes these numbers. In Python a dict works too.",
+            "'linear' alone takes these numbers. 'auto' chooses split point, views, tokens and learning rates for the epochs of the "
+            "run, or the epochs as well, for --budget. In Python a dict works too.",
+        },
+    )
+    budget: Annotated[Optional[float], _between(0, 1, above=True)] = field(
+        default=None,
+        metadata={
+            "help": "For schedule='auto': what the run may cost, as a share of full fine-tuning for --num_train_epochs, above 0 and "
+            "at most 1. It is counted in passes through blocks. The number of epochs is then chosen, too."
         },
     )
     layer_decay: Annotated[Optional[float], _between(0, 1, above=True)] = field(
@@ -118,6 +133,16 @@ class FreezeConfig:
         _check_values(self)
         if isinstance(self.lr_scale, str):
             parse_lr_scale(self.lr_scale)
+        if self.budget is not None and not self.is_auto:
+            raise UnsupportedSetupError(
+                f"budget={self.budget:g} is for schedule='auto', which chooses what fits it, but the schedule is "
+                f"{self.schedule!r}. Remove one of them."
+            )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the schedule is ``"auto"``."""
+        return self.schedule is not None and self.schedule.strip().removesuffix("()") == "auto"
 
 
 @_documented
@@ -144,10 +169,10 @@ class CacheConfig:
         },
     )
     num_views: Annotated[int, _at_least(0)] = field(
-        default=1,
+        default=_ONE_VIEW,
         metadata={
-            "help": "Stored augmented renderings of each image, the base view included. 0 draws a new view in every epoch, "
-            "with mode='never' only."
+            "help": "Stored augmented renderings of each image, the base view included. Default: 1, or what schedule='auto' "
+            "chooses. 0 draws a new view in every epoch, with mode='never' only."
         },
     )
     codec: Union[Any, str, None] = field(
@@ -296,6 +321,11 @@ class CacheConfig:
                 "num_views=0 draws a new view in every epoch, which no cache can hold: set mode='never', or give "
                 "the number of views to store (num_views=1 or more)."
             )
+
+    @property
+    def chooses_views(self) -> bool:
+        """Whether the number of views was left to ``schedule="auto"``."""
+        return type(self.num_views) is _Views
 
     @property
     def copies_apart(self) -> bool:

@@ -31,10 +31,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .auto_schedule import choose
 from .errors import ScheduleError, UnsupportedSetupError
 
 __all__ = [
     "POLICIES",
+    "Auto",
     "Linear",
     "Pairs",
     "Policy",
@@ -195,8 +197,24 @@ class Linear:
         return number_stages((epoch, split_point) for split_point, epoch in first_epochs.items())
 
 
+@dataclass(frozen=True)
+class Auto:
+    """Freeze what the rule of ``auto_schedule`` chooses for so many epochs, from the first epoch on.
+
+    ``FreezeConfig(schedule="auto")`` chooses views, tokens and learning rates as well.
+    """
+
+    def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
+        """Return one stage.
+
+        Raises:
+            ScheduleError: The model has one block only.
+        """
+        return number_stages([(0, choose(num_blocks, num_epochs).split_point)])
+
+
 #: Extension point: name in a schedule -> policy. The module's docstring shows how to add one.
-POLICIES: dict[str, type[Policy]] = {"linear": Linear}
+POLICIES: dict[str, type[Policy]] = {"auto": Auto, "linear": Linear}
 
 
 def parse_schedule(schedule: str) -> Policy:

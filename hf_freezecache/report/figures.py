@@ -291,7 +291,7 @@ def figures_of(record: RunRecord, baseline: Mapping[str, Any] | None = None) -> 
         "epochs_done": last,
         "model": record.model,
         "data": record.data,
-        "freezing": record.freezing,
+        "freezing": {**record.freezing, **({"chosen": record.chosen} if record.chosen else {})},
         "cache": record.cache,
         "planned_stages": record.planned_stages,
         "stopped_early": record.complete and record.global_step < record.max_steps,

@@ -159,6 +159,7 @@ class RunRecord:
         model: ``class``, ``num_blocks``, ``parameters``.
         data: ``train_images``, ``image_shape``.
         freezing: ``FreezeConfig``.
+        chosen: What ``schedule="auto"`` chose, and why; empty if the schedule was written out.
         cache: ``CacheConfig`` without its folder and names.
         planned_stages: ``index``, ``start_epoch`` and ``split_point`` of each.
         decisions: What each stage did that was entered, in order.
@@ -181,6 +182,7 @@ class RunRecord:
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     freezing: dict[str, Any] = field(default_factory=dict)
+    chosen: str = ""
     cache: dict[str, Any] = field(default_factory=dict)
     planned_stages: list[dict[str, int]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)

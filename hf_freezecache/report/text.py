@@ -107,7 +107,8 @@ def describe_schedule(figures: Figures) -> str:
         first = f"{f' of {num_blocks}' if num_blocks else ''} blocks frozen" if number == 0 else ""
         ahead = " (not reached)" if number and done is not None and stage["start_epoch"] >= done else ""
         words.append(f"{stage['split_point']}{first} from epoch {stage['start_epoch']:g}{ahead}")
-    return ", ".join(words) + _learning_rates(figures)
+    chosen = " (chosen by schedule='auto')" if figures["freezing"].get("chosen") else ""
+    return ", ".join(words) + chosen + _learning_rates(figures)
 
 
 def _learning_rates(figures: Figures) -> str:

@@ -24,6 +24,7 @@ from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
 from ..schedules import Stage
+from .auto import settle_auto
 from .checkpoints import announce_stage, find_checkpoint, load_stage
 from .data_checks import num_classes, with_columns_removed
 from .evaluation_check import check_evaluation
@@ -90,7 +91,10 @@ def check_setup(trainer: Any, base: type) -> None:
             "a map-style data set (datasets.load_dataset without streaming=True)."
         )
     check_overrides(type(trainer), base)
-    stages, _ = plan_stages_of(trainer)
+    stages, num_epochs = plan_stages_of(trainer)
+    if trainer.freeze_config.is_auto:
+        settle_auto(trainer, num_epochs)
+        config, stages = trainer.cache_config, plan_stages_of(trainer)[0]
     if config.mode != "never":
         check_cache_dir(Path(config.freezecache_dir), Path(trainer.args.output_dir))
     for stage in stages:
@@ -203,6 +207,7 @@ def start_run(
         1.0 if base is None else trainer.freeze_config.token_keep,
     )
     run.rates = LearningRates.of(trainer.freeze_config)
+    run.tokens_required = not trainer._record.chosen
     return run
 
 

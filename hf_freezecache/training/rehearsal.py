@@ -358,13 +358,22 @@ def _tokens_of(run: Any, rehearsal: _Rehearsal, split_point: int) -> TokenSubset
     """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all.
 
     Raises:
-        UnsupportedModelError: The model cannot be trained on some of its tokens.
+        UnsupportedModelError: The model cannot be trained on some of its tokens, and ``run.tokens_required``.
         DataError: A training step on all tokens fails.
     """
     if run.token_keep == 1 or split_point == 0:
         return None
     split = run.splits.at(split_point)
     rehearsal.live(split, 0)  # what is wrong with all tokens, this tells
-    tokens = check_fewer_tokens(split, run.token_keep, run.sampler.seed, run.runtime, rehearsal.batch)
+    try:
+        tokens = check_fewer_tokens(split, run.token_keep, run.sampler.seed, run.runtime, rehearsal.batch)
+        if not run.tokens_required:
+            rehearsal.keep(tokens)
+            rehearsal.live(split, 0)
+    except UnsupportedModelError as error:
+        if run.tokens_required:
+            raise
+        logger.warning("schedule='auto' trains on all tokens. %s", error)
+        return None
     run.tokens[split_point] = tokens
     return tokens
