@@ -435,7 +435,9 @@ def test_a_second_training_with_the_users_own_optimizer(scheduled, train_dataset
         held = [p for group in trainer._freezer._groups for p in group]
         assert {id(p) for p in held} == everything
         assert len(held) == len(everything)
+        names = {p: name for name, p in trainer.model.named_parameters()}
         for group in trainer.optimizer.param_groups:
+            assert {expected_layer(names[p]) for p in group["params"]} <= {group["freezecache_layer"]}, training
             initial, layer = group["initial_lr"], group["freezecache_layer"]
             assert initial in (pytest.approx(3 * 0.5 ** (HEAD - layer) * base) for base in (1e-3, 1e-2)), training
     steps = 20 if scheduled else 10
