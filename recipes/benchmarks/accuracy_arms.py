@@ -58,8 +58,8 @@ class Arm:
     """What is compared. The fields are the names of its text."""
 
     kind: str
-    epochs: float = 1.0
     schedule: str = "0:0"
+    epochs: float = 1.0
     views: int = 1
     keep: float = 1.0
     decay: float = 1.0
