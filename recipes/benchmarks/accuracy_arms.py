@@ -49,6 +49,8 @@ from hf_freezecache.schedules import plan_stages
 KINDS = ("full", "lora", "live", "naive", "ours", "auto")
 #: A backward pass through a block counts as two forward passes: one for gradients of inputs, one for those of weights.
 BACKWARD = 2
+#: In place of a folder: scikit-learn's handwritten digits, far from what models are pretrained on; three folds.
+DIGITS = "digits"
 MIN_CROP, WEIGHT_DECAY, WARMUP = 0.35, 0.05, 0.05
 RECIPE = f"AdamW, weight decay {WEIGHT_DECAY}, cosine, warm-up {WARMUP}, random resized crop from {MIN_CROP}, flip"
 
@@ -227,13 +229,19 @@ def load_rows(task: Task, seed: int, tuning: bool) -> tuple[datasets.Dataset, da
     are divided once more: a quarter, each class evenly, takes the place of the test part, which is not looked at.
     """
     folder = Path(task.data)
-    if task.folds:
-        rows = datasets.concatenate_datasets(
-            [datasets.Dataset.from_parquet(str(path)) for path in sorted(folder.glob("*.parquet"))]
-        )
-        fold = strata(rows["label"], task.folds)
-        train = rows.select(np.flatnonzero(fold != seed % task.folds))
-        test = rows.select(np.flatnonzero(fold == seed % task.folds))
+    if task.folds or task.data == DIGITS:
+        if task.data == DIGITS:
+            from hf_freezecache.cli.demo import load_digit_images
+
+            rows = load_digit_images(task.size)
+            rows = rows.cast_column("label", datasets.ClassLabel(names=[str(digit) for digit in range(10)]))
+        else:
+            files = sorted(folder.glob("*.parquet"))
+            rows = datasets.concatenate_datasets([datasets.Dataset.from_parquet(str(file)) for file in files])
+        folds = task.folds or 3
+        fold = strata(rows["label"], folds)
+        train = rows.select(np.flatnonzero(fold != seed % folds))
+        test = rows.select(np.flatnonzero(fold == seed % folds))
     else:
         train, test = (datasets.Dataset.from_parquet(str(folder / f"{name}.parquet")) for name in ("train", "test"))
     if task.train and task.train < len(train):
@@ -653,7 +661,8 @@ def chosen_arms(names: Sequence[str]) -> list[Arm]:
 
 #: Of all arms: this times powers of two.
 BASE_RATE = 3e-4
-GRID, MOST = 4, 8
+#: Values in the grid at first, and at most.
+GRID = (4, 8)
 
 
 def rate(power: int) -> float:
@@ -671,15 +680,16 @@ def first_power(arm: Arm) -> int:
     return 1 if arm.decay != 1 else 0
 
 
-def rates_to_try(arm: Arm, scores: Mapping[float, tuple[float, float]]) -> list[float]:
-    """Return the learning rates that are still to be tried: four, then beyond the edge, while the best lies there.
+def rates_to_try(arm: Arm, scores: Mapping[float, tuple[float, float]], grid: tuple[int, int] = GRID) -> list[float]:
+    """Return the learning rates that are still to be tried: those of the grid, then beyond the edge, while the best lies there.
 
     Args:
         arm: The arm.
         scores: Of each rate that was tried: accuracy, and the negative loss, which decides between equals.
+        grid: Values at first, and at most.
     """
     first = first_power(arm)
-    powers = list(range(first, first + GRID))
+    powers = list(range(first, first + grid[0]))
     if missing := [rate(power) for power in powers if rate(power) not in scores]:
         return missing
     while rate(powers[0] - 1) in scores:
@@ -687,12 +697,10 @@ def rates_to_try(arm: Arm, scores: Mapping[float, tuple[float, float]]) -> list[
     while rate(powers[-1] + 1) in scores:
         powers.append(powers[-1] + 1)
     best = max(scores, key=lambda one: scores[one])
-    if len(powers) < MOST:
-        if best == rate(powers[0]):
-            return [rate(powers[0] - 1)]
-        if best == rate(powers[-1]):
-            return [rate(powers[-1] + 1)]
-    return []
+    if len(powers) >= grid[1]:
+        return []
+    edges = {rate(powers[0]): rate(powers[0] - 1), rate(powers[-1]): rate(powers[-1] + 1)}
+    return [edges[best]] if best in edges else []
 
 
 def rate_source(arm: Arm, arms: Sequence[Arm]) -> Arm | None:

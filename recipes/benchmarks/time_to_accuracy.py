@@ -45,11 +45,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accuracy_arms import GROUPS, RECIPE, Arm, Task, chosen_arms, rate_source, rates_to_try, run_arm
+from accuracy_arms import GRID, GROUPS, RECIPE, Arm, Task, chosen_arms, rate_source, rates_to_try, run_arm
 from accuracy_front import draw, print_tables
 from PIL import Image
 from record import commit, save
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 PHASES = ("tune", "test", "clock", "table", "plot")
 
@@ -67,8 +67,8 @@ class Job:
 class Record:
     """The runs of one data set, in a file."""
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self.path, self.config = path, config
+    def __init__(self, path: Path, config: dict[str, Any], grid: tuple[int, int]) -> None:
+        self.path, self.config, self.grid = path, config, grid
         self.runs: list[dict[str, Any]] = []
         if path.exists():
             kept = json.loads(path.read_text())
@@ -101,7 +101,7 @@ class Record:
     def best_rate(self, arm: Arm) -> float | None:
         """Return the chosen learning rate; ``None`` if the grid is not complete."""
         scores = self.scores(arm.name)
-        return None if rates_to_try(arm, scores) else max(scores, key=lambda lr: scores[lr])
+        return None if rates_to_try(arm, scores, self.grid) else max(scores, key=lambda lr: scores[lr])
 
     def rate_of(self, arm: Arm) -> float | None:
         """Return the learning rate of an arm, its own or that of full fine-tuning; ``None`` if it is not known yet."""
@@ -122,7 +122,7 @@ def plan(args: argparse.Namespace, record: Record) -> Iterator[Job]:
             continue
         if "tune" in args.phase and arm.tuned:
             scores = record.scores(arm.name)
-            for lr in [*scores, *rates_to_try(arm, scores)]:
+            for lr in [*scores, *rates_to_try(arm, scores, record.grid)]:
                 yield from (Job("tune", arm.name, lr, seed) for seed in args.tune_seeds)
         lr = record.rate_of(arm)
         if "test" in args.phase and lr is not None:
@@ -231,11 +231,12 @@ def smoke(args: argparse.Namespace, folder: Path) -> None:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
         datasets.Dataset.from_dict({"image": images, "label": labels}, features).to_parquet(folder / f"{name}.parquet")
     sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    set_seed(0)
     config = ViTConfig(**sizes, image_size=16, patch_size=4)
     ViTForImageClassification(config).save_pretrained(folder / "model")
     args.model, args.data, args.image_size, args.batch_size = str(folder / "model"), str(folder), 16, 8
     args.arms = args.smoke_arms
-    args.seeds, args.processes = args.seeds[:1], 1
+    args.seeds, args.processes, args.grid = args.seeds[:1], 1, [2, 2]
     args.caches = str(folder / "caches")
 
 
@@ -246,7 +247,9 @@ def parse_arguments() -> argparse.Namespace:
         "--json", type=Path, nargs="+", required=True, help="record; for table and plot there may be several"
     )
     parser.add_argument("--model", help="folder or name of a pretrained ViT-like classifier")
-    parser.add_argument("--data", help="folder of train.parquet and test.parquet with columns image and label")
+    parser.add_argument(
+        "--data", help="folder of train.parquet and test.parquet with columns image and label; or digits"
+    )
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--folds", type=int, default=0, help="pool the splits and test by folds; 0 takes the splits")
     parser.add_argument("--train", type=int, default=0, help="train on so many rows, each class evenly; 0 takes all")
@@ -257,6 +260,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=["coarse"], help=f"arms, or {', '.join(GROUPS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--tune-seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--grid", type=int, nargs=2, default=GRID, help="learning rates of an arm at first, and at most"
+    )
     parser.add_argument("--processes", type=int, default=1, help="runs side by side, one thread each if above 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of a run by itself")
     parser.add_argument("--budget", type=float, default=math.inf, help="start no run after so many seconds")
@@ -287,7 +293,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Run the phases that train."""
-    record = Record(args.json[0], describe(args))
+    record = Record(args.json[0], describe(args), tuple(args.grid))
     threads = 1 if args.processes > 1 else args.threads
     task = Task(
         model=args.model,
