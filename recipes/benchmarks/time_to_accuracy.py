@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from accuracy_arms import GRID, GROUPS, RECIPE, Arm, Task, chosen_arms, rate_source, rates_to_try, run_arm
 from accuracy_front import draw, print_tables
+from filelock import FileLock
 from PIL import Image
 from record import commit, save
 from transformers import ViTConfig, ViTForImageClassification, set_seed
@@ -70,13 +71,19 @@ class Record:
     def __init__(self, path: Path, config: dict[str, Any], grid: tuple[int, int]) -> None:
         self.path, self.config, self.grid = path, config, grid
         self.runs: list[dict[str, Any]] = []
-        if path.exists():
-            kept = json.loads(path.read_text())
-            for name, value in config.items():
-                if kept["config"].get(name) != value:
-                    found = kept["config"].get(name)
-                    raise SystemExit(f"{path} holds runs with {name}={found!r}, not {value!r}: give another --json.")
-            self.runs = kept["results"]["runs"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.read()
+
+    def read(self) -> None:
+        """Take in what is in the file now: several calls may add to it at the same time."""
+        if not self.path.exists():
+            return
+        kept = json.loads(self.path.read_text())
+        for name, value in self.config.items():
+            if kept["config"].get(name) != value:
+                found = kept["config"].get(name)
+                raise SystemExit(f"{self.path} holds runs with {name}={found!r}, not {value!r}: give another --json.")
+        self.runs = kept["results"]["runs"]
 
     def find(self, **fields: Any) -> list[dict[str, Any]]:
         return [run for run in self.runs if all(run[name] == value for name, value in fields.items())]
@@ -85,8 +92,10 @@ class Record:
         return bool(self.find(**dataclasses.asdict(job)))
 
     def add(self, job: Job, found: dict[str, Any]) -> None:
-        self.runs.append({**dataclasses.asdict(job), **found})
-        save(self.path, "time_to_accuracy", self.config, {"runs": self.runs}, quiet=True)
+        with FileLock(f"{self.path}.lock"):
+            self.read()
+            self.runs.append({**dataclasses.asdict(job), **found})
+            save(self.path, "time_to_accuracy", self.config, {"runs": self.runs}, quiet=True)
 
     def scores(self, arm: str) -> dict[float, tuple[float, float]]:
         """Return accuracy and negative loss of each rate that was tried, means over tuning seeds."""
@@ -152,6 +161,7 @@ def run_jobs(args: argparse.Namespace, task: Task, record: Record) -> None:
     def next_job(running: Sequence[Job]) -> Job | None:
         if time.monotonic() >= deadline:
             return None
+        record.read()
         waiting = (job for job in plan(args, record) if not record.has(job))
         return next((job for job in waiting if job not in running and job not in failed), None)
 
@@ -194,6 +204,7 @@ def run_clock(args: argparse.Namespace, task: Task, record: Record) -> None:
     deadline, stamp, context = time.monotonic() + args.budget, commit(), multiprocessing.get_context("spawn")
     task = dataclasses.replace(task, threads=args.threads)
     for arm in chosen_arms(args.arms):
+        record.read()
         lr = record.rate_of(arm)
         if arm.lacks() is not None or lr is None:
             continue
