@@ -54,8 +54,8 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def save(path: Path, benchmark: str, config: dict[str, Any], results: dict[str, Any]) -> None:
-    """Write a record."""
+def save(path: Path, benchmark: str, config: dict[str, Any], results: dict[str, Any], quiet: bool = False) -> None:
+    """Write a record, whole or not at all."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
     record = {
@@ -67,5 +67,8 @@ def save(path: Path, benchmark: str, config: dict[str, Any], results: dict[str, 
         "machine": machine(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"record: {path}")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
+    if not quiet:
+        print(f"record: {path}")

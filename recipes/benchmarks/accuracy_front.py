@@ -1,0 +1,332 @@
+"""The tables and the plot of ``time_to_accuracy.py``, from its records."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accuracy_arms import Arm
+
+from hf_freezecache.report.plots import Picture, save_png, to_svg
+
+#: Costs at which the fronts are compared, in epochs of full fine-tuning.
+BUDGETS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 16)
+
+
+@dataclass(frozen=True)
+class Point:
+    """An arm on one data set, or its mean over several."""
+
+    arm: Arm
+    lr: float
+    accuracies: tuple[float, ...]
+    error: float
+    cost: float
+    cost_train: float
+    seconds: float | None = None
+    seconds_again: float | None = None
+    images_per_second: float | None = None
+    peak_memory_bytes: float | None = None
+    cache_bytes: float = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.mean(self.accuracies)
+
+
+def line_of(arm: Arm) -> str:
+    """Return the name of the line that an arm belongs to."""
+    probe = arm.schedule == "0:all"
+    if arm.kind == "full":
+        return "full fine-tuning" if arm.decay == 1 else "full, layer-wise decay"
+    if arm.kind == "ours":
+        return "linear probe, cached" if probe else "cached (ours)"
+    names = {
+        "lora": "LoRA",
+        "live": "linear probe" if probe else "frozen, no cache",
+        "naive": "naive cache",
+        "auto": "schedule='auto'",
+    }
+    return names[arm.kind]
+
+
+def points_of(record: dict[str, Any]) -> dict[str, Point]:
+    """Return what was measured of each arm, by its name."""
+    runs = record["results"]["runs"]
+    found = {}
+    for name in dict.fromkeys(run["arm"] for run in runs if run["phase"] == "test"):
+        own = [run for run in runs if run["arm"] == name]
+        tested = [run for run in own if run["phase"] == "test"]
+        lr = tested[-1]["lr"]
+        tested = sorted((run for run in tested if run["lr"] == lr), key=lambda run: run["seed"])
+        timed = {
+            phase: [run for run in own if run["phase"] == phase and run["lr"] == lr] for phase in ("clock", "again")
+        }
+        alone = timed["clock"][-1] if timed["clock"] else {}
+        accuracies = tuple(run["accuracy"] for run in tested)
+        found[name] = Point(
+            arm=Arm.parse(name),
+            lr=lr,
+            accuracies=accuracies,
+            error=statistics.stdev(accuracies) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else math.nan,
+            cost=statistics.mean(run["cost"] for run in tested),
+            cost_train=statistics.mean(run["cost_train"] for run in tested),
+            seconds=alone.get("seconds"),
+            seconds_again=timed["again"][-1]["seconds"] if timed["again"] else None,
+            images_per_second=alone.get("images_per_second"),
+            peak_memory_bytes=alone.get("peak_memory_bytes"),
+            cache_bytes=tested[-1]["cache_bytes"],
+        )
+    return found
+
+
+def mean_points(sets: Sequence[dict[str, Point]]) -> dict[str, Point]:
+    """Return means over data sets, of the arms that all of them have; standard errors as of independent means."""
+    found = {}
+    for name in [name for name in sets[0] if all(name in one for one in sets)]:
+        points = [one[name] for one in sets]
+        timed = all(point.seconds is not None for point in points)
+        found[name] = Point(
+            arm=points[0].arm,
+            lr=math.nan,
+            accuracies=tuple(point.accuracy for point in points),
+            error=math.sqrt(sum(point.error**2 for point in points)) / len(points),
+            cost=statistics.mean(point.cost for point in points),
+            cost_train=statistics.mean(point.cost_train for point in points),
+            seconds=statistics.mean(point.seconds or 0.0 for point in points) if timed else None,
+        )
+    return found
+
+
+# ---- Fronts ----
+
+
+def front(points: Sequence[Point], key: str = "cost") -> list[Point]:
+    """Return the points that no cheaper or equally cheap one matches, by rising cost (or ``key="seconds"``)."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda one: (getattr(one, key), -one.accuracy)):
+        if not best or point.accuracy > best[-1].accuracy:
+            best.append(point)
+    return best
+
+
+def best_within(points: Sequence[Point], cost: float) -> Point | None:
+    """Return the most accurate point of at most this cost, and 2% for the odd token."""
+    return max((one for one in points if one.cost <= cost * 1.02), key=lambda one: one.accuracy, default=None)
+
+
+def accuracy_at(points: Sequence[Point], cost: float) -> float | None:
+    """Return what a front reaches at a cost, its points joined by lines over the logarithm of the cost.
+
+    Between points that favours the arm: its runs have whole epochs. Below the first point there is nothing.
+    """
+    line = front(points)
+    if not line or cost < line[0].cost * 0.999:
+        return None
+    for before, after in itertools.pairwise(line):
+        if cost <= after.cost:
+            part = math.log(max(cost, before.cost) / before.cost) / math.log(after.cost / before.cost)
+            return before.accuracy + part * (after.accuracy - before.accuracy)
+    return line[-1].accuracy
+
+
+def cost_to_reach(points: Sequence[Point], accuracy: float, joined: bool) -> float | None:
+    """Return the least cost at which a front has an accuracy; ``joined``: by the lines between its points as well."""
+    line = front(points)
+    for before, after in zip([None, *line], line, strict=False):
+        if after.accuracy >= accuracy - 1e-9:
+            if before is None or not joined:
+                return after.cost
+            part = (accuracy - before.accuracy) / (after.accuracy - before.accuracy)
+            return before.cost * (after.cost / before.cost) ** part
+    return None
+
+
+def groups_of(points: dict[str, Point]) -> tuple[list[Point], list[Point]]:
+    """Return full fine-tuning, and ours without the linear probe."""
+    full = [point for point in points.values() if point.arm.kind == "full"]
+    ours = [point for point in points.values() if line_of(point.arm) in ("cached (ours)", "schedule='auto'")]
+    return full, ours
+
+
+# ---- Tables ----
+
+
+def number(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "" if value is None or math.isnan(value) else format(value * factor, form)
+
+
+def print_tables(records: Sequence[dict[str, Any]]) -> None:
+    """Print what each arm reaches, and the fronts against each other: for each data set, and on average."""
+    sets = [
+        (f"{record['config']['data']} {record['config']['image_size']} px", points_of(record)) for record in records
+    ]
+    if len(sets) > 1:
+        sets.append((f"mean of {len(sets)} data sets", mean_points([points for _, points in sets])))
+    for name, points in sets:
+        if points:
+            print(f"\n{name}\n")
+            print_arms(points)
+            print_fronts(points)
+
+
+def print_arms(points: dict[str, Point]) -> None:
+    full, _ = groups_of(points)
+    header = [
+        "arm",
+        "lr",
+        "seeds",
+        "accuracy",
+        "s.e.",
+        "cost",
+        "over full of that cost",
+        "again",
+        "s",
+        "s again",
+        "images/s",
+        "peak MiB",
+        "cache MiB",
+    ]
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for point in sorted(points.values(), key=lambda one: (list(LINES).index(line_of(one.arm)), one.cost)):
+        same = accuracy_at(full, point.cost)
+        cells = [
+            point.arm.name,
+            number(point.lr, "g"),
+            str(len(point.accuracies)),
+            number(point.accuracy, ".2f"),
+            number(point.error, ".2f"),
+            number(point.cost, ".2f"),
+            "" if same is None or point.arm.kind == "full" else f"{point.accuracy - same:+.2f}",
+            number(point.cost_train, ".2f"),
+            number(point.seconds, ".0f"),
+            number(point.seconds_again, ".0f"),
+            number(point.images_per_second, ".0f"),
+            number(point.peak_memory_bytes, ".0f", 2**-20),
+            number(point.cache_bytes or None, ".1f", 2**-20),
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def print_fronts(points: dict[str, Point]) -> None:
+    """Print the best of ours within each budget against full fine-tuning, and the cost of reaching its ceiling."""
+    full, ours = groups_of(points)
+    if not full or not ours:
+        return
+    print()
+    for budget in BUDGETS:
+        mine = best_within(ours, budget)
+        if mine is not None:
+            theirs = accuracy_at(full, max(budget, mine.cost))
+            against = "none" if theirs is None else f"{theirs:.2f}, ours {mine.accuracy - theirs:+.2f}"
+            print(
+                f"within {budget:g} epochs of full fine-tuning: {mine.accuracy:.2f} ± {number(mine.error, '.2f')} "
+                f"({mine.arm.name}); full {against}"
+            )
+    ceiling = max(point.accuracy for point in full)
+    for below in (3.0, 1.5, 0.3, 0.0):
+        mine = cost_to_reach(ours, ceiling - below, joined=False)
+        theirs = cost_to_reach(full, ceiling - below, joined=True)
+        if theirs is not None:
+            ratio = "not reached" if mine is None else f"{mine:.2f}, {mine / theirs:.2f} of it"
+            print(
+                f"full fine-tuning's best ({ceiling:.2f}) less {below:g} points: full {theirs:.2f} epochs, ours {ratio}"
+            )
+
+
+# ---- Plot ----
+
+#: Line -> colour, marker, whether it is dashed. Colours of the package's pictures, which a dark page sets anew.
+LINES = {
+    "cached (ours)": ("#0072b2", "o", "-"),
+    "schedule='auto'": ("#0072b2", "*", ":"),
+    "full, layer-wise decay": ("#6b6b6b", "s", "-"),
+    "full fine-tuning": ("#6b6b6b", "s", "--"),
+    "LoRA": ("#d55e00", "^", "-"),
+    "frozen, no cache": ("#009e73", "v", "-"),
+    "linear probe": ("#009e73", "d", "--"),
+    "linear probe, cached": ("#cc79a7", "d", "-"),
+    "naive cache": ("#d55e00", "x", ":"),
+}
+#: The colours of a picture by itself, light and dark, as on the report's page.
+_STYLE = """<style>
+svg { color: #1b1b1b; --blue: #0072b2; --orange: #c65200; --green: #007d5b; --grey: #6b6b6b; --grid: #dadada;
+  font-family: system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) {
+  svg { color: #e8eaed; --blue: #5ab4ec; --orange: #f09a58; --green: #41c79c; --grey: #a3a9b1; --grid: #343a42; }
+}
+text { fill: currentColor; }
+</style>"""
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy over cost, and over wall-clock where it was measured; one line an arm, its front only.
+
+    Args:
+        records: Of several data sets means are drawn, of the arms that all have.
+        path: An SVG that stands by itself, or a PNG.
+    """
+    sets = [points_of(record) for record in records]
+    points = mean_points(sets) if len(sets) > 1 else sets[0]
+    timed = sum(point.seconds is not None for point in points.values()) > 1
+    names = ", ".join(f"{record['config']['data']} at {record['config']['image_size']} px" for record in records)
+    panels: list[tuple[str, str]] = [("cost", "cost with building, epochs of full fine-tuning")]
+    if timed:
+        panels.append(("seconds", "wall-clock with building, s"))
+
+    def paint(figure: Any) -> None:
+        found = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, (key, label) in zip(found, panels, strict=True):
+            for line, (color, marker, style) in LINES.items():
+                own = [point for point in points.values() if line_of(point.arm) == line]
+                own = [point for point in own if getattr(point, key) is not None]
+                best = front(own, key)
+                if not best:
+                    continue
+                axes.errorbar(
+                    [getattr(point, key) for point in best],
+                    [point.accuracy for point in best],
+                    yerr=[0 if math.isnan(point.error) else point.error for point in best],
+                    color=color,
+                    marker=marker,
+                    linestyle=style,
+                    linewidth=1.6,
+                    markersize=4,
+                    elinewidth=0.8,
+                    label=line,
+                )
+            axes.set_xscale("log")
+            axes.set_xlabel(label)
+            axes.set_ylabel("accuracy, %")
+            axes.grid(axis="y", linewidth=0.6)
+            axes.set_axisbelow(True)
+            low, high = axes.get_xlim()
+            ticks = [tick for power in range(-2, 6) for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)]
+            ticks = [tick for tick in ticks if low <= tick <= high]
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
+        handles, labels = found[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2)
+
+    best = max(points.values(), key=lambda point: point.accuracy)
+    picture = Picture(
+        name="time-to-accuracy",
+        title="Accuracy over cost",
+        caption=names,
+        alt=f"Accuracy over cost on {names}, one line an arm; the best is {best.accuracy:.1f}% at a cost of {best.cost:.1f}.",
+        height=3.2 * len(panels) + 1.2,
+        draw=paint,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        save_png(picture, path)
+    else:
+        text = to_svg(picture).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        path.write_text(re.sub(r"(<svg [^>]*>)", lambda match: match[1] + _STYLE, text, count=1))
+    print(f"picture: {path}")
