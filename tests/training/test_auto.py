@@ -69,7 +69,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(train_dataset) -> None:
 
 
 def test_a_model_that_needs_all_tokens_gets_them(train_dataset, caplog) -> None:
-    trainer = auto_trainer(train_dataset, tiny_model("beit", use_relative_position_bias=True), freeze={"budget": 0.5}, num_train_epochs=3)
+    trainer = auto_trainer(
+        train_dataset, tiny_model("beit", use_relative_position_bias=True), freeze={"budget": 0.5}, num_train_epochs=3
+    )
     trainer.train()
     assert trainer._record.decisions[0].token_keep == 1
     assert "schedule='auto' trains on all tokens" in caplog.text
