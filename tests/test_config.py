@@ -393,3 +393,29 @@ def test_a_flag_that_cannot_be_read_is_wrong_usage(flags, capsys) -> None:
     with pytest.raises(SystemExit):
         HfArgumentParser(CacheConfig).parse_args_into_dataclasses(flags)
     assert flags[0] in capsys.readouterr().err
+
+
+# ---- FreezeConfig ----
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, "above 0 and at most 1, got 0.0"),
+        (1.5, "above 0 and at most 1, got 1.5"),
+        (float("nan"), "above 0 and at most 1, got nan"),
+        ("0.5", "expected float"),
+        (True, "expected float"),
+    ],
+    ids=str,
+)
+def test_token_keep_out_of_range_is_refused(value, expected) -> None:
+    with pytest.raises(UnsupportedSetupError, match=rf"FreezeConfig: .*'token_keep'.*{expected}"):
+        FreezeConfig(token_keep=value)
+
+
+def test_token_keep_is_off_by_default_and_can_be_parsed() -> None:
+    assert FreezeConfig().token_keep == FreezeConfig(token_keep=1).token_keep == 1.0
+    (parsed,) = HfArgumentParser(FreezeConfig).parse_args_into_dataclasses(["--token_keep", "0.5"])
+    assert parsed == FreezeConfig(token_keep=0.5)
+    assert FreezeConfig(schedule={0: 3}) == FreezeConfig(schedule="0:3")

@@ -27,6 +27,7 @@ from ..schedules import Stage
 from .cached_step import train_on_states
 from .draws import drawing, watching_draws
 from .fewer_tokens import LiveStep, check_fewer_tokens, example_positions, refusal
+from .moved_weights import move_with_what_trains
 from .rehearsal_copy import duplicate, keeping_parameters
 from .step_outcome import TOLERANCES, StepOutcome, difference, same_values
 
@@ -251,6 +252,11 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
             return (
                 f"hidden states there are {tuple(hidden_states.shape)} for {rows} images; a cache stores (tokens, hidden) of "
                 "each image"
+            )
+        if move_with_what_trains(rehearsal.trainer, runtime.run_frozen, split, inputs, hidden_states):
+            return (
+                "hidden states there are others once the weights behind them have been trained, as where a trained head makes the "
+                "masks of frozen blocks"
             )
         if rehearsal.positions is not None:
             hidden_states = take_tokens(hidden_states, rehearsal.positions)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.seeding import preserved_random_state
 
-__all__ = ["duplicate", "keeping_parameters", "moved_parameters", "rehearsing"]
+__all__ = ["duplicate", "keeping_parameters", "rehearsing"]
 
 #: Packages whose objects a trainer shares with its stand-in. Objects of other classes are the user's own.
 _SHARED = frozenset({"torch", "transformers", "accelerate", "datasets", "numpy", "PIL", "hf_freezecache", "builtins"})
@@ -205,18 +205,6 @@ def keeping_parameters(trainer: Any) -> Iterator[None]:
             for parameter, version, value in values:
                 if parameter._version != version or not torch.equal(parameter, value):
                     parameter.data.copy_(value)
-
-
-@contextmanager
-def moved_parameters(trainer: Any) -> Iterator[None]:
-    """Give all parameters that train other values while the context is open, as training will."""
-    with keeping_parameters(trainer):
-        with torch.no_grad():
-            for parameter in {p for module in _modules(trainer) for p in module.parameters(recurse=False)}:
-                if parameter.requires_grad and parameter.is_floating_point():
-                    spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
-                    parameter.add_(torch.randn_like(parameter), alpha=spread + 0.05)
-        yield
 
 
 @contextmanager

@@ -69,6 +69,8 @@ def test_passes_spent_are_those_of_building_and_training() -> None:
     assert passes_spent(known, second) == 2 * 3 * 6
     known.decisions[1] = live(1, 2, 6, "mode='never'")
     assert passes_spent(known, known.decisions[1]) == 2 * (3 * 6 + 6)
+    known.decisions[1].token_keep = 0.5  # frozen blocks see all tokens
+    assert passes_spent(known, known.decisions[1]) == 2 * (3 * 6 / 2 + 6)
     known.data = {}
     assert passes_spent(known, first) is None
 

@@ -201,6 +201,37 @@ def test_a_model_that_uses_the_image_or_early_states_elsewhere_is_refused(wrappe
     assert isinstance(error, UnsupportedModelError)
 
 
+class MasksByTheHead(Wrapped):
+    """The second block sees the tokens that the head is sure of: no gradient goes through that choice."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        vit.vit.layers[1].register_forward_pre_hook(self.mask)
+
+    def mask(self, block, args):
+        sure = self.vit.classifier(args[0]).softmax(-1).amax(-1, keepdim=True) > 0.3
+        return (args[0] * sure, *args[1:])
+
+    def forward(self, pixel_values, labels=None):
+        return self.vit(pixel_values=pixel_values, labels=labels)
+
+
+@pytest.mark.parametrize("schedule", ["0:1", "0:2"])
+def test_frozen_blocks_that_depend_on_a_trained_head_are_found(schedule, train_dataset, tmp_path) -> None:
+    """They give the same in the first step. The block that is not frozen may depend on it."""
+    model = MasksByTheHead(tiny_vit())
+    error = losses = None
+    try:
+        losses = losses_of(Recorder, model, train_dataset, "always", tmp_path / "caches", schedule=schedule)
+    except UnsupportedModelError as raised:
+        error = str(raised)
+    if schedule == "0:1":
+        assert losses[0] == losses_of(Recorder, model, train_dataset, "never", tmp_path / "caches", schedule="0:1")[0]
+    else:
+        assert "others once the weights behind them have been trained" in error
+        assert not (tmp_path / "caches").exists()
+
+
 class NormalisesFirst(Wrapped):
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)

@@ -94,6 +94,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the new name is not in the oldest transformers
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_cached_equals_live_under_other_settings(train_dataset, settings) -> None:
     live, cached = (trained(train_dataset, mode, **settings) for mode in ("never", "always"))
@@ -192,11 +193,8 @@ def test_lossy_caches(train_dataset, cache) -> None:
 def test_feature_augmentation_sees_all_tokens(train_dataset, text) -> None:
     model, shapes = tiny_vit(), []
     model.vit.layers[-1].register_forward_pre_hook(lambda block, args: shapes.append(tuple(args[0].shape)))
-    cache = {"feature_augmentation": text}
-    trainer = trained(train_dataset, "always", model, schedule="0:2", num_train_epochs=1, cache=cache)
-    assert shapes[-5:] == [(10, 9, 16)] * 5
-    whole = trained(train_dataset, "always", schedule="0:2", num_train_epochs=1, cache={})
-    assert whole.losses[0] != trainer.losses[0]
+    trained(train_dataset, "always", model, schedule="0:2", max_steps=2, cache={"feature_augmentation": text})
+    assert shapes[-2:] == [(10, 9, 16)] * 2
 
 
 # ---- Models that cannot ----
