@@ -96,6 +96,7 @@ def test_logs_of_a_stage() -> None:
         "freezecache/split_point": 6,
         "freezecache/trainable_parameters": 500,
         "freezecache/released_optimizer_bytes": 4,
+        "freezecache/lr_scale": 1.0,
         "freezecache/cache_bytes": 2_000_000,
         "freezecache/cache_bytes_per_image": 20_000,
         "freezecache/bits_per_element": 2.5,
@@ -107,7 +108,8 @@ def test_logs_of_a_stage() -> None:
     }
     logs = decision_logs(live(0, 0, 3, "The disk is full.", distortion={"agreement": None}))
     assert set(logs) == {
-        f"freezecache/{name}" for name in ("stage", "split_point", "trainable_parameters", "released_optimizer_bytes")
+        f"freezecache/{name}"
+        for name in ("stage", "split_point", "trainable_parameters", "released_optimizer_bytes", "lr_scale")
     }
 
 

@@ -59,6 +59,7 @@ def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dat
     assert [trainer.args.num_train_epochs for trainer in trainers] == [8, 8]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit(train_dataset) -> None:
     settings = {"freeze": {"budget": 0.4}, "num_train_epochs": 3, "save_strategy": "epoch"}
     whole = auto_trainer(train_dataset, **settings)
@@ -68,6 +69,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(train_dataset) -> None:
     assert_same(parameters_of(whole.model), parameters_of(resumed.model))
 
 
+@pytest.mark.slow
 def test_a_model_that_needs_all_tokens_gets_them(train_dataset, caplog) -> None:
     trainer = auto_trainer(
         train_dataset, tiny_model("beit", use_relative_position_bias=True), freeze={"budget": 0.5}, num_train_epochs=3

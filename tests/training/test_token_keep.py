@@ -94,7 +94,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the new name is not in the oldest transformers
+@pytest.mark.filterwarnings(
+    "ignore:.gradient_checkpointing:FutureWarning"
+)  # the new name is not in the oldest transformers
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_cached_equals_live_under_other_settings(train_dataset, settings) -> None:
     live, cached = (trained(train_dataset, mode, **settings) for mode in ("never", "always"))
@@ -126,6 +128,7 @@ def test_a_cache_that_cannot_be_written_leaves_the_same_tokens(train_dataset, mo
     assert fallen_back.losses == live.losses
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_tokens(train_dataset) -> None:
     settings = {"schedule": "0:2", "save_strategy": "steps", "save_steps": 7}
     whole = trained(train_dataset, "always", output_dir="whole", **settings)
