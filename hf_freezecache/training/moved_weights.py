@@ -46,9 +46,11 @@ def move_with_what_trains(
         hidden_states: What it gives for them, (rows, tokens, hidden).
     """
     one = first_row(inputs)
-    with keeping_parameters(trainer), drawing(0):
-        _move_parameters(split.model)
-        moved = run_frozen(split.prefix, **one)
+    with keeping_parameters(trainer):
+        with drawing(1):
+            _move_parameters(split.model)
+        with drawing(0):
+            moved = run_frozen(split.prefix, **one)
     if not _differ(moved, hidden_states[:1]):
         return False
     with drawing(0):  # they may be random

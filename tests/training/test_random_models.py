@@ -50,6 +50,7 @@ class Design:
     skip: tuple[int, int] | None  # the output of one block enters another again
     gate: float  # strength of skips and side paths at the start
     side: str  # what the head reads beside the last hidden states
+    mask: int | None  # a block that sees the tokens of which the head thinks most
     extra: str  # where a further input goes
     hidden_extra: bool  # whether it is passed by **kwargs only
     auxiliary: int | None  # a block whose output has a loss of its own
@@ -70,6 +71,7 @@ DESIGNS = st.builds(
     skip=mostly(None, (0, 2), (0, 1), (1, 2)),
     gate=st.sampled_from([0.0, 0.5]),
     side=mostly("nothing", "image", "first", "labels", "image when labelled"),
+    mask=mostly(None, 1, 2),
     extra=st.sampled_from(["nothing", "front", "blocks", "head"]),
     hidden_extra=st.booleans(),
     auxiliary=mostly(None, 0, 2),
@@ -108,6 +110,8 @@ class RandomModel(nn.Module):
         for number, block in enumerate(self.blocks):
             if self.design.skip is not None and self.design.skip[1] == number:
                 hidden_states = hidden_states + self.gate * states[self.design.skip[0]]
+            if self.design.mask == number:
+                hidden_states = hidden_states * (self.head(hidden_states).amax(-1, keepdim=True) > 0.3)
             scale = extra if self.design.extra == "blocks" else None
             hidden_states = block(hidden_states, scale)
             states.append(hidden_states)
@@ -259,7 +263,7 @@ def is_plain(design: Design) -> bool:
 
 
 @pytest.mark.parametrize(
-    "design", [Design(3, 0.0, "nothing", None, 0.5, "nothing", "blocks", True, None, False, "twice")]
+    "design", [Design(3, 0.0, "nothing", None, 0.5, "nothing", None, "blocks", True, None, False, "twice")]
 )
 def test_a_plain_design_is_cached(design, tmp_path) -> None:
     assert run(design, "always", tmp_path / "a")[0] == run(design, "never", tmp_path / "a")[0]
