@@ -369,18 +369,22 @@ def _check_values(config: Any) -> None:
     types, schema = next(found for kind, found in _SCHEMAS.items() if isinstance(config, kind))
     for name, hint in types.items():
         value = getattr(config, name)
-        if type(value) is int and _takes(float, hint):
+        known = _types_in(hint)
+        if type(value) is int and float in known and int not in known:
             setattr(config, name, float(value))
+        if type(value) is bool and int in known and bool not in known:  # not every version of the library refuses it
+            raise UnsupportedSetupError(
+                f"{type(config).__name__}: field '{name}' expected int, got bool (value: {value})."
+            )
     try:
         validate_typed_dict(schema, vars(config))
     except StrictDataclassFieldValidationError as error:
         raise UnsupportedSetupError(f"{type(config).__name__}: {' '.join(str(error).split())}.") from error
 
 
-def _takes(kind: type, hint: Any) -> bool:
-    """Say whether a type is among those that a hint names, but for a type of whole numbers."""
-    named = [hint, *get_args(hint), *(part for each in get_args(hint) for part in get_args(each))]
-    return kind in named and int not in named
+def _types_in(hint: Any) -> list[Any]:
+    """Return the types that a hint names."""
+    return [hint, *get_args(hint), *(part for each in get_args(hint) for part in get_args(each))]
 
 
 def _schema_of(config: type) -> tuple[dict[str, Any], Any]:

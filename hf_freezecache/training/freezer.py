@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedSetupError
 from ..model.freeze import Frozen, check_checkpointing, freeze, prune_optimizer, restore_groups
 from ..model.split import Split
+from ..schedules import Stage
 
-__all__ = ["Freezer"]
+__all__ = ["Freezer", "check_something_trains"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,3 +113,18 @@ class Freezer:
         self._prefix = ()
         while self._frozen:
             self._frozen.pop().thaw()
+
+
+def check_something_trains(stage: Stage, model: nn.Module) -> None:
+    """Refuse a stage that freezes all that is to be trained.
+
+    Raises:
+        UnsupportedSetupError: No parameter requires a gradient.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    raise UnsupportedSetupError(
+        f"Nothing is left to train in the stage from epoch {stage.start_epoch}, which freezes {stage.split_point} blocks: no "
+        "parameter behind them requires a gradient. Freeze fewer blocks, or let the head train (with PEFT: "
+        "modules_to_save=['classifier'])."
+    )

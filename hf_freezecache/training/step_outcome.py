@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCES", "StepOutcome", "difference", "same_values"]
+__all__ = ["TOLERANCES", "StepOutcome", "difference", "same_values", "sleeps"]
 
 #: Largest difference of the loss, relative to it, and of the gradients, relative to all of them. On a CPU equal shapes give
 #: equal bits, as a rule. Elsewhere kernels need not be deterministic, and 16 bits round to 3 digits.
@@ -32,6 +32,14 @@ class StepOutcome:
     buffers: dict[str, Tensor]
     draws: bool = False
     repeatable: bool = False
+
+
+def sleeps(outcome: StepOutcome) -> bool:
+    """Say whether a parameter got a gradient of nothing but zeros: what a step depends on may not show yet.
+
+    It is so of what stands before a head of zeros, or behind a mask that lets nothing through.
+    """
+    return any(gradient is not None and not bool(gradient.any()) for gradient in outcome.gradients.values())
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

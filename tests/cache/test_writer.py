@@ -137,6 +137,7 @@ def test_interrupted_build_rebuilds_a_truncated_shard(train_dataset, caplog) -> 
     assert files_of(directory) == whole
 
 
+@pytest.mark.slow
 def test_a_cache_that_another_live_process_writes_is_left_alone(train_dataset, tmp_path) -> None:
     mark = tmp_path / "stopped"
     with Child(build_and_wait.main, 80, str(mark)) as child:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from support.tiny import NUM_CLASSES
@@ -29,6 +31,8 @@ def test_labels_that_are_no_classes_are_refused(labels) -> None:
 @pytest.mark.parametrize("labels", [[0, 3, 1, 1], [0, -100, 1, -100]])
 def test_cross_entropy_of_one_hot_targets_is_that_of_trainer(smoothing, num_items, labels) -> None:
     logits, labels = torch.randn(4, NUM_CLASSES, requires_grad=True), torch.tensor(labels)
+    if smoothing and "num_items_in_batch" not in inspect.signature(LabelSmoother.__call__).parameters:
+        pytest.skip("this version of transformers smooths labels without counting items")
     if smoothing:
         expected = LabelSmoother(smoothing)({"logits": logits}, labels.clone(), num_items_in_batch=num_items)
     else:

@@ -257,6 +257,7 @@ def is_plain(design: Design) -> bool:
         design.front in ("nothing", "norm")
         and (design.skip is None or design.skip[0] >= 1)
         and design.side in ("nothing", "labels")
+        and design.mask != 1
         and design.auxiliary in (None, 2)
         and design.loss in ("model", "own", "smoothed", "twice", "late states")
     )

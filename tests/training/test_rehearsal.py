@@ -206,7 +206,7 @@ class MasksByTheHead(Wrapped):
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)
-        vit.vit.layers[1].register_forward_pre_hook(self.mask)
+        find_blocks(vit)[1][1].register_forward_pre_hook(self.mask)
 
     def mask(self, block, args):
         sure = self.vit.classifier(args[0]).softmax(-1).amax(-1, keepdim=True) > 0.3
@@ -230,6 +230,32 @@ def test_frozen_blocks_that_depend_on_a_trained_head_are_found(schedule, train_d
     else:
         assert "others once the weights behind them have been trained" in error
         assert not (tmp_path / "caches").exists()
+
+
+class WakesUp(Wrapped):
+    """Nothing that the blocks give reaches the head until that has been trained."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        nn.init.zeros_(vit.classifier.weight)
+        find_blocks(vit)[1][-1].register_forward_hook(self.mask)
+
+    def mask(self, block, args, output):
+        hidden_states = first_tensor(output)
+        return hidden_states * (self.vit.classifier(hidden_states).amax(-1, keepdim=True) > 0.1)
+
+    def forward(self, pixel_values, labels=None):
+        return self.vit(pixel_values=pixel_values, labels=labels)
+
+
+def trains_on_other_images(trainer, model, inputs):
+    outputs = model(pixel_values=torch.ones(inputs["pixel_values"].shape), labels=inputs["labels"])
+    return outputs, outputs.loss
+
+
+def test_a_loss_of_other_images_is_refused_before_the_model_wakes_up(train_dataset, tmp_path) -> None:
+    error = assert_the_same_or_refused(own_loss(trains_on_other_images), WakesUp(tiny_vit()), train_dataset, tmp_path)
+    assert "once weights have been trained" in str(error)
 
 
 class NormalisesFirst(Wrapped):

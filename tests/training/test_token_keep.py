@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTForImag
 
 from hf_freezecache.data.kept_tokens import KEPT_TOKENS
 from hf_freezecache.errors import UnsupportedModelError
+from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.text import stage_account
 from hf_freezecache.training.fewer_tokens import why_not_fewer_tokens
@@ -43,7 +44,7 @@ class Watching(Recorder):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.names = getattr(self, "names", set()) | set(inputs)
-        blocks, shapes = self.model.vit.layers, self.__dict__.setdefault("shapes", [])
+        blocks, shapes = find_blocks(self.model)[1], self.__dict__.setdefault("shapes", [])
         handle = blocks[-1].register_forward_pre_hook(lambda block, args: shapes.append(tuple(args[0].shape)))
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -195,7 +196,7 @@ def test_lossy_caches(train_dataset, cache) -> None:
 @pytest.mark.parametrize("text", ["cutmix:1.0,brightness:0.2", "mixup:0.5", "token_dropout:0.3"])
 def test_feature_augmentation_sees_all_tokens(train_dataset, text) -> None:
     model, shapes = tiny_vit(), []
-    model.vit.layers[-1].register_forward_pre_hook(lambda block, args: shapes.append(tuple(args[0].shape)))
+    find_blocks(model)[1][-1].register_forward_pre_hook(lambda block, args: shapes.append(tuple(args[0].shape)))
     trained(train_dataset, "always", model, schedule="0:2", max_steps=2, cache={"feature_augmentation": text})
     assert shapes[-2:] == [(10, 9, 16)] * 2
 
