@@ -5,7 +5,7 @@ Autograd does not see it where the way leads through a comparison: a trained hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from ..model.probe import first_row
 from ..model.split import Split
 from .draws import drawing
 from .rehearsal_copy import keeping_parameters
+from .step_outcome import StepOutcome
 
-__all__ = ["move_parameters", "move_with_what_trains", "noting_trained_weights"]
+__all__ = ["move_parameters", "move_with_what_trains", "noting_uses", "trained_parameters"]
 
 #: How far weights are moved, beside their own spread: a comparison may need a large step.
 _STEPS = (0.05, 0.5, 5.0)
@@ -28,7 +29,7 @@ _STEPS = (0.05, 0.5, 5.0)
 class _Uses(TorchFunctionMode):
     """Notes whether an operation takes one of some tensors."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
         self._watched = {id(tensor) for tensor in tensors}
         self.found = False
@@ -40,23 +41,34 @@ class _Uses(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def trained_parameters(model: nn.Module, step: StepOutcome) -> list[nn.Parameter]:
+    """Return the parameters that training changes: an optimizer passes over those that get no gradient.
+
+    Args:
+        model: The model, frozen as in the stage.
+        step: What a training step on images gave.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [parameter for name, parameter in named if step.gradients.get(name) is not None]
+
+
 @contextmanager
-def noting_trained_weights(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Yield what says whether an operation in this context has taken a parameter that trains."""
-    with _Uses([parameter for parameter in model.parameters() if parameter.requires_grad]) as uses:
+def noting_uses(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], bool]]:
+    """Yield what says whether an operation in this context has taken one of some parameters."""
+    with _Uses(parameters) as uses:
         yield lambda: uses.found
 
 
-def move_parameters(model: nn.Module, step: float) -> None:
-    """Give all parameters that train other values, as training will.
+def move_parameters(parameters: Sequence[nn.Parameter], step: float) -> None:
+    """Give parameters other values, as training will.
 
     Args:
-        model: The model.
+        parameters: What trains.
         step: How far they are moved, beside their own spread.
     """
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.is_floating_point():
+        for parameter in parameters:
+            if parameter.is_floating_point():
                 spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
                 parameter.add_(torch.randn_like(parameter), alpha=spread + step)
 
@@ -67,7 +79,11 @@ def _differ(states: Tensor, before: Tensor) -> bool:
 
 
 def move_with_what_trains(
-    trainer: Any, run_frozen: Callable[..., Tensor], split: Split, inputs: Mapping[str, Any]
+    trainer: Any,
+    run_frozen: Callable[..., Tensor],
+    split: Split,
+    inputs: Mapping[str, Any],
+    parameters: Sequence[nn.Parameter],
 ) -> bool:
     """Say whether hidden states change with weights that train. It is asked where such weights are used before the split.
 
@@ -76,6 +92,7 @@ def move_with_what_trains(
         run_frozen: ``Runtime.run_frozen``.
         split: The model, split behind the frozen blocks.
         inputs: What the prefix takes, for some rows.
+        parameters: What trains.
     """
     one = first_row(inputs)
 
@@ -87,7 +104,7 @@ def move_with_what_trains(
     for step in _STEPS:
         with keeping_parameters(trainer):
             with drawing(1):
-                move_parameters(split.model, step)
+                move_parameters(parameters, step)
             if _differ(run(), before):
                 return True
     return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from .cached_step import train_on_states
 from .draws import drawing, watching_draws
 from .fewer_tokens import LiveStep, check_fewer_tokens, example_positions, refusal
 from .freezer import check_something_trains
-from .moved_weights import move_parameters, move_with_what_trains, noting_trained_weights
+from .moved_weights import move_parameters, move_with_what_trains, noting_uses, trained_parameters
 from .rehearsal_copy import duplicate, keeping_parameters
 from .step_outcome import TOLERANCES, StepOutcome, difference, same_values, sleeps
 
@@ -181,13 +181,13 @@ class _Rehearsal:
             ) from error
 
     @contextmanager
-    def with_moved_weights(self, step: float) -> Iterator[None]:
+    def with_moved_weights(self, parameters: Sequence[nn.Parameter], step: float) -> Iterator[None]:
         """Take steps with other weights than those at the start while the context is open."""
         kept, self._repeatable = self._repeatable, None
         try:
             with keeping_parameters(self.trainer):
                 with drawing(1):
-                    move_parameters(self.model, step)
+                    move_parameters(parameters, step)
                 yield
         finally:
             self._repeatable = kept
@@ -259,7 +259,8 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
     if rehearsal.may_grow and bool(torch.isnan(live.loss)):
         raise DataError("The loss of the first rows is NaN.")
     try:
-        with noting_trained_weights(rehearsal.model) as took_trained_weights:
+        trained = trained_parameters(rehearsal.model, live)
+        with noting_uses(trained) as took_trained_weights:
             hidden_states = runtime.run_frozen(split.prefix, **inputs)
         rows = len(inputs["pixel_values"])
         if hidden_states.dim() != 3 or len(hidden_states) != rows:
@@ -267,7 +268,9 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
                 f"hidden states there are {tuple(hidden_states.shape)} for {rows} images; a cache stores (tokens, hidden) of "
                 "each image"
             )
-        if took_trained_weights() and move_with_what_trains(rehearsal.trainer, runtime.run_frozen, split, inputs):
+        if took_trained_weights() and move_with_what_trains(
+            rehearsal.trainer, runtime.run_frozen, split, inputs, trained
+        ):
             return (
                 "hidden states there are others once the weights behind them have been trained, as where a trained head makes the "
                 "masks of frozen blocks"
@@ -291,7 +294,7 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
                 return differs + (drawn if live.draws else "")
         # Large weights make much of rounding, which is none where equal shapes give equal bits.
         for step in () if not sleeps(live) else (0.05, 0.5) if kind == "cpu" else (0.05,):
-            with rehearsal.with_moved_weights(step):
+            with rehearsal.with_moved_weights(trained, step):
                 expected = rehearsal.live(split, 0)
                 runtime.run_frozen(split.prefix, **other)
                 differs = difference(expected, rehearsal.cached(split, hidden_states, 0), tolerance)

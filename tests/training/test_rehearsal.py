@@ -232,6 +232,28 @@ def test_frozen_blocks_that_depend_on_a_trained_head_are_found(schedule, train_d
         assert not (tmp_path / "caches").exists()
 
 
+class BiasedWithoutGradients(Wrapped):
+    """As in LayoutLMv3: a parameter that no gradient reaches stays as it is."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        self.bias = nn.Parameter(torch.ones(1))
+        find_blocks(vit)[1][0].register_forward_pre_hook(self.add)
+
+    def add(self, block, args):
+        with torch.no_grad():
+            bias = self.bias * 2
+        return (args[0] + bias, *args[1:])
+
+    def forward(self, pixel_values, labels=None):
+        return self.vit(pixel_values=pixel_values, labels=labels)
+
+
+def test_a_parameter_that_no_gradient_reaches_is_no_weight_that_trains(train_dataset, tmp_path) -> None:
+    model = BiasedWithoutGradients(tiny_vit())
+    assert assert_the_same_or_refused(Recorder, model, train_dataset, tmp_path) is None
+
+
 class WakesUp(Wrapped):
     """Nothing that the blocks give reaches the head until that has been trained."""
 
