@@ -1,9 +1,8 @@
 """``schedule="auto"``: how many blocks to freeze, how many views to store and how many epochs to train, for a budget.
 
-Costs are counted in epochs of full fine-tuning. A forward pass of one block counts 1 and a backward pass 2, so that one epoch
-of a model of ``n`` blocks takes ``3 n`` passes per image. Freezing ``k`` blocks and training ``E`` epochs from a cache of
-``V`` views, on a share ``t`` of the patch tokens, takes ``k V + 3 (n - k) t E``. Embeddings, head, image pipeline, codec and
-evaluation are left out.
+Costs are counted in epochs of full fine-tuning, by passes through blocks, see ``passes``: one such epoch of a model of ``n``
+blocks takes ``3 n`` per image. Freezing ``k`` blocks and training ``E`` epochs from a cache of ``V`` views, on a share ``t`` of
+the patch tokens, takes ``k V + 3 (n - k) t E``.
 
 The rule is a table, ``RECIPES``: the more a run may cost, the fewer blocks are frozen. It depends on nothing but its
 arguments, so a resumed run and all processes choose the same.
@@ -15,10 +14,9 @@ import math
 from dataclasses import dataclass
 
 from .errors import ScheduleError
+from .passes import passes_of_step
 
 __all__ = ["RECIPES", "Choice", "Recipe", "choose"]
-
-_STEP_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -79,16 +77,16 @@ class Choice:
 
 
 def _cost(split_point: int, num_epochs: float, num_views: int, token_keep: float, num_blocks: int) -> float:
-    trained = _STEP_PASSES * (num_blocks - split_point) * token_keep * num_epochs
-    return (num_views * split_point + trained) / (_STEP_PASSES * num_blocks)
+    trained = passes_of_step(num_blocks, split_point, token_keep) * num_epochs
+    return (num_views * split_point + trained) / passes_of_step(num_blocks, 0)
 
 
 def _epochs_for(recipe: Recipe, cost: float, num_blocks: int) -> int:
     """Return how many epochs of a recipe a cost pays for, with the views stored first."""
     split_point = recipe.split_point(num_blocks)
-    left = _STEP_PASSES * num_blocks * cost - recipe.num_views * split_point
+    left = passes_of_step(num_blocks, 0) * cost - recipe.num_views * split_point
     # The tolerance keeps what is paid for exactly: in binary a third of 3 lies below 1.
-    return math.floor(left / (_STEP_PASSES * (num_blocks - split_point) * recipe.token_keep) + 1e-9)
+    return math.floor(left / passes_of_step(num_blocks, split_point, recipe.token_keep) + 1e-9)
 
 
 def choose(num_blocks: int, num_epochs: int, budget: float | None = None) -> Choice:
@@ -109,7 +107,7 @@ def choose(num_blocks: int, num_epochs: int, budget: float | None = None) -> Cho
         few = num_epochs <= _FEW_EPOCHS
         recipe = RECIPES[-2] if few else RECIPES[-1]
         epochs, views = num_epochs, min(recipe.num_views, num_epochs)
-        reason = f"schedule='auto' keeps the {num_epochs} epochs that were asked for"
+        reason = f"schedule='auto' keeps the {num_epochs} epoch{'s' if num_epochs > 1 else ''} asked for"
     else:
         cost = budget * num_epochs
         # Gentler recipes may not pay for an epoch beside their views: a harder one then does.

@@ -112,13 +112,13 @@ class FreezeConfig:
             "the higher the rates."
         },
     )
-
-    token_keep: Annotated[float, _between(0, 1, above=True)] = field(
-        default=1.0,
+    token_keep: Annotated[Optional[float], _between(0, 1, above=True)] = field(
+        default=None,
         metadata={
             "help": "Share of the patch tokens that a training step sees behind frozen blocks: the step trains on CLS, "
             "registers and a random part of each image's patches, another in each epoch. 0.5 halves the work of the blocks that "
-            "train. Caches hold all tokens, and evaluation sees all. For models whose blocks ignore the order of patches."
+            "train. Caches hold all tokens, and evaluation sees all. For models whose blocks ignore the order of patches. "
+            "Default: 1, all of them, or what schedule='auto' chooses."
         },
     )
 

@@ -10,7 +10,8 @@ From then on users can ask for the step by its name, and caches can be read that
 hidden states overrides ``needs_fit``, ``fit`` and ``tensors``; the tensors come back as keyword arguments of the class, beside
 its configuration. A step whose quantization step size can be chosen to meet a rate or a distortion sets ``has_step_size`` and
 overrides ``step_size`` and ``with_step_size``. One that decodes each token by itself says in ``token_axes`` where its arrays
-have their tokens: then a training step that sees some tokens decodes only these. Nothing outside the step's own file needs to know its class.
+have their tokens: then a training step that sees some tokens decodes only these. Nothing outside the step's own file needs to
+know its class.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _MEAN_QUANTA = 4
 _DEFAULT_RELATIVE_STEP_SIZE = 0.5
 #: Largest integer that is stored.
 _LARGEST = 32767
-#: Samples up to so many steps are not decoded again to check the bound: some 400 such products in fp32 are wrong by 0.003 steps.
+#: Samples with values within so many steps are not decoded to check the bound: 400 such products in fp32 err by 0.003 steps.
 _ORDINARY = 128
 
 

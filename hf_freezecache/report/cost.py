@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from ..passes import passes_of_step
 from .record import Decision, RunRecord
 
 __all__ = ["Rate", "passes_spent", "unfrozen_rate", "unfrozen_seconds"]
-
-#: A backward pass takes about two forward passes: one for the gradients of inputs, one for those of weights.
-_STEP_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Rate:
 def _step_passes(decision: Decision, num_blocks: int) -> float:
     """Return the passes through blocks that one training step takes per image."""
     frozen = decision.split_point if decision.runs_frozen_blocks else 0
-    return _STEP_PASSES * (num_blocks - decision.split_point) * decision.token_keep + frozen
+    return passes_of_step(num_blocks, decision.split_point, decision.token_keep) + frozen
 
 
 def unfrozen_rate(record: RunRecord) -> Rate | None:
@@ -45,7 +43,8 @@ def unfrozen_rate(record: RunRecord) -> Rate | None:
     It is the median of the unfrozen epochs, if there are any. Otherwise it is estimated from the epochs with the fewest
     frozen blocks, by counting passes. Without freezing, a step of a model of ``N`` blocks takes ``3 N`` passes: one
     forward, and a backward like two. With ``k`` frozen blocks it takes ``3 (N - k)``, and ``k`` more if the frozen blocks
-    run in every step. Where trained blocks see a part of the tokens, their passes count that part. Embeddings, head, image pipeline and cache reading are left out.
+    run in every step. Where trained blocks see a part of the tokens, their passes count that part. Embeddings, head, image
+    pipeline and cache reading are left out.
 
     Returns:
         The estimate, or ``None`` if there is nothing to make it from.
@@ -57,7 +56,7 @@ def unfrozen_rate(record: RunRecord) -> Rate | None:
     fewest = min(decision.split_point for _, decision in epochs)
     # The first epoch of a run warms up: the median of several passes over it.
     rates = [
-        epoch.images_per_second * _step_passes(decision, num_blocks) / (_STEP_PASSES * num_blocks)
+        epoch.images_per_second * _step_passes(decision, num_blocks) / passes_of_step(num_blocks, 0)
         for epoch, decision in epochs
         if decision.split_point == fewest
     ]

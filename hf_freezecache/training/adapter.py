@@ -203,11 +203,10 @@ def start_run(
         trainer._record,
         augmenter,
         try_evaluation,
-        # A run that only builds takes no step: its caches hold all tokens.
-        1.0 if base is None else trainer.freeze_config.token_keep,
     )
-    run.rates = LearningRates.of(trainer.freeze_config)
-    run.tokens_required = not trainer._record.chosen
+    if base is not None:  # a run that only builds takes no step
+        run.rates = LearningRates.of(trainer.freeze_config)
+        run.token_keep, run.tokens_required = trainer.freeze_config.token_keep or 1.0, not trainer._record.chosen
     return run
 
 

@@ -22,12 +22,12 @@ LAYER_DECAY = 0.75
 def settle_auto(trainer: Any, num_epochs: int) -> None:
     """Settle the configurations of a trainer whose schedule is ``"auto"``, and the number of epochs if there is a budget.
 
-    What the user set stays: ``num_views``, ``token_keep`` below 1, ``layer_decay``, ``lr_scale``. The choice depends on the number
-    of blocks, the epochs and the budget alone.
+    What the user set stays: ``num_views``, ``token_keep``, ``layer_decay``, ``lr_scale``. The choice depends on the number of blocks,
+    the epochs and the budget alone.
 
     Args:
-        trainer: The user's trainer. Its ``freeze_config`` and ``cache_config`` are replaced, its ``args`` give
-            way to a copy with another number of epochs, and its record says what was chosen.
+        trainer: The user's trainer. Its ``freeze_config`` and ``cache_config`` are replaced, and with a budget
+            its ``args`` give way to a copy with another number of epochs. Its record says what was chosen.
         num_epochs: Epochs that the user asks for.
 
     Raises:
@@ -45,7 +45,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         freezing,
         schedule=f"0:{choice.split_point}",
         budget=None,
-        token_keep=choice.token_keep if freezing.token_keep == 1 else freezing.token_keep,
+        token_keep=choice.token_keep if freezing.token_keep is None else freezing.token_keep,
         layer_decay=LAYER_DECAY if freezing.layer_decay is None else freezing.layer_decay,
         lr_scale="auto" if freezing.lr_scale is None else freezing.lr_scale,
     )

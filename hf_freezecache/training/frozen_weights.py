@@ -22,7 +22,7 @@ _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FrozenWeights:
-    """Compares sums over the bits of the prefix's weights, and hidden states of the first row, with what they were at a stage's start.
+    """Compares the prefix's weights, by sums over their bits, and hidden states of the first row with those at a stage's start.
 
     The hidden states are those of training: a model may begin to augment its images after some steps.
 
@@ -91,7 +91,12 @@ class FrozenWeights:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's values, each read as a whole number: exact, whatever the order and the device."""
+    """Return the sum of a tensor's values, each read as a whole number: exact, whatever the order and the device.
+
+    Classes of tensors of other libraries, quantized ones say, need not show their bits: there it is the bits of the sum.
+    """
+    if type(tensor) is not Tensor:
+        return tensor.double().sum().view(torch.int64)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.contiguous().view(_WHOLE[tensor.element_size()]).sum(dtype=torch.int64)

@@ -224,13 +224,13 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
         raise UnsupportedSetupError(
             f"layer_decay and lr_scale multiply the learning rates of the optimizer, but a group of {name} has "
             f"lr={next(g.get('lr') for g in groups if not isinstance(g.get('lr'), (int, float, Tensor)))!r}. Give it a learning "
-            "rate (for Adafactor: relative_step=False and lr=...), or remove layer_decay and lr_scale."
+            "rate (for Adafactor: relative_step=False and lr=...), or remove layer_decay and lr_scale (schedule='auto' sets both: write the schedule out)."
         )
     known = set(model.parameters())
     if not any(parameter in known for group in groups for parameter in group["params"]):
         raise UnsupportedSetupError(
             f"layer_decay and lr_scale multiply the learning rates of groups of parameters, but no group of {name} holds a "
-            "parameter of the model: it steps in a way of its own. Use another optimizer, or remove layer_decay and lr_scale."
+            "parameter of the model: it steps in a way of its own. Use another optimizer, or remove layer_decay and lr_scale (schedule='auto' sets both: write the schedule out)."
         )
 
 
@@ -325,5 +325,5 @@ def _check_scheduler(optimizer: Any, scheduler: Any) -> None:
     if reason is not None:
         raise UnsupportedSetupError(
             f"layer_decay and lr_scale cannot be combined with the scheduler {name}: {reason}. Use a scheduler of "
-            "TrainingArguments (lr_scheduler_type) or of torch, or remove layer_decay and lr_scale."
+            "TrainingArguments (lr_scheduler_type) or of torch, or remove layer_decay and lr_scale (schedule='auto' sets both: write the schedule out)."
         )

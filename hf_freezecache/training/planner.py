@@ -19,6 +19,7 @@ from ..config import CacheConfig, FreezeConfig
 from ..data.layout import ChunkLayout
 from ..data.sampler import ChunkSampler
 from ..distributed.process_group import ProcessGroup
+from ..passes import passes_of_step
 from ..schedules import Stage, plan_stages
 
 __all__ = [
@@ -30,9 +31,6 @@ __all__ = [
     "shuffle_seed",
     "why_live",
 ]
-
-#: A backward pass takes about two forward passes: one for the gradients of inputs, one for those of weights.
-_BACKWARD_PASSES = 2
 
 
 def shuffle_seed(args: Any) -> int:
@@ -103,9 +101,8 @@ def predict_passes(
 ) -> dict[str, float]:
     """Count the passes through blocks that a stage takes per image, with and without a cache.
 
-    A forward pass of one block counts 1, a backward pass 2, and as much less as fewer tokens go through it. Without a cache, each epoch runs the frozen blocks forward and
-    the others forward and backward. With one, the frozen blocks run once for each stored view. Embeddings, head, image
-    pipeline and codec are left out.
+    What counts is said in ``passes``. Without a cache, each epoch runs the frozen blocks forward and the others forward and
+    backward. With one, the frozen blocks run once for each stored view.
 
     Args:
         stage: The stage.
@@ -113,14 +110,14 @@ def predict_passes(
         num_epochs: Epochs of the run.
         num_blocks: Blocks of the model.
         num_views: Stored views per image.
-        token_keep: Share of the patch tokens that the blocks see that are trained.
+        token_keep: Share of the patch tokens that trained blocks see.
 
     Returns:
         ``cached_passes`` and ``live_passes`` per image, over all epochs of the stage.
     """
     following = [later.start_epoch for later in stages if later.index > stage.index]
     epochs = max(min([num_epochs, *following]) - stage.start_epoch, 0)
-    trained = (1 + _BACKWARD_PASSES) * (num_blocks - stage.split_point) * epochs * token_keep
+    trained = passes_of_step(num_blocks, stage.split_point, token_keep) * epochs
     return {
         "cached_passes": float(trained + num_views * stage.split_point),
         "live_passes": float(trained + epochs * stage.split_point),

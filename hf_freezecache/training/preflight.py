@@ -222,7 +222,6 @@ def prepare_run(
     record: RunRecord,
     augmenter: FeatureAugmenter | None = None,
     try_evaluation: Callable[[], None] = lambda: None,
-    token_keep: float = 1.0,
 ) -> StageRunner:
     """Check data, split and folder, and return what runs the stages. Collective; nothing is built.
 
@@ -237,7 +236,6 @@ def prepare_run(
         record: The record of the run.
         augmenter: Augments cached batches.
         try_evaluation: Tries an evaluation, once the training data are known to be fine.
-        token_keep: Share of the patch tokens that steps of stages with frozen blocks see.
 
     Raises:
         FreezeCacheError: See ``prepare_data``, ``check_augmenter`` and ``StageCache.check_settings``.
@@ -275,9 +273,7 @@ def prepare_run(
         cache.check_settings()
         if transforms[0] is not None and config.num_views == 1:
             logger.warning("num_views=1 stores the eval rendering only: train_transform is not used in cached stages.")
-    runner = StageRunner(runtime, config, stages, num_epochs, data, splits, sampler, augmenter, cache, freezer, record)
-    runner.token_keep = token_keep
-    return runner
+    return StageRunner(runtime, config, stages, num_epochs, data, splits, sampler, augmenter, cache, freezer, record)
 
 
 def check_steps(run: StageRunner, wrapped: nn.Module) -> None:

@@ -293,7 +293,8 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
                 drawn = "; random numbers are drawn before the split, so hidden states are new in each step"
                 return differs + (drawn if live.draws else "")
         # Large weights make much of rounding, which is none where equal shapes give equal bits.
-        for step in () if not sleeps(live) else (0.05, 0.5) if kind == "cpu" else (0.05,):
+        moves = (0.05, 0.5) if kind == "cpu" else (0.05,)
+        for step in moves if sleeps(live) else ():
             with rehearsal.with_moved_weights(trained, step):
                 expected = rehearsal.live(split, 0)
                 runtime.run_frozen(split.prefix, **other)

@@ -45,8 +45,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accuracy_arms import GRID, GROUPS, RECIPE, Arm, Task, chosen_arms, rate_source, rates_to_try, run_arm
+from accuracy_arms import GRID, GROUPS, Arm, chosen_arms, rate_source, rates_to_try
 from accuracy_front import draw, print_tables
+from accuracy_runs import RECIPE, Task, run_arm
 from filelock import FileLock
 from PIL import Image
 from record import commit, save
@@ -127,8 +128,6 @@ class Record:
 def plan(args: argparse.Namespace, record: Record) -> Iterator[Job]:
     """Yield jobs in order of worth, those that are done included; test runs of an arm once its rate is chosen."""
     for arm in chosen_arms(args.arms):
-        if arm.lacks() is not None:
-            continue
         if "tune" in args.phase and arm.tuned:
             scores = record.scores(arm.name)
             for lr in [*scores, *rates_to_try(arm, scores, record.grid)]:
@@ -206,7 +205,7 @@ def run_clock(args: argparse.Namespace, task: Task, record: Record) -> None:
     for arm in chosen_arms(args.arms):
         record.read()
         lr = record.rate_of(arm)
-        if arm.lacks() is not None or lr is None:
+        if lr is None:
             continue
         phases = ["clock", "again"] if args.again and arm.kind in ("ours", "auto") else ["clock"]
         jobs = [Job(phase, arm.name, lr, args.seeds[0]) for phase in phases]
@@ -319,9 +318,6 @@ def run(args: argparse.Namespace) -> None:
         threads=threads,
         caches=args.caches or str(args.json[0].with_suffix("")) + "-caches",
     )
-    for arm in chosen_arms(args.arms):
-        if missing := arm.lacks():
-            print(f"left out: {arm.name} needs FreezeConfig({missing}), which this version does not have")
     if args.list:
         for job in plan(args, record):
             print("done   " if record.has(job) else "remains", job.phase, job.arm, f"lr {job.lr:g} seed {job.seed}")

@@ -79,7 +79,7 @@ def test_the_grid_grows_where_the_best_rate_lies_on_its_edge() -> None:
 
 
 def test_rows_are_divided_evenly_by_class() -> None:
-    from accuracy_arms import strata
+    from accuracy_runs import strata
 
     labels = list(np.random.default_rng(0).permutation([0] * 40 + [1] * 13 + [2] * 8))
     part = strata(labels, 4)

@@ -45,6 +45,8 @@ def test_what_the_user_sets_stays(train_dataset) -> None:
     assert trainer.cache_config.num_views == 1
     assert trainer.args.num_train_epochs == 3
     assert auto_trainer(train_dataset, num_train_epochs=3).cache_config.num_views == 2
+    whole = auto_trainer(train_dataset, freeze={"budget": 0.5, "token_keep": 1}, num_train_epochs=3)
+    assert whole.freeze_config.token_keep == 1
 
 
 def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dataset) -> None:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, ViTForImageClassification, ViTModel
 from hf_freezecache import FreezeCacheTrainer
 from hf_freezecache.errors import DataError, FreezeCacheError, UnsupportedModelError, UnsupportedSetupError
 from hf_freezecache.model.split import find_blocks, first_tensor
+from hf_freezecache.training.frozen_weights import _sum_of_bits
 
 
 def losses_of(trainer_class, model, train_dataset, mode: str, cache_dir: Path, **settings) -> tuple[list[float], dict]:
@@ -575,3 +576,17 @@ def test_a_loss_set_on_the_trainer_itself_is_tried_later_in_the_run_too(train_da
         trainer.train()
     assert trainer.state.global_step == 0
     assert not list(Path("caches").rglob("*.safetensors"))
+
+
+def test_weights_of_another_class_of_tensors_are_summed_without_their_bits() -> None:
+    class Quantized(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.view and args[0].dtype is torch.float32:
+                raise NotImplementedError("no bits")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    weights = torch.randn(5).as_subclass(Quantized)
+    assert torch.equal(_sum_of_bits(weights), _sum_of_bits(weights.clone()))
+    assert not torch.equal(_sum_of_bits(weights), _sum_of_bits(weights + 1))
+    assert not torch.equal(_sum_of_bits(torch.ones(2)), _sum_of_bits(torch.tensor([1.0, 1.0000001])))
