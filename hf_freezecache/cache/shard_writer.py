@@ -46,7 +46,7 @@ from .shard_file import (
     write_shard_header,
 )
 
-__all__ = ["BaseShard", "CachePlan", "ShardWriter", "cache_name"]
+__all__ = ["BaseShard", "CachePlan", "FreshBase", "ShardWriter", "cache_name"]
 
 #: zstd level of labels and other extras; they are small and mostly compressible.
 _EXTRA_LEVEL = 3
@@ -117,6 +117,38 @@ def _specs(extras: dict[str, Tensor]) -> list[ExtraSpec]:
 
 
 @dataclass
+class FreshBase:
+    """Gives the base view of chunks of a shard that is being written, as a reader will decode them.
+
+    One encoder's thread adds each chunk, and then takes it for each view that is written at once. Nothing is read.
+
+    Attributes:
+        codec: Codec of the base view.
+        uses: Views that take each chunk. After the last of them it is forgotten.
+        chunks: (place in the shard) -> hidden states (samples, tokens, hidden), and geometry (samples, 5).
+        left: (place in the shard) -> views that have not taken it.
+    """
+
+    codec: Codec
+    uses: int
+    chunks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    left: dict[int, int] = field(default_factory=dict)
+
+    def add(self, position: int, frames: list[bytes], hidden_states: Tensor, geometry: Tensor) -> None:
+        """Keep a chunk as its frames are decoded; ``hidden_states`` gives shape and dtype."""
+        decoded = self.codec.decode(frames, tuple(hidden_states.shape), hidden_states.dtype)
+        self.chunks[position], self.left[position] = (decoded, geometry), self.uses
+
+    def __call__(self, position: int) -> tuple[Tensor, Tensor]:
+        """Return hidden states and geometry of a chunk, by its place in the shard."""
+        self.left[position] -= 1
+        if self.left[position]:
+            return self.chunks[position]
+        del self.left[position]
+        return self.chunks.pop(position)
+
+
+@dataclass
 class ShardWriter:
     """Writes one shard, chunk by chunk. A thread encodes while the next batch is computed.
 
@@ -127,8 +159,9 @@ class ShardWriter:
         plan: What the cache is to hold.
         view: The view.
         shard: The shard's number.
-        executor: Runs the encoder.
+        executor: Runs the encoder. It has one thread.
         base: (place of a chunk in the shard) -> hidden states and geometry of its base view; for views that are predicted.
+        fresh: Takes the chunks of a base view, for views that are predicted and written at once.
     """
 
     file: BinaryIO
@@ -137,6 +170,7 @@ class ShardWriter:
     shard: int
     executor: ThreadPoolExecutor
     base: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    fresh: FreshBase | None = None
     hidden: list[Tensor] = field(default_factory=list)
     extras: list[dict[str, Tensor]] = field(default_factory=list)
     ends: list[list[int]] = field(default_factory=list)
@@ -261,6 +295,8 @@ class ShardWriter:
             raise DataError(
                 f"Hidden states of shard {self.shard} (view {self.view}) could not be encoded: {error}. Finished shards are kept."
             ) from error
+        if self.fresh is not None:
+            self.fresh.add(chunk, frames, hidden_states, extras[GEOMETRY_NAME])
         frames += [
             compress_frame(value.contiguous().flatten().view(torch.uint8).numpy().data, _EXTRA_LEVEL)
             for value in extras.values()

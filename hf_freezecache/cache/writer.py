@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.collators import CheckedCollator
 from ..data.seeding import preserved_random_state
-from ..data.views import ViewKey
 from ..distributed.process_group import ProcessGroup
 from ..errors import UnsupportedSetupError
 from .commit import (
@@ -38,23 +36,15 @@ from .lock import (
     build_lock,
     os_errors_as_cache_errors,
 )
+from .rendering import Batch, Together, ViewRenderer
 from .shard_writer import (
     BaseShard,
     CachePlan,
+    FreshBase,
     ShardWriter,
 )
 
 __all__ = ["BuildReport", "build_cache", "build_caches"]
-
-
-@dataclass(frozen=True)
-class _Keyed(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """A view data set whose items carry their keys."""
-
-    views: Any
-
-    def __getitem__(self, key: ViewKey) -> tuple[ViewKey, Any]:
-        return key, self.views[key]
 
 
 def is_image(name: str) -> bool:
@@ -198,6 +188,11 @@ class _Pass:
     show_progress: bool
     process_group: ProcessGroup
     consume: Callable[[int], None] | None
+    renderer: ViewRenderer = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Prepare rendering."""
+        self.renderer = ViewRenderer(self.views, self.collate, self.plan, self.batch_size, self.num_workers)
 
     @property
     def plan(self) -> CachePlan:
@@ -238,43 +233,38 @@ class _Pass:
     def _shares(self, pending: set[Unit]) -> list[list[Unit]]:
         """Return what this process builds, one list after the other: runs of sample indices.
 
-        Views that are predicted need the base view's shard, so all processes finish those first. Where shards of an earlier
-        cache are deleted, one process builds each shard in all views, one shard after the other.
-        """
-        if self.consume is not None:
-            mine = set(self.process_group.split_between(sorted({shard for _, shard in pending})))
-            return [sorted((unit for unit in pending if unit[1] in mine), key=lambda unit: unit[::-1])]
-        phases = [sorted(pending)]
-        if self.plan.num_views > 1 and any(build.plan.views.needs_base(1) for build in self.builds):
-            phases = [[unit for unit in phases[0] if (unit[0] == 0) == base] for base in (True, False)]
-        return [self.process_group.split_between(phase) for phase in phases]
+        Where the views of a row share what was read of it, they follow each other, shard by shard.
 
-    def _batches(self, units: Sequence[Unit]) -> Iterator[list[ViewKey]]:
-        for view, shard in units:
-            rows = self.plan.rows(shard).tolist()
-            for start in range(0, len(rows), self.batch_size):
-                yield [(sample_index, view) for sample_index in rows[start : start + self.batch_size]]
+        Views that are predicted need the base view's shard: one process builds each shard in all views, or, with fewer shards
+        than processes, all processes finish the base views first. Where shards of an earlier cache are deleted, one process
+        builds each shard in all views, one shard after the other.
+        """
+        process_group, at_once = self.process_group, self.renderer.views_at_once > 1
+        by_shard = sorted(pending, key=lambda unit: unit[::-1])
+        shards = sorted({shard for _, shard in pending})
+        predicts = self.plan.num_views > 1 and any(build.plan.views.needs_base(1) for build in self.builds)
+        if self.consume is not None or (at_once and predicts and len(shards) >= process_group.size):
+            mine = set(process_group.split_between(shards))
+            return [[unit for unit in by_shard if unit[1] in mine]]
+        phases = [by_shard if at_once else sorted(pending)]
+        if predicts:
+            phases = [[unit for unit in phases[0] if (unit[0] == 0) == base] for base in (True, False)]
+        return [process_group.split_between(phase) for phase in phases]
 
     def _build_units(self, units: Sequence[Unit]) -> None:
-        """Write this process's shards, one after the other."""
-        loader = DataLoader(
-            _Keyed(self.views),
-            batch_sampler=list(self._batches(units)),
-            collate_fn=self.collate.collate_keyed,
-            num_workers=self.num_workers,
-            # With a generator of its own, starting workers does not move the global one.
-            generator=torch.Generator(),
-        )
-        rendered = iter(loader)
+        """Write this process's shards, one after the other; those that share their rows at once."""
+        groups = self.renderer.together(units)
+        rendered = self.renderer.render(groups)
         last_views = {shard: view for view, shard in sorted(units)}
         bars_enabled = datasets.are_progress_bars_disabled() is False
         bar = self._progress_bar(units)
         datasets.disable_progress_bars()
         try:
-            with bar, ThreadPoolExecutor(len(self.builds)) as executor:
-                for view, shard in units:
-                    self._build_unit(view, shard, rendered, executor, bar)
-                    if self.consume is not None and view == last_views[shard]:
+            with bar, ExitStack() as stack:
+                executors = [stack.enter_context(ThreadPoolExecutor(1)) for _ in self.builds]
+                for shard, views in groups:
+                    self._build_group((shard, views), rendered, executors, bar)
+                    if self.consume is not None and last_views[shard] in views:
                         self.consume(shard)
         finally:
             if bars_enabled:
@@ -294,73 +284,104 @@ class _Pass:
             disable=not self.show_progress or not process_group.is_main_process,
         )
 
-    def _build_unit(
-        self,
-        view: int,
-        shard: int,
-        rendered: Iterator[tuple[list[ViewKey], dict[str, Any]]],
-        executor: ThreadPoolExecutor,
-        bar: Any,
+    def _build_group(
+        self, group: Together, rendered: Iterator[list[Batch]], executors: Sequence[ThreadPoolExecutor], bar: Any
     ) -> None:
-        """Write a shard and its index table in every cache that lacks them."""
-        builds = [build for build in self.builds if (view, shard) in build.missing]
+        """Write shards of one number, and their index tables, in every cache that lacks them."""
+        shard, views = group
         with ExitStack() as stack:
-            writers = []
-            for build in builds:
-                file = stack.enter_context(atomic_write(build.directory / shard_name(view, shard)))
-                base = BaseShard(build.directory, build.plan, shard) if build.plan.views.needs_base(view) else None
-                writers.append(ShardWriter(file, build.plan, view, shard, executor, base))
-            table = self._map_shard(writers, rendered, bar)
-            for writer in writers:
-                writer.finish()
-        # The table comes last: with it, the shard counts as finished.
-        for build in builds:
-            with atomic_write(build.directory / table_name(view, shard)) as file:
-                table.to_parquet(file)
-            build.report.built_shards += 1
+            # A view that is finished stays, whatever comes of the others.
+            files = {view: stack.enter_context(ExitStack()) for view in views}
+            writers: dict[int, list[ShardWriter]] = {view: [] for view in views}
+            for build, executor in zip(self.builds, executors, strict=True):
+                missing = [view for view in views if (view, shard) in build.missing]
+                predicted = [view for view in missing if build.plan.views.needs_base(view)]
+                fresh = FreshBase(build.plan.codec, len(predicted)) if 0 in missing and predicted else None
+                for view in missing:
+                    file = files[view].enter_context(atomic_write(build.directory / shard_name(view, shard)))
+                    writer = ShardWriter(file, build.plan, view, shard, executor)
+                    if view in predicted:
+                        writer.base = fresh or BaseShard(build.directory, build.plan, shard)
+                    elif view == 0:
+                        writer.fresh = fresh
+                    writers[view].append(writer)
+            for view, table in zip(views, self._map_group(shard, writers, rendered, bar), strict=True):
+                for writer in writers[view]:
+                    writer.finish()
+                files[view].close()
+                # The table comes last: with it, the shard counts as finished.
+                for build in self.builds:
+                    if (view, shard) in build.missing:
+                        with atomic_write(build.directory / table_name(view, shard)) as file:
+                            table.to_parquet(file)
+                        build.report.built_shards += 1
 
-    def _map_shard(
-        self, writers: Sequence[ShardWriter], rendered: Iterator[tuple[list[ViewKey], dict[str, Any]]], bar: Any
-    ) -> Any:
-        """Rewrite the rows of one shard into hidden states, and return the rows of the index table."""
-        plan, view, shard = writers[0].plan, writers[0].view, writers[0].shard
+    def _map_group(
+        self, shard: int, writers: Mapping[int, Sequence[ShardWriter]], rendered: Iterator[list[Batch]], bar: Any
+    ) -> Iterator[Any]:
+        """Rewrite the rows of shards of one number into hidden states; yield the rows of each view's index table.
+
+        The first table comes when all views are computed: batch by batch, one view after the other.
+        """
+        plan = self.plan
         chunk_size, first_chunk = plan.layout.chunk_size, shard * plan.shard_chunks
+        columns: dict[int, deque[dict[str, Any]]] = {view: deque() for view in writers}
 
-        def cache_rows(rows: dict[str, list[int]], positions: list[int]) -> dict[str, Any]:
-            started = time.perf_counter()
-            keys, batch = next(rendered)
-            if keys != [(sample_index, view) for sample_index in rows["sample_index"]]:
-                raise AssertionError("rendered samples arrived out of order")
-            rendered_at = time.perf_counter()
-            states = self._hidden_states(batch, [writer.plan.split_point for writer in writers])
-            for build in self.builds:
-                build.report.render_seconds += rendered_at - started
-                build.report.prefix_seconds += time.perf_counter() - rendered_at
-            extras = {name: value for name, value in batch.items() if not self.is_input(name)}
-            for writer in writers:
-                writer.append(states[writer.plan.split_point], extras)
-            bar.update(len(keys))
-            columns: dict[str, Any] = {
+        def cache_rows(rows: dict[str, list[int]], positions: list[int], view: int) -> dict[str, Any]:
+            if not columns[view]:
+                for each, stored in self._cache_batches(rows["sample_index"], writers, rendered, bar).items():
+                    columns[each].append(stored)
+            places: dict[str, Any] = {
                 "sample_index": rows["sample_index"],
                 "view": [view] * len(positions),
                 "shard": [shard] * len(positions),
                 "chunk": [first_chunk + position // chunk_size for position in positions],
                 "row": [position % chunk_size for position in positions],
             }
-            return columns | {name: value.tolist() for name, value in extras.items() if value.dim() == 1}
+            return places | columns[view].popleft()
 
         # The map runs over indices, not over the user's data set: its transform must run once, under seeded states.
         indices = datasets.Dataset.from_dict({"sample_index": plan.rows(shard)})
         scratch = self.builds[0].directory / SCRATCH
-        return indices.map(
-            cache_rows,
-            batched=True,
-            with_indices=True,
-            batch_size=self.batch_size,
-            load_from_cache_file=False,  # a hit would skip the writing of the shard
-            cache_file_name=str(scratch / f"view-{view:02d}-shard-{shard:05d}.arrow"),
-            new_fingerprint=f"{plan.fingerprint.digest[:32]}-{view}-{shard}",
-        )
+        for view in writers:
+            yield indices.map(
+                cache_rows,
+                batched=True,
+                with_indices=True,
+                batch_size=self.batch_size,
+                fn_kwargs={"view": view},
+                load_from_cache_file=False,  # a hit would skip the writing of the shard
+                cache_file_name=str(scratch / f"view-{view:02d}-shard-{shard:05d}.arrow"),
+                new_fingerprint=f"{plan.fingerprint.digest[:32]}-{view}-{shard}",
+            )
+
+    def _cache_batches(
+        self,
+        sample_indices: list[int],
+        writers: Mapping[int, Sequence[ShardWriter]],
+        rendered: Iterator[list[Batch]],
+        bar: Any,
+    ) -> dict[int, dict[str, list[Any]]]:
+        """Write the next batch of each view; return the columns of the index tables that come from the collator, by view."""
+        columns = {}
+        started = time.perf_counter()
+        batches = next(rendered)
+        render_seconds = time.perf_counter() - started
+        for view, (keys, batch) in zip(writers, batches, strict=True):
+            if keys != [(sample_index, view) for sample_index in sample_indices]:
+                raise AssertionError("rendered samples arrived out of order")
+            started = time.perf_counter()
+            states = self._hidden_states(batch, [writer.plan.split_point for writer in writers[view]])
+            for build in self.builds:
+                build.report.render_seconds += render_seconds
+                build.report.prefix_seconds += time.perf_counter() - started
+            render_seconds = 0.0
+            extras = {name: value for name, value in batch.items() if not self.is_input(name)}
+            for writer in writers[view]:
+                writer.append(states[writer.plan.split_point], extras)
+            bar.update(len(keys))
+            columns[view] = {name: value.tolist() for name, value in extras.items() if value.dim() == 1}
+        return columns
 
     def _hidden_states(self, batch: Mapping[str, Any], split_points: Sequence[int]) -> dict[int, Tensor]:
         """Return the hidden states of a batch by split point, (batch, tokens, hidden) on the CPU."""

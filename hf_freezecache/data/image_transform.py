@@ -38,6 +38,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         DataError: Its mode cannot be converted.
     """
+    if image.mode == "RGB":  # a large image takes as long to copy as to crop and resize
+        return image
     if image.mode.startswith("I;16"):  # Pillow would turn all above 255 white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -17,6 +17,7 @@ from ..codecs.predictor import WHOLE
 from ..errors import DataError, UnrepeatableTransformError, UnsupportedSetupError
 from .geometry import ViewParameters, recorded
 from .image_transform import ImageTransform
+from .row_reader import DecodedRow, RowReader, can_share_rows
 from .seeding import random_states, seeded
 
 __all__ = ["ViewDataset", "ViewKey", "check_repeatable", "same_examples"]
@@ -71,6 +72,7 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         self._augmented = dataset if train_transform is None else _with_transform(dataset, train_transform)
         self._geometry = False
         self._together = False
+        self._reader: RowReader | None = None
 
     def with_geometry(self) -> ViewDataset:
         """Return the same views with items ``(example, geometry)``, for ``CheckedCollator.with_geometry``.
@@ -90,6 +92,22 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         views = copy.copy(self)
         views._together = True
         return views
+
+    def reading_once(self) -> ViewDataset:
+        """Return the same views; ``render_views`` reads and decodes each row once, if ``reads_once`` says so.
+
+        It is to be made anew for each pass: a change of the data set's format does not show.
+        """
+        views = copy.copy(self)
+        views._reader = None
+        if not self._together and can_share_rows(self._base, self._augmented):
+            views._reader = RowReader(self._base)
+        return views
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether the views of a row share what was read and decoded."""
+        return self._reader is not None
 
     def render_among(self, key: ViewKey, others: Sequence[int]) -> tuple[Any, Any]:
         """Render a view in one call with other rows, after it, as ``Trainer`` would.
@@ -120,10 +138,49 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         Raises:
             DataError: The row could not be read or transformed; the message names the row.
         """
-        example, parameters = self.render(key)
+        return self._item(*self.render(key))
+
+    def _item(self, example: Any, parameters: ViewParameters | None) -> Any:
         if not self._geometry:
             return example
         return example, WHOLE if parameters is None else parameters.geometry()
+
+    def render_views(self, sample_index: int, views: Sequence[int]) -> list[Any]:
+        """Render several views of one row; return their items, equal to the bit to those of ``__getitem__``.
+
+        Each view gets a copy of what was decoded, as transforms may change an image in place. A row that cannot be copied is
+        read again for each view.
+
+        Raises:
+            DataError: The row could not be read or transformed; the message names the row.
+        """
+        row = None
+        if self._reader is not None and len(views) > 1:
+            with suppress(Exception):  # it is read again below, where the message is made
+                row = self._reader.read(sample_index)
+        items = []
+        for left, view in zip(reversed(range(len(views))), views, strict=True):
+            key = sample_index, view
+            if row is None:
+                items.append(self[key])
+                continue
+            transform = _transform_of(self._augmented if view else self._base)
+            copied = row.copied(transform) if left else None
+            items.append(self._render_row(copied or row, key, transform))
+            if (
+                copied is None
+            ):  # what the last view has used, or a view of a row that cannot be copied, is nobody else's
+                row = None
+        return items
+
+    def _render_row(self, row: DecodedRow, key: ViewKey, transform: Any) -> Any:
+        """Render a view of a row that was read; it belongs to this view alone."""
+        try:
+            with seeded(self.seed, *key), recorded() as drawn:
+                example = row.transformed(transform)
+        except Exception:  # it fails again, where the message is made
+            return self[key]
+        return self._item(example, _only(drawn))
 
     def render(self, key: int | ViewKey) -> tuple[Any, ViewParameters | None]:
         """Render one view; return it with the parameters that an ``ImageTransform`` drew for it.
@@ -137,8 +194,7 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
         try:
             with seeded(self.seed, sample_index, view), recorded() as drawn:
                 example = (self._base if view == 0 else self._augmented)[sample_index]
-            # If several images were rendered, nothing says which of them the tokens show.
-            return example, drawn[0] if len(drawn) == 1 else None
+            return example, _only(drawn)
         except Exception as error:
             modes = _image_modes(self.dataset, sample_index)
             raise DataError(
@@ -174,6 +230,15 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
                 f"{type(error).__name__}: {error}. Check that their images are intact and that the transform finds its columns."
             ) from error
         return [examples[place] for place in range(len(pairs))]
+
+
+def _only(drawn: list[ViewParameters]) -> ViewParameters | None:
+    """Return the parameters of the only image of a view. Of several, nothing says which of them the tokens show."""
+    return drawn[0] if len(drawn) == 1 else None
+
+
+def _transform_of(source: datasets.Dataset) -> Any:
+    return source.format["format_kwargs"]["transform"]
 
 
 def _takes_batches(source: Any) -> bool:
