@@ -343,7 +343,8 @@ class _Pass:
         # The map runs over indices, not over the user's data set: its transform must run once, under seeded states.
         indices = datasets.Dataset.from_dict({"sample_index": plan.rows(shard)})
         scratch = self.builds[0].directory / SCRATCH
-        for view in writers:
+        for place, view in enumerate(writers):
+            name = f"view-{view:02d}-shard-{shard:05d}.arrow"
             yield indices.map(
                 cache_rows,
                 batched=True,
@@ -351,7 +352,9 @@ class _Pass:
                 batch_size=self.batch_size,
                 fn_kwargs={"view": view},
                 load_from_cache_file=False,  # a hit would skip the writing of the shard
-                cache_file_name=str(scratch / f"view-{view:02d}-shard-{shard:05d}.arrow"),
+                # Views after the first have no work left: in memory, a disk that is full by now does not stop their tables.
+                cache_file_name=None if place else str(scratch / name),
+                keep_in_memory=place > 0,
                 new_fingerprint=f"{plan.fingerprint.digest[:32]}-{view}-{shard}",
             )
 
