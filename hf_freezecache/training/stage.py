@@ -26,7 +26,7 @@ from ..model.split import Split, Splits
 from ..report.record import Decision, RunRecord, restore_progress
 from ..report.run_log import decision_logs, epoch_logs
 from ..report.stopwatch import Stopwatch
-from ..schedules import Stage, stage_at
+from ..schedules import Stage, stage_at, thawed_to
 from .cached_step import CachedStep
 from .checkpoints import last_complete
 from .decisions import describe_cache
@@ -81,6 +81,8 @@ class StageRunner:
         freezer: What the trainer has frozen.
         record: The record of the run.
         frozen: Blocks that are frozen now; ``None`` before the first stage.
+        frozen_before: Blocks that were frozen where the run begins: in its first stage, or in that of the checkpoint.
+        saved: Stage of the checkpoint that the run goes on from, if any.
         active: The stage that is being trained; ``None`` before the first.
         stopwatch: Times the epoch that is being trained.
         moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
@@ -106,6 +108,8 @@ class StageRunner:
     freezer: Freezer
     record: RunRecord
     frozen: int | None = None
+    frozen_before: int = 0
+    saved: Stage | None = None
     active: ActiveStage | None = None
     stopwatch: Stopwatch | None = None
     moved_to: int | None = None
@@ -207,18 +211,21 @@ class StageRunner:
             before ``enter``: its buckets of gradients would stay beside those of the new one.
 
         Raises:
-            UnsupportedSetupError: The stage freezes fewer blocks than are frozen.
+            UnsupportedSetupError: The checkpoint is of another schedule, and had more blocks frozen.
         """
-        if self.frozen is not None and stage.split_point < self.frozen:
+        if self.active is None and self.saved not in self.stages and stage.split_point < self.frozen_before:
             raise UnsupportedSetupError(
-                f"The checkpoint was saved with {self.frozen} frozen blocks, the schedule now asks for "
-                f"{stage.split_point}: frozen blocks cannot thaw. Resume with the schedule of the interrupted run."
+                f"The checkpoint was saved with {self.frozen_before} frozen blocks, the schedule now asks for "
+                f"{stage.split_point}, without such a stage before. Resume with the schedule of the interrupted run."
             )
         if self.active is not None:
             accelerator, loader = self.runtime.accelerator, self.active.loader
             accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not loader]
             self.active = None
         changed = stage.split_point != self.frozen
+        self.freezer.trained_from = min(
+            self.freezer.trained_from, *(one.split_point for one in self.stages[: stage.index + 1])
+        )
         self.released_bytes = self.freeze(stage.split_point, optimizer)
         return self.unwrap(wrapped) if changed else wrapped
 
@@ -259,7 +266,7 @@ class StageRunner:
             decision.reason = reason
         else:
             decision.reason = f"mode={self.config.mode!r} trains a stage with frozen blocks from a cache."
-            opened = self._open(split, decision)
+            opened = self._open(stage, decision)
         if opened is None:
             logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
             self.watch = self.frozen_weights = None
@@ -277,12 +284,15 @@ class StageRunner:
         self.record.keep_decision(decision)
         return model
 
-    def _open(self, split: Split, decision: Decision) -> OpenedCache | None:
+    def _open(self, stage: Stage, decision: Decision) -> OpenedCache | None:
         """Find or build a stage's cache; ``None`` if it cannot be written and ``mode="auto"`` takes that."""
         several, started = self.runtime.cache_group.num_groups > 1, time.perf_counter()
+        # Caches of later stages that the same pass over the images can give.
+        points = [] if self.config.consume_previous_cache else thawed_to(stage, self.stages)
+        points = [point for point in points if point not in self.refusals]
         try:
             with self.runtime.everyone.fail_together() if several else nullcontext():
-                return self.open_cache(split)
+                return self.open_cache(self.splits.at(stage.split_point), [self.splits.at(point) for point in points])
         except CacheWriteError as error:
             if self.config.mode == "auto":
                 # The record goes to the Hub: the message with the user's folders is for the log alone.
@@ -302,13 +312,17 @@ class StageRunner:
                 )
             ) from error
 
-    def open_cache(self, split: Split) -> OpenedCache:
+    def open_cache(self, split: Split, ahead: Sequence[Split] = ()) -> OpenedCache:
         """Find or build the cache of a split point, and write down beside it what it was made of. Collective.
+
+        Args:
+            split: The model, split there.
+            ahead: See ``StageCache.open``.
 
         Raises:
             FreezeCacheError: See ``StageCache.open``.
         """
-        opened = self.cache.open(split)
+        opened = self.cache.open(split, ahead)
         if self.runtime.cache_group.is_main_process:
             keep_provenance(Path(opened.reader.directory), lambda: self.provenance(opened.reader))
         return opened
