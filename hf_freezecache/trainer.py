@@ -48,6 +48,7 @@ from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
 from .training.planner import shuffle_seed
 from .training.preflight import check_pushed, check_steps
+from .training.sharing import push_cache
 from .training.stage import StageRunner
 
 __all__ = ["FreezeCacheTrainer"]
@@ -348,7 +349,7 @@ class FreezeCacheTrainer(Trainer):
         """
         if self._run is None:
             raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
-        return self._run.push_cache(repo_id, private, settings)
+        return push_cache(self._run, repo_id, private, settings)
 
     # ---- The Hub ----
 

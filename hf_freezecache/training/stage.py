@@ -12,16 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from ..cache.reader import CacheReader
 from ..config import CacheConfig
 from ..data.feature_augmenter import FeatureAugmenter
 from ..data.kept_tokens import TokenSubset
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
-from ..dataset import CachedDataset
 from ..distributed.ddp import is_replicated, unwrapped, wrap_again
 from ..errors import CacheWriteError, UnsupportedSetupError
-from ..hub.provenance import Provenance, keep_provenance, provenance_of_dataset, provenance_of_model
+from ..hub.provenance import keep_provenance
 from ..model.split import Split, Splits
 from ..report.record import Decision, RunRecord, restore_progress
 from ..report.run_log import decision_logs, epoch_logs
@@ -36,6 +34,7 @@ from .frozen_weights import FrozenWeights
 from .learning_rates import LearningRates
 from .planner import Outlook, predict_passes, why_live
 from .runtime import Runtime
+from .sharing import provenance_of
 from .stage_batches import cached_batches, live_batches
 from .stage_cache import OpenedCache, StageCache
 from .transform_watch import TransformWatch
@@ -254,7 +253,13 @@ class StageRunner:
             released_optimizer_bytes=self.released_bytes,
             lr_scale=self.rates.scale_at(stage.split_point, self.splits.num_blocks),
             predicted=predict_passes(
-                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config.num_views, token_keep
+                stage,
+                self.stages,
+                self.num_epochs,
+                self.splits.num_blocks,
+                self.config.num_views,
+                token_keep,
+                not self.config.consume_previous_cache,
             ),
             token_keep=token_keep,
         )
@@ -287,7 +292,6 @@ class StageRunner:
     def _open(self, stage: Stage, decision: Decision) -> OpenedCache | None:
         """Find or build a stage's cache; ``None`` if it cannot be written and ``mode="auto"`` takes that."""
         several, started = self.runtime.cache_group.num_groups > 1, time.perf_counter()
-        # Caches of later stages that the same pass over the images can give.
         points = [] if self.config.consume_previous_cache else thawed_to(stage, self.stages)
         points = [point for point in points if point not in self.refusals]
         try:
@@ -324,16 +328,8 @@ class StageRunner:
         """
         opened = self.cache.open(split, ahead)
         if self.runtime.cache_group.is_main_process:
-            keep_provenance(Path(opened.reader.directory), lambda: self.provenance(opened.reader))
+            keep_provenance(Path(opened.reader.directory), lambda: provenance_of(self, opened.reader))
         return opened
-
-    def provenance(self, reader: CacheReader) -> Provenance:
-        """Return what is known of the data set and of the model that a cache of this run was made of."""
-        index = reader.index
-        known = provenance_of_dataset(self.data.dataset)
-        if index.split_point <= self.freezer.trained_from:  # else the model is no longer that of the Hub
-            known |= provenance_of_model(self.runtime.model, index)
-        return Provenance(**known)
 
     def watch_transform(self) -> None:
         """Warn, once in a stage, if a callback has changed the transform since the cache was opened.
@@ -372,31 +368,3 @@ class StageRunner:
                 "The checkpoint was saved under another schedule: its stages will be missing from the report."
             )
             self.record.decisions, self.record.epochs = [], []
-
-    def push_cache(self, repo_id: str, private: bool, settings: dict[str, Any]) -> Any:
-        """Push the cache that was opened last to a data set on the Hub. Collective; the main process pushes.
-
-        Args:
-            repo_id: ``user/name``.
-            private: Whether the repository is to be private.
-            settings: As for ``CachedDataset.push_to_hub``.
-
-        Raises:
-            UnsupportedSetupError: There is no cache, or each machine has a part of it.
-            FreezeCacheError: See ``CachedDataset.push_to_hub``.
-        """
-        reader = self.cache.current
-        if reader is None:
-            raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
-        if self.runtime.cache_group.num_groups > 1:
-            raise UnsupportedSetupError(
-                "With cache_placement='node' each machine has a part of the cache. To push one, build it with 'shared'."
-            )
-
-        def push() -> Any:
-            kept = keep_provenance(Path(reader.directory), lambda: self.provenance(reader))
-            # A folder that takes no files keeps nothing: then the card is told here.
-            provenance = {} if kept else vars(self.provenance(reader).updated(Provenance.from_dict(settings)))
-            return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **provenance})
-
-        return self.runtime.everyone.on_main_process(push)
