@@ -200,18 +200,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class Auto:
-    """Freeze what the rule of ``auto_schedule`` chooses for so many epochs, from the first epoch on.
+    """Train the head first, then freeze what the rule of ``auto_schedule`` chooses for so many epochs.
 
     ``FreezeConfig(schedule="auto")`` chooses views, tokens and learning rates as well.
     """
 
     def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
-        """Return one stage.
+        """Return the stage of the head and that behind the split point.
 
         Raises:
             ScheduleError: The model has one block only.
         """
-        return number_stages([(0, choose(num_blocks, num_epochs).split_point)])
+        return number_stages(choose(num_blocks, num_epochs).stages(num_blocks))
 
 
 #: Extension point: name in a schedule -> policy. The module's docstring shows how to add one.

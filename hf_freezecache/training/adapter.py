@@ -207,7 +207,7 @@ def start_run(
     )
     if base is not None:  # a run that only builds takes no step
         run.rates = LearningRates.of(trainer.freeze_config)
-        run.token_keep, run.tokens_required = trainer.freeze_config.token_keep or 1.0, not trainer._record.chosen
+        run.token_keep, run.lenient = trainer.freeze_config.token_keep or 1.0, bool(trainer._record.chosen)
     return run
 
 

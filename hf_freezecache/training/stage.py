@@ -88,7 +88,7 @@ class StageRunner:
         refusals: Why no cache is to be made, by split point; see ``rehearsal.rehearse``.
         token_keep: Share of the patch tokens that steps of stages with frozen blocks see.
         tokens: What draws these tokens, by split point; see ``rehearsal.rehearse``.
-        tokens_required: Whether a model that cannot be trained on some of its tokens is refused.
+        lenient: Whether ``schedule="auto"`` chose: what the model cannot do of it is left out, and the log says so.
         released_bytes: Bytes of optimizer state that the last freezing released.
         stage_logs: What to log of the stage that was entered last.
         watch: Looks whether the transform is still what it was when the cache of the stage was opened.
@@ -114,7 +114,7 @@ class StageRunner:
     moved_to: int | None = None
     refusals: dict[int, str] = field(default_factory=dict)
     token_keep: float = 1.0
-    tokens_required: bool = True
+    lenient: bool = False
     tokens: dict[int, TokenSubset] = field(default_factory=dict)
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
