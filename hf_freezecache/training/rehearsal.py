@@ -376,15 +376,15 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
 
 
 def _tokens_of(run: Any, rehearsal: _Rehearsal, split_point: int) -> TokenSubset | None:
-    """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all.
+    """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all, as heads alone by the rule.
 
     Raises:
         UnsupportedModelError: The model cannot be trained on some of its tokens, and not ``run.lenient``.
         DataError: A training step on all tokens fails.
     """
-    if run.token_keep == 1 or split_point == 0:
-        return None
     split = run.splits.at(split_point)
+    if run.token_keep == 1 or split_point == 0 or (run.lenient and split_point == run.splits.num_blocks):
+        return None
     rehearsal.live(split, 0)  # what is wrong with all tokens, this tells
     try:
         tokens = check_fewer_tokens(split, run.token_keep, run.sampler.seed, run.runtime, rehearsal.batch)
