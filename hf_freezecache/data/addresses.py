@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ __all__ = ["SMALLEST_ADDRESS", "addresses_among", "numbers_in", "without_address
 SMALLEST_ADDRESS = 2**22
 #: Where Python is linked to a fixed place, classes have addresses below this. No other object has: small ones lie elsewhere.
 _SMALLEST_OF_OTHERS = 2**32
-#: Objects that hold others begin at multiples of the one, below the other.
+#: Objects that hold others begin at multiples of the first number, and below the second.
 _ALIGNMENT, _LARGEST_ADDRESS = 16, 2**48
 #: Of most texts, this says that they hold no address.
 _SIX_DIGITS = re.compile("[0-9a-fA-F]{6}")
@@ -42,12 +43,15 @@ def without_addresses(text: str, addresses: frozenset[int]) -> str:
     """
     if _SIX_DIGITS.search(text) is None:
         return text
-    text = _WRITTEN.sub(" at address", text)
-    for numbers, base in _NUMBERS:
-        for number in set(numbers.findall(text)) if addresses else ():
-            if int(number, base) in addresses:
-                text = text.replace(number, "address")
+    text = _WRITTEN.sub(" at <address>", text)
+    if addresses:
+        for numbers, base in _NUMBERS:
+            text = numbers.sub(functools.partial(_in_place_of, addresses, base), text)
     return text
+
+
+def _in_place_of(addresses: frozenset[int], base: int, number: re.Match[str]) -> str:
+    return "<address>" if int(number[0], base) in addresses else number[0]
 
 
 def addresses_among(numbers: set[int], met: Mapping[int, tuple[Any, Any]]) -> frozenset[int]:
@@ -55,7 +59,8 @@ def addresses_among(numbers: set[int], met: Mapping[int, tuple[Any, Any]]) -> fr
 
     Args:
         numbers: Any numbers.
-        met: Objects by their addresses, each the first of a pair. Others are looked for only if a number may be one's address.
+        met: Objects by their addresses, each the first of a pair. All other objects that there are cost some 0.2 s: they are
+            looked at only if a number may be the address of one.
     """
     large = {number for number in numbers if number >= _SMALLEST_OF_OTHERS}
     found = {number for number in large if number in met or number << 4 in met}

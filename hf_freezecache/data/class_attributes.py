@@ -5,6 +5,8 @@ from __future__ import annotations
 import types
 from typing import Any
 
+from .code_values import is_drawn
+
 __all__ = ["attributes_of"]
 
 #: What the source of a class says already, or what Python keeps there for itself.
@@ -30,11 +32,13 @@ def attributes_of(value: type, has_source: bool) -> dict[str, Any]:
     """
     left_out = _NO_ATTRIBUTES | _IN_SOURCE if has_source else _NO_ATTRIBUTES
     attributes = {name: item for name, item in vars(value).items() if name not in left_out}
-    if _is_drawn(attributes.get("__hash__")):
+    if has_source:
+        attributes = {name: item for name, item in attributes.items() if not is_drawn(item)}
+    if _is_of_texts(attributes.get("__hash__")):
         del attributes["__hash__"]
     return attributes
 
 
-def _is_drawn(function: Any) -> bool:
+def _is_of_texts(function: Any) -> bool:
     """Say whether a function is one that attrs writes, with a hash of texts inside: it differs from process to process."""
     return isinstance(function, types.FunctionType) and function.__code__.co_filename.startswith("<attrs generated")

@@ -21,7 +21,7 @@ from typing import Any
 from .addresses import SMALLEST_ADDRESS, addresses_among, numbers_in, without_addresses
 from .class_attributes import attributes_of
 from .code_names import names_in, variables_and_imports
-from .code_values import content_of, file_words
+from .code_values import content_of, file_words, is_drawn
 from .origin import INSTALLED, PROJECT, SCRIPT, is_importable, origin_of, source_hash
 
 __all__ = ["CodeWalk", "changed_parts", "walk_code"]
@@ -166,8 +166,10 @@ class CodeWalk:
     # ---- Containers and values ----
 
     def _sequence(self, value: Any, place: str) -> _Pair:
-        if set(map(type, value)) <= {int, float} and not any(number >= SMALLEST_ADDRESS for number in value):
-            return _leaf(type(value).__name__, repr(value))
+        if set(map(type, value)) <= {int, float}:
+            self._large.update(number for number in value if type(number) is int and number >= SMALLEST_ADDRESS)
+            if self._known_addresses.isdisjoint(value):
+                return _leaf(type(value).__name__, repr(value))
         pairs = [self._visit(item, f"{place}[{number}]") for number, item in enumerate(value)]
         return _together(type(value).__name__, pairs)
 
@@ -246,6 +248,8 @@ class CodeWalk:
         """Visit variables that code with these names in it reads."""
         modules = {name: value for name, value in values.items() if isinstance(value, types.ModuleType)}
         others = {name: value for name, value in values.items() if name not in modules}
+        if origin_of(place) == PROJECT:  # the source says such a text, or it is drawn when the module is imported
+            others = {name: value for name, value in others.items() if not is_drawn(value)}
         pairs = [self._parts(others, place, lenient, note)]
         for name in sorted(modules):
             pairs += self._module(modules[name], names)
