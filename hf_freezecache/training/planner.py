@@ -20,7 +20,7 @@ from ..data.layout import ChunkLayout
 from ..data.sampler import ChunkSampler
 from ..distributed.process_group import ProcessGroup
 from ..passes import passes_of_step
-from ..schedules import Stage, plan_stages
+from ..schedules import Stage, plan_stages, thawed_to
 
 __all__ = [
     "PLANNER_RULES",
@@ -97,7 +97,13 @@ def plan_run(
 
 
 def predict_passes(
-    stage: Stage, stages: Sequence[Stage], num_epochs: int, num_blocks: int, num_views: int, token_keep: float = 1.0
+    stage: Stage,
+    stages: Sequence[Stage],
+    num_epochs: int,
+    num_blocks: int,
+    num_views: int,
+    token_keep: float = 1.0,
+    together: bool = True,
 ) -> dict[str, float]:
     """Count the passes through blocks that a stage takes per image, with and without a cache.
 
@@ -111,6 +117,7 @@ def predict_passes(
         num_blocks: Blocks of the model.
         num_views: Stored views per image.
         token_keep: Share of the patch tokens that trained blocks see.
+        together: Whether an earlier stage builds the cache of a stage that thaws blocks, together with its own.
 
     Returns:
         ``cached_passes`` and ``live_passes`` per image, over all epochs of the stage.
@@ -118,8 +125,10 @@ def predict_passes(
     following = [later.start_epoch for later in stages if later.index > stage.index]
     epochs = max(min([num_epochs, *following]) - stage.start_epoch, 0)
     trained = passes_of_step(num_blocks, stage.split_point, token_keep) * epochs
+    there = together and any(stage.split_point in thawed_to(one, stages) for one in stages[: stage.index])
+    built = 0 if there else num_views * stage.split_point
     return {
-        "cached_passes": float(trained + num_views * stage.split_point),
+        "cached_passes": float(trained + built),
         "live_passes": float(trained + epochs * stage.split_point),
     }
 
