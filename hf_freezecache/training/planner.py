@@ -101,23 +101,21 @@ def predict_passes(
     stages: Sequence[Stage],
     num_epochs: int,
     num_blocks: int,
-    num_views: int,
+    config: CacheConfig,
     token_keep: float = 1.0,
-    together: bool = True,
 ) -> dict[str, float]:
     """Count the passes through blocks that a stage takes per image, with and without a cache.
 
     What counts is said in ``passes``. Without a cache, each epoch runs the frozen blocks forward and the others forward and
-    backward. With one, the frozen blocks run once for each stored view.
+    backward. With one, the frozen blocks run once for each stored view, from the cache of an earlier stage on if there is one.
 
     Args:
         stage: The stage.
         stages: All stages of the run, in order.
         num_epochs: Epochs of the run.
         num_blocks: Blocks of the model.
-        num_views: Stored views per image.
+        config: The user's settings of caches.
         token_keep: Share of the patch tokens that trained blocks see.
-        together: Whether an earlier stage builds the cache of a stage that thaws blocks, together with its own.
 
     Returns:
         ``cached_passes`` and ``live_passes`` per image, over all epochs of the stage.
@@ -125,12 +123,23 @@ def predict_passes(
     following = [later.start_epoch for later in stages if later.index > stage.index]
     epochs = max(min([num_epochs, *following]) - stage.start_epoch, 0)
     trained = passes_of_step(num_blocks, stage.split_point, token_keep) * epochs
-    there = together and any(stage.split_point in thawed_to(one, stages) for one in stages[: stage.index])
-    built = 0 if there else num_views * stage.split_point
     return {
-        "cached_passes": float(trained + built),
+        "cached_passes": float(trained + config.num_views * (stage.split_point - _states_at(stage, stages, config))),
         "live_passes": float(trained + epochs * stage.split_point),
     }
+
+
+def _states_at(stage: Stage, stages: Sequence[Stage], config: CacheConfig) -> int:
+    """Return the split point from which the states of a stage are computed: its own if an earlier stage builds its cache."""
+    before = stages[: stage.index]
+    if not config.consume_previous_cache and any(stage.split_point in thawed_to(one, stages) for one in before):
+        return stage.split_point
+    if config.build_from == "images":
+        return 0
+    # Stages behind whose blocks nothing has trained since.
+    lowest = [min(one.split_point for one in before[number:]) for number in range(len(before))]
+    usable = [one.split_point for one, least in zip(before, lowest, strict=True) if one.split_point == least]
+    return max((point for point in usable if point < stage.split_point), default=0)
 
 
 @dataclass(frozen=True)

@@ -253,13 +253,7 @@ class StageRunner:
             released_optimizer_bytes=self.released_bytes,
             lr_scale=self.rates.scale_at(stage.split_point, self.splits.num_blocks),
             predicted=predict_passes(
-                stage,
-                self.stages,
-                self.num_epochs,
-                self.splits.num_blocks,
-                self.config.num_views,
-                token_keep,
-                not self.config.consume_previous_cache,
+                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config, token_keep
             ),
             token_keep=token_keep,
         )

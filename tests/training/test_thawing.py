@@ -19,6 +19,7 @@ from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.cost import passes_spent
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.page import render_page
+from hf_freezecache.report.text import stage_account
 from hf_freezecache.training.stage import StageRunner
 
 FALLING = "0:4,1:1,2:0,3:2"
@@ -205,6 +206,9 @@ def test_the_report_tells_of_thawed_blocks(train_dataset, caplog) -> None:
         trainer = trained(train_dataset)
     figures = figures_of(trainer._record)
     assert [stage["split_point"] for stage in figures["stages"]] == [4, 1, 0, 2]
+    assert "from the images, by way of the cache of later stages at split point 1." in stage_account(
+        figures["stages"][0]
+    )
     page = render_page(figures)
     assert "nan" not in page.lower().replace("nanosecond", "")
 
