@@ -1,8 +1,10 @@
 """``schedule="auto"``: how many blocks to freeze, how many views to store and how many epochs to train, for a budget.
 
-Costs are counted in epochs of full fine-tuning, by passes through blocks, see ``passes``: one such epoch of a model of ``n``
-blocks takes ``3 n`` per image. Freezing ``k`` blocks and training ``E`` epochs from a cache of ``V`` views, on a share ``t`` of
-the patch tokens, takes ``k V + 3 (n - k) t E``.
+The head trains first, alone, from the output of the last block: that costs a forward pass and gives the blocks a head that tells
+them something. Then the blocks behind the split point thaw. Costs are counted in epochs of full fine-tuning, by passes through
+blocks, see ``passes``: one such epoch of a model of ``n`` blocks takes ``3 n`` per image. A cache of ``V`` views takes ``n V``, or
+``k V`` where the head does not train first, and ``E`` epochs behind ``k`` blocks, on a share ``t`` of the patch tokens, take
+``3 (n - k) t E``.
 
 The rule is a table, ``RECIPES``: the more a run may cost, the fewer blocks are frozen. It depends on nothing but its
 arguments, so a resumed run and all processes choose the same.
@@ -11,7 +13,7 @@ arguments, so a resumed run and all processes choose the same.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import ScheduleError
 from .passes import passes_of_step
@@ -29,6 +31,7 @@ class Recipe:
         num_views: Views to store of each image.
         token_keep: Share of the patch tokens that a step sees behind the frozen blocks.
         most_epochs: Further epochs gain nothing, unless the user asks for that many of full fine-tuning.
+        head_epochs: Epochs before these, in which the head trains alone.
     """
 
     most_cost: float
@@ -36,22 +39,21 @@ class Recipe:
     num_views: int
     token_keep: float
     most_epochs: int
+    head_epochs: int = 2
 
     def split_point(self, num_blocks: int) -> int:
         """Return the number of blocks to freeze; at least one block is trained, and one is frozen if there are two."""
         return min(max(round(self.frozen * num_blocks), 1), num_blocks - 1)
 
 
-#: In order of cost. Source: some thirty runs of DeiT-Tiny at 160 pixels on 101 classes with 12 images each, one seed; no record of
-#: recipes/benchmarks/time_to_accuracy.py confirms them yet.
+#: In order of cost. Source: MEASURE
 RECIPES = (
-    Recipe(most_cost=1.0, frozen=11 / 12, num_views=1, token_keep=1.0, most_epochs=8),
-    Recipe(most_cost=1.4, frozen=0.75, num_views=1, token_keep=0.5, most_epochs=12),
-    Recipe(most_cost=2.0, frozen=0.75, num_views=2, token_keep=0.5, most_epochs=12),
-    Recipe(most_cost=3.0, frozen=0.5, num_views=2, token_keep=1.0, most_epochs=6),
-    Recipe(most_cost=math.inf, frozen=0.5, num_views=4, token_keep=0.5, most_epochs=16),
+    Recipe(most_cost=0.8, frozen=0.75, num_views=1, token_keep=0.5, most_epochs=8),
+    Recipe(most_cost=1.5, frozen=0.5, num_views=1, token_keep=0.5, most_epochs=4),
+    Recipe(most_cost=3.0, frozen=0.25, num_views=2, token_keep=0.5, most_epochs=6),
+    Recipe(most_cost=math.inf, frozen=0.25, num_views=4, token_keep=0.5, most_epochs=16),
 )
-#: Without a budget, runs of more epochs than these see a part of the tokens.
+#: Without a budget, runs of more epochs than these get the views of long runs.
 _FEW_EPOCHS = 5
 
 
@@ -60,8 +62,9 @@ class Choice:
     """What the rule chose.
 
     Attributes:
-        split_point: Number of blocks to freeze from the first epoch on.
-        num_epochs: Epochs to train.
+        split_point: Number of blocks to freeze, once the head has trained.
+        head_epochs: First epochs, in which the head trains alone.
+        num_epochs: Epochs to train, those of the head included.
         num_views: Views to store of each image.
         token_keep: Share of the patch tokens that a step sees.
         cost: Predicted cost, in epochs of full fine-tuning.
@@ -69,27 +72,44 @@ class Choice:
     """
 
     split_point: int
+    head_epochs: int
     num_epochs: int
     num_views: int
     token_keep: float
     cost: float
     reason: str
 
+    def stages(self, num_blocks: int) -> list[tuple[int, int]]:
+        """Return (start epoch, split point) of each stage."""
+        head = [(0, num_blocks)] if self.head_epochs else []
+        return [*head, (self.head_epochs, self.split_point)]
 
-def _cost(split_point: int, num_epochs: float, num_views: int, token_keep: float, num_blocks: int) -> float:
-    trained = passes_of_step(num_blocks, split_point, token_keep) * num_epochs
-    return (num_views * split_point + trained) / passes_of_step(num_blocks, 0)
+
+def _built(recipe: Recipe, num_views: int, num_blocks: int, head_first: bool) -> int:
+    """Return the passes that storing views takes."""
+    return num_views * (num_blocks if head_first else recipe.split_point(num_blocks))
 
 
-def _epochs_for(recipe: Recipe, cost: float, num_blocks: int) -> int:
-    """Return how many epochs of a recipe a cost pays for, with the views stored first."""
-    split_point = recipe.split_point(num_blocks)
-    left = passes_of_step(num_blocks, 0) * cost - recipe.num_views * split_point
+def _trained(recipe: Recipe, num_epochs: int, num_blocks: int) -> float:
+    """Return the passes that epochs behind the split point take."""
+    return passes_of_step(num_blocks, recipe.split_point(num_blocks), recipe.token_keep) * num_epochs
+
+
+def _epochs_for(recipe: Recipe, cost: float, num_blocks: int, head_first: bool) -> int:
+    """Return how many epochs behind the split point a cost pays for, with the views stored first."""
+    left = passes_of_step(num_blocks, 0) * cost - _built(recipe, recipe.num_views, num_blocks, head_first)
     # The tolerance keeps what is paid for exactly: in binary a third of 3 lies below 1.
-    return math.floor(left / passes_of_step(num_blocks, split_point, recipe.token_keep) + 1e-9)
+    return math.floor(left / _trained(recipe, 1, num_blocks) + 1e-9)
 
 
-def choose(num_blocks: int, num_epochs: int, budget: float | None = None) -> Choice:
+def choose(
+    num_blocks: int,
+    num_epochs: int,
+    budget: float | None = None,
+    head_first: bool = True,
+    num_views: int | None = None,
+    token_keep: float | None = None,
+) -> Choice:
     """Choose how to train a model.
 
     Args:
@@ -97,39 +117,56 @@ def choose(num_blocks: int, num_epochs: int, budget: float | None = None) -> Cho
         num_epochs: Epochs of full fine-tuning that the user asks for.
         budget: What the run may cost, as a share of that of ``num_epochs`` epochs of full fine-tuning. The number of epochs is
             then chosen, too. ``None`` trains for ``num_epochs``.
+        head_first: Whether there is a head that can train alone.
+        num_views: Views to store, if that is settled.
+        token_keep: Share of the patch tokens that a step sees, if that is settled.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
     """
     if num_blocks < 2:
         raise ScheduleError("schedule='auto' freezes some of several blocks, but the model has one. Give a schedule.")
+    whole = passes_of_step(num_blocks, 0)
+    recipes = [
+        replace(
+            recipe,
+            num_views=recipe.num_views if num_views is None else num_views,
+            token_keep=recipe.token_keep if token_keep is None else token_keep,
+        )
+        for recipe in RECIPES
+    ]
     if budget is None:
         few = num_epochs <= _FEW_EPOCHS
-        recipe = RECIPES[-2] if few else RECIPES[-1]
-        epochs, views = num_epochs, min(recipe.num_views, num_epochs)
+        recipe = recipes[-2] if few else recipes[-1]
+        head_epochs = min(recipe.head_epochs, num_epochs // 2) if head_first else 0
+        epochs = num_epochs - head_epochs
         reason = f"schedule='auto' keeps the {num_epochs} epoch{'s' if num_epochs > 1 else ''} asked for"
     else:
         cost = budget * num_epochs
         # Gentler recipes may not pay for an epoch beside their views: a harder one then does.
-        fitting = [recipe for recipe in RECIPES if _epochs_for(recipe, cost, num_blocks) >= 1]
+        fitting = [recipe for recipe in recipes if _epochs_for(recipe, cost, num_blocks, head_first) >= 1]
         if not fitting:
-            split_point = RECIPES[0].split_point(num_blocks)
-            least = _cost(split_point, 1, RECIPES[0].num_views, RECIPES[0].token_keep, num_blocks)
+            hardest = recipes[0]
+            least = (
+                _built(hardest, hardest.num_views, num_blocks, head_first) + _trained(hardest, 1, num_blocks)
+            ) / whole
             raise ScheduleError(
                 f"budget={budget:g} of {num_epochs} epochs is {cost:.3g} epochs of full fine-tuning, but one epoch behind "
-                f"{split_point} frozen blocks takes {least:.3g}, caching included. Set budget to at least "
+                f"{hardest.split_point(num_blocks)} frozen blocks takes {least:.3g}, caching included. Set budget to at least "
                 f"{math.ceil(1000 * least / num_epochs) / 1000:g}."
             )
         recipe = next((recipe for recipe in fitting if cost <= recipe.most_cost), fitting[-1])
-        epochs = min(_epochs_for(recipe, cost, num_blocks), max(recipe.most_epochs, num_epochs))
-        views = min(recipe.num_views, epochs)
+        head_epochs = recipe.head_epochs if head_first else 0
+        epochs = min(_epochs_for(recipe, cost, num_blocks, head_first), max(recipe.most_epochs, num_epochs))
         reason = f"schedule='auto' may spend {cost:.3g} epochs of full fine-tuning (budget={budget:g} of {num_epochs})"
-    split_point = recipe.split_point(num_blocks)
+    views = min(recipe.num_views, epochs) if num_views is None else num_views
+    passes = _built(recipe, views, num_blocks, head_epochs > 0) + _trained(recipe, epochs, num_blocks)
     return Choice(
-        split_point,
-        epochs,
-        views,
-        recipe.token_keep,
-        _cost(split_point, epochs, views, recipe.token_keep, num_blocks),
-        reason,
+        split_point=recipe.split_point(num_blocks),
+        head_epochs=head_epochs,
+        num_epochs=head_epochs + epochs,
+        num_views=views,
+        token_keep=recipe.token_keep,
+        cost=passes / whole,
+        reason=reason,
     )

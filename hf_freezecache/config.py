@@ -82,7 +82,8 @@ class FreezeConfig:
         metadata={
             "aliases": ["--freeze_schedule"],
             "help": "Start:split_point pairs, e.g. '0:6,3:9,6:11'. A start is an epoch (a whole number) or, written with a "
-            "decimal point and below 1, a fraction of training ('0.5:9'). Or a policy: 'linear(0.0,0.5,0.75)' freezes at a "
+            "decimal point and below 1, a fraction of training ('0.5:9'). Split points may fall: '0:12,2:6' trains the head of a "
+            "model of 12 blocks alone for two epochs, then thaws the last six blocks. Or a policy: 'linear(0.0,0.5,0.75)' freezes at a "
             "constant pace from the first to the second fraction of training, up to the third fraction of the blocks; "
             "'linear' alone takes these numbers. 'auto' chooses split point, views, tokens and learning rates for the epochs of the "
             "run, or the epochs as well, for --budget. In Python a dict works too.",

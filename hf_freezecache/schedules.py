@@ -47,6 +47,7 @@ __all__ = [
     "parse_schedule",
     "plan_stages",
     "stage_at",
+    "thawed_to",
 ]
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ class Policy(Protocol):
     def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
         """Return the stages in order.
 
-        Start epochs rise, and split points are whole numbers from 0 to ``num_blocks`` that do not fall. Epochs before the first
-        stage train all blocks. Stages from ``num_epochs`` on are never reached.
+        Start epochs rise, and split points are whole numbers from 0 to ``num_blocks``. Where one is lower than the one before,
+        blocks thaw. Epochs before the first stage train all blocks. Stages from ``num_epochs`` on are never reached.
 
         Args:
             num_epochs: Epochs of the whole run, rounded up.
@@ -199,18 +200,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class Auto:
-    """Freeze what the rule of ``auto_schedule`` chooses for so many epochs, from the first epoch on.
+    """Train the head first, then freeze what the rule of ``auto_schedule`` chooses for so many epochs.
 
     ``FreezeConfig(schedule="auto")`` chooses views, tokens and learning rates as well.
     """
 
     def stages(self, num_epochs: int, num_blocks: int) -> list[Stage]:
-        """Return one stage.
+        """Return the stage of the head and that behind the split point.
 
         Raises:
             ScheduleError: The model has one block only.
         """
-        return number_stages([(0, choose(num_blocks, num_epochs).split_point)])
+        return number_stages(choose(num_blocks, num_epochs).stages(num_blocks))
 
 
 #: Extension point: name in a schedule -> policy. The module's docstring shows how to add one.
@@ -288,8 +289,8 @@ def plan_stages(schedule: str | None, num_epochs: int, num_blocks: int) -> list[
         num_blocks: Blocks of the model.
 
     Raises:
-        ScheduleError: The schedule cannot be read. Or a split point is negative, exceeds ``num_blocks`` or is lower than an
-            earlier one (frozen blocks cannot thaw: their cache would go stale).
+        ScheduleError: The schedule cannot be read, starts do not increase, or a split point is negative or exceeds
+            ``num_blocks``.
     """
     stages = [] if schedule is None else parse_schedule(schedule).stages(num_epochs, num_blocks)
     pairs = [(stage.start_epoch, stage.split_point) for stage in stages]
@@ -308,11 +309,6 @@ def plan_stages(schedule: str | None, num_epochs: int, num_blocks: int) -> list[
                 f"The schedule {schedule!r} starts a stage at epoch {after.start_epoch} behind one at epoch "
                 f"{before.start_epoch}: starts must increase."
             )
-        if after.split_point < before.split_point:
-            raise ScheduleError(
-                f"The schedule unfreezes blocks: {before.split_point} are frozen from epoch {before.start_epoch}, "
-                f"{after.split_point} from epoch {after.start_epoch}. Split points must not fall."
-            )
     unreached = [stage for stage in stages if stage.start_epoch >= num_epochs]
     if unreached:
         logger.warning(
@@ -326,6 +322,15 @@ def plan_stages(schedule: str | None, num_epochs: int, num_blocks: int) -> list[
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
     """Return the stage in force in ``epoch``."""
     return max((stage for stage in stages if stage.start_epoch <= epoch), key=lambda stage: stage.start_epoch)
+
+
+def thawed_to(stage: Stage, stages: Sequence[Stage]) -> list[int]:
+    """Return the lower split points, in rising order, of later stages before whose blocks nothing is trained until then."""
+    points = [stage.split_point]
+    for later in stages[stage.index + 1 :]:
+        if later.split_point < points[-1]:
+            points.append(later.split_point)
+    return sorted(point for point in points[1:] if point > 0)
 
 
 # ---- Numbers by split point ----

@@ -26,11 +26,12 @@ from .training.adapter import (
     check_setup,
     check_train_arguments,
     describe,
+    fewest_frozen,
     find_process_groups,
-    first_split_point,
     install_callbacks,
     optimizer_ready,
     plan_stages_of,
+    prepare_optimizer,
     report_callbacks,
     restore_weights_of,
     resume_weights_of,
@@ -47,6 +48,7 @@ from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
 from .training.planner import shuffle_seed
 from .training.preflight import check_pushed, check_steps
+from .training.sharing import push_cache
 from .training.stage import StageRunner
 
 __all__ = ["FreezeCacheTrainer"]
@@ -178,22 +180,22 @@ class FreezeCacheTrainer(Trainer):
         return moved[1:]
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """As ``Trainer``; blocks that are frozen at the start are not in the optimizer.
+        """As ``Trainer``; blocks that no stage will train are not in the optimizer.
 
         The model is final here (``model_init``, restored weights) and the optimizer does not exist yet. Groups saved in a
-        checkpoint hold what was trained when it was saved, so that much is frozen; ``_run_epoch`` freezes the rest.
+        checkpoint hold what was trained when it was saved, see ``optimizer_ready``; ``_run_epoch`` freezes the rest.
         """
         run = self._run
         if run is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        split_point = first_split_point(run, resume_from_checkpoint)
+        split_point = fewest_frozen(run, resume_from_checkpoint)
         self._freezer.optimizer_is_ours = self.optimizer is None
         run.use_model(self.model)
         run.freeze(split_point, self.optimizer)  # a user's own optimizer holds all parameters
         # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
         self.model_wrapped = run.unwrap(self.model_wrapped)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        run.rates.prepare(run.splits, self.optimizer, self.lr_scheduler, self._freezer)
+        prepare_optimizer(self)
         check_steps(run, self.model_wrapped)
         if run.moved_to is not None:
             move_scheduler(self.lr_scheduler, run.moved_to)
@@ -347,7 +349,7 @@ class FreezeCacheTrainer(Trainer):
         """
         if self._run is None:
             raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
-        return self._run.push_cache(repo_id, private, settings)
+        return push_cache(self._run, repo_id, private, settings)
 
     # ---- The Hub ----
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,39 +16,55 @@ from hf_freezecache.errors import ScheduleError
     num_blocks=st.integers(2, 48),
     num_epochs=st.integers(1, 300),
     budget=st.floats(0.01, 1.0),
+    head_first=st.booleans(),
+    num_views=st.none() | st.integers(1, 8),
+    token_keep=st.none() | st.floats(0.1, 1.0),
 )
-def test_a_choice_fits_its_budget_and_the_model(num_blocks: int, num_epochs: int, budget: float) -> None:
+def test_a_choice_fits_its_budget_and_the_model(
+    num_blocks, num_epochs, budget, head_first, num_views, token_keep
+) -> None:
+    arguments = (num_blocks, num_epochs, budget, head_first, num_views, token_keep)
     try:
-        choice = choose(num_blocks, num_epochs, budget)
+        choice = choose(*arguments)
     except ScheduleError:  # the next test reads it
         return
     assert choice.cost <= budget * num_epochs * (1 + 1e-6)
     assert 1 <= choice.split_point < num_blocks
-    assert choice.num_epochs >= 1
-    assert 1 <= choice.num_views <= choice.num_epochs
-    assert 0 < choice.token_keep <= 1
-    assert choice == choose(num_blocks, num_epochs, budget)
+    assert choice.num_epochs > choice.head_epochs >= 0
+    assert bool(choice.head_epochs) == head_first
+    assert choice.num_views == num_views or (num_views is None and 1 <= choice.num_views <= choice.num_epochs)
+    assert choice.token_keep == token_keep or (token_keep is None and 0 < choice.token_keep <= 1)
+    assert choice == choose(*arguments)
+    # By hand: views through all blocks the head needs, then steps on a part of the tokens.
+    deepest = num_blocks if head_first else choice.split_point
+    steps = 3 * (num_blocks - choice.split_point) * choice.token_keep * (choice.num_epochs - choice.head_epochs)
+    assert choice.cost == pytest.approx((choice.num_views * deepest + steps) / (3 * num_blocks))
+    assert [point for _, point in choice.stages(num_blocks)][-1] == choice.split_point
 
 
-def test_the_least_budget_that_is_named_is_enough() -> None:
-    with pytest.raises(ScheduleError, match=r"Set budget to at least 0\.389") as error:
-        choose(12, 1, 0.05)
-    assert "0.05 epochs of full fine-tuning" in str(error.value)
-    assert choose(12, 1, 0.389).split_point == 11
+@pytest.mark.parametrize("head_first", [True, False])
+def test_the_least_budget_that_is_named_is_enough(head_first) -> None:
+    with pytest.raises(ScheduleError, match=r"0\.05 epochs of full fine-tuning.*Set budget to at least") as error:
+        choose(12, 1, 0.05, head_first)
+    least = float(re.search(r"at least ([0-9.]+)\.", str(error.value))[1])
+    assert choose(12, 1, least, head_first).num_epochs >= 1
+    with pytest.raises(ScheduleError):
+        choose(12, 1, least - 0.002, head_first)
 
 
 def test_more_money_freezes_less() -> None:
     points = [choose(12, 8, budget / 100).split_point for budget in range(10, 101)]
     assert points == sorted(points, reverse=True)
-    assert (points[0], points[-1]) == (11, 6)
+    assert points[0] > points[-1]
 
 
 def test_without_a_budget_the_epochs_stay() -> None:
-    for epochs in (1, 3, 5, 6, 30):
+    for epochs in (1, 2, 3, 5, 6, 30):
         choice = choose(12, epochs)
         assert choice.num_epochs == epochs
         assert choice.num_views <= epochs
         assert choice.cost < epochs
+        assert len(choice.stages(12)) == (1 if epochs == 1 else 2)
 
 
 def test_the_rule_is_in_order() -> None:

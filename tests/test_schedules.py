@@ -20,6 +20,7 @@ from hf_freezecache.schedules import (
     parse_schedule,
     plan_stages,
     stage_at,
+    thawed_to,
 )
 
 
@@ -106,7 +107,6 @@ def test_stages_behind_the_end_are_kept_and_warned_of(caplog) -> None:
         ("0:6,0:9", "starts must increase, but epoch 0 is followed by epoch 0"),
         ("0:6,0.5:9,5:10", "epoch 5 is followed by epoch 5 (with 10 epochs in all)"),
         ("0:13", "freezes 13 blocks from epoch 0, but the model has 12: use whole split points from 0 to 12"),
-        ("0:6,3:9,6:8", "unfreezes blocks: 9 are frozen from epoch 3, 8 from epoch 6"),
     ],
 )
 def test_bad_schedules_are_refused_with_what_was_wrong(schedule, words) -> None:
@@ -234,16 +234,22 @@ def test_a_policy_of_the_users_own_is_checked_like_a_schedule(monkeypatch) -> No
         policy = dataclass(frozen=True)(type(name, (), {"stages": lambda self, epochs, blocks: number_stages(pairs)}))
         monkeypatch.setitem(POLICIES, name, policy)
 
-    register("thaw", (0, 12), (1, 0))
     register("negative", (0, -1))
     register("back", (0, 1), (3, 2), (2, 3))
     register("late", (2, 3))
     register("none")
-    for name, words in {"thaw": "unfreezes", "negative": "freezes -1 blocks", "back": "starts must increase"}.items():
+    for name, words in {"negative": "freezes -1 blocks", "back": "starts must increase"}.items():
         with pytest.raises(ScheduleError, match=words):
             plan_stages(name, 5, 12)
     assert plan_stages("late", 5, 12) == [Stage(0, 0, 0), Stage(1, 2, 3)]
     assert plan_stages("none()", 5, 12) == [Stage(0, 0, 0)]
+
+
+def test_blocks_may_thaw() -> None:
+    stages = plan_stages("0:12,2:9,4:6,5:8,6:0,7:3", 10, 12)
+    assert [stage.split_point for stage in stages] == [12, 9, 6, 8, 0, 3]
+    # Behind which later stages find everything as it is when a stage begins.
+    assert [thawed_to(stage, stages) for stage in stages] == [[6, 9], [6], [], [], [], []]
 
 
 def test_linear_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import importlib.util
 import types
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def names_in(code: types.CodeType) -> list[str]:
+@functools.lru_cache(4096)  # code is walked over several times
+def names_in(code: types.CodeType) -> tuple[str, ...]:
     """Return all names in a code object: of variables, attributes and modules."""
-    return sorted({name for part in _codes(code) for name in part.co_names})
+    return tuple(sorted({name for part in _codes(code) for name in part.co_names}))
 
 
-def variables_and_imports(code: types.CodeType, package: str) -> tuple[set[str], set[str]]:
+@functools.lru_cache(4096)
+def variables_and_imports(code: types.CodeType, package: str) -> tuple[frozenset[str], frozenset[str]]:
     """Return the names of the global variables that code reads, and of the modules that it imports when it runs."""
     variables, imports = set(), set()
     for part in _codes(code):
@@ -39,4 +42,4 @@ def variables_and_imports(code: types.CodeType, package: str) -> tuple[set[str],
                     imports.add(importlib.util.resolve_name("." * level + step.argval, package))
             elif step.opname.startswith("LOAD_"):
                 constants.append(step.argval)
-    return variables, imports
+    return frozenset(variables), frozenset(imports)

@@ -16,7 +16,7 @@ import torch
 
 from .files import is_data_file, stamp
 
-__all__ = ["content_of", "file_words"]
+__all__ = ["content_of", "file_words", "is_drawn"]
 
 _GENERATORS = (
     *(random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator, np.random.SeedSequence),
@@ -26,6 +26,7 @@ _FILES = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRan
 _WITHOUT_CONTENT = (types.MemberDescriptorType, types.GetSetDescriptorType, weakref.ReferenceType)
 #: Seeds that people choose are smaller than those that a clock or the operating system gives.
 _CHOSEN_SEEDS = 2**32
+_DRAWN = re.compile(r"[0-9a-f]{8}(-?)[0-9a-f]{4}\1[4][0-9a-f]{3}\1[89ab][0-9a-f]{3}\1[0-9a-f]{12}")
 
 
 def content_of(value: Any) -> tuple[str | bytes, ...] | None:
@@ -60,6 +61,11 @@ def content_of(value: Any) -> tuple[str | bytes, ...] | None:
 def file_words(text: str) -> tuple[str, ...]:
     """Return the size and the time of the last change of a file of data, if a text names one."""
     return (stamp(text) or "",) if is_data_file(text) else ()
+
+
+def is_drawn(value: Any) -> bool:
+    """Say whether a value is a text that ``uuid.uuid4`` draws."""
+    return type(value) is str and _DRAWN.fullmatch(value) is not None
 
 
 def _of_array(array: Any) -> tuple[str | bytes, ...] | None:

@@ -14,12 +14,14 @@ import hashlib
 import sys
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from .addresses import SMALLEST_ADDRESS, addresses_among, numbers_in, without_addresses
+from .class_attributes import attributes_of
 from .code_names import names_in, variables_and_imports
-from .code_values import content_of, file_words
+from .code_values import content_of, file_words, is_drawn
 from .origin import INSTALLED, PROJECT, SCRIPT, is_importable, origin_of, source_hash
 
 __all__ = ["CodeWalk", "changed_parts", "walk_code"]
@@ -28,15 +30,6 @@ __all__ = ["CodeWalk", "changed_parts", "walk_code"]
 _Pair = tuple[bytes, bytes]
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range, slice})
 _BUILTIN = (types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType)
-#: Of a class, what its source says already, or what Python keeps there for itself.
-_NO_ATTRIBUTES = {
-    *("__dict__", "__weakref__", "__module__", "__doc__", "__qualname__", "__annotations__", "__annotate__"),
-    *("__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__", "__abstractmethods__"),
-    *("_abc_impl", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__parameters__"),
-    *("__orig_bases__", "__classdictcell__"),
-}
-#: No address of an object is smaller, and few numbers that people choose are larger.
-_SMALLEST_ADDRESS = 2**32
 
 
 def _hash(*words: str | bytes) -> bytes:
@@ -62,14 +55,15 @@ class CodeWalk:
     Args:
         code: The transform or collator, or a tuple of them.
         skipped: Parts that do not count, as ``changed_parts`` gave them.
-        addresses: Numbers that are addresses of objects (``id(step)``), which differ from process to process.
+        addresses: Numbers that are addresses of objects (``id(step)``), which differ from process to process. They do
+            not count, inside texts neither.
         special: Gives the digest of objects of certain types, and ``None`` of others.
 
     Attributes:
         digest: SHA-256 of everything that was reached, 64 hexadecimal digits.
         parts: Place of each attribute and variable -> digest of its value, without instances inside it.
         unseen: What could not be looked into, in words.
-        addresses: Numbers that were met and are addresses of objects that were met.
+        addresses: Numbers that were met, inside texts as well, and are addresses of objects.
 
     Raises:
         TypeError: Something that ``code`` holds has no content that could be hashed; the message names the place.
@@ -91,7 +85,7 @@ class CodeWalk:
         self._begun: set[int] = set()
         self._sources: dict[str, str] = {}
         self.digest = self._visit(code, "code")[0].hex()
-        self.addresses = frozenset(self._large & self._done.keys())
+        self.addresses = addresses_among(self._large, self._done)
 
     # ---- One object ----
 
@@ -113,13 +107,18 @@ class CodeWalk:
         return pair
 
     def _plain(self, value: Any) -> _Pair:
-        if type(value) is int and value >= _SMALLEST_ADDRESS:
+        if type(value) is int and value >= SMALLEST_ADDRESS:
             if value in self._known_addresses:
                 return _leaf("address")
             self._large.add(value)
         if type(value) is str:
-            return _leaf("text", value, *file_words(value))
+            return _leaf("text", self._text(value), *file_words(value))
         return _leaf(type(value).__name__, value if type(value) is bytes else repr(value))
+
+    def _text(self, text: str) -> str:
+        """Return a text without the addresses in it."""
+        self._large |= numbers_in(text)
+        return without_addresses(text, self._known_addresses)
 
     def _look(self, value: Any, place: str) -> _Pair:
         exact = self._EXACT.get(type(value))
@@ -130,7 +129,7 @@ class CodeWalk:
                 return look(self, value, place)
         words = content_of(value)
         if words is not None:
-            return _leaf(*words)
+            return _leaf(*(self._text(word) if isinstance(word, str) else word for word in words))
         digest = self._special(value)
         return self._instance(value, place) if digest is None else _leaf("special", digest)
 
@@ -152,7 +151,7 @@ class CodeWalk:
             note: Whether to note what cannot be hashed.
         """
         pairs = []
-        for name, value in sorted(values.items(), key=lambda item: str(item[0])):
+        for name, value in sorted(values.items(), key=lambda item: self._text(str(item[0]))):
             try:
                 pair = self._part(value, f"{place}.{name}")
             except Exception:
@@ -161,14 +160,16 @@ class CodeWalk:
                 if note:
                     self.unseen[f"{place}.{name} ({type(value).__name__})"] = None
                 pair = _leaf("unseen", type(value).__qualname__)
-            pairs += [_leaf(str(name)), pair]
+            pairs += [_leaf(self._text(str(name))), pair]
         return _together("names", pairs)
 
     # ---- Containers and values ----
 
     def _sequence(self, value: Any, place: str) -> _Pair:
-        if set(map(type, value)) <= {int, float} and not any(number >= _SMALLEST_ADDRESS for number in value):
-            return _leaf(type(value).__name__, repr(value))
+        if set(map(type, value)) <= {int, float}:
+            self._large.update(number for number in value if type(number) is int and number >= SMALLEST_ADDRESS)
+            if self._known_addresses.isdisjoint(value):
+                return _leaf(type(value).__name__, repr(value))
         pairs = [self._visit(item, f"{place}[{number}]") for number, item in enumerate(value)]
         return _together(type(value).__name__, pairs)
 
@@ -199,7 +200,7 @@ class CodeWalk:
 
     def _function(self, value: types.FunctionType, place: str) -> _Pair:
         module, origin = value.__module__ or "", origin_of(value.__module__ or "")
-        name = f"{'' if origin == SCRIPT else module}:{value.__qualname__}"
+        name = self._text(f"{'' if origin == SCRIPT else module}:{value.__qualname__}")
         if origin == INSTALLED and is_importable(value):
             return _leaf("function", name)
         cells = {}
@@ -242,17 +243,19 @@ class CodeWalk:
         return pairs
 
     def _variables(
-        self, values: dict[str, Any], place: str, names: list[str], lenient: bool = True, note: bool = True
+        self, values: dict[str, Any], place: str, names: Sequence[str], lenient: bool = True, note: bool = True
     ) -> list[_Pair]:
         """Visit variables that code with these names in it reads."""
         modules = {name: value for name, value in values.items() if isinstance(value, types.ModuleType)}
         others = {name: value for name, value in values.items() if name not in modules}
+        if origin_of(place) == PROJECT:  # the source says such a text, or it is drawn when the module is imported
+            others = {name: value for name, value in others.items() if not is_drawn(value)}
         pairs = [self._parts(others, place, lenient, note)]
         for name in sorted(modules):
             pairs += self._module(modules[name], names)
         return pairs
 
-    def _module(self, module: types.ModuleType, names: list[str]) -> list[_Pair]:
+    def _module(self, module: types.ModuleType, names: Sequence[str]) -> list[_Pair]:
         """Visit what code with these names in it can take from a module of the user's own."""
         if origin_of(module.__name__) != PROJECT or id(module) in self._begun:
             return [_leaf("module", module.__name__)]
@@ -271,15 +274,14 @@ class CodeWalk:
 
     def _class(self, value: type, place: str) -> _Pair:
         module, origin = value.__module__, origin_of(value.__module__)
-        name = f"{'' if origin == SCRIPT else module}:{value.__qualname__}"
+        name = self._text(f"{'' if origin == SCRIPT else module}:{value.__qualname__}")
         if origin == INSTALLED:
             return _leaf("class", name)
         inside = f"{module}:{value.__qualname__}"
-        attributes = {key: item for key, item in vars(value).items() if key not in _NO_ATTRIBUTES}
         pairs = [
             _leaf("class", name, self._source(module)),
             *(self._visit(base, f"{inside}.bases") for base in value.__bases__),
-            self._parts(attributes, inside, lenient=True),
+            self._parts(attributes_of(value, origin == PROJECT), inside, lenient=True),
         ]
         return _together("class", pairs)[0], _hash("class", name)
 
@@ -321,7 +323,7 @@ class CodeWalk:
 
     def _instance(self, value: Any, place: str) -> _Pair:
         kind = type(value)
-        name = f"{kind.__module__}.{kind.__qualname__}"
+        name = self._text(f"{kind.__module__}.{kind.__qualname__}")
         shared = getattr(value, "get_obj", None)
         if shared is not None and kind.__module__.startswith("multiprocessing."):
             return self._part(getattr(shared(), "value", None), f"{place}.value")
@@ -340,7 +342,8 @@ class CodeWalk:
         if items is not None:
             pairs.append(self._part(list(items), f"{place}.items"))
         if pairs_of_dict is not None:
-            pairs.append(self._part(list(pairs_of_dict), f"{place}.items"))
+            ordered = isinstance(value, collections.OrderedDict)
+            pairs.append(self._part((list if ordered else dict)(pairs_of_dict), f"{place}.items"))
         return _together(name, pairs)[0], _hash("instance", name)
 
     @staticmethod

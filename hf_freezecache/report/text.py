@@ -159,6 +159,9 @@ def _training_source(stage: Figures) -> str:
         return f"{cache}, which was found."
     chosen = ", with a codec chosen by measurement" if stage["calibrated"] else ""
     source = f"the cache of split point {stage['built_from']}" if stage["built_from"] else "the images"
+    if ahead := stage["built_ahead"]:
+        several = "s" if len(ahead) > 1 else ""
+        source += f", by way of the cache{several} of later stages at split point{several} {', '.join(map(str, ahead))}"
     return f"{cache}, which this run built from {source}{chosen}."
 
 

@@ -42,10 +42,11 @@ __all__ = [
     "build_cache_of",
     "check_setup",
     "describe",
+    "fewest_frozen",
     "find_process_groups",
-    "first_split_point",
     "optimizer_ready",
     "plan_stages_of",
+    "prepare_optimizer",
     "restore_weights_of",
     "resume_weights_of",
     "start_run",
@@ -206,22 +207,27 @@ def start_run(
     )
     if base is not None:  # a run that only builds takes no step
         run.rates = LearningRates.of(trainer.freeze_config)
-        run.token_keep, run.tokens_required = trainer.freeze_config.token_keep or 1.0, not trainer._record.chosen
+        run.token_keep, run.lenient = trainer.freeze_config.token_keep or 1.0, bool(trainer._record.chosen)
     return run
 
 
-def first_split_point(run: StageRunner, checkpoint: str | None) -> int:
-    """Return with how many frozen blocks a run begins: those of the checkpoint it goes on from, whose progress it takes over.
+def fewest_frozen(run: StageRunner, checkpoint: str | None) -> int:
+    """Return how few blocks are frozen in what is left of a run; its progress is that of the checkpoint it goes on from.
 
     Raises:
         UnsupportedSetupError: The stage of the checkpoint cannot be read.
     """
-    if checkpoint is None:
-        return run.stages[0].split_point
-    saved = load_stage(Path(checkpoint))
-    if saved.stage is not None:
-        run.restore_progress(saved.progress)
-    return saved.split_point
+    left = run.stages
+    if checkpoint is not None:
+        saved = load_stage(Path(checkpoint))
+        if saved.stage is not None:
+            run.restore_progress(saved.progress)
+        run.saved, run.frozen_before = saved.stage, saved.split_point
+        if saved.stage is not None and saved.stage in run.stages:
+            left = run.stages[saved.stage.index :]
+    else:
+        run.frozen_before = run.stages[0].split_point
+    return min([run.frozen_before, *(stage.split_point for stage in left)])
 
 
 def describe(trainer: Any) -> None:
@@ -301,6 +307,22 @@ def restore_weights_of(
     return restore_weights(Path(checkpoint), trainer.model if model is None else model, strict=strict)
 
 
+def prepare_optimizer(trainer: Any) -> None:
+    """Give a trainer's new optimizer the groups that it has in the stage in which the run begins. Again, it does nothing.
+
+    Args:
+        trainer: The user's trainer.
+
+    Raises:
+        UnsupportedSetupError: See ``LearningRates.prepare``.
+    """
+    run, freezer = trainer._run, trainer._freezer
+    freezer.adopt(trainer.optimizer)
+    # Blocks that a later stage thaws, and what a `create_optimizer` of the user's own put in of frozen ones.
+    freezer.prune(trainer.optimizer, run.splits.at(run.frozen_before))
+    run.rates.prepare(run.splits, trainer.optimizer, trainer.lr_scheduler, freezer)
+
+
 @contextmanager
 def optimizer_ready(trainer: Any, checkpoint: str | None) -> Iterator[None]:
     """While active, a trainer's optimizer has the groups that a checkpoint of such a run has.
@@ -310,14 +332,13 @@ def optimizer_ready(trainer: Any, checkpoint: str | None) -> Iterator[None]:
         checkpoint: Its folder; ``None`` if there is none.
 
     Raises:
-        UnsupportedSetupError: See ``LearningRates.prepare`` and ``LearningRates.restoring``.
+        UnsupportedSetupError: See ``prepare_optimizer`` and ``LearningRates.restoring``.
     """
     run = trainer._run
-    trainer._freezer.prune(trainer.optimizer)  # what a `create_optimizer` of the user's own put in of frozen blocks
     if run is None:
         yield
         return
-    run.rates.prepare(run.splits, trainer.optimizer, trainer.lr_scheduler, trainer._freezer)
+    prepare_optimizer(trainer)
     with run.rates.restoring(checkpoint, trainer.optimizer):
         yield
 

@@ -8,22 +8,29 @@ from dataclasses import replace
 from typing import Any
 
 from ..auto_schedule import Choice, choose
+from ..data.views import ViewDataset, same_examples
 from ..errors import UnsupportedSetupError
 from ..model.probe import find_blocks
+from .lr_rule import lr_scale
 
 __all__ = ["LAYER_DECAY", "settle_auto"]
 
 logger = logging.getLogger(__name__)
 
+#: Rows whose views are compared: a flip alone leaves three views of eight rows alike once in 65,536 times.
+_ROWS = 8
+
 #: ``layer_decay`` under ``schedule="auto"``. Source: as ``auto_schedule.RECIPES``.
 LAYER_DECAY = 0.75
+#: With that decay the best learning rate is so many times that without. Source: as ``auto_schedule.RECIPES``.
+DECAY_SCALE = 3.0
 
 
 def settle_auto(trainer: Any, num_epochs: int) -> None:
     """Settle the configurations of a trainer whose schedule is ``"auto"``, and the number of epochs if there is a budget.
 
-    What the user set stays: ``num_views``, ``token_keep``, ``layer_decay``, ``lr_scale``. The choice depends on the number of blocks,
-    the epochs and the budget alone.
+    What the user set stays: ``num_views``, ``token_keep``, ``layer_decay``, ``lr_scale``. The choice depends on these, the number
+    of blocks, whether a head trains, whether views differ, the epochs and the budget alone.
 
     Args:
         trainer: The user's trainer. Its ``freeze_config`` and ``cache_config`` are replaced, and with a budget
@@ -40,16 +47,23 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
             f"budget={freezing.budget:g} chooses the number of epochs, but max_steps={args.max_steps} fixes how long to train. Set "
             "num_train_epochs in place of max_steps, or remove the budget."
         )
-    choice = choose(len(find_blocks(trainer.model)[1]), num_epochs, freezing.budget)
+    blocks = find_blocks(trainer.model)[1]
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    # LoRA without modules_to_save, for one, leaves a head as it is.
+    head_trains = any(parameter.requires_grad and parameter not in inside for parameter in trainer.model.parameters())
+    free = caching.chooses_views and caching.mode != "never"
+    views = (None if _views_differ(trainer) else 1) if free else caching.num_views
+    choice = choose(len(blocks), num_epochs, freezing.budget, head_trains, views, freezing.token_keep)
+    stages = choice.stages(len(blocks))
     trainer.freeze_config = replace(
         freezing,
-        schedule=f"0:{choice.split_point}",
+        schedule=",".join(f"{epoch}:{split_point}" for epoch, split_point in stages),
         budget=None,
-        token_keep=choice.token_keep if freezing.token_keep is None else freezing.token_keep,
+        token_keep=choice.token_keep,
         layer_decay=LAYER_DECAY if freezing.layer_decay is None else freezing.layer_decay,
-        lr_scale="auto" if freezing.lr_scale is None else freezing.lr_scale,
+        lr_scale=_rates(stages, len(blocks), freezing.layer_decay) if freezing.lr_scale is None else freezing.lr_scale,
     )
-    if caching.chooses_views and caching.mode != "never":
+    if free:
         trainer.cache_config = replace(caching, num_views=choice.num_views)
     if freezing.budget is not None:
         # The user's own stay as they are: another trainer may get them, and choose from the epochs in them.
@@ -60,11 +74,34 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         logger.info("%s", line)
 
 
+def _views_differ(trainer: Any) -> bool:
+    """Whether two views of a row may differ: a transform that draws nothing gives one image over and over."""
+    try:
+        views = ViewDataset(trainer.train_dataset, trainer.cache_config.view_seed, *trainer._transforms)
+        rows = range(min(_ROWS, len(views)))
+        return any(not same_examples(views[row, 1], views[row, view]) for row in rows for view in (2, 3))
+    except Exception:  # it is told once the data are checked
+        return True
+
+
+def _rates(stages: list[tuple[int, int]], num_blocks: int, layer_decay: float | None) -> str:
+    """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it."""
+    # The user's rate suits the decay that the user trains with.
+    least = 1.0 if layer_decay is not None else DECAY_SCALE
+    points = sorted({split_point for _, split_point in stages})
+    return ",".join(f"{point}:{least * lr_scale(point, num_blocks):g}" for point in points)
+
+
+def _epochs(choice: Choice) -> str:
+    head, rest = choice.head_epochs, choice.num_epochs - choice.head_epochs
+    return f"{head} epochs of the head alone, then {rest}" if head else f"{rest} epochs"
+
+
 def _described(choice: Choice, trainer: Any) -> str:
     """Return in a sentence why, and behind a colon what was chosen."""
     freezing = trainer.freeze_config
     return (
-        f"{choice.reason}: {choice.num_epochs} epochs behind {choice.split_point} frozen blocks, num_views="
+        f"{choice.reason}: {_epochs(choice)} behind {choice.split_point} frozen blocks, num_views="
         f"{int(trainer.cache_config.num_views)}, token_keep={freezing.token_keep:g}, layer_decay={freezing.layer_decay:g}, "
         f"lr_scale={freezing.lr_scale}; that is {choice.cost:.3g} epochs of full fine-tuning, counted in passes through blocks."
     )

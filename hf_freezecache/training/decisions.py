@@ -15,6 +15,7 @@ def describe_cache(decision: Decision, opened: OpenedCache) -> None:
     decision.trained_from = "cache"
     decision.cache = "found" if opened.built_from is None else "built"
     decision.built_from = opened.built_from
+    decision.built_ahead = list(opened.built_ahead)
     decision.calibrated = opened.calibrated
     decision.num_views = len(opened.reader.selection.chosen_views(index))
     decision.codec = dict(index.codec)

@@ -34,6 +34,8 @@ class Freezer:
     _frozen: list[Frozen] = field(default_factory=list)
     _prefix: tuple[nn.Parameter, ...] = ()
     _groups: list[list[nn.Parameter]] | None = None
+    #: How many parameters are missing from the optimizer.
+    _pruned: int = 0
 
     def begin(self, optimizer: Any, first_split_point: int) -> bool:
         """Prepare for a ``train()`` that starts at the first stage again: all parameters are trainable.
@@ -47,14 +49,21 @@ class Freezer:
         """
         self.thaw()
         self.trained_from = min(first_split_point, self.trained_from)
+        self._pruned = 0
         if self.optimizer_is_ours:
+            self._groups = None
             return True
         if optimizer is not None:
             self._groups = restore_groups(optimizer, self._groups)
         return False
 
+    def adopt(self, optimizer: Any) -> None:
+        """Remember what the groups of a new optimizer hold, for stages that thaw blocks."""
+        if self._groups is None and optimizer is not None:
+            self._groups = restore_groups(optimizer, None)
+
     def freeze(self, split: Split, optimizer: Any = None) -> int:
-        """Freeze a prefix, and drop its parameters from the optimizer, if there is one.
+        """Freeze a prefix, in place of the one before; the optimizer, if there is one, holds all other parameters.
 
         Returns:
             Bytes of optimizer state that were released.
@@ -63,23 +72,30 @@ class Freezer:
             UnsupportedSetupError: The model uses reentrant activation checkpointing.
         """
         check_checkpointing(split.model)
-        if split.split_point == 0:
-            return 0
-        prefix = tuple(split.prefix_parameters().values())
-        if len(prefix) > len(self._prefix) and callable(show_averages := getattr(optimizer, "eval", None)):
-            show_averages()  # schedule-free optimizers: blocks are frozen as evaluation sees them
-        self._frozen.append(freeze(split))
-        self._prefix = prefix
-        return self.prune(optimizer)
+        prefix = _prefix_of(split)
+        if len(prefix) < len(self._prefix):
+            self.thaw()
+        if prefix:
+            if len(prefix) > len(self._prefix) and callable(show_averages := getattr(optimizer, "eval", None)):
+                show_averages()  # schedule-free optimizers: blocks are frozen as evaluation sees them
+            self._frozen.append(freeze(split))
+            self._prefix = prefix
+        return self.prune(optimizer, split)
 
-    def prune(self, optimizer: Any) -> int:
-        """Drop the parameters of the frozen prefix from an optimizer; return the bytes of state that were released."""
-        return 0 if optimizer is None else prune_optimizer(optimizer, self._prefix)
+    def prune(self, optimizer: Any, split: Split) -> int:
+        """Drop the parameters of a prefix from an optimizer, and give it back those behind; return the bytes of state released."""
+        if optimizer is None:
+            return 0
+        prefix = _prefix_of(split)
+        if len(prefix) < self._pruned:
+            restore_groups(optimizer, self._groups)
+        self._pruned = len(prefix)
+        return prune_optimizer(optimizer, prefix)
 
     def regroup(
         self, parts: Sequence[tuple[int, int]], layer_of: Callable[[nn.Parameter], int], optimizer: Any
     ) -> None:
-        """Divide the groups that ``begin`` will restore, as those of the user's own optimizer were just divided.
+        """Divide the groups that are remembered, as those of the optimizer were just divided.
 
         Args:
             parts: For each new group, the layer of its parameters, and the place of the group that they were in.
@@ -113,6 +129,11 @@ class Freezer:
         self._prefix = ()
         while self._frozen:
             self._frozen.pop().thaw()
+
+
+def _prefix_of(split: Split) -> tuple[nn.Parameter, ...]:
+    """Return the parameters that are frozen; what runs in front of block 0 trains if no block is."""
+    return tuple(split.prefix_parameters().values()) if split.split_point > 0 else ()
 
 
 def check_something_trains(stage: Stage, model: nn.Module) -> None:

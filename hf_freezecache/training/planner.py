@@ -20,7 +20,7 @@ from ..data.layout import ChunkLayout
 from ..data.sampler import ChunkSampler
 from ..distributed.process_group import ProcessGroup
 from ..passes import passes_of_step
-from ..schedules import Stage, plan_stages
+from ..schedules import Stage, plan_stages, thawed_to
 
 __all__ = [
     "PLANNER_RULES",
@@ -97,19 +97,24 @@ def plan_run(
 
 
 def predict_passes(
-    stage: Stage, stages: Sequence[Stage], num_epochs: int, num_blocks: int, num_views: int, token_keep: float = 1.0
+    stage: Stage,
+    stages: Sequence[Stage],
+    num_epochs: int,
+    num_blocks: int,
+    config: CacheConfig,
+    token_keep: float = 1.0,
 ) -> dict[str, float]:
     """Count the passes through blocks that a stage takes per image, with and without a cache.
 
     What counts is said in ``passes``. Without a cache, each epoch runs the frozen blocks forward and the others forward and
-    backward. With one, the frozen blocks run once for each stored view.
+    backward. With one, the frozen blocks run once for each stored view, from the cache of an earlier stage on if there is one.
 
     Args:
         stage: The stage.
         stages: All stages of the run, in order.
         num_epochs: Epochs of the run.
         num_blocks: Blocks of the model.
-        num_views: Stored views per image.
+        config: The user's settings of caches.
         token_keep: Share of the patch tokens that trained blocks see.
 
     Returns:
@@ -119,9 +124,22 @@ def predict_passes(
     epochs = max(min([num_epochs, *following]) - stage.start_epoch, 0)
     trained = passes_of_step(num_blocks, stage.split_point, token_keep) * epochs
     return {
-        "cached_passes": float(trained + num_views * stage.split_point),
+        "cached_passes": float(trained + config.num_views * (stage.split_point - _states_at(stage, stages, config))),
         "live_passes": float(trained + epochs * stage.split_point),
     }
+
+
+def _states_at(stage: Stage, stages: Sequence[Stage], config: CacheConfig) -> int:
+    """Return the split point from which the states of a stage are computed: its own if an earlier stage builds its cache."""
+    before = stages[: stage.index]
+    if not config.consume_previous_cache and any(stage.split_point in thawed_to(one, stages) for one in before):
+        return stage.split_point
+    if config.build_from == "images":
+        return 0
+    # Stages behind whose blocks nothing has trained since.
+    lowest = [min(one.split_point for one in before[number:]) for number in range(len(before))]
+    usable = [one.split_point for one, least in zip(before, lowest, strict=True) if one.split_point == least]
+    return max((point for point in usable if point < stage.split_point), default=0)
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,11 @@ def rehearse(run: Any, wrapped: nn.Module) -> None:
             batch = run.data.collate([run.data.views[row, 0] for row in range(many)])
             refusals = _rehearse(run, wrapped, batch, False)
     for split_point, reason in refusals.items():
-        if run.config.mode == "always":
+        if run.lenient and split_point == run.splits.num_blocks:
+            logger.warning(
+                "schedule='auto' trains the head from images, since from a cache it would not be the same: %s.", reason
+            )
+        elif run.config.mode == "always":
             raise UnsupportedModelError(
                 f"{type(run.runtime.model).__name__} cannot be trained from a cache behind {split_point} frozen blocks: {reason}. "
                 "Cached training must be the same as training on images. Freeze other blocks, train such stages on images "
@@ -372,23 +376,23 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
 
 
 def _tokens_of(run: Any, rehearsal: _Rehearsal, split_point: int) -> TokenSubset | None:
-    """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all.
+    """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all, as heads alone by the rule.
 
     Raises:
-        UnsupportedModelError: The model cannot be trained on some of its tokens, and ``run.tokens_required``.
+        UnsupportedModelError: The model cannot be trained on some of its tokens, and not ``run.lenient``.
         DataError: A training step on all tokens fails.
     """
-    if run.token_keep == 1 or split_point == 0:
-        return None
     split = run.splits.at(split_point)
+    if run.token_keep == 1 or split_point == 0 or (run.lenient and split_point == run.splits.num_blocks):
+        return None
     rehearsal.live(split, 0)  # what is wrong with all tokens, this tells
     try:
         tokens = check_fewer_tokens(split, run.token_keep, run.sampler.seed, run.runtime, rehearsal.batch)
-        if not run.tokens_required:
+        if run.lenient:
             rehearsal.keep(tokens)
             rehearsal.live(split, 0)
     except UnsupportedModelError as error:
-        if run.tokens_required:
+        if not run.lenient:
             raise
         logger.warning("schedule='auto' trains on all tokens. %s", error)
         return None

@@ -12,21 +12,19 @@ from typing import Any
 
 from torch import nn
 
-from ..cache.reader import CacheReader
 from ..config import CacheConfig
 from ..data.feature_augmenter import FeatureAugmenter
 from ..data.kept_tokens import TokenSubset
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
-from ..dataset import CachedDataset
 from ..distributed.ddp import is_replicated, unwrapped, wrap_again
 from ..errors import CacheWriteError, UnsupportedSetupError
-from ..hub.provenance import Provenance, keep_provenance, provenance_of_dataset, provenance_of_model
+from ..hub.provenance import keep_provenance
 from ..model.split import Split, Splits
 from ..report.record import Decision, RunRecord, restore_progress
 from ..report.run_log import decision_logs, epoch_logs
 from ..report.stopwatch import Stopwatch
-from ..schedules import Stage, stage_at
+from ..schedules import Stage, stage_at, thawed_to
 from .cached_step import CachedStep
 from .checkpoints import last_complete
 from .decisions import describe_cache
@@ -36,6 +34,7 @@ from .frozen_weights import FrozenWeights
 from .learning_rates import LearningRates
 from .planner import Outlook, predict_passes, why_live
 from .runtime import Runtime
+from .sharing import provenance_of
 from .stage_batches import cached_batches, live_batches
 from .stage_cache import OpenedCache, StageCache
 from .transform_watch import TransformWatch
@@ -81,13 +80,15 @@ class StageRunner:
         freezer: What the trainer has frozen.
         record: The record of the run.
         frozen: Blocks that are frozen now; ``None`` before the first stage.
+        frozen_before: Blocks that were frozen where the run begins: in its first stage, or in that of the checkpoint.
+        saved: Stage of the checkpoint that the run goes on from, if any.
         active: The stage that is being trained; ``None`` before the first.
         stopwatch: Times the epoch that is being trained.
         moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
         refusals: Why no cache is to be made, by split point; see ``rehearsal.rehearse``.
         token_keep: Share of the patch tokens that steps of stages with frozen blocks see.
         tokens: What draws these tokens, by split point; see ``rehearsal.rehearse``.
-        tokens_required: Whether a model that cannot be trained on some of its tokens is refused.
+        lenient: Whether ``schedule="auto"`` chose: what the model cannot do of it is left out, and the log says so.
         released_bytes: Bytes of optimizer state that the last freezing released.
         stage_logs: What to log of the stage that was entered last.
         watch: Looks whether the transform is still what it was when the cache of the stage was opened.
@@ -106,12 +107,14 @@ class StageRunner:
     freezer: Freezer
     record: RunRecord
     frozen: int | None = None
+    frozen_before: int = 0
+    saved: Stage | None = None
     active: ActiveStage | None = None
     stopwatch: Stopwatch | None = None
     moved_to: int | None = None
     refusals: dict[int, str] = field(default_factory=dict)
     token_keep: float = 1.0
-    tokens_required: bool = True
+    lenient: bool = False
     tokens: dict[int, TokenSubset] = field(default_factory=dict)
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
@@ -207,18 +210,21 @@ class StageRunner:
             before ``enter``: its buckets of gradients would stay beside those of the new one.
 
         Raises:
-            UnsupportedSetupError: The stage freezes fewer blocks than are frozen.
+            UnsupportedSetupError: The checkpoint is of another schedule, and had more blocks frozen.
         """
-        if self.frozen is not None and stage.split_point < self.frozen:
+        if self.active is None and self.saved not in self.stages and stage.split_point < self.frozen_before:
             raise UnsupportedSetupError(
-                f"The checkpoint was saved with {self.frozen} frozen blocks, the schedule now asks for "
-                f"{stage.split_point}: frozen blocks cannot thaw. Resume with the schedule of the interrupted run."
+                f"The checkpoint was saved with {self.frozen_before} frozen blocks, the schedule now asks for "
+                f"{stage.split_point}, without such a stage before. Resume with the schedule of the interrupted run."
             )
         if self.active is not None:
             accelerator, loader = self.runtime.accelerator, self.active.loader
             accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not loader]
             self.active = None
         changed = stage.split_point != self.frozen
+        self.freezer.trained_from = min(
+            self.freezer.trained_from, *(one.split_point for one in self.stages[: stage.index + 1])
+        )
         self.released_bytes = self.freeze(stage.split_point, optimizer)
         return self.unwrap(wrapped) if changed else wrapped
 
@@ -247,7 +253,7 @@ class StageRunner:
             released_optimizer_bytes=self.released_bytes,
             lr_scale=self.rates.scale_at(stage.split_point, self.splits.num_blocks),
             predicted=predict_passes(
-                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config.num_views, token_keep
+                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config, token_keep
             ),
             token_keep=token_keep,
         )
@@ -259,7 +265,7 @@ class StageRunner:
             decision.reason = reason
         else:
             decision.reason = f"mode={self.config.mode!r} trains a stage with frozen blocks from a cache."
-            opened = self._open(split, decision)
+            opened = self._open(stage, decision)
         if opened is None:
             logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
             self.watch = self.frozen_weights = None
@@ -277,12 +283,14 @@ class StageRunner:
         self.record.keep_decision(decision)
         return model
 
-    def _open(self, split: Split, decision: Decision) -> OpenedCache | None:
+    def _open(self, stage: Stage, decision: Decision) -> OpenedCache | None:
         """Find or build a stage's cache; ``None`` if it cannot be written and ``mode="auto"`` takes that."""
         several, started = self.runtime.cache_group.num_groups > 1, time.perf_counter()
+        points = [] if self.config.consume_previous_cache else thawed_to(stage, self.stages)
+        points = [point for point in points if point not in self.refusals]
         try:
             with self.runtime.everyone.fail_together() if several else nullcontext():
-                return self.open_cache(split)
+                return self.open_cache(self.splits.at(stage.split_point), [self.splits.at(point) for point in points])
         except CacheWriteError as error:
             if self.config.mode == "auto":
                 # The record goes to the Hub: the message with the user's folders is for the log alone.
@@ -302,24 +310,20 @@ class StageRunner:
                 )
             ) from error
 
-    def open_cache(self, split: Split) -> OpenedCache:
+    def open_cache(self, split: Split, ahead: Sequence[Split] = ()) -> OpenedCache:
         """Find or build the cache of a split point, and write down beside it what it was made of. Collective.
+
+        Args:
+            split: The model, split there.
+            ahead: See ``StageCache.open``.
 
         Raises:
             FreezeCacheError: See ``StageCache.open``.
         """
-        opened = self.cache.open(split)
+        opened = self.cache.open(split, ahead)
         if self.runtime.cache_group.is_main_process:
-            keep_provenance(Path(opened.reader.directory), lambda: self.provenance(opened.reader))
+            keep_provenance(Path(opened.reader.directory), lambda: provenance_of(self, opened.reader))
         return opened
-
-    def provenance(self, reader: CacheReader) -> Provenance:
-        """Return what is known of the data set and of the model that a cache of this run was made of."""
-        index = reader.index
-        known = provenance_of_dataset(self.data.dataset)
-        if index.split_point <= self.freezer.trained_from:  # else the model is no longer that of the Hub
-            known |= provenance_of_model(self.runtime.model, index)
-        return Provenance(**known)
 
     def watch_transform(self) -> None:
         """Warn, once in a stage, if a callback has changed the transform since the cache was opened.
@@ -358,31 +362,3 @@ class StageRunner:
                 "The checkpoint was saved under another schedule: its stages will be missing from the report."
             )
             self.record.decisions, self.record.epochs = [], []
-
-    def push_cache(self, repo_id: str, private: bool, settings: dict[str, Any]) -> Any:
-        """Push the cache that was opened last to a data set on the Hub. Collective; the main process pushes.
-
-        Args:
-            repo_id: ``user/name``.
-            private: Whether the repository is to be private.
-            settings: As for ``CachedDataset.push_to_hub``.
-
-        Raises:
-            UnsupportedSetupError: There is no cache, or each machine has a part of it.
-            FreezeCacheError: See ``CachedDataset.push_to_hub``.
-        """
-        reader = self.cache.current
-        if reader is None:
-            raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
-        if self.runtime.cache_group.num_groups > 1:
-            raise UnsupportedSetupError(
-                "With cache_placement='node' each machine has a part of the cache. To push one, build it with 'shared'."
-            )
-
-        def push() -> Any:
-            kept = keep_provenance(Path(reader.directory), lambda: self.provenance(reader))
-            # A folder that takes no files keeps nothing: then the card is told here.
-            provenance = {} if kept else vars(self.provenance(reader).updated(Provenance.from_dict(settings)))
-            return CachedDataset(reader).push_to_hub(repo_id, private, **{**settings, **provenance})
-
-        return self.runtime.everyone.on_main_process(push)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..cache.commit import explain_miss, find_finished
+from ..cache.consume import consumer
 from ..cache.fingerprint import Fingerprint
-from ..cache.index import CONSUMED_NAME, FORMAT_VERSION, INDEX_NAME, Selection, shard_name, table_name
+from ..cache.index import CONSUMED_NAME, FORMAT_VERSION, INDEX_NAME, Selection
 from ..cache.lock import SINGLE_PROCESS, build_lock, os_errors_as_cache_errors
 from ..cache.reader import CacheReader
 from ..cache.shard_writer import CachePlan, cache_name
@@ -47,6 +48,7 @@ class OpenedCache:
         built_from: Split point of the cache that it was computed from; 0 if it was computed from the images; ``None`` for a
             cache that was there.
         calibrated: Whether its codec was chosen by measurement in this call.
+        built_ahead: Split points of caches for later stages that this call built on the way.
         distortion: What its states cost with this run's suffix; empty if lossless. See ``measure_distortion``.
     """
 
@@ -54,6 +56,7 @@ class OpenedCache:
     report: BuildReport
     built_from: int | None = None
     calibrated: bool = False
+    built_ahead: tuple[int, ...] = ()
     distortion: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -144,10 +147,15 @@ class StageCache:
 
     # ---- Find ----
 
-    def open(self, split: Split) -> OpenedCache:
+    def open(self, split: Split, ahead: Sequence[Split] = ()) -> OpenedCache:
         """Find the cache of a split point, or plan and build it. Collective.
 
         The main process decides for all: the fingerprint, whether the cache is there, its codec and its source.
+
+        Args:
+            split: The model, split where the frozen blocks of the stage end.
+            ahead: Lower split points, in rising order, of later stages that find the blocks before them as they are now. If
+                there is no cache yet, theirs are built first: the images then pass through each block once for all of them.
 
         Raises:
             CacheMismatchError: The cache that is there does not hold what its rows give now.
@@ -157,7 +165,12 @@ class StageCache:
         fingerprint = Fingerprint(self.process_group.on_main_process(lambda: self.identify(split).components))
         opened = self.find(split, fingerprint)
         if opened is None:
+            earlier = [self.open(lower) for lower in ahead]
             opened = self.build(split, self.plan(split, fingerprint), started)
+            if built := [one for one in earlier if one.built_from is not None]:
+                points = tuple(one.reader.index.split_point for one in built)
+                # From here on it counts as one build, with all blocks that it took.
+                opened = replace(opened, built_from=built[0].built_from, built_ahead=points)
         opened.report.seconds = time.perf_counter() - started
         self.current = opened.reader
         return opened
@@ -253,12 +266,12 @@ class StageCache:
         return _Planned(plan, source if takes_source else None, calibrated)
 
     def _source(self, split: Split, fingerprint: Fingerprint) -> CacheReader | None:
-        """Return the cache of the stage before, if later states can be computed from it. Collective."""
+        """Return the cache of an earlier split point, if later states can be computed from it. Collective."""
         config = self.config
         if config.build_from == "images":
             return None
-        earlier = self.current or self._earlier(split)
-        if earlier is None or not 0 < earlier.index.split_point < split.split_point:
+        earlier = self.current if self._is_below(split) else self._earlier(split)
+        if earlier is None:
             return None
         stored = {spec.name for spec in earlier.index.extras}
         needed = self.chooser.data.prefix_inputs | ({GEOMETRY_NAME} if config.copies_apart else set())
@@ -266,6 +279,13 @@ class StageCache:
         # A callback may have changed the transform since.
         same = not {"transform", "data collator"} & set(fingerprint.difference(Fingerprint(earlier.index.fingerprint)))
         return earlier if suffices and same else None
+
+    def _is_below(self, split: Split) -> bool:
+        """Whether the cache that was opened last lies before a split point, behind blocks that are as they were. Collective."""
+        if self.current is None or not 0 < (point := self.current.index.split_point) < split.split_point:
+            return False
+        weights = self.process_group.on_main_process(lambda: hash_prefix(self.chooser.splits.at(point)))
+        return bool(weights == self.current.index.fingerprint["prefix weights"])
 
     def _earlier(self, split: Split) -> CacheReader | None:
         """Find the cache of the stage before, which a run that was resumed has not opened. Collective."""
@@ -330,7 +350,7 @@ class StageCache:
             if name in calibration
         }
         built_from = 0 if source is None else source.index.split_point
-        return OpenedCache(reader, report, built_from, planned.calibrated, distortion)
+        return OpenedCache(reader, report, built_from, planned.calibrated, distortion=distortion)
 
     def _write(self, split: Split, plan: CachePlan, source: CacheReader | None) -> BuildReport:
         """Compute and write all shards that are missing."""
@@ -350,6 +370,10 @@ class StageCache:
         elif self.config.copies_apart:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
             views, collate = views.with_geometry(), collate.with_geometry()
+        consume = None
+        if source is not None and self.config.consume_previous_cache:
+            self.current = None  # half of it may be gone if this build fails
+            consume = consumer(source, self.process_group)
         return build_cache(
             self._cache_dir,
             plan,
@@ -363,32 +387,5 @@ class StageCache:
             show_progress=self.show_progress,
             process_group=self.process_group,
             lock_timeout=self.config.lock_timeout,
-            consume=self._consumer(source) if source is not None and self.config.consume_previous_cache else None,
+            consume=consume,
         )
-
-    def _consumer(self, source: CacheReader) -> Callable[[int], None]:
-        """Return what removes a shard of an earlier cache, in all views, once the later cache has it.
-
-        The earlier cache is unfinished from here on: what needs it again builds its missing shards anew.
-        """
-        directory = Path(source.directory)
-        # Half of it may be gone if this build fails.
-        self.current = None
-
-        def retire() -> None:
-            with os_errors_as_cache_errors(directory):
-                if (directory / INDEX_NAME).is_file():
-                    logger.warning(
-                        "consume_previous_cache=True: the cache %s gives way to the one that is computed from it.",
-                        directory,
-                    )
-                    (directory / INDEX_NAME).replace(directory / CONSUMED_NAME)
-
-        self.process_group.on_main_process(retire)
-
-        def consume(shard: int) -> None:
-            for view in range(source.index.num_views):
-                for name in (table_name(view, shard), shard_name(view, shard)):
-                    (directory / name).unlink(missing_ok=True)
-
-        return consume

@@ -10,7 +10,9 @@ An arm is written as text without blanks, ``KIND/NAME=VALUE/...``, e.g. ``full/e
 * ``ours``: from a cache. With ``k=all`` it is a cached linear probe.
 * ``auto``: ``FreezeConfig(schedule="auto")``.
 
-``k=9`` is short for ``schedule=0:9``. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
+``k=9`` is short for ``schedule=0:9``. In a schedule ``all`` stands for the number of blocks: ``schedule=0:all,5:6`` trains the
+head alone for five epochs, then all behind block 6. ``head`` is what the learning rate is multiplied by while the head trains
+alone. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
 ``decay ** (N - i)``, the embeddings have ``decay ** (N + 1)``.
 """
 
@@ -41,6 +43,7 @@ class Arm:
     views: int = 1
     keep: float = 1.0
     decay: float = 1.0
+    head: float = 1.0
     scale: str = ""
     budget: float = 0.0
     codec: str = "lossless"
@@ -92,7 +95,9 @@ class Arm:
 
     @property
     def several_caches(self) -> bool:
-        return self.kind == "auto" or (self.kind == "ours" and "," in self.schedule)
+        """Whether it writes caches behind trained blocks, which are of no use to another run."""
+        points = [point for _, _, point in self.stages(10**6)]
+        return self.kind == "auto" or (self.kind == "ours" and points != sorted(points, reverse=True))
 
 
 # ---- Costs ----
@@ -143,8 +148,9 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
         share = kept_share(stage["keep"], patches) if point else 1.0
         passes.trained += (1 + BACKWARD) * (num_blocks - point) * stage["epochs"] * share
         if stage["cached"]:
-            passes.built += stage["views"] * (point - states_at)
-            states_at = point  # the next cache is computed from this one
+            # The next cache is computed from this one; one that lies before it was built on the way.
+            passes.built += stage["views"] * max(point - states_at, 0)
+            states_at = point
         else:
             passes.trained += point * stage["epochs"]
             states_at = 0

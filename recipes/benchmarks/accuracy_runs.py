@@ -329,7 +329,7 @@ class Runner:
                 schedule="auto" if automatic else arm.schedule.replace("all", str(self.num_blocks)),
                 budget=arm.budget or None,
                 layer_decay=None if arm.decay == 1 else arm.decay,
-                lr_scale=arm.scale or None,
+                lr_scale=arm.scale or (None if arm.head == 1 else f"{self.num_blocks}:{arm.head:g}"),
                 token_keep=None if arm.keep == 1 else arm.keep,
             ),
             cache_config=CacheConfig(

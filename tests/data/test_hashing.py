@@ -362,6 +362,8 @@ PROGRAM = """
         def __call__(self, batch):
             return batch in {"q", "r", "s"} and WORDS
 
+    Own.reference, Own.first = f"Own:{id(Own)}", f"{id(Step):x}"
+
     for code in (Step(), Own(), functools.partial(Own().__call__), re.compile("a|b", re.X), WORDS, {Colour.RED, Colour.BLUE}):
         print(hash_object((code, None), "training transform"))
 """

@@ -147,17 +147,27 @@ def parity(*steps: str) -> dict[str, Any]:
     return {**found, "saved": saved, "resumed": resumed}
 
 
-def fewer_tokens() -> dict[str, Any]:
-    """The same with half of the patch tokens, and resumed at every checkpoint."""
-    settings = {"freeze": {"token_keep": 0.5}}
-    found = {mode: run(cache={"mode": mode, "cache_dir": "fewer"}, **settings) for mode in ("never", "always")}
-    saving = {"save_strategy": "steps", "save_steps": 5, "output_dir": "fewer-saved", "cache": {"cache_dir": "fewer"}}
+def at_every_checkpoint(name: str, **settings: Any) -> dict[str, Any]:
+    """Train with a cache and without, and go on from every checkpoint."""
+    found = {mode: run(cache={"mode": mode, "cache_dir": name}, **settings) for mode in ("never", "always")}
+    saving = {"save_strategy": "steps", "save_steps": 5, "output_dir": f"{name}-saved", "cache": {"cache_dir": name}}
     run(**settings, **saving)
     if dist.is_initialized():
         dist.barrier()
-    again = {**settings, "output_dir": "fewer-resumed", "cache": {"cache_dir": "fewer"}}
+    again = {**settings, "output_dir": f"{name}-resumed", "cache": {"cache_dir": name}}
     names = [f"checkpoint-{step}" for step in (5, 10, 15, 20)]
-    return {**found, "resumed": {name: run(f"fewer-saved/{name}", **again) for name in names}}
+    return {**found, "resumed": {each: run(f"{name}-saved/{each}", **again) for each in names}}
+
+
+def fewer_tokens() -> dict[str, Any]:
+    """Half of the patch tokens."""
+    return at_every_checkpoint("fewer", freeze={"token_keep": 0.5})
+
+
+def thawing() -> dict[str, Any]:
+    """A head first, then more, then all; see ``run`` for the epochs."""
+    rates = {"layer_decay": 0.8, "lr_scale": "1:2,4:3"}
+    return at_every_checkpoint("thawing", schedule="0:4,1:1,2:0,3:2", freeze=rates)
 
 
 def lossy() -> dict[str, Any]:

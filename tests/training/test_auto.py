@@ -6,13 +6,17 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 from support.parity import assert_same, parameters_of
-from support.tiny import make_trainer, tiny_model, tiny_vit, training_arguments
+from support.tiny import TinyTransform, make_trainer, tiny_model, tiny_vit, training_arguments
 
 from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
+from hf_freezecache.auto_schedule import choose
 from hf_freezecache.errors import ScheduleError, UnsupportedSetupError
+from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.text import describe_schedule
+from hf_freezecache.training.lr_rule import lr_scale
 
 
 def auto_trainer(rows: Any, model: Any = None, freeze: dict[str, Any] | None = None, **settings: Any) -> Any:
@@ -23,18 +27,24 @@ def test_a_budget_chooses_epochs_views_tokens_and_rates(train_dataset, caplog) -
     caplog.set_level(logging.INFO, "hf_freezecache")
     trainer = auto_trainer(train_dataset, freeze={"budget": 0.5}, num_train_epochs=3)
     freezing, caching = trainer.freeze_config, trainer.cache_config
-    assert (freezing.schedule, freezing.token_keep) == ("0:3", 0.5)
-    assert (freezing.layer_decay, freezing.lr_scale, caching.num_views) == (0.75, "auto", 2)
-    assert trainer.args.num_train_epochs == 8
+    choice = choose(4, 3, 0.5)
+    assert freezing.schedule == f"0:4,{choice.head_epochs}:{choice.split_point}"
+    assert (freezing.token_keep, caching.num_views) == (choice.token_keep, choice.num_views)
+    # The user's rate is one without decay.
+    rates = {point: 3 * lr_scale(point, 4) for point in (choice.split_point, 4)}
+    assert freezing.layer_decay == 0.75
+    assert freezing.lr_scale == ",".join(f"{point}:{scale:g}" for point, scale in rates.items())
+    assert trainer.args.num_train_epochs == choice.num_epochs
     lines = [record.getMessage() for record in caplog.records if "auto" in record.name]
     assert len(lines) == 2
     assert lines[0] == "schedule='auto' may spend 1.5 epochs of full fine-tuning (budget=0.5 of 3)"
     trainer.train()
-    assert trainer.state.epoch == 8
+    assert trainer.state.epoch == choice.num_epochs
     figures = figures_of(trainer._record)
-    assert "8 epochs behind 3 frozen blocks" in figures["freezing"]["chosen"]
+    words = f"{choice.head_epochs} epochs of the head alone, then {choice.num_epochs - choice.head_epochs} behind"
+    assert f"{words} {choice.split_point} frozen blocks" in figures["freezing"]["chosen"]
     assert "chosen by schedule='auto'" in describe_schedule(figures)
-    assert figures["stages"][0]["token_keep"] == 0.5
+    assert [stage["token_keep"] for stage in figures["stages"]] == [1, choice.token_keep]
 
 
 def test_what_the_user_sets_stays(train_dataset) -> None:
@@ -44,7 +54,12 @@ def test_what_the_user_sets_stays(train_dataset) -> None:
     assert (freezing.token_keep, freezing.layer_decay, freezing.lr_scale) == (0.75, 0.9, "2")
     assert trainer.cache_config.num_views == 1
     assert trainer.args.num_train_epochs == 3
-    assert auto_trainer(train_dataset, num_train_epochs=3).cache_config.num_views == 2
+    assert freezing.lr_scale == "2"
+    # A rate that was found with a decay is raised less.
+    scales = [auto_trainer(train_dataset, freeze=kept).freeze_config.lr_scale for kept in ({}, {"layer_decay": 0.75})]
+    assert scales[0].split(",") == [
+        f"{point}:{3 * float(scale):g}" for point, scale in (pair.split(":") for pair in scales[1].split(","))
+    ]
     whole = auto_trainer(train_dataset, freeze={"budget": 0.5, "token_keep": 1}, num_train_epochs=3)
     assert whole.freeze_config.token_keep == 1
 
@@ -58,7 +73,7 @@ def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dat
         for _ in range(2)
     ]
     assert args.num_train_epochs == 3
-    assert [trainer.args.num_train_epochs for trainer in trainers] == [8, 8]
+    assert [trainer.args.num_train_epochs for trainer in trainers] == [choose(4, 3, 0.5).num_epochs] * 2
 
 
 @pytest.mark.slow
@@ -66,9 +81,61 @@ def test_a_resumed_run_is_the_same_to_the_bit(train_dataset) -> None:
     settings = {"freeze": {"budget": 0.4}, "num_train_epochs": 3, "save_strategy": "epoch"}
     whole = auto_trainer(train_dataset, **settings)
     whole.train()
-    resumed = auto_trainer(train_dataset, **settings)
-    resumed.train(resume_from_checkpoint="out/checkpoint-15")
-    assert_same(parameters_of(whole.model), parameters_of(resumed.model))
+    for checkpoint in (5, 10, 15):
+        resumed = auto_trainer(train_dataset, **{**settings, "output_dir": "again"})
+        resumed.train(resume_from_checkpoint=f"out/checkpoint-{checkpoint}")
+        assert_same(parameters_of(whole.model), parameters_of(resumed.model))
+        assert resumed._record.chosen == whole._record.chosen
+
+
+def test_one_view_where_views_are_alike(images) -> None:
+    flat = auto_trainer(images.with_transform(TinyTransform(augment=False)), num_train_epochs=12)
+    drawn = auto_trainer(images.with_transform(TinyTransform(augment=True)), num_train_epochs=12)
+    assert (flat.cache_config.num_views, drawn.cache_config.num_views) == (1, choose(4, 12).num_views)
+    assert drawn.cache_config.num_views > 1
+    kept = auto_trainer(
+        images.with_transform(TinyTransform(augment=False)), cache={"num_views": 3}, num_train_epochs=12
+    )
+    assert kept.cache_config.num_views == 3
+
+
+def test_a_head_that_does_not_train_is_not_trained_first(train_dataset) -> None:
+    model = tiny_vit()
+    model.requires_grad_(False)
+    for block in find_blocks(model)[1]:
+        block.requires_grad_(True)
+    trainer = auto_trainer(train_dataset, model, num_train_epochs=3)
+    assert trainer.freeze_config.schedule == f"0:{choose(4, 3, head_first=False).split_point}"
+    trainer.train()
+
+
+class SeesEarlierBlocks(type(tiny_vit())):
+    """Its head reads what the third block gives, too: from a cache behind the last one it could not be trained."""
+
+    def forward(self, pixel_values, labels=None, **kwargs):
+        kept = []
+        handle = find_blocks(self)[1][2].register_forward_hook(lambda module, args, output: kept.append(output))
+        try:
+            logits = super().forward(pixel_values, **kwargs).logits
+        finally:
+            handle.remove()
+        third = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+        logits = logits + self.classifier(third[:, 0])
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_head_that_cannot_be_cached_trains_from_images(train_dataset, caplog) -> None:
+    def run(mode: str) -> Any:
+        model = SeesEarlierBlocks(tiny_vit().config)
+        model.load_state_dict(tiny_vit().state_dict())
+        trainer = auto_trainer(train_dataset, model, cache={"mode": mode, "num_views": 2}, num_train_epochs=3)
+        trainer.train()
+        return trainer
+
+    trainer = run("always")
+    assert [one.trained_from for one in trainer._record.decisions] == ["images", "cache"]
+    assert "trains the head from images" in caplog.text
+    assert_same(parameters_of(trainer.model), parameters_of(run("never").model))
 
 
 @pytest.mark.slow
@@ -77,7 +144,7 @@ def test_a_model_that_needs_all_tokens_gets_them(train_dataset, caplog) -> None:
         train_dataset, tiny_model("beit", use_relative_position_bias=True), freeze={"budget": 0.5}, num_train_epochs=3
     )
     trainer.train()
-    assert trainer._record.decisions[0].token_keep == 1
+    assert [one.token_keep for one in trainer._record.decisions] == [1, 1]
     assert "schedule='auto' trains on all tokens" in caplog.text
 
 

@@ -174,7 +174,6 @@ def test_labels_out_of_range_made_by_the_transform(images) -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ("0:3,2:1", "unfreezes blocks: 3 are frozen from epoch 0, 1 from epoch 2"),
         ("0:5", "freezes 5 blocks from epoch 0, but the model has 4"),
         ("0:x", "not a start:split_point pair"),
         ("0", "not a start:split_point pair"),

@@ -12,9 +12,10 @@ import torch
 from support.tiny import make_trainer, tiny_vit
 from transformers import Trainer
 
+from hf_freezecache import CacheConfig
 from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.model import split as split_module
-from hf_freezecache.schedules import Stage
+from hf_freezecache.schedules import Stage, plan_stages
 from hf_freezecache.training.checkpoints import STATE_NAME
 from hf_freezecache.training.hooks import (
     TRAINER_ATTRIBUTES,
@@ -133,9 +134,29 @@ def test_a_decision_says_what_a_stage_did_and_why(train_dataset, settings, train
 def test_passes_are_counted() -> None:
     stages = [Stage(0, 0, 0), Stage(1, 2, 6), Stage(2, 5, 9)]
     # 12 blocks, 3 epochs: 6 blocks trained at 3 passes each; 6 frozen ones once for each of 2 views, or in every epoch.
-    assert predict_passes(stages[1], stages, 8, 12, 2) == {"cached_passes": 54.0 + 12, "live_passes": 54.0 + 18}
-    assert predict_passes(stages[0], stages, 8, 12, 2) == {"cached_passes": 72.0, "live_passes": 72.0}
-    assert predict_passes(stages[2], stages, 4, 12, 2)["live_passes"] == 0.0  # the run ends before
+    config = CacheConfig(num_views=2)
+    assert predict_passes(stages[1], stages, 8, 12, config) == {"cached_passes": 54.0 + 12, "live_passes": 54.0 + 18}
+    assert predict_passes(stages[0], stages, 8, 12, config) == {"cached_passes": 72.0, "live_passes": 72.0}
+    assert predict_passes(stages[2], stages, 4, 12, config)["live_passes"] == 0.0  # the run ends before
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "views"),
+    [
+        ("0:6,2:9", {}, [6, 3]),  # the second from the first
+        ("0:6,2:9", {"build_from": "images"}, [6, 9]),
+        ("0:12,2:6", {}, [12, 0]),  # both in one pass
+        ("0:12,2:6", {"consume_previous_cache": True}, [12, 6]),
+        ("0:6,2:0,4:9", {}, [6, 0, 9]),  # blocks in front of the second split point have trained since
+        ("0:12,2:9,3:6,4:8", {}, [12, 0, 0, 2]),
+    ],
+)
+def test_what_building_is_predicted_to_take(schedule, settings, views) -> None:
+    stages, config = plan_stages(schedule, 6, 12), CacheConfig(num_views=1, **settings)
+    predicted = [predict_passes(stage, stages, 6, 12, config) for stage in stages]
+    ends = [*(stage.start_epoch for stage in stages[1:]), 6]
+    trained = [3 * (12 - one.split_point) * (end - one.start_epoch) for one, end in zip(stages, ends, strict=True)]
+    assert [one["cached_passes"] - passes for one, passes in zip(predicted, trained, strict=True)] == views
 
 
 @pytest.mark.parametrize("hook", TRAINER_HOOKS, ids=lambda hook: hook.name)
