@@ -96,7 +96,8 @@ def build_caches(
     """Build caches of one data set in one pass, or what is missing of them, and commit each. Collective.
 
     Each image is read and decoded once for all its views, if ``ViewDataset.reads_once``: shards of one number are then written
-    at once. Each batch goes through the prefix once, whatever the number of split points. Every cache is a directory with its own lock, index and commit, and is byte for byte what a build of this cache alone gives.
+    at once. Each batch goes through the prefix once, whatever the number of split points. Every cache is a directory with its
+    own lock, index and commit, and is byte for byte what a build of this cache alone gives.
 
     Finished caches are left alone. Finished shards are kept, whatever ends a build; the next call builds what is missing.
     Memory does not grow with the number of samples, but holds a rendered batch of each view (see ``ViewRenderer``).

@@ -59,6 +59,7 @@ def assert_sound(folder: Path, expected: dict[str, bytes]) -> None:
         assert verify_cache(directory) == []
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_row_is_decoded_once_and_all_files_are_the_same(tmp_path, one_by_one, decodes, name, workers) -> None:
