@@ -225,8 +225,8 @@ def test_what_the_blocks_leave(ran) -> None:
             ran.check(block.name)
     pushed = ran.server.files("user/deit-tiny-beans", "model")
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= set(pushed)
-    assert ran.server.repo("user/beans-k11").private
-    card = ran.server.read("user/beans-k11", "README.md").decode()
+    assert ran.server.repo("user/beans-states").private
+    card = ran.server.read("user/beans-states", "README.md").decode()
     assert BEANS in card
     flowers = ran.server.read("user/flowers-k09", "README.md").decode()
     for words in ("license: cc-by-2.0", MODEL, *FLOWER_CLASSES):

@@ -298,9 +298,5 @@ def rate_source(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """Return the full fine-tuning whose learning rate an arm takes over, or ``None`` if the arm is tuned itself."""
     if arm.tuned:
         return None
-    full = [
-        one
-        for one in arms
-        if one.kind == "full" and one.decay == (1 if arm.decay == 1 and arm.kind != "auto" else 0.75)
-    ]
+    full = [one for one in arms if one.kind == "full" and one.decay == (1 if arm.decay == 1 else 0.75)]
     return min(full, key=lambda one: abs(math.log(one.epochs / arm.epochs)), default=None)

@@ -30,10 +30,10 @@ def test_a_budget_chooses_epochs_views_tokens_and_rates(train_dataset, caplog) -
     choice = choose(4, 3, 0.5)
     assert freezing.schedule == f"0:4,{choice.head_epochs}:{choice.split_point}"
     assert (freezing.token_keep, caching.num_views) == (choice.token_keep, choice.num_views)
-    # The user's rate is one without decay.
-    rates = {point: 3 * lr_scale(point, 4) for point in (choice.split_point, 4)}
+    # The user's rate is one without decay, and for twice the cost.
+    rates = {point: 3 * 0.5**-0.4 * lr_scale(point, 4) for point in (choice.split_point, 4)}
     assert freezing.layer_decay == 0.75
-    assert freezing.lr_scale == ",".join(f"{point}:{scale:g}" for point, scale in rates.items())
+    assert freezing.lr_scale == ",".join(f"{point}:{scale:.3g}" for point, scale in rates.items())
     assert trainer.args.num_train_epochs == choice.num_epochs
     lines = [record.getMessage() for record in caplog.records if "auto" in record.name]
     assert len(lines) == 2
