@@ -46,6 +46,7 @@ from .training.checkpoints import (
 )
 from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
+from .training.learning_rates import begin_after
 from .training.planner import shuffle_seed
 from .training.preflight import check_pushed, check_steps
 from .training.sharing import push_cache
@@ -201,6 +202,14 @@ class FreezeCacheTrainer(Trainer):
             move_scheduler(self.lr_scheduler, run.moved_to)
         # The caller keeps what it gets for the whole run: not the wrapper, which the next stage replaces.
         return self.model, prepared[1]
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``; where the head trains first, alone, the schedule begins when blocks thaw."""
+        known, head = self.lr_scheduler, 0 if self._run is None else self._run.steps_of_head
+        scheduler = super().create_scheduler(num_training_steps - head, *args, **kwargs)
+        if known is None:
+            begin_after(head, scheduler)
+        return scheduler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As ``Trainer``; a stage that begins with this epoch is entered before."""

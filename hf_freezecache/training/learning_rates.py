@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import FreezeConfig
 from ..errors import UnsupportedSetupError
@@ -25,7 +26,7 @@ from ..schedules import parse_lr_scale
 from . import lr_rule
 from .freezer import Freezer
 
-__all__ = ["LearningRates", "layers_of"]
+__all__ = ["LearningRates", "begin_after", "layers_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,30 @@ class LearningRates:
         if any(factor != 1 for factor in factors):
             logger.info("Learning rates are those of the schedule, times %g.", scale)
             _multiply(groups, scheduler, factors)
+
+
+def begin_after(steps: int, scheduler: Any) -> None:
+    """Let a new scheduler begin so many steps later; until then, rates are those of its optimizer.
+
+    Args:
+        steps: Number of steps.
+        scheduler: A ``LambdaLR``, as almost all of ``TrainingArguments.lr_scheduler_type`` are. Others stay as they are.
+    """
+    if steps == 0 or type(scheduler) is not LambdaLR:
+        return
+
+    def later(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: 1.0 if step < steps else factor(step - steps)
+
+    # Functions: of anything else, the scheduler would write the contents into checkpoints.
+    scheduler.lr_lambdas = [later(factor) for factor in scheduler.lr_lambdas]
+    rates = [base * factor(0) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def _inner(wrapped: Any, name: str) -> Any:

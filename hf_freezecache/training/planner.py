@@ -29,6 +29,7 @@ __all__ = [
     "plan_run",
     "predict_passes",
     "shuffle_seed",
+    "steps_of_head",
     "why_live",
 ]
 
@@ -72,10 +73,27 @@ def _num_epochs(args: Any, sampler: ChunkSampler | None) -> int:
     """Return the number of epochs of a run, rounded up; ``max_steps`` rules if it is set."""
     if args.max_steps <= 0 or sampler is None:
         return max(math.ceil(args.num_train_epochs), 1)
+    return max(math.ceil(args.max_steps / _steps_per_epoch(args, sampler)), 1)
+
+
+def _steps_per_epoch(args: Any, sampler: ChunkSampler) -> int:
     batches = len(sampler) / args.train_batch_size / args.world_size
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    return max(math.ceil(args.max_steps / max(steps_per_epoch, 1)), 1)
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def steps_of_head(stages: Sequence[Stage], num_blocks: int, args: Any, sampler: ChunkSampler) -> int:
+    """Return how many steps a run begins with in which the head trains alone; 0 if no block thaws then.
+
+    Args:
+        stages: All stages of the run, in order.
+        num_blocks: Blocks of the model.
+        args: ``TrainingArguments``.
+        sampler: Order of the training data.
+    """
+    if len(stages) < 2 or not stages[1].split_point < stages[0].split_point == num_blocks:
+        return 0
+    return stages[1].start_epoch * _steps_per_epoch(args, sampler)
 
 
 def plan_run(

@@ -32,7 +32,7 @@ from .fewer_tokens import LiveStep
 from .freezer import Freezer
 from .frozen_weights import FrozenWeights
 from .learning_rates import LearningRates
-from .planner import Outlook, predict_passes, why_live
+from .planner import Outlook, predict_passes, steps_of_head, why_live
 from .runtime import Runtime
 from .sharing import provenance_of
 from .stage_batches import cached_batches, live_batches
@@ -132,6 +132,11 @@ class StageRunner:
         if self.active is None:
             raise RuntimeError("no stage has been entered")
         return self.active
+
+    @property
+    def steps_of_head(self) -> int:
+        """How many steps the run begins with in which the head trains alone; see ``planner.steps_of_head``."""
+        return steps_of_head(self.stages, self.splits.num_blocks, self.runtime.args, self.sampler)
 
     @property
     def step(self) -> CachedStep | LiveStep | None:

@@ -223,3 +223,31 @@ def test_two_processes(tmp_path) -> None:
         assert len(found["resumed"]) == 4
         for name, resumed in found["resumed"].items():
             assert resumed["digest"] == found["always"]["digest"], name
+
+
+def rates_of(trainer: Any) -> list[float]:
+    return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", pytest.param("constant_with_warmup", marks=pytest.mark.slow)])
+def test_the_schedule_of_learning_rates_begins_when_blocks_thaw(train_dataset, kind) -> None:
+    """Until then the head has a constant rate. Afterwards the rates are those of a run that begins there."""
+    settings = {"lr_scheduler_type": kind, "warmup_steps": 2}
+    head_first = trained(train_dataset, schedule="0:4,2:1", num_train_epochs=5, freeze={"lr_scale": "4:5"}, **settings)
+    alone = trained(train_dataset, schedule="0:1", num_train_epochs=3, **settings)
+    steps = len(alone.losses) // 3
+    assert rates_of(head_first)[: 2 * steps] == pytest.approx([5 * 3e-3] * 2 * steps)
+    assert rates_of(head_first)[2 * steps :] == pytest.approx(rates_of(alone))
+
+
+def test_other_schedulers_run_over_the_whole_training(train_dataset) -> None:
+    optimizer = torch.optim.AdamW((model := tiny_vit()).parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=10)
+    trainer = trained(
+        train_dataset,
+        model=model,
+        schedule="0:4,1:1",
+        num_train_epochs=2,
+        trainer={"optimizers": (optimizer, scheduler)},
+    )
+    assert rates_of(trainer) == pytest.approx([3e-3 * (1 - 0.09 * step) for step in range(10)], rel=1e-3)
