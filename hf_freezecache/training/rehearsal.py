@@ -11,7 +11,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,7 +142,7 @@ class _Rehearsal:
         trainer.state.epoch = progress * (trainer.state.num_train_epochs or 0)
         buffers = [(name, buffer, buffer.detach().clone()) for name, buffer in self.model.named_buffers()]
         # Each process by itself: not all parameters that the wrapper knows get a gradient here.
-        alone = trainer.accelerator.no_sync(self.wrapped)
+        alone = getattr(self.wrapped, "no_sync", nullcontext)()
         try:
             with keeping_parameters(trainer), drawing(seed), alone, watching_draws(split) as drawn:
                 loss = trainer.training_step(self.wrapped, inputs).detach()
