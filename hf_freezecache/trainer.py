@@ -206,7 +206,7 @@ class FreezeCacheTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer``; where the head trains first, alone, the schedule begins when blocks thaw."""
         known, head = self.lr_scheduler, 0 if self._run is None else self._run.steps_of_head
-        scheduler = super().create_scheduler(num_training_steps - head, *args, **kwargs)
+        scheduler = super().create_scheduler(max(num_training_steps - head, 1), *args, **kwargs)
         if known is None:
             begin_after(head, scheduler)
         return scheduler
