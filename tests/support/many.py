@@ -120,6 +120,7 @@ def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
     logs = trainer.state.log_history
     return {
         "digest": digest(trainer.model),
+        "chosen": trainer._record.chosen,
         "losses": getattr(trainer, "losses", []),
         "stages": getattr(trainer, "stages", []),
         "alive": trainer.alive,
@@ -168,6 +169,11 @@ def thawing() -> dict[str, Any]:
     """A head first, then more, then all; see ``run`` for the epochs."""
     rates = {"layer_decay": 0.8, "lr_scale": "1:2,4:3"}
     return at_every_checkpoint("thawing", schedule="0:4,1:1,2:0,3:2", freeze=rates)
+
+
+def auto() -> dict[str, Any]:
+    """What ``schedule="auto"`` chooses for a budget."""
+    return at_every_checkpoint("auto", schedule="auto", freeze={"budget": 0.6})
 
 
 def lossy() -> dict[str, Any]:

@@ -32,6 +32,7 @@ def test_a_budget_chooses_epochs_views_tokens_and_rates(train_dataset, caplog) -
     assert (freezing.token_keep, caching.num_views) == (choice.token_keep, choice.num_views)
     # The user's rate is one without decay, and for twice the cost.
     rates = {point: 3 * 0.5**-0.4 * lr_scale(point, 4) for point in (choice.split_point, 4)}
+    rates[choice.split_point] /= 2  # behind a trained head
     assert freezing.layer_decay == 0.75
     assert freezing.lr_scale == ",".join(f"{point}:{scale:.3g}" for point, scale in rates.items())
     assert trainer.args.num_train_epochs == choice.num_epochs
@@ -57,11 +58,8 @@ def test_what_the_user_sets_stays(train_dataset) -> None:
     assert freezing.lr_scale == "2"
     # A rate that was found with a decay is raised less.
     scales = [auto_trainer(train_dataset, freeze=kept).freeze_config.lr_scale for kept in ({}, {"layer_decay": 0.75})]
-    assert scales[0].split(",") == [
-        f"{point}:{3 * float(scale):g}" for point, scale in (pair.split(":") for pair in scales[1].split(","))
-    ]
-    whole = auto_trainer(train_dataset, freeze={"budget": 0.5, "token_keep": 1}, num_train_epochs=3)
-    assert whole.freeze_config.token_keep == 1
+    found, raised_less = ({k: float(v) for k, v in (pair.split(":") for pair in text.split(","))} for text in scales)
+    assert found == pytest.approx({point: 3 * scale for point, scale in raised_less.items()}, rel=0.01)
 
 
 def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dataset) -> None:

@@ -307,7 +307,7 @@ def test_a_scheduler_of_the_users_own_is_tried() -> None:
 
 
 def test_the_rule_rises_with_the_share_of_frozen_blocks() -> None:
-    assert [lr_rule.lr_scale(k, 12) for k in (0, 3, 6, 9, 11, 12)] == pytest.approx([1, 1, 1, 1.5, 2, 8])
+    assert [lr_rule.lr_scale(k, 12) for k in (0, 3, 6, 9, 11, 12)] == pytest.approx([1, 1.25, 1.5, 2, 3, 8])
     scales = [lr_rule.lr_scale(k, 24) for k in range(25)]
     assert scales == sorted(scales)
 
@@ -320,7 +320,7 @@ def test_the_rule_rises_with_the_share_of_frozen_blocks() -> None:
         (2, [1, 2, 2, 2]),
         ("6:1.5,9:2.5", [1, 1, 1.5, 2.5]),
         ("0:0.5, 9:3", [0.5, 0.5, 0.5, 3]),
-        ("auto", [1, 1, 1, 1.5]),
+        ("auto", [1, 1 + 0.5 / 6, 1.5, 2]),
     ],
 )
 def test_scales_by_split_point(asked, expected) -> None:
