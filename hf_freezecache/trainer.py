@@ -333,7 +333,7 @@ class FreezeCacheTrainer(Trainer):
         """Build the cache of a split point without training, or find it.
 
         Args:
-            split_point: Number of frozen blocks; default that of the schedule's first stage that freezes any.
+            split_point: Number of frozen blocks; default those of the schedule that one pass over the images can give.
 
         Raises:
             FreezeCacheError: As ``train``.

@@ -23,7 +23,7 @@ from ..errors import DataError, UnsupportedSetupError
 from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
-from ..schedules import Stage
+from ..schedules import Stage, thawed_to
 from .auto import settle_auto
 from .checkpoints import announce_stage, find_checkpoint, load_stage
 from .data_checks import num_classes, with_columns_removed
@@ -245,7 +245,8 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
 
     Args:
         trainer: The user's trainer.
-        split_point: Number of frozen blocks; default that of the schedule's first stage that freezes any.
+        split_point: Number of frozen blocks; default that of the schedule's first stage that freezes any. Caches of later
+            stages that the same pass over the images can give are built as well.
 
     Raises:
         UnsupportedSetupError: There is no data set or no split point, or the processes have different weights.
@@ -254,21 +255,24 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
     if trainer.freeze_config is None or trainer.train_dataset is None:
         raise UnsupportedSetupError("build_cache needs a freeze_config and a train_dataset.")
     stages, num_epochs = plan_stages_of(trainer)
-    stages = [stage for stage in stages if stage.split_point > 0]
+    first = next((stage for stage in stages if stage.split_point > 0), None)
+    ahead = [] if first is None or trainer.cache_config.consume_previous_cache else thawed_to(first, stages)
     if split_point is not None:
-        stages = [Stage(0, 0, split_point)]
-    if not stages:
+        first, ahead = Stage(0, 0, split_point), []
+        stages = [first]
+    if first is None:
         raise UnsupportedSetupError("No stage of the schedule freezes a block; give build_cache a split_point.")
-    trainer._run = run = start_run(trainer, stages[:1], num_epochs, None)
+    trainer._run = run = start_run(trainer, stages, num_epochs, None)
     check_steps(run, trainer.model)
-    split, everyone = run.splits.at(stages[0].split_point), run.runtime.everyone
+    split, everyone = run.splits.at(first.split_point), run.runtime.everyone
     # While training, DDP has given all processes the weights of the first; here nobody has.
     if everyone.size > 1 and len(set(everyone.gather(hash_prefix(split)))) > 1:
         raise UnsupportedSetupError(
             "The processes have different weights in the blocks to freeze: each of them would write other hidden states "
             "into the cache. Load the model from one checkpoint, or seed its initialisation."
         )
-    return CachedDataset(run.open_cache(split).reader)
+    ahead = [point for point in ahead if point not in run.refusals]
+    return CachedDataset(run.open_cache(split, [run.splits.at(point) for point in ahead]).reader)
 
 
 def resume_weights_of(trainer: Any, checkpoint: str, model: nn.Module | None) -> bool:

@@ -254,3 +254,11 @@ def test_other_schedulers_run_over_the_whole_training(train_dataset) -> None:
         trainer={"optimizers": (optimizer, scheduler)},
     )
     assert rates_of(trainer) == pytest.approx([3e-3 * (1 - 0.09 * step) for step in range(10)], rel=1e-3)
+
+
+def test_build_cache_builds_what_one_pass_can_give(train_dataset) -> None:
+    settings = {"schedule": "0:4,1:3,2:1,3:2", "cache": {"num_views": 2, "codec": "int8"}}
+    built = make_trainer(tiny_vit(), train_dataset, **settings).build_cache()
+    assert built.reader.index.split_point == 4
+    trainer = trained(train_dataset, **settings)
+    assert [one.cache for one in trainer._record.decisions] == ["found", "found", "found", "built"]
