@@ -223,6 +223,9 @@ def test_two_processes(tmp_path, scenario) -> None:
         assert {each["chosen"] for each in found["resumed"].values()} == {found["always"]["chosen"]}
         assert found["always"]["losses"] == found["never"]["losses"]
         assert found["always"]["digest"] == found["never"]["digest"]
+        if scenario == "thawing":  # a constant rate for the head, then the schedule from its beginning
+            epoch = len(found["always"]["rates"]) // 4
+            assert found["always"]["rates"][: epoch + 1] == pytest.approx([9e-3] * epoch + [6e-3])
         assert len(found["resumed"]) == 4
         for name, resumed in found["resumed"].items():
             assert resumed["digest"] == found["always"]["digest"], name
