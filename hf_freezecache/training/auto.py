@@ -101,14 +101,18 @@ def _rates(stages: list[tuple[int, int]], num_blocks: int, freezing: FreezeConfi
 
 def _epochs(choice: Choice) -> str:
     head, rest = choice.head_epochs, choice.num_epochs - choice.head_epochs
-    return f"{head} epochs of the head alone, then {rest}" if head else f"{rest} epochs"
+    return f"{_count(head, 'epoch')} of the head alone, then {rest}" if head else _count(rest, "epoch")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _described(choice: Choice, trainer: Any) -> str:
     """Return in a sentence why, and behind a colon what was chosen."""
     freezing = trainer.freeze_config
     return (
-        f"{choice.reason}: {_epochs(choice)} behind {choice.split_point} frozen blocks, num_views="
+        f"{choice.reason}: {_epochs(choice)} behind {_count(choice.split_point, 'frozen block')}, num_views="
         f"{int(trainer.cache_config.num_views)}, token_keep={freezing.token_keep:g}, layer_decay={freezing.layer_decay:g}, "
         f"lr_scale={freezing.lr_scale}; that is {choice.cost:.3g} epochs of full fine-tuning, counted in passes through blocks."
     )
