@@ -89,21 +89,25 @@ class Choice:
         return [*head, (self.head_epochs, self.split_point)]
 
 
-def _built(recipe: Recipe, num_views: int, num_blocks: int, head_first: bool) -> int:
-    """Return the passes that storing views takes."""
-    return num_views * (num_blocks if head_first else recipe.split_point(num_blocks))
+def _before(recipe: Recipe, num_views: int, num_blocks: int, head_epochs: int, cached: bool) -> int:
+    """Return the passes that storing views takes, or the epochs of the head without a cache."""
+    if not cached:
+        return head_epochs * num_blocks
+    return num_views * (num_blocks if head_epochs else recipe.split_point(num_blocks))
 
 
-def _trained(recipe: Recipe, num_epochs: int, num_blocks: int) -> float:
+def _trained(recipe: Recipe, num_epochs: int, num_blocks: int, cached: bool) -> float:
     """Return the passes that epochs behind the split point take."""
-    return passes_of_step(num_blocks, recipe.split_point(num_blocks), recipe.token_keep) * num_epochs
+    split_point = recipe.split_point(num_blocks)
+    return (passes_of_step(num_blocks, split_point, recipe.token_keep) + (0 if cached else split_point)) * num_epochs
 
 
-def _epochs_for(recipe: Recipe, cost: float, num_blocks: int, head_first: bool) -> int:
+def _epochs_for(recipe: Recipe, cost: float, num_blocks: int, head_first: bool, cached: bool) -> int:
     """Return how many epochs behind the split point a cost pays for, with the views stored first."""
-    left = passes_of_step(num_blocks, 0) * cost - _built(recipe, recipe.num_views, num_blocks, head_first)
+    head_epochs = recipe.head_epochs if head_first else 0
+    left = passes_of_step(num_blocks, 0) * cost - _before(recipe, recipe.num_views, num_blocks, head_epochs, cached)
     # The tolerance keeps what is paid for exactly: in binary a third of 3 lies below 1.
-    return math.floor(left / _trained(recipe, 1, num_blocks) + 1e-9)
+    return math.floor(left / _trained(recipe, 1, num_blocks, cached) + 1e-9)
 
 
 def choose(
@@ -113,6 +117,8 @@ def choose(
     head_first: bool = True,
     num_views: int | None = None,
     token_keep: float | None = None,
+    *,
+    cached: bool = True,
 ) -> Choice:
     """Choose how to train a model.
 
@@ -124,6 +130,7 @@ def choose(
         head_first: Whether there is a head that can train alone.
         num_views: Views to store, if that is settled.
         token_keep: Share of the patch tokens that a step sees, if that is settled.
+        cached: Whether frozen blocks run once for each view; else they run in every step.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
@@ -148,12 +155,14 @@ def choose(
     else:
         cost = budget * num_epochs
         # Gentler recipes may not pay for an epoch beside their views: a harder one then does.
-        fitting = [recipe for recipe in recipes if _epochs_for(recipe, cost, num_blocks, head_first) >= 1]
+        fitting = [recipe for recipe in recipes if _epochs_for(recipe, cost, num_blocks, head_first, cached) >= 1]
         if not fitting:
             hardest = recipes[0]
-            least = (
-                _built(hardest, hardest.num_views, num_blocks, head_first) + _trained(hardest, 1, num_blocks)
-            ) / whole
+            first = hardest.head_epochs if head_first else 0
+            least = _before(hardest, hardest.num_views, num_blocks, first, cached) + _trained(
+                hardest, 1, num_blocks, cached
+            )
+            least /= whole
             raise ScheduleError(
                 f"budget={budget:g} of {num_epochs} epochs is {cost:.3g} epochs of full fine-tuning, but one epoch behind "
                 f"{hardest.split_point(num_blocks)} frozen blocks takes {least:.3g}, caching included. Set budget to at least "
@@ -161,10 +170,10 @@ def choose(
             )
         recipe = next((recipe for recipe in fitting if cost <= recipe.most_cost), fitting[-1])
         head_epochs = recipe.head_epochs if head_first else 0
-        epochs = min(_epochs_for(recipe, cost, num_blocks, head_first), max(recipe.most_epochs, num_epochs))
+        epochs = min(_epochs_for(recipe, cost, num_blocks, head_first, cached), max(recipe.most_epochs, num_epochs))
         reason = f"schedule='auto' may spend {cost:.3g} epochs of full fine-tuning (budget={budget:g} of {num_epochs})"
     views = min(recipe.num_views, epochs) if num_views is None else num_views
-    passes = _built(recipe, views, num_blocks, head_epochs > 0) + _trained(recipe, epochs, num_blocks)
+    passes = _before(recipe, views, num_blocks, head_epochs, cached) + _trained(recipe, epochs, num_blocks, cached)
     return Choice(
         split_point=recipe.split_point(num_blocks),
         head_epochs=head_epochs,

@@ -35,6 +35,7 @@ from .auto_schedule import choose
 from .errors import ScheduleError, UnsupportedSetupError
 
 __all__ = [
+    "MOST_LR_SCALE",
     "POLICIES",
     "Auto",
     "Linear",
@@ -51,6 +52,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+#: Largest number in ``lr_scale``.
+MOST_LR_SCALE = 1000
 
 
 @dataclass(frozen=True)
@@ -379,4 +383,4 @@ def parse_lr_scale(lr_scale: str) -> Sequence[tuple[int, float]] | None:
     if lr_scale == "auto":
         return None
     expected = "'auto', one number above 0 and up to 1000, e.g. '2.5', or split_point:number pairs, e.g. '6:1.5,9:2.5'"
-    return parse_by_split_point("lr_scale", lr_scale, 1000, expected, first=1)
+    return parse_by_split_point("lr_scale", lr_scale, MOST_LR_SCALE, expected, first=1)

@@ -232,7 +232,7 @@ class FreezeCacheTrainer(Trainer):
         super()._run_epoch(*args, **{**kwargs, "model": self.model_wrapped, "train_dataloader": loader})
         if logs := run.cost_logs(self.state):
             self.log(logs)
-        run.stopwatch = None
+        run.end_epoch(epoch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on a batch of images, or on a batch of hidden states through the suffix."""

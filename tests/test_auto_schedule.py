@@ -19,13 +19,14 @@ from hf_freezecache.errors import ScheduleError
     head_first=st.booleans(),
     num_views=st.none() | st.integers(1, 8),
     token_keep=st.none() | st.floats(0.1, 1.0),
+    cached=st.booleans(),
 )
 def test_a_choice_fits_its_budget_and_the_model(
-    num_blocks, num_epochs, budget, head_first, num_views, token_keep
+    num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached
 ) -> None:
     arguments = (num_blocks, num_epochs, budget, head_first, num_views, token_keep)
     try:
-        choice = choose(*arguments)
+        choice = choose(*arguments, cached=cached)
     except ScheduleError:  # the next test reads it
         return
     assert choice.cost <= budget * num_epochs * (1 + 1e-6)
@@ -34,11 +35,14 @@ def test_a_choice_fits_its_budget_and_the_model(
     assert bool(choice.head_epochs) == head_first
     assert choice.num_views == num_views or (num_views is None and 1 <= choice.num_views <= choice.num_epochs)
     assert choice.token_keep == token_keep or (token_keep is None and 0 < choice.token_keep <= 1)
-    assert choice == choose(*arguments)
+    assert choice == choose(*arguments, cached=cached)
     # By hand: views through all blocks the head needs, then steps on a part of the tokens.
     deepest = num_blocks if head_first else choice.split_point
     steps = 3 * (num_blocks - choice.split_point) * choice.token_keep * (choice.num_epochs - choice.head_epochs)
-    assert choice.cost == pytest.approx((choice.num_views * deepest + steps) / (3 * num_blocks))
+    frozen = choice.num_views * deepest
+    if not cached:  # in every step
+        frozen = choice.head_epochs * num_blocks + (choice.num_epochs - choice.head_epochs) * choice.split_point
+    assert choice.cost == pytest.approx((frozen + steps) / (3 * num_blocks))
     assert [point for _, point in choice.stages(num_blocks)][-1] == choice.split_point
 
 

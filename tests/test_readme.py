@@ -236,6 +236,15 @@ def test_what_the_blocks_leave(ran) -> None:
     assert "deit-tiny-beans-plain" in page.read_text()
 
 
+def test_the_tables_are_those_of_the_records(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "benchmarks"))
+    from readme_table import README, SECTIONS
+
+    text = README.read_text()
+    for mark, section in SECTIONS.items():
+        assert f"-->\n{section()}\n<!-- /{mark} -->" in text, mark
+
+
 def test_every_command_has_an_example() -> None:
     assert set(examples()) == {*EXAMPLES, "demo"}
 

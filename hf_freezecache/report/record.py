@@ -52,6 +52,8 @@ class Decision:
         built_from: Split point of the cache whose hidden states this run's cache was computed from; 0 if it was computed
             from the images. ``None`` if this run built nothing.
         built_ahead: Split points of the caches of later stages that were built on the way.
+        built_blocks: Blocks that each view has passed through for all that was built; 0 in older records, which have
+            ``split_point - built_from``.
         calibrated: Whether this run chose the codec by measurement.
         num_views: Stored views per image; 0 without a cache.
         codec: The base view's codec, as ``Codec.to_dict`` gives it.
@@ -82,6 +84,7 @@ class Decision:
     cache: str = "none"
     built_from: int | None = None
     built_ahead: list[int] = field(default_factory=list)
+    built_blocks: int = 0
     calibrated: bool = False
     num_views: int = 0
     codec: dict[str, Any] = field(default_factory=dict)
@@ -121,7 +124,7 @@ class Decision:
         self.released_optimizer_bytes = max(self.released_optimizer_bytes, earlier.released_optimizer_bytes)
         if self.cache == "found" and earlier.cache == "built":
             self.cache, self.built_from, self.calibrated = "built", earlier.built_from, earlier.calibrated
-            self.built_ahead = earlier.built_ahead
+            self.built_ahead, self.built_blocks = earlier.built_ahead, earlier.built_blocks
 
 
 @strict

@@ -161,7 +161,10 @@ def _training_source(stage: Figures) -> str:
     source = f"the cache of split point {stage['built_from']}" if stage["built_from"] else "the images"
     if ahead := stage["built_ahead"]:
         several = "s" if len(ahead) > 1 else ""
-        source += f", by way of the cache{several} of later stages at split point{several} {', '.join(map(str, ahead))}"
+        caches = f"cache{several} of later stages at split point{several} {', '.join(map(str, ahead))}"
+        source = (
+            f"the images, by way of the {caches}" if stage["built_from"] in ahead else f"{source}, after the {caches}"
+        )
     return f"{cache}, which this run built from {source}{chosen}."
 
 

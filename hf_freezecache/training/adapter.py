@@ -23,7 +23,7 @@ from ..errors import DataError, UnsupportedSetupError
 from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
-from ..schedules import Stage, thawed_to
+from ..schedules import Stage
 from .auto import settle_auto
 from .checkpoints import announce_stage, find_checkpoint, load_stage
 from .data_checks import num_classes, with_columns_removed
@@ -196,7 +196,7 @@ def start_run(
     run = prepare_run(
         runtime,
         trainer.cache_config,
-        stages,
+        [stage for stage in stages if stage.start_epoch < num_epochs],  # others are planned, but never reached
         num_epochs,
         with_columns_removed(trainer),
         trainer._transforms,
@@ -207,7 +207,8 @@ def start_run(
     )
     if base is not None:  # a run that only builds takes no step
         run.rates = LearningRates.of(trainer.freeze_config)
-        run.token_keep, run.lenient = trainer.freeze_config.token_keep or 1.0, bool(trainer._record.chosen)
+        run.token_keep = trainer.freeze_config.token_keep or 1.0
+    run.lenient = bool(trainer._record.chosen)
     return run
 
 
@@ -255,15 +256,18 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
     if trainer.freeze_config is None or trainer.train_dataset is None:
         raise UnsupportedSetupError("build_cache needs a freeze_config and a train_dataset.")
     stages, num_epochs = plan_stages_of(trainer)
-    first = next((stage for stage in stages if stage.split_point > 0), None)
-    ahead = [] if first is None or trainer.cache_config.consume_previous_cache else thawed_to(first, stages)
     if split_point is not None:
-        first, ahead = Stage(0, 0, split_point), []
-        stages = [first]
-    if first is None:
+        stages = [Stage(0, 0, split_point)]
+    if not any(stage.split_point for stage in stages):
         raise UnsupportedSetupError("No stage of the schedule freezes a block; give build_cache a split_point.")
     trainer._run = run = start_run(trainer, stages, num_epochs, None)
     check_steps(run, trainer.model)
+    # As `train` does, which trains the others from images.
+    first = next((stage for stage in stages if stage.split_point and stage.split_point not in run.refusals), None)
+    if first is None:
+        raise UnsupportedSetupError(
+            f"No stage of the schedule can be trained from a cache: {next(iter(run.refusals.values()))}. Freeze other blocks."
+        )
     split, everyone = run.splits.at(first.split_point), run.runtime.everyone
     # While training, DDP has given all processes the weights of the first; here nobody has.
     if everyone.size > 1 and len(set(everyone.gather(hash_prefix(split)))) > 1:
@@ -271,8 +275,8 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
             "The processes have different weights in the blocks to freeze: each of them would write other hidden states "
             "into the cache. Load the model from one checkpoint, or seed its initialisation."
         )
-    ahead = [point for point in ahead if point not in run.refusals]
-    return CachedDataset(run.open_cache(split, [run.splits.at(point) for point in ahead]).reader)
+    ahead = [run.splits.at(point) for point in run.built_ahead(first)]
+    return CachedDataset(run.open_cache(split, ahead).reader)
 
 
 def resume_weights_of(trainer: Any, checkpoint: str, model: nn.Module | None) -> bool:
@@ -322,9 +326,9 @@ def prepare_optimizer(trainer: Any) -> None:
     """
     run, freezer = trainer._run, trainer._freezer
     freezer.adopt(trainer.optimizer)
+    run.rates.prepare(run.splits, trainer.optimizer, trainer.lr_scheduler, freezer)
     # Blocks that a later stage thaws, and what a `create_optimizer` of the user's own put in of frozen ones.
     freezer.prune(trainer.optimizer, run.splits.at(run.frozen_before))
-    run.rates.prepare(run.splits, trainer.optimizer, trainer.lr_scheduler, freezer)
 
 
 @contextmanager

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from ..auto_schedule import Choice, choose
 from ..config import FreezeConfig
 from ..data.views import ViewDataset, same_examples
 from ..errors import UnsupportedSetupError
 from ..model.probe import find_blocks
+from ..schedules import MOST_LR_SCALE
 from .lr_rule import budget_scale, lr_scale
 
 __all__ = ["LAYER_DECAY", "settle_auto"]
@@ -53,12 +57,17 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
             "num_train_epochs in place of max_steps, or remove the budget."
         )
     blocks = find_blocks(trainer.model)[1]
-    inside = {parameter for block in blocks for parameter in block.parameters()}
-    # LoRA without modules_to_save, for one, leaves a head as it is.
-    head_trains = any(parameter.requires_grad and parameter not in inside for parameter in trainer.model.parameters())
     free = caching.chooses_views and caching.mode != "never"
     views = (None if _views_differ(trainer) else 1) if free else caching.num_views
-    choice = choose(len(blocks), num_epochs, freezing.budget, head_trains, views, freezing.token_keep)
+    choice = choose(
+        len(blocks),
+        num_epochs,
+        freezing.budget,
+        _head_trains(trainer.model, blocks),
+        views,
+        freezing.token_keep,
+        cached=caching.mode != "never",
+    )
     stages = choice.stages(len(blocks))
     trainer.freeze_config = replace(
         freezing,
@@ -79,6 +88,14 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         logger.info("%s", line)
 
 
+def _head_trains(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
+    """Whether something behind the blocks trains; LoRA without ``modules_to_save``, for one, leaves a head as it is."""
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    parameters = list(model.parameters())
+    last = max(place for place, parameter in enumerate(parameters) if parameter in inside)
+    return any(parameter.requires_grad for parameter in parameters[last + 1 :])
+
+
 def _views_differ(trainer: Any) -> bool:
     """Whether two views of a row may differ: a transform that draws nothing gives one image over and over."""
     try:
@@ -96,7 +113,7 @@ def _rates(stages: list[tuple[int, int]], num_blocks: int, freezing: FreezeConfi
     scales = {point: least * lr_scale(point, num_blocks) for _, point in stages}
     if len(stages) > 1:
         scales[stages[-1][1]] *= AFTER_HEAD_SCALE
-    return ",".join(f"{point}:{scale:.3g}" for point, scale in sorted(scales.items()))
+    return ",".join(f"{point}:{min(scale, MOST_LR_SCALE):.3g}" for point, scale in sorted(scales.items()))
 
 
 def _epochs(choice: Choice) -> str:

@@ -91,9 +91,8 @@ def steps_of_head(stages: Sequence[Stage], num_blocks: int, args: Any, sampler: 
         args: ``TrainingArguments``.
         sampler: Order of the training data.
     """
-    if len(stages) < 2 or not stages[1].split_point < stages[0].split_point == num_blocks:
-        return 0
-    return stages[1].start_epoch * _steps_per_epoch(args, sampler)
+    thawing = next((stage for stage in stages if stage.split_point != num_blocks), None)
+    return 0 if thawing is None else thawing.start_epoch * _steps_per_epoch(args, sampler)
 
 
 def plan_run(
@@ -150,10 +149,10 @@ def predict_passes(
 def _states_at(stage: Stage, stages: Sequence[Stage], config: CacheConfig) -> int:
     """Return the split point from which the states of a stage are computed: its own if an earlier stage builds its cache."""
     before = stages[: stage.index]
-    if not config.consume_previous_cache and any(stage.split_point in thawed_to(one, stages) for one in before):
-        return stage.split_point
     if config.build_from == "images":
         return 0
+    if not config.consume_previous_cache and any(stage.split_point in thawed_to(one, stages) for one in before):
+        return stage.split_point
     # Stages behind whose blocks nothing has trained since.
     lowest = [min(one.split_point for one in before[number:]) for number in range(len(before))]
     usable = [one.split_point for one, least in zip(before, lowest, strict=True) if one.split_point == least]

@@ -338,9 +338,8 @@ def rehearse(run: Any, wrapped: nn.Module) -> None:
             refusals = _rehearse(run, wrapped, batch, False)
     for split_point, reason in refusals.items():
         if run.lenient and split_point == run.splits.num_blocks:
-            logger.warning(
-                "schedule='auto' trains the head from images, since from a cache it would not be the same: %s.", reason
-            )
+            words = "schedule='auto' trains the head from images, since from a cache it would not be the same: %s."
+            logger.warning(words, reason)
         elif run.config.mode == "always":
             raise UnsupportedModelError(
                 f"{type(run.runtime.model).__name__} cannot be trained from a cache behind {split_point} frozen blocks: {reason}. "

@@ -197,6 +197,12 @@ class StageRunner:
         self.sampler.set_epoch(epoch)
         self.freezer.hold()
 
+    def end_epoch(self, epoch: int) -> None:
+        """Thaw what the next epoch trains: a callback that freezes some of it does so before the stage is entered."""
+        self.stopwatch, stage = None, stage_at(self.stages, epoch + 1)
+        if self.frozen is not None and stage.split_point < self.frozen:
+            self.freezer.freeze(self.splits.at(stage.split_point))
+
     def begins(self, epoch: int) -> Stage | None:
         """Return the stage that begins in an epoch, or with which a resumed run begins; ``None`` if none does."""
         stage = stage_at(self.stages, epoch)
@@ -291,8 +297,7 @@ class StageRunner:
     def _open(self, stage: Stage, decision: Decision) -> OpenedCache | None:
         """Find or build a stage's cache; ``None`` if it cannot be written and ``mode="auto"`` takes that."""
         several, started = self.runtime.cache_group.num_groups > 1, time.perf_counter()
-        points = [] if self.config.consume_previous_cache else thawed_to(stage, self.stages)
-        points = [point for point in points if point not in self.refusals]
+        points = self.built_ahead(stage)
         try:
             with self.runtime.everyone.fail_together() if several else nullcontext():
                 return self.open_cache(self.splits.at(stage.split_point), [self.splits.at(point) for point in points])
@@ -314,6 +319,12 @@ class StageRunner:
                     else "No checkpoint was saved yet: trainer.train() begins anew, with the finished shards."
                 )
             ) from error
+
+    def built_ahead(self, stage: Stage) -> list[int]:
+        """Return the split points of later stages whose caches are built together with that of a stage, in rising order."""
+        if self.config.consume_previous_cache or self.config.build_from == "images":
+            return []
+        return [point for point in thawed_to(stage, self.stages) if point not in self.refusals]
 
     def open_cache(self, split: Split, ahead: Sequence[Split] = ()) -> OpenedCache:
         """Find or build the cache of a split point, and write down beside it what it was made of. Collective.

@@ -49,6 +49,7 @@ class OpenedCache:
             cache that was there.
         calibrated: Whether its codec was chosen by measurement in this call.
         built_ahead: Split points of caches for later stages that this call built on the way.
+        built_blocks: Blocks that each view has passed through for all that this call built.
         distortion: What its states cost with this run's suffix; empty if lossless. See ``measure_distortion``.
     """
 
@@ -57,6 +58,7 @@ class OpenedCache:
     built_from: int | None = None
     calibrated: bool = False
     built_ahead: tuple[int, ...] = ()
+    built_blocks: int = 0
     distortion: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -155,7 +157,8 @@ class StageCache:
         Args:
             split: The model, split where the frozen blocks of the stage end.
             ahead: Lower split points, in rising order, of later stages that find the blocks before them as they are now. If
-                there is no cache yet, theirs are built first: the images then pass through each block once for all of them.
+                there is no cache yet, theirs are built first: where a cache can be computed from the one before, the images pass
+                through each block once for all of them.
 
         Raises:
             CacheMismatchError: The cache that is there does not hold what its rows give now.
@@ -167,10 +170,12 @@ class StageCache:
         if opened is None:
             earlier = [self.open(lower) for lower in ahead]
             opened = self.build(split, self.plan(split, fingerprint), started)
-            if built := [one for one in earlier if one.built_from is not None]:
-                points = tuple(one.reader.index.split_point for one in built)
-                # From here on it counts as one build, with all blocks that it took.
-                opened = replace(opened, built_from=built[0].built_from, built_ahead=points)
+            built = [one for one in earlier if one.built_from is not None]
+            opened = replace(
+                opened,
+                built_ahead=tuple(one.reader.index.split_point for one in built),
+                built_blocks=sum(one.built_blocks for one in (*built, opened)),
+            )
         opened.report.seconds = time.perf_counter() - started
         self.current = opened.reader
         return opened
@@ -350,7 +355,8 @@ class StageCache:
             if name in calibration
         }
         built_from = 0 if source is None else source.index.split_point
-        return OpenedCache(reader, report, built_from, planned.calibrated, distortion=distortion)
+        blocks = split.split_point - built_from
+        return OpenedCache(reader, report, built_from, planned.calibrated, built_blocks=blocks, distortion=distortion)
 
     def _write(self, split: Split, plan: CachePlan, source: CacheReader | None) -> BuildReport:
         """Compute and write all shards that are missing."""
@@ -371,7 +377,8 @@ class StageCache:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
             views, collate = views.with_geometry(), collate.with_geometry()
         consume = None
-        if source is not None and self.config.consume_previous_cache:
+        later = self.split_points[self.split_points.index(split.split_point) + 1 :]
+        if source is not None and self.config.consume_previous_cache and source.index.split_point not in later:
             self.current = None  # half of it may be gone if this build fails
             consume = consumer(source, self.process_group)
         return build_cache(

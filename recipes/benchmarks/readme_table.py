@@ -11,6 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from accuracy_front import line_of, points_of
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parents[1] / "README.md"
@@ -21,6 +23,7 @@ ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
 AUGMENTATION = "augmentation--deit-tiny--*--cpu.json"
 COPIES = "copies_rate--deit-tiny--cpu.json"
 FAULTS = "faults.json"
+FRONTS = "time_to_accuracy--*.json"
 SCALE = "scale.json"
 
 
@@ -233,9 +236,38 @@ def faults() -> str:
     )
 
 
+def fronts() -> str:
+    """Return a table of accuracy over cost: arms with at least two seeds on the test rows."""
+    lines = ["| data | arm | accuracy | cost, epochs of full fine-tuning | seeds |", "|---|---|---|---|---|"]
+    records = []
+    for path in sorted(RESULTS.glob(FRONTS)):
+        record = load(path.name)
+        config = record["config"]
+        rows = sorted(
+            (point for point in points_of(record).values() if len(point.accuracies) > 1), key=lambda one: one.cost
+        )
+        part = f", {config['train']} training images" if config["train"] else ""
+        for point in rows:
+            lines.append(
+                f"| {config['data']}, {config['image_size']} px{part} | {line_of(point.arm)}: `{point.arm.name}` "
+                f"| {point.accuracy:.1f} ± {point.error:.1f} | {point.cost:.2f} | {len(point.accuracies)} |"
+            )
+        records.append(link(path.name))
+    lines += [
+        "",
+        "DeiT-Tiny, batch 32, fp32; each arm with the best of at least four learning rates on a part of the training images, `auto` with "
+        "that of full fine-tuning; means and standard errors. The cost counts passes through blocks, building included. "
+        f"{', '.join(records)}, made by `recipes/benchmarks/time_to_accuracy.py`.",
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS = {"figures": epochs, "fronts": fronts, "codecs": codecs, "views": views, "faults": faults}
+
+
 def main() -> None:
     text = README.read_text()
-    for mark, table in (("figures", epochs()), ("codecs", codecs()), ("views", views()), ("faults", faults())):
+    for mark, table in ((mark, section()) for mark, section in SECTIONS.items()):
         start, end = re.escape(f"<!-- {mark}:"), re.escape(f"<!-- /{mark} -->")
         replace = rf"({start}.*?-->\n).*?({end})"
         text, count = re.subn(replace, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)

@@ -160,3 +160,31 @@ def test_a_budget_needs_the_rule(train_dataset) -> None:
 def test_views_of_a_written_schedule_stay_one() -> None:
     assert CacheConfig().num_views == 1
     assert CacheConfig() == CacheConfig(num_views=1)
+
+
+def test_build_cache_passes_over_a_head_that_cannot_be_cached(train_dataset) -> None:
+    model = SeesEarlierBlocks(tiny_vit().config)
+    trainer = auto_trainer(train_dataset, model, num_train_epochs=3)
+    assert trainer.build_cache().reader.index.split_point == choose(4, 3).split_point
+
+
+def test_what_runs_in_front_of_the_blocks_is_no_head(train_dataset) -> None:
+    model = tiny_vit()
+    model.classifier.requires_grad_(False)
+    model.vit.layernorm.requires_grad_(False)
+    trainer = auto_trainer(train_dataset, model, num_train_epochs=3)
+    assert not trainer.freeze_config.schedule.startswith("0:4")
+
+
+def test_a_head_that_does_not_train_is_refused_in_those_words(train_dataset) -> None:
+    model = tiny_vit()
+    model.requires_grad_(False)
+    find_blocks(model)[1].requires_grad_(True)
+    trainer = make_trainer(model, train_dataset, schedule="0:4,2:2", freeze={"lr_scale": "auto", "layer_decay": 0.8})
+    with pytest.raises(UnsupportedSetupError, match="Nothing is left to train"):
+        trainer.train()
+
+
+def test_small_budgets_of_long_runs_are_fine(train_dataset) -> None:
+    trainer = auto_trainer(train_dataset, freeze={"budget": 3e-5}, num_train_epochs=40000)
+    assert trainer.freeze_config.lr_scale.endswith("4:1e+03")

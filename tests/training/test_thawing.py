@@ -14,6 +14,7 @@ from support import many
 from support.children import run_group
 from support.parity import assert_same, parameters_of
 from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
+from transformers import TrainerCallback
 
 from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.cost import passes_spent
@@ -143,7 +144,7 @@ def test_one_pass_over_the_images_gives_the_caches_of_all_stages(images) -> None
         trainer = trained(rows, schedule=schedule, num_train_epochs=3, cache={"cache_dir": schedule.replace(":", "-")})
         counts[schedule] = Counting.rendered
     first, second, third = trainer._record.decisions
-    assert (first.cache, first.built_from, first.built_ahead) == ("built", 0, [1, 3])
+    assert (first.cache, first.built_from, first.built_ahead, first.built_blocks) == ("built", 3, [1, 3], 4)
     assert [one.cache for one in (second, third)] == ["found", "found"]
     # Preflight renders a few rows for each split point; a pass of its own would render every row twice.
     assert counts["0:4,1:3,2:1"] - counts["0:4"] < len(rows)
@@ -265,3 +266,51 @@ def test_build_cache_builds_what_one_pass_can_give(train_dataset) -> None:
     assert built.reader.index.split_point == 4
     trainer = trained(train_dataset, **settings)
     assert [one.cache for one in trainer._record.decisions] == ["found", "found", "found", "built"]
+
+
+def test_stages_that_are_never_reached_change_nothing(train_dataset) -> None:
+    """Neither the schedule of learning rates, nor what is built."""
+    settings = {"num_train_epochs": 2, "warmup_steps": 2, "lr_scheduler_type": "linear"}
+    whole = trained(train_dataset, schedule="0:4", **settings)
+    unreached = trained(train_dataset, schedule="0:4,4:2", **settings)
+    assert rates_of(unreached) == rates_of(whole)
+    assert unreached._record.decisions[0].built_ahead == []
+    assert_same(parameters_of(unreached.model), parameters_of(whole.model))
+
+
+def test_equal_stages_of_the_head_count_as_one(train_dataset) -> None:
+    runs = [trained(train_dataset, schedule=schedule, num_train_epochs=3) for schedule in ("0:4,2:2", "0:4,1:4,2:2")]
+    assert rates_of(runs[0]) == rates_of(runs[1])
+
+
+class FreezesLastBlock(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, model, **kwargs):
+        if state.epoch >= 1:
+            find_blocks(model)[1][3].requires_grad_(False)
+
+
+def test_what_a_callback_freezes_when_blocks_thaw_stays_frozen(train_dataset) -> None:
+    for mode in ("always", "never"):
+        given = {"callbacks": [FreezesLastBlock()]}
+        trainer = trained(train_dataset, mode, cls=Recorder, schedule="0:4,1:2", num_train_epochs=2, trainer=given)
+        before, after = parameters_of(tiny_vit()), parameters_of(trainer.model)
+        moved = {number for name in after if not torch.equal(before[name], after[name]) for number in blocks_in([name])}
+        assert moved == {2}
+
+
+def test_a_cache_that_a_later_stage_needs_is_not_consumed(train_dataset) -> None:
+    cache = {"consume_previous_cache": True}
+    trained(train_dataset, schedule="0:2", num_train_epochs=1, cache=cache)
+    trainer = trained(train_dataset, schedule="0:4,1:2", num_train_epochs=2, cache=cache)
+    assert [(one.cache, one.built_from) for one in trainer._record.decisions] == [("built", 2), ("found", None)]
+
+
+@pytest.mark.parametrize("build_from", ["images", pytest.param("auto", marks=pytest.mark.slow)])
+def test_what_was_built_is_counted_as_it_was(train_dataset, build_from) -> None:
+    """A lossy cache that may not be computed from another one takes all blocks once more."""
+    cache = {"build_from": build_from, "codec": "int8"}
+    trainer = trained(train_dataset, schedule="0:4,1:3,2:1", num_train_epochs=3, cache=cache)
+    decisions = trainer._record.decisions
+    built = [passes_spent(trainer._record, one) - 3 * (4 - one.split_point) for one in decisions]
+    sources = {"images": [8, 6, 2], "auto": [2 * sum(one.built_blocks for one in decisions[:1]), 0, 0]}
+    assert built == pytest.approx(sources[build_from], abs=0.01)
