@@ -97,6 +97,7 @@ def test_one_view_where_views_are_alike(images) -> None:
     assert kept.cache_config.num_views == 3
 
 
+@pytest.mark.slow
 def test_a_head_that_does_not_train_is_not_trained_first(train_dataset) -> None:
     model = tiny_vit()
     model.requires_grad_(False)
@@ -122,6 +123,7 @@ class SeesEarlierBlocks(type(tiny_vit())):
         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+@pytest.mark.slow
 def test_a_head_that_cannot_be_cached_trains_from_images(train_dataset, caplog) -> None:
     def run(mode: str) -> Any:
         model = SeesEarlierBlocks(tiny_vit().config)
@@ -162,6 +164,7 @@ def test_views_of_a_written_schedule_stay_one() -> None:
     assert CacheConfig() == CacheConfig(num_views=1)
 
 
+@pytest.mark.slow
 def test_build_cache_passes_over_a_head_that_cannot_be_cached(train_dataset) -> None:
     model = SeesEarlierBlocks(tiny_vit().config)
     trainer = auto_trainer(train_dataset, model, num_train_epochs=3)

@@ -105,9 +105,11 @@ def test_a_stage_trains_like_plain_torch(train_dataset) -> None:
         torch.testing.assert_close(value, parameters_of(cached.model)[name], rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "freeze", [{}, {"layer_decay": 0.8, "lr_scale": "1:2,4:3", "token_keep": 0.5}], ids=["", "all"]
+    "freeze",
+    [pytest.param({}, marks=pytest.mark.slow), {"layer_decay": 0.8, "lr_scale": "1:2,4:3", "token_keep": 0.5}],
+    ids=["", "all"],
 )
 def test_resume_at_every_checkpoint(train_dataset, own, freeze) -> None:
     """Also with an optimizer of the user's own, which holds all parameters from the start."""
@@ -154,6 +156,7 @@ def test_one_pass_over_the_images_gives_the_caches_of_all_stages(images) -> None
     assert predicted == [2 * 4, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_later_stage_does_not_take_a_cache_of_blocks_that_have_trained_since(train_dataset) -> None:
     """0:1 caches block 0; the epoch without frozen blocks trains it; the cache at 3 must not be computed from that one."""
     live, cached = (
@@ -166,7 +169,7 @@ def test_a_later_stage_does_not_take_a_cache_of_blocks_that_have_trained_since(t
 @pytest.mark.parametrize(
     "cache",
     [
-        {"consume_previous_cache": True},
+        pytest.param({"consume_previous_cache": True}, marks=pytest.mark.slow),
         pytest.param({"build_from": "images"}, marks=pytest.mark.slow),
         pytest.param({"mode": "auto"}, marks=pytest.mark.slow),
         pytest.param({"codec": "auto"}, marks=pytest.mark.slow),
@@ -185,6 +188,7 @@ def test_settings_of_caches(train_dataset, cache) -> None:
         assert_same(parameters_of(live.model), parameters_of(cached.model))
 
 
+@pytest.mark.slow
 def test_what_the_user_has_frozen_stays_frozen(train_dataset) -> None:
     model = tiny_vit()
     mine = find_blocks(model)[1][3].parameters()
@@ -196,12 +200,14 @@ def test_what_the_user_has_frozen_stays_frozen(train_dataset) -> None:
     assert not any(parameter.requires_grad for parameter in find_blocks(trainer.model)[1][3].parameters())
 
 
+@pytest.mark.slow
 def test_going_on_under_another_schedule_that_thaws_says_so(train_dataset) -> None:
     trained(train_dataset, schedule="0:3", num_train_epochs=2, save_strategy="epoch", output_dir="saved")
     with pytest.raises(ValueError, match=r"saved with 3 frozen blocks.*asks for 1"):
         trained(train_dataset, schedule="0:1", resume="saved/checkpoint-5")
 
 
+@pytest.mark.slow
 def test_the_report_tells_of_thawed_blocks(train_dataset, caplog) -> None:
     with caplog.at_level(logging.INFO):
         trainer = trained(train_dataset)
@@ -236,7 +242,9 @@ def rates_of(trainer: Any) -> list[float]:
     return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", pytest.param("constant_with_warmup", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["cosine", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("linear", "constant_with_warmup"))]
+)
 def test_the_schedule_of_learning_rates_begins_when_blocks_thaw(train_dataset, kind) -> None:
     """Until then the head has a constant rate. Afterwards the rates are those of a run that begins there."""
     settings = {"lr_scheduler_type": kind, "warmup_steps": 2}
@@ -247,6 +255,7 @@ def test_the_schedule_of_learning_rates_begins_when_blocks_thaw(train_dataset, k
     assert rates_of(head_first)[2 * steps :] == pytest.approx(rates_of(alone))
 
 
+@pytest.mark.slow
 def test_other_schedulers_run_over_the_whole_training(train_dataset) -> None:
     optimizer = torch.optim.AdamW((model := tiny_vit()).parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=10)
@@ -260,6 +269,7 @@ def test_other_schedulers_run_over_the_whole_training(train_dataset) -> None:
     assert rates_of(trainer) == pytest.approx([3e-3 * (1 - 0.09 * step) for step in range(10)], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_build_cache_builds_what_one_pass_can_give(train_dataset) -> None:
     settings = {"schedule": "0:4,1:3,2:1,3:2", "cache": {"num_views": 2, "codec": "int8"}}
     built = make_trainer(tiny_vit(), train_dataset, **settings).build_cache()
@@ -278,6 +288,7 @@ def test_stages_that_are_never_reached_change_nothing(train_dataset) -> None:
     assert_same(parameters_of(unreached.model), parameters_of(whole.model))
 
 
+@pytest.mark.slow
 def test_equal_stages_of_the_head_count_as_one(train_dataset) -> None:
     runs = [trained(train_dataset, schedule=schedule, num_train_epochs=3) for schedule in ("0:4,2:2", "0:4,1:4,2:2")]
     assert rates_of(runs[0]) == rates_of(runs[1])
@@ -298,6 +309,7 @@ def test_what_a_callback_freezes_when_blocks_thaw_stays_frozen(train_dataset) ->
         assert moved == {2}
 
 
+@pytest.mark.slow
 def test_a_cache_that_a_later_stage_needs_is_not_consumed(train_dataset) -> None:
     cache = {"consume_previous_cache": True}
     trained(train_dataset, schedule="0:2", num_train_epochs=1, cache=cache)
@@ -305,7 +317,8 @@ def test_a_cache_that_a_later_stage_needs_is_not_consumed(train_dataset) -> None
     assert [(one.cache, one.built_from) for one in trainer._record.decisions] == [("built", 2), ("found", None)]
 
 
-@pytest.mark.parametrize("build_from", ["images", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("build_from", ["images", "auto"])
 def test_what_was_built_is_counted_as_it_was(train_dataset, build_from) -> None:
     """A lossy cache that may not be computed from another one takes all blocks once more."""
     cache = {"build_from": build_from, "codec": "int8"}
