@@ -46,9 +46,9 @@ class Recipe:
         return min(max(round(self.frozen * num_blocks), 1), num_blocks - 1)
 
 
-#: In order of cost. Source: runs of recipes/benchmarks/time_to_accuracy.py, one seed each: DeiT-Tiny on 50 classes of Caltech-101
-#: at 112 pixels, half the size that it was pretrained on, where the blocks have to adapt. Where they have not (the same at 224
-#: pixels), all of these do equally well.
+#: In order of cost. Source of the first four: single runs of DeiT-Tiny on 50 classes of Caltech-101 at 112 pixels, half the size that
+#: it was pretrained on, scored on a part of the training images. Records of recipes/benchmarks/time_to_accuracy.py have the second
+#: and the fourth, with three seeds. The last two are these with more views, and not measured.
 RECIPES = (
     Recipe(most_cost=0.7, frozen=0.75, num_views=1, token_keep=0.5, most_epochs=8),
     Recipe(most_cost=1.0, frozen=0.5, num_views=1, token_keep=0.5, most_epochs=4),

@@ -22,11 +22,11 @@ from .report.record import RunRecord, progress_to_dict
 from .report.stopwatch import Stopwatch
 from .training.adapter import (
     augmenter_of,
+    begin_from,
     build_cache_of,
     check_setup,
     check_train_arguments,
     describe,
-    fewest_frozen,
     find_process_groups,
     install_callbacks,
     optimizer_ready,
@@ -189,7 +189,7 @@ class FreezeCacheTrainer(Trainer):
         run = self._run
         if run is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        split_point = fewest_frozen(run, resume_from_checkpoint)
+        split_point = begin_from(run, resume_from_checkpoint)
         self._freezer.optimizer_is_ours = self.optimizer is None
         run.use_model(self.model)
         run.freeze(split_point, self.optimizer)  # a user's own optimizer holds all parameters

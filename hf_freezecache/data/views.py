@@ -167,9 +167,7 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
             transform = _transform_of(self._augmented if view else self._base)
             copied = row.copied(transform) if left else None
             items.append(self._render_row(copied or row, key, transform))
-            if (
-                copied is None
-            ):  # what the last view has used, or a view of a row that cannot be copied, is nobody else's
+            if copied is None:  # the view has used the row itself: it is nobody else's
                 row = None
         return items
 

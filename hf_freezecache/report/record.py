@@ -52,8 +52,7 @@ class Decision:
         built_from: Split point of the cache whose hidden states this run's cache was computed from; 0 if it was computed
             from the images. ``None`` if this run built nothing.
         built_ahead: Split points of the caches of later stages that were built on the way.
-        built_blocks: Blocks that each view has passed through for all that was built; 0 in older records, which have
-            ``split_point - built_from``.
+        built_blocks: Blocks that each view has passed through for all that was built; 0 in older records.
         calibrated: Whether this run chose the codec by measurement.
         num_views: Stored views per image; 0 without a cache.
         codec: The base view's codec, as ``Codec.to_dict`` gives it.

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "accuracy_cost",
     "codec_words",
+    "counted",
     "describe_schedule",
     "distortion_of",
     "distortion_words",
@@ -121,7 +122,8 @@ def _learning_rates(figures: Figures) -> str:
     return words
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Return ``one view``, ``2 views``."""
     return f"one {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -153,8 +155,8 @@ def _training_source(stage: Figures) -> str:
     if stage["trained_from"] == "images" and not stage["split_point"]:
         return "It trained on images, and no block was frozen."
     if stage["trained_from"] == "images":
-        return f"It trained on images, and {_count(stage['split_point'], 'frozen block')} ran in every step."
-    cache = f"It trained from a cache of {_count(stage['num_views'], 'view')} of each image"
+        return f"It trained on images, and {counted(stage['split_point'], 'frozen block')} ran in every step."
+    cache = f"It trained from a cache of {counted(stage['num_views'], 'view')} of each image"
     if stage["cache"] == "found":
         return f"{cache}, which was found."
     chosen = ", with a codec chosen by measurement" if stage["calibrated"] else ""

@@ -39,10 +39,10 @@ from .weights import check_saving, restore_weights
 
 __all__ = [
     "augmenter_of",
+    "begin_from",
     "build_cache_of",
     "check_setup",
     "describe",
-    "fewest_frozen",
     "find_process_groups",
     "optimizer_ready",
     "plan_stages_of",
@@ -212,8 +212,12 @@ def start_run(
     return run
 
 
-def fewest_frozen(run: StageRunner, checkpoint: str | None) -> int:
-    """Return how few blocks are frozen in what is left of a run; its progress is that of the checkpoint it goes on from.
+def begin_from(run: StageRunner, checkpoint: str | None) -> int:
+    """Let a run begin in its first stage, or where a checkpoint is; return how few blocks are frozen in what is left of it.
+
+    Args:
+        run: What runs the stages. It takes over stage and progress of the checkpoint.
+        checkpoint: Its folder; ``None`` if there is none.
 
     Raises:
         UnsupportedSetupError: The stage of the checkpoint cannot be read.
@@ -258,12 +262,14 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
     stages, num_epochs = plan_stages_of(trainer)
     if split_point is not None:
         stages = [Stage(0, 0, split_point)]
-    if not any(stage.split_point for stage in stages):
+    first = next((stage for stage in stages if stage.split_point), None)
+    if first is None:
         raise UnsupportedSetupError("No stage of the schedule freezes a block; give build_cache a split_point.")
-    trainer._run = run = start_run(trainer, stages, num_epochs, None)
+    # It is built for runs of more epochs, too.
+    trainer._run = run = start_run(trainer, stages, max(num_epochs, first.start_epoch + 1), None)
     check_steps(run, trainer.model)
     # As `train` does, which trains the others from images.
-    first = next((stage for stage in stages if stage.split_point and stage.split_point not in run.refusals), None)
+    first = next((one for one in run.stages if one.split_point and one.split_point not in run.refusals), None)
     if first is None:
         raise UnsupportedSetupError(
             f"No stage of the schedule can be trained from a cache: {next(iter(run.refusals.values()))}. Freeze other blocks."
@@ -316,7 +322,7 @@ def restore_weights_of(
 
 
 def prepare_optimizer(trainer: Any) -> None:
-    """Give a trainer's new optimizer the groups that it has in the stage in which the run begins. Again, it does nothing.
+    """Give a trainer's new optimizer the groups that it has in the stage in which the run begins. A second call does nothing.
 
     Args:
         trainer: The user's trainer.

@@ -15,6 +15,7 @@ from ..config import FreezeConfig
 from ..data.views import ViewDataset, same_examples
 from ..errors import UnsupportedSetupError
 from ..model.probe import find_blocks
+from ..report.text import counted
 from ..schedules import MOST_LR_SCALE
 from .lr_rule import budget_scale, lr_scale
 
@@ -25,13 +26,14 @@ logger = logging.getLogger(__name__)
 #: Rows whose views are compared: a flip alone leaves three views of eight rows alike once in 65,536 times.
 _ROWS = 8
 
-#: ``layer_decay`` under ``schedule="auto"``. Source: as ``auto_schedule.RECIPES``.
+#: ``layer_decay`` under ``schedule="auto"``. Source: as ``lr_rule.RULE``; BEiT and MAE fine-tune with 0.65 to 0.85.
 LAYER_DECAY = 0.75
 #: With that decay the best learning rate is so many times that without: 6e-4 against 2e-4 for 8 epochs of full fine-tuning. Source:
 #: as ``lr_rule.budget_scale``.
 DECAY_SCALE = 3.0
 #: Behind a head that has been trained, blocks want lower rates: 6e-4 to 1.2e-3, where full fine-tuning of the same cost wants 1.2e-3
-#: to 2.4e-3. Source: tuning runs of recipes/benchmarks/time_to_accuracy.py (cifar10 and Caltech-101 at 112 pixels, one seed).
+#: to 2.4e-3. Source: tuning runs, one seed, of cifar10 (in its record of recipes/benchmarks/time_to_accuracy.py) and Caltech-101, both
+#: at 112 pixels.
 AFTER_HEAD_SCALE = 0.5
 
 
@@ -58,16 +60,14 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         )
     blocks = find_blocks(trainer.model)[1]
     free = caching.chooses_views and caching.mode != "never"
-    views = (None if _views_differ(trainer) else 1) if free else caching.num_views
-    choice = choose(
-        len(blocks),
-        num_epochs,
-        freezing.budget,
-        _head_trains(trainer.model, blocks),
-        views,
-        freezing.token_keep,
-        cached=caching.mode != "never",
-    )
+    settled = {
+        "head_first": _head_trains(trainer.model, blocks),
+        "token_keep": freezing.token_keep,
+        "cached": caching.mode != "never",
+    }
+    choice = choose(len(blocks), num_epochs, freezing.budget, num_views=None if free else caching.num_views, **settled)
+    if free and choice.num_views > 1 and not _views_differ(trainer):
+        choice = choose(len(blocks), num_epochs, freezing.budget, num_views=1, **settled)
     stages = choice.stages(len(blocks))
     trainer.freeze_config = replace(
         freezing,
@@ -118,18 +118,14 @@ def _rates(stages: list[tuple[int, int]], num_blocks: int, freezing: FreezeConfi
 
 def _epochs(choice: Choice) -> str:
     head, rest = choice.head_epochs, choice.num_epochs - choice.head_epochs
-    return f"{_count(head, 'epoch')} of the head alone, then {rest}" if head else _count(rest, "epoch")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{counted(head, 'epoch')} of the head alone, then {rest}" if head else counted(rest, "epoch")
 
 
 def _described(choice: Choice, trainer: Any) -> str:
     """Return in a sentence why, and behind a colon what was chosen."""
     freezing = trainer.freeze_config
     return (
-        f"{choice.reason}: {_epochs(choice)} behind {_count(choice.split_point, 'frozen block')}, num_views="
+        f"{choice.reason}: {_epochs(choice)} behind {counted(choice.split_point, 'frozen block')}, num_views="
         f"{int(trainer.cache_config.num_views)}, token_keep={freezing.token_keep:g}, layer_decay={freezing.layer_decay:g}, "
         f"lr_scale={freezing.lr_scale}; that is {choice.cost:.3g} epochs of full fine-tuning, counted in passes through blocks."
     )

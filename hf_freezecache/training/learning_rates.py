@@ -38,6 +38,8 @@ _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 _RATES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "_init_lrs")
 #: Other lists with one item for each group: of LambdaLR and MultiplicativeLR, and of CyclicLR.
 _ITEMS = ("lr_lambdas", "base_momentums", "max_momentums")
+#: What helps if neither can be had.
+_REMOVE_BOTH = "or remove layer_decay and lr_scale (schedule='auto' sets both: write the schedule out)."
 #: Schedulers whose lists are all named above.
 _KNOWN = ("torch.optim.lr_scheduler", "transformers.optimization")
 
@@ -249,13 +251,13 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
         raise UnsupportedSetupError(
             f"layer_decay and lr_scale multiply the learning rates of the optimizer, but a group of {name} has "
             f"lr={next(g.get('lr') for g in groups if not isinstance(g.get('lr'), (int, float, Tensor)))!r}. Give it a learning "
-            "rate (for Adafactor: relative_step=False and lr=...), or remove layer_decay and lr_scale (schedule='auto' sets both: write the schedule out)."
+            f"rate (for Adafactor: relative_step=False and lr=...), {_REMOVE_BOTH}"
         )
     known = set(model.parameters())
     if not any(parameter in known for group in groups for parameter in group["params"]):
         raise UnsupportedSetupError(
             f"layer_decay and lr_scale multiply the learning rates of groups of parameters, but no group of {name} holds a "
-            "parameter of the model: it steps in a way of its own. Use another optimizer, or remove layer_decay and lr_scale (schedule='auto' sets both: write the schedule out)."
+            f"parameter of the model: it steps in a way of its own. Use another optimizer, {_REMOVE_BOTH}"
         )
 
 
@@ -350,5 +352,5 @@ def _check_scheduler(optimizer: Any, scheduler: Any) -> None:
     if reason is not None:
         raise UnsupportedSetupError(
             f"layer_decay and lr_scale cannot be combined with the scheduler {name}: {reason}. Use a scheduler of "
-            "TrainingArguments (lr_scheduler_type) or of torch, or remove layer_decay and lr_scale (schedule='auto' sets both: write the schedule out)."
+            f"TrainingArguments (lr_scheduler_type) or of torch, {_REMOVE_BOTH}"
         )

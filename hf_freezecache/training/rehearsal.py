@@ -375,7 +375,7 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
 
 
 def _tokens_of(run: Any, rehearsal: _Rehearsal, split_point: int) -> TokenSubset | None:
-    """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all, as heads alone by the rule.
+    """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all, as does a head that ``auto`` trains alone.
 
     Raises:
         UnsupportedModelError: The model cannot be trained on some of its tokens, and not ``run.lenient``.

@@ -377,10 +377,11 @@ class StageCache:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
             views, collate = views.with_geometry(), collate.with_geometry()
         consume = None
-        later = self.split_points[self.split_points.index(split.split_point) + 1 :]
-        if source is not None and self.config.consume_previous_cache and source.index.split_point not in later:
-            self.current = None  # half of it may be gone if this build fails
-            consume = consumer(source, self.process_group)
+        if source is not None and self.config.consume_previous_cache:
+            later = self.split_points[self.split_points.index(split.split_point) + 1 :]
+            if source.index.split_point not in later:
+                self.current = None  # half of it may be gone if this build fails
+                consume = consumer(source, self.process_group)
         return build_cache(
             self._cache_dir,
             plan,

@@ -327,3 +327,8 @@ def test_what_was_built_is_counted_as_it_was(train_dataset, build_from) -> None:
     built = [passes_spent(trainer._record, one) - 3 * (4 - one.split_point) for one in decisions]
     sources = {"images": [8, 6, 2], "auto": [2 * sum(one.built_blocks for one in decisions[:1]), 0, 0]}
     assert built == pytest.approx(sources[build_from], abs=0.01)
+
+
+def test_build_cache_of_a_stage_that_this_run_does_not_reach(train_dataset) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:0,5:2", num_train_epochs=2)
+    assert trainer.build_cache().reader.index.split_point == 2
