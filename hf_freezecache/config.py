@@ -92,8 +92,8 @@ class FreezeConfig:
     budget: Annotated[Optional[float], _between(0, 1, above=True)] = field(
         default=None,
         metadata={
-            "help": "For schedule='auto': what the run may cost, as a share of full fine-tuning for --num_train_epochs, above 0 and "
-            "at most 1. It is counted in passes through blocks. The number of epochs is then chosen, too."
+            "help": "For schedule='auto', which then chooses the number of epochs, too: what the run may cost, in passes through "
+            "blocks, as a share of full fine-tuning for --num_train_epochs, above 0 and at most 1."
         },
     )
     layer_decay: Annotated[Optional[float], _between(0, 1, above=True)] = field(
@@ -223,6 +223,13 @@ class CacheConfig:
             "alpha of the Beta distribution; one of the two. It changes no cache."
         },
     )
+    cache_eval: bool = field(
+        default=False,
+        metadata={
+            "help": "While a stage trains from a cache, evaluate from caches, too: each evaluation set then runs through the frozen "
+            "blocks once. Metrics stay the same. What draws at random, or looks at the images, is evaluated from images."
+        },
+    )
     cache_placement: Literal["shared", "node"] = field(
         default="shared",
         metadata={
@@ -242,15 +249,13 @@ class CacheConfig:
     gradient_weight: Annotated[float, _between(0, 1)] = field(
         default=0.0,
         metadata={
-            "help": f"{ADVANCED}how much a direction counts by its effect on the output, from 0 to 1. For codec='auto' and "
-            "'transform'."
+            "help": f"{ADVANCED}for codec='auto' and 'transform': how much a direction counts by its effect, from 0 to 1."
         },
     )
     calibration_samples: Annotated[int, _at_least(4)] = field(
         default=256,
         metadata={
-            "help": f"{ADVANCED}images on which a lossy codec is calibrated. It is fitted on the first half and measured on the "
-            "other."
+            "help": f"{ADVANCED}images on which a lossy codec is calibrated: fitted on one half, measured on the other."
         },
     )
     chunk_size: Annotated[int, _at_least(1)] = field(
@@ -314,13 +319,11 @@ class CacheConfig:
         _check_values(self)
         if self.feature_augmentation is not None and self.mode == "never":
             raise UnsupportedSetupError(
-                f"feature_augmentation={self.feature_augmentation!r} acts on cached hidden states, but mode='never' caches "
-                "none. Remove one of them; without a cache, augment the images."
+                f"feature_augmentation={self.feature_augmentation!r} acts on caches, but mode='never' makes none. Remove one."
             )
         if self.num_views == 0 and self.mode != "never":
             raise UnsupportedSetupError(
-                "num_views=0 draws a new view in every epoch, which no cache can hold: set mode='never', or give "
-                "the number of views to store (num_views=1 or more)."
+                "num_views=0 draws a new view in every epoch, which no cache can hold: set mode='never', or num_views of 1 or more."
             )
 
     @property

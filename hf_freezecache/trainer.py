@@ -38,12 +38,7 @@ from .training.adapter import (
     start_run,
     write_model_card,
 )
-from .training.checkpoints import (
-    SavedStage,
-    move_scheduler,
-    move_to_world_size,
-    save_stage,
-)
+from .training.checkpoints import SavedStage, move_scheduler, move_to_world_size, save_stage
 from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
 from .training.learning_rates import begin_after
@@ -136,8 +131,7 @@ class FreezeCacheTrainer(Trainer):
         Raises:
             DataError: The transform or the collator gives batches that cannot be used.
             UnrepeatableTransformError: The transform has a random generator of its own.
-            UnsupportedSetupError: As at construction, the transform cannot be hashed, or this is a trial of a
-                hyperparameter search.
+            UnsupportedSetupError: As at construction, the transform cannot be hashed, or this is a trial of a search.
             CacheWriteError: The folder of caches cannot be written.
             CacheLockedError: Another live process is building the cache of a stage.
             CacheCorruptError: The cache of a stage is damaged.
@@ -168,13 +162,7 @@ class FreezeCacheTrainer(Trainer):
         checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if self._run is None or checkpoint is None:
             return state
-        moved = move_to_world_size(
-            checkpoint,
-            self.args,
-            self.state,
-            num_update_steps_per_epoch=num_update_steps_per_epoch,
-            max_steps=max_steps,
-        )
+        moved = move_to_world_size(checkpoint, self.args, self.state, num_update_steps_per_epoch, max_steps)
         if moved is None:
             return state
         self.state.global_step = self._run.moved_to = moved[0]
@@ -189,8 +177,7 @@ class FreezeCacheTrainer(Trainer):
         run = self._run
         if run is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        split_point = begin_from(run, resume_from_checkpoint)
-        self._freezer.optimizer_is_ours = self.optimizer is None
+        split_point, self._freezer.optimizer_is_ours = begin_from(run, resume_from_checkpoint), self.optimizer is None
         run.use_model(self.model)
         run.freeze(split_point, self.optimizer)  # a user's own optimizer holds all parameters
         # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
@@ -247,8 +234,8 @@ class FreezeCacheTrainer(Trainer):
         step = None if self._run is None else self._run.step
         if step is None or step.soft_loss is None:
             return super().compute_loss(*args, **kwargs)
-        # Trainer then keeps the labels from the model, which would take soft ones for multi-label, and hands over
-        # `num_items_in_batch`. Not for longer: `training_step` would take every loss for one divided by it.
+        # Trainer then keeps the labels from the model, which would take soft ones for multi-label, and hands over their number.
+        # Not for longer: `training_step` would take every loss for one divided by it.
         self.compute_loss_func = step.soft_loss
         try:
             return super().compute_loss(*args, **kwargs)
@@ -272,6 +259,19 @@ class FreezeCacheTrainer(Trainer):
             return
         with stopwatch.paused():
             super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``; from a cache where ``cache_eval`` asks for it, see ``evaluation_cache``."""
+        if self._run is not None and description == "Evaluation":
+            dataloader = self._run.evaluation_loader(self, dataloader)
+        return super().evaluation_loop(dataloader, description, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch of images, or a batch of hidden states through the suffix."""
+        step = None if self._run is None else self._run.evaluation.step
+        if step is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        return step.predict(super().prediction_step, model, inputs, *args, **kwargs)
 
     # ---- Data ----
 

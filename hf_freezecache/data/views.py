@@ -20,7 +20,7 @@ from .image_transform import ImageTransform
 from .row_reader import DecodedRow, RowReader, can_share_rows
 from .seeding import random_states, seeded
 
-__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "same_examples"]
+__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "same_examples", "views_differ"]
 
 #: (sample index, view): samplers yield it, and data sets take it. View 0 is the base view.
 ViewKey = tuple[int, int]
@@ -275,6 +275,20 @@ def same_examples(a: Any, b: Any) -> bool:
             return False
         return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
+
+
+#: Rows whose views are compared: a flip alone leaves three views of eight rows alike once in 65,536 times.
+_ROWS = 8
+
+
+def views_differ(views: ViewDataset) -> bool:
+    """Return whether two augmented views of a row may differ: a transform that draws nothing gives one image over and over.
+
+    Raises:
+        DataError: A row could not be read or transformed.
+    """
+    rows = range(min(_ROWS, len(views)))
+    return any(not same_examples(views[row, 1], views[row, view]) for row in rows for view in (2, 3))
 
 
 #: How often a rendering is repeated that differs from the same one among other rows.

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..auto_schedule import Choice, choose
 from ..config import FreezeConfig
-from ..data.views import ViewDataset, same_examples
+from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
 from ..model.probe import find_blocks
 from ..report.text import counted
@@ -22,9 +22,6 @@ from .lr_rule import budget_scale, lr_scale
 __all__ = ["LAYER_DECAY", "settle_auto"]
 
 logger = logging.getLogger(__name__)
-
-#: Rows whose views are compared: a flip alone leaves three views of eight rows alike once in 65,536 times.
-_ROWS = 8
 
 #: ``layer_decay`` under ``schedule="auto"``. Source: as ``lr_rule.RULE``; BEiT and MAE fine-tune with 0.65 to 0.85.
 LAYER_DECAY = 0.75
@@ -99,9 +96,7 @@ def _head_trains(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
 def _views_differ(trainer: Any) -> bool:
     """Whether two views of a row may differ: a transform that draws nothing gives one image over and over."""
     try:
-        views = ViewDataset(trainer.train_dataset, trainer.cache_config.view_seed, *trainer._transforms)
-        rows = range(min(_ROWS, len(views)))
-        return any(not same_examples(views[row, 1], views[row, view]) for row in rows for view in (2, 3))
+        return views_differ(ViewDataset(trainer.train_dataset, trainer.cache_config.view_seed, *trainer._transforms))
     except Exception:  # it is told once the data are checked
         return True
 

@@ -137,6 +137,33 @@ class CachedStep:
             if self.augmenter is not None:
                 self.augmenter.targets = None
 
+    def predict(
+        self, prediction_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run ``prediction_step(model, inputs, ...)``, which finds the hidden states of a packed batch at the split.
+
+        Args:
+            prediction_step: ``Trainer.prediction_step``.
+            model: The model, wrapped or not.
+            inputs: A packed batch, or one of images, which goes on as it is.
+            args: As for ``prediction_step``.
+            kwargs: As for ``prediction_step``.
+
+        Returns:
+            What ``prediction_step`` returns.
+
+        Raises:
+            UnsupportedSetupError: Model or loss use the images.
+        """
+        packed, rest = split_packed(inputs) if isinstance(inputs, Mapping) else ({}, {})
+        if not packed:
+            return prediction_step(model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            hidden_states = self.decoder.dequantize(self.prepare_inputs(packed), self.dtype, self.compute_dtype)
+        images = Withheld.of(self.split.placeholder(len(hidden_states)), "pixel_values", _NO_IMAGE)
+        with self.split.injecting(hidden_states):
+            return prediction_step(model, {**rest, "pixel_values": images}, *args, **kwargs)
+
     @property
     def soft_loss(self) -> Callable[..., Tensor] | None:
         """The loss on soft labels while a batch of mixed samples is trained on, else ``None``."""

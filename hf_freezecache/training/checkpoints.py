@@ -244,7 +244,7 @@ def find_checkpoint(asked: Any, args: Any, everyone: ProcessGroup) -> Any:
 
 
 def move_to_world_size(
-    checkpoint: str, args: Any, state: Any, *, num_update_steps_per_epoch: int, max_steps: int
+    checkpoint: str, args: Any, state: Any, num_update_steps_per_epoch: int, max_steps: int
 ) -> tuple[int, int, int] | None:
     """Return where a run goes on from a checkpoint of another number of processes, whose epochs have other steps.
 

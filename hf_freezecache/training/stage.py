@@ -28,6 +28,7 @@ from ..schedules import Stage, stage_at, thawed_to
 from .cached_step import CachedStep
 from .checkpoints import last_complete
 from .decisions import describe_cache
+from .evaluation_cache import EvaluationCache
 from .fewer_tokens import LiveStep
 from .freezer import Freezer
 from .frozen_weights import FrozenWeights
@@ -93,6 +94,7 @@ class StageRunner:
         stage_logs: What to log of the stage that was entered last.
         watch: Looks whether the transform is still what it was when the cache of the stage was opened.
         rates: What the user asks of learning rates.
+        evaluation: Evaluates from caches, if the user asks for it.
     """
 
     runtime: Runtime
@@ -121,6 +123,11 @@ class StageRunner:
     watch: TransformWatch | None = None
     frozen_weights: FrozenWeights | None = None
     rates: LearningRates = field(default_factory=LearningRates)
+    evaluation: EvaluationCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin without a cache of any evaluation set."""
+        self.evaluation = EvaluationCache(self.config)
 
     @property
     def current(self) -> ActiveStage:
@@ -154,6 +161,17 @@ class StageRunner:
     def live_loader(self) -> Any:
         """Return a loader that renders views as they are needed."""
         return live_batches(self.runtime, self.data, self.sampler)[0]
+
+    def evaluation_loader(self, trainer: Any, images: Any) -> Any:
+        """Return a loader of hidden states for an evaluation in a stage that trains on a cache; else the one of images. Collective.
+
+        Args:
+            trainer: The user's trainer.
+            images: The loader that ``Trainer`` made.
+        """
+        if self.active is None or self.active.decision.trained_from != "cache":
+            return images
+        return self.evaluation.loader(trainer, images, self.runtime, self.splits, self.active.stage.split_point)
 
     # ---- Freezing ----
 

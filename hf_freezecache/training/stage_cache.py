@@ -165,9 +165,10 @@ class StageCache:
             FreezeCacheError: See ``build_cache``, ``calibrate`` and ``CacheReader``.
         """
         started = time.perf_counter()
-        fingerprint = Fingerprint(self.process_group.on_main_process(lambda: self.identify(split).components))
-        opened = self.find(split, fingerprint)
+        fingerprint, opened = self.open_finished(split)
         if opened is None:
+            if self.process_group.is_main_process:
+                self._announce(self._cache_dir / cache_name(split.split_point, fingerprint), fingerprint)
             earlier = [self.open(lower) for lower in ahead]
             opened = self.build(split, self.plan(split, fingerprint), started)
             built = [one for one in earlier if one.built_from is not None]
@@ -180,18 +181,18 @@ class StageCache:
         self.current = opened.reader
         return opened
 
-    def find(self, split: Split, fingerprint: Fingerprint) -> OpenedCache | None:
-        """Open the finished cache with this fingerprint, checked; ``None`` if there is none. Collective.
+    def open_finished(self, split: Split) -> tuple[Fingerprint, OpenedCache | None]:
+        """Return the fingerprint of the cache of a split point, and the cache, checked, if it is there. Collective.
 
         Raises:
             CacheMismatchError: It does not hold what its rows give now.
             CacheCorruptError: It is damaged.
+            UnsupportedSetupError: Data or code cannot be hashed.
         """
+        fingerprint = Fingerprint(self.process_group.on_main_process(lambda: self.identify(split).components))
         expected = self.process_group.on_main_process(lambda: self._locate(split, fingerprint))
         if expected is None:
-            if self.process_group.is_main_process:
-                self._announce(self._cache_dir / cache_name(split.split_point, fingerprint), fingerprint)
-            return None
+            return fingerprint, None
         directory = self._cache_dir / cache_name(split.split_point, expected)
         selection = Selection() if expected == fingerprint else Selection.of(views=range(self.config.num_views))
         reader = self._reader(directory, expected, selection=selection)
@@ -199,7 +200,7 @@ class StageCache:
         logger.info("Using the cache %s.", directory)
         shards = reader.index.num_shards * self.config.num_views
         report = BuildReport(directory, reader.index.total_bytes, kept_shards=shards)
-        return OpenedCache(reader, report, distortion=distortion)
+        return fingerprint, OpenedCache(reader, report, distortion=distortion)
 
     def _locate(self, split: Split, fingerprint: Fingerprint) -> Fingerprint | None:
         """Return the fingerprint of a finished cache that will do; see ``find_finished``."""

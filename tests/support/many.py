@@ -176,6 +176,23 @@ def auto() -> dict[str, Any]:
     return at_every_checkpoint("auto", schedule="auto", freeze={"budget": 0.6})
 
 
+def evaluating() -> dict[str, Any]:
+    """Evaluate after each epoch, from images and from caches; the last batch is a short one."""
+    found = {}
+    for name, cache_eval in (("images", False), ("cached", True)):
+        trainer = make_trainer(
+            tiny_vit(),
+            data(),
+            make_images(27).with_transform(TinyTransform(augment=False)),
+            cache={"cache_dir": name, "cache_eval": cache_eval},
+            **{**SETTINGS, "schedule": "0:1,2:3", "eval_strategy": "epoch", "per_device_eval_batch_size": 4},
+        )
+        trainer.train()
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        found[name] = {"evaluations": losses, "from_cache": trainer._run.evaluation.step is not None}
+    return found
+
+
 def lossy() -> dict[str, Any]:
     """A lossy cache with copies, promoted shard by shard; and the same without making room."""
     cache = {"codec": "auto", "build_from": "previous_cache", "chunk_size": 4}

@@ -1,0 +1,275 @@
+"""Evaluates from caches of what the frozen blocks give of the evaluation sets: images are rendered once, not in each evaluation.
+
+A cache of an evaluation set is an ordinary one: lossless, of one view, in the same folder. ``Trainer`` then gets the same samples in
+the same batches, so that its metrics are those of evaluating from images, on a CPU to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset, IterableDataset, SequentialSampler, Subset
+
+from ..compression.base_view import CodecChooser
+from ..config import CacheConfig
+from ..data.collators import collate_cached
+from ..data.layout import ChunkLayout
+from ..data.seeding import preserved_random_state
+from ..data.training_data import TrainingData
+from ..data.views import views_differ
+from ..dataset import CachedDataset
+from ..errors import FreezeCacheError, UnsupportedSetupError
+from ..model.probe import evaluating
+from ..model.split import Splits
+from ..model.withheld import Withheld
+from .cached_step import CachedStep
+from .data_checks import prepare_data
+from .runtime import Runtime
+from .stage_cache import StageCache
+
+__all__ = ["EvaluationCache"]
+
+logger = logging.getLogger(__name__)
+
+#: Decoded chunks in memory. Batches follow the stored order, and one may span two chunks.
+_CHUNKS = 2
+#: Evaluation sets that are remembered.
+_SETS = 8
+#: Relative difference of outputs on devices whose kernels need not be deterministic; as ``Split.verify`` has it.
+_TOLERANCE = 1e-3
+
+
+class _InOrder(Dataset):  # type: ignore[type-arg]
+    """A cache as an evaluation reads it: item ``i`` is the ``i``-th stored sample."""
+
+    def __init__(self, cached: CachedDataset, order: npt.NDArray[np.int64]) -> None:
+        self.cached, self.order = cached, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        return self.cached[int(self.order[place])]
+
+    def __getitems__(self, places: list[int]) -> list[dict[str, Tensor]]:
+        return self.cached.__getitems__(self.order[places].tolist())
+
+
+@dataclass
+class _EvaluationSet:
+    """An evaluation set that can be cached.
+
+    Attributes:
+        name: Tells it from others.
+        splits: The splits of the model that is evaluated.
+        hashes: Hashes of the code that renders it.
+        data: Its rows, in an order in which the layout of the cache stores them one after the other.
+        cache: Finds and builds its caches.
+        tried: Split points at which evaluating from the cache was compared with evaluating from images.
+    """
+
+    name: str
+    splits: Splits
+    hashes: dict[str, str]
+    data: TrainingData
+    cache: StageCache
+    tried: set[int] = field(default_factory=set)
+
+
+@dataclass
+class EvaluationCache:
+    """Replaces the loaders of evaluations by those of caches, where that gives the same.
+
+    Attributes:
+        config: The user's settings of caches.
+        step: What evaluates batches of the loader that was given out last; ``None`` before the first.
+    """
+
+    config: CacheConfig
+    step: CachedStep | None = None
+    _sets: list[_EvaluationSet] = field(default_factory=list)
+    _refused: set[str] = field(default_factory=set)
+
+    def loader(self, trainer: Any, images: Any, runtime: Runtime, splits: Splits, split_point: int) -> Any:
+        """Return a loader of hidden states in place of one of images; the same loader where none can take its place. Collective.
+
+        A cache is built while training only. It is looked for in each evaluation: weights, transform or rows may have changed.
+
+        Args:
+            trainer: The user's trainer.
+            images: The loader that ``Trainer`` made.
+            runtime: The same trainer, as its stages see it.
+            splits: The splits of its model.
+            split_point: Number of frozen blocks.
+        """
+        if not self.config.cache_eval:
+            return images
+        try:
+            with runtime.everyone.fail_together():
+                check_trainer(trainer)
+                known = self._known(trainer, images, runtime, splits)
+            split = splits.at(split_point)
+            opened = known.cache.open(split) if trainer.is_in_train else known.cache.open_finished(split)[1]
+            if opened is None:
+                return images
+            reader = opened.reader
+            self.step = CachedStep(
+                split, reader.views, reader.dtype, None, None, runtime.prepare_inputs, reader.index.hidden_shape[0]
+            )
+            cached = _InOrder(CachedDataset(reader, _CHUNKS, packed=True, keep_read=True), reader.layout.order)
+            if split_point not in known.tried:
+                with runtime.everyone.fail_together():
+                    self._compare(trainer, images, cached)
+                known.tried.add(split_point)
+            loader = _reading_here(runtime).make_loader(cached, SequentialSampler(cached), collate_cached)
+            loaders = runtime.accelerator._dataloaders
+            loaders[:] = [other for other in loaders if other is not loader]  # it keeps them all
+            return loader
+        except FreezeCacheError as error:
+            if str(error) not in self._refused:
+                self._refused.add(str(error))
+                logger.warning("cache_eval: evaluating from images. %s", error)
+            return images
+
+    def _known(self, trainer: Any, images: Any, runtime: Runtime, splits: Splits) -> _EvaluationSet:
+        """Return what was prepared of an evaluation set, or prepare it now.
+
+        Raises:
+            FreezeCacheError: It cannot be cached.
+        """
+        dataset = images.dataset
+        if isinstance(dataset, IterableDataset):
+            raise UnsupportedSetupError("The evaluation set is an IterableDataset, whose rows have no number.")
+        # `set_transform` gives the same object another code, and columns are removed into another object each time.
+        name = getattr(dataset, "_fingerprint", None) or f"object {id(dataset)}"
+        for known in self._sets:
+            code = replace(known.data.code, dataset=dataset, collator=trainer.data_collator)
+            if (known.name, known.splits, known.hashes) == (name, splits, code.hashes(known.cache.config)):
+                return known
+        known = self._prepared(trainer, images, runtime, splits, name)
+        self._sets = [*self._sets[-_SETS:], known]
+        return known
+
+    def _prepared(self, trainer: Any, images: Any, runtime: Runtime, splits: Splits, name: str) -> _EvaluationSet:
+        """Look at an evaluation set.
+
+        Raises:
+            FreezeCacheError: It cannot be cached.
+        """
+        mine, dataset = self.config, images.dataset
+        config = CacheConfig(
+            freezecache_dir=mine.freezecache_dir,
+            chunk_size=mine.chunk_size,
+            shard_chunks=mine.shard_chunks,
+            build_num_workers=mine.build_num_workers,
+            lock_timeout=mine.lock_timeout,
+            view_seed=mine.view_seed,
+        )
+        runtime = replace(
+            runtime,
+            collate=images.collate_fn,
+            raw_collator=trainer.data_collator,
+            batch_size=trainer.args.eval_batch_size,
+        )
+        layout = ChunkLayout(len(dataset), config.chunk_size, config.view_seed)
+        rows = layout.position
+        ordered = dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows.tolist())
+        data = prepare_data(runtime, config, ordered, (None, None), layout, config.view_seed)
+        if views_differ(data.views):
+            raise UnsupportedSetupError(
+                "The evaluation set's transform draws at random: each evaluation sees other images, and a cache would not. Give "
+                "the evaluation set a transform without random parts."
+            )
+        if data.image_shape != splits.image_shape:
+            raise UnsupportedSetupError(
+                f"Images of the evaluation set have shape {data.image_shape}, those of the training set {splits.image_shape}."
+            )
+        # Rows and code by which the cache is named are those of the data set as the user passed it.
+        data = replace(data, dataset=dataset, code=replace(data.code, dataset=dataset))
+        workers = config.build_num_workers
+        cache = StageCache(
+            config,
+            CodecChooser(config, data, splits, runtime.run_frozen, runtime.batch_size),
+            str(runtime.accelerator.mixed_precision),
+            runtime.args.dataloader_num_workers if workers is None else workers,
+            not runtime.args.disable_tqdm,
+            tuple(range(splits.num_blocks + 1)),
+            runtime.cache_group,
+        )
+        try:
+            cache.check_settings()
+        except UnsupportedSetupError as error:
+            raise UnsupportedSetupError(
+                f"The rows of {type(dataset).__name__}, or the code that renders them, cannot be hashed: a cache could go stale "
+                "unseen. Pass a datasets.Dataset with a transform whose state can be hashed as eval_dataset."
+            ) from error
+        return _EvaluationSet(name, splits, data.code.hashes(config), data, cache)
+
+    def _compare(self, trainer: Any, images: Any, cached: _InOrder) -> None:
+        """Evaluate the first rows from images and from the cache.
+
+        Raises:
+            UnsupportedSetupError: The cache gives something else, or fails.
+        """
+        model, rows = trainer.model, range(min(trainer.args.eval_batch_size, len(cached)))
+        with preserved_random_state(), evaluating(model, parameter_gradients=None), trainer.accelerator.autocast():
+            batch = images.collate_fn([images.dataset[row] for row in rows])
+            expected = trainer.prediction_step(model, batch, False)
+            try:
+                found = trainer.prediction_step(model, collate_cached(cached.__getitems__(list(rows))), False)
+            except Exception as error:
+                raise UnsupportedSetupError(
+                    f"{type(model).__name__} cannot be evaluated without images: {type(error).__name__}: {error}"
+                ) from error
+        outputs = pytree.tree_leaves(expected), pytree.tree_leaves(found)
+        if len(outputs[0]) != len(outputs[1]) or not all(map(_same, *outputs)):
+            raise UnsupportedSetupError(
+                f"{type(model).__name__} gives another result when it is evaluated without images: its outputs depend on them, or "
+                "show what frozen blocks gave."
+            )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse trainers that see the images of an evaluation.
+
+    Raises:
+        UnsupportedSetupError: They do.
+    """
+    args, kind = trainer.args, type(trainer)
+    for name in ("evaluation_loop", "prediction_step", "get_eval_dataloader", "compute_loss"):
+        if not getattr(kind, name).__module__.startswith(("hf_freezecache.", "transformers.")) or name in vars(trainer):
+            raise UnsupportedSetupError(f"{kind.__name__} overrides {name}, which may read the images.")
+    if "inputs" in (getattr(args, "include_for_metrics", None) or []):
+        raise UnsupportedSetupError("include_for_metrics asks for the inputs, which are images.")
+    if args.fp16_full_eval or args.bf16_full_eval:
+        raise UnsupportedSetupError(
+            "fp16_full_eval and bf16_full_eval cast the model for an evaluation after training."
+        )
+
+
+def _reading_here(runtime: Runtime) -> Runtime:
+    """Return the trainer with loaders that have no worker processes: each would decode all chunks."""
+    args = copy.copy(runtime.args)
+    args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
+    args.dataloader_persistent_workers = False
+    if hasattr(args, "dataloader_multiprocessing_context"):
+        args.dataloader_multiprocessing_context = None
+    return replace(runtime, args=args, batch_size=args.eval_batch_size)
+
+
+def _same(exact: Any, found: Any) -> bool:
+    if not isinstance(exact, Tensor):
+        return bool(exact == found)
+    if not isinstance(found, Tensor) or isinstance(found, Withheld) or exact.shape != found.shape:
+        return False
+    if exact.device.type == "cpu" or not exact.is_floating_point():
+        return torch.equal(exact, found)
+    return bool((exact - found).abs().max() <= _TOLERANCE * exact.abs().max())

@@ -1,0 +1,246 @@
+"""Evaluating from caches gives the same as evaluating from images, or is left alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from support import many
+from support.children import run_group
+from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
+from transformers import TrainerCallback
+
+from hf_freezecache import FreezeCacheTrainer
+
+EACH_EPOCH = {
+    "eval_strategy": "epoch",
+    "num_train_epochs": 4,
+    "per_device_eval_batch_size": 8,
+    "save_strategy": "epoch",
+}
+
+
+#: Images that ``Counting`` has rendered, in all copies.
+RENDERED: list[int] = []
+
+
+class Counting(TinyTransform):
+    def __call__(self, batch):
+        count(len(batch["image"]))
+        return super().__call__(batch)
+
+
+def count(images: int, rendered: list[int] = RENDERED) -> None:
+    rendered.append(images)
+
+
+class Rows(torch.utils.data.Dataset):
+    """A map-style data set that is no datasets.Dataset."""
+
+    def __init__(self, rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int):
+        return self.rows[row]
+
+
+def stored(rows) -> datasets.Dataset:
+    """Return rows as tensors, with a column that no model takes."""
+    rendered = [{**rows[row], "note": row} for row in range(len(rows))]
+    columns = {name: np.stack([np.asarray(row[name]) for row in rendered]) for name in rendered[0]}
+    return datasets.Dataset.from_dict(columns).with_format("torch")
+
+
+def accuracy(prediction) -> dict[str, float]:
+    """A metric that depends on the order of the rows."""
+    right = (prediction.predictions.argmax(-1) == prediction.label_ids).astype(float)
+    return {"accuracy": float(right.mean()), "weighted": float((right * np.arange(len(right))).sum())}
+
+
+def trained(rows: Any, eval_rows: Any, cache_eval: bool = True, resume: str | None = None, **settings: Any) -> Any:
+    settings = {**EACH_EPOCH, "schedule": "0:1,1:2,2:4", **settings}
+    settings["cache"] = {"cache_eval": cache_eval, "cache_dir": f"caches-{cache_eval}", **settings.get("cache", {})}
+    settings["trainer"] = {"compute_metrics": accuracy, **settings.get("trainer", {})}
+    trainer = make_trainer(tiny_vit(), rows, eval_rows, output_dir=f"out-{cache_eval}", **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def evaluations(trainer: FreezeCacheTrainer) -> list[dict[str, float]]:
+    """Return the metrics of all evaluations, without times."""
+    return [
+        {
+            name: value
+            for name, value in logged.items()
+            if name.startswith("eval_") and "second" not in name and "time" not in name
+        }
+        for logged in trainer.state.log_history
+        if any(name.startswith("eval_") for name in logged)
+    ]
+
+
+def test_metrics_are_the_same_and_images_are_rendered_once(train_dataset, images) -> None:
+    eval_rows = images.select(range(21)).with_transform(Counting(False))
+    settings = {"num_train_epochs": 2, "schedule": "0:2", "save_strategy": "no"}
+    from_images = trained(train_dataset, eval_rows, cache_eval=False, **settings)
+    cached = trained(train_dataset, eval_rows, **settings)
+    assert evaluations(cached) == evaluations(from_images)
+    assert len(evaluations(cached)) == 2
+    RENDERED.clear()
+    assert cached.evaluate()["eval_weighted"] == evaluations(from_images)[-1]["eval_weighted"]
+    assert sum(RENDERED) < 21  # a spot check
+
+
+@pytest.mark.slow
+def test_three_stages_a_resume_and_another_run(train_dataset, eval_dataset) -> None:
+    from_images = trained(train_dataset, eval_dataset, cache_eval=False)
+    cached = trained(train_dataset, eval_dataset)
+    assert evaluations(cached) == evaluations(from_images)
+    assert len(evaluations(cached)) == 4
+    caches = sorted(Path("caches-True").glob("k*"))
+    assert len(caches) == 6
+    modified = [path.stat().st_mtime_ns for path in caches]
+    again = trained(train_dataset, eval_dataset)
+    assert evaluations(again) == evaluations(from_images)
+    for step in (5, 10, 15, 20):
+        resumed = trained(train_dataset, eval_dataset, resume=f"out-True/checkpoint-{step}")
+        assert evaluations(resumed) == evaluations(from_images)
+    assert sorted(Path("caches-True").glob("k*")) == caches
+    assert [path.stat().st_mtime_ns for path in caches] == modified
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["dict", "rows", "workers", "removed columns", "live", "falling", "label smoothing", "bf16"]
+)
+def test_ways_to_evaluate(train_dataset, eval_dataset, kind) -> None:
+    ready = Rows([{**eval_dataset[row]} for row in range(20)])
+    rows = {"dict": {"a": eval_dataset, "b": eval_dataset.select(range(7))}, "rows": ready}
+    settings: dict[str, Any] = {
+        "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+        "removed columns": {"remove_unused_columns": True, "label_names": ["labels"]},
+        "live": {"cache": {"mode": "never"}},
+        "falling": {"schedule": "0:4,1:1,2:0,3:2"},
+        "label smoothing": {"label_smoothing_factor": 0.1},
+        "bf16": {"bf16": True},
+    }.get(kind, {})
+    train_rows = train_dataset
+    if kind == "removed columns":
+        train_rows, rows[kind] = (stored(each) for each in (train_dataset, eval_dataset))
+    runs = [trained(train_rows, rows.get(kind, eval_dataset), each, **settings) for each in (False, True)]
+    assert evaluations(runs[0]) == evaluations(runs[1])
+    assert (runs[1]._run.evaluation.step is None) == (kind in ("live", "rows"))
+
+
+class Looking(Recorder):
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        assert inputs["pixel_values"].isfinite().all()
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+
+class LosingImages(Recorder):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("random", "draws at random"),
+        pytest.param("prediction_step", "overrides prediction_step", marks=pytest.mark.slow),
+        pytest.param("compute_loss", "overrides compute_loss", marks=pytest.mark.slow),
+        pytest.param("inputs", "include_for_metrics", marks=pytest.mark.slow),
+        pytest.param("states", "gives another result", marks=pytest.mark.slow),
+    ],
+)
+def test_what_cannot_be_evaluated_from_a_cache(train_dataset, eval_dataset, images, caplog, kind, says) -> None:
+    settings: dict[str, Any] = {"num_train_epochs": 2}
+    rows = eval_dataset
+    if kind == "random":
+        rows = images.select(range(20)).with_transform(TinyTransform(True))
+    settings |= {"prediction_step": {"cls": Looking}, "compute_loss": {"cls": LosingImages}}.get(kind, {})
+    if kind == "inputs":
+        settings |= {"include_for_metrics": ["inputs"]}
+    metrics = []
+    for cache_eval in (False, True):
+        caplog.clear()
+        model = tiny_vit()
+        if kind == "states":
+            model.config.output_hidden_states = True
+        with caplog.at_level(logging.WARNING):
+            trainer = make_trainer(
+                model,
+                train_dataset,
+                rows,
+                cache={"cache_eval": cache_eval, "cache_dir": f"caches-{cache_eval}"},
+                **{**EACH_EPOCH, **settings},
+            )
+            trainer.train()
+        metrics.append(evaluations(trainer))
+    if kind != "random":
+        assert metrics[0] == metrics[1]
+    told = [record.getMessage() for record in caplog.records if "cache_eval" in record.getMessage()]
+    assert len(told) == 1
+    assert says in told[0]
+
+
+class Changing(TrainerCallback):
+    """Replaces the transform of the evaluation set in the midst of the run."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if state.epoch == 3:
+            self.rows.set_transform(Darker(False))
+
+
+class Darker(TinyTransform):
+    def __call__(self, batch):
+        batch = super().__call__(batch)
+        return {**batch, "pixel_values": [pixels / 2 for pixels in batch["pixel_values"]]}
+
+
+@pytest.mark.slow
+def test_a_transform_that_is_replaced_is_seen(train_dataset, images) -> None:
+    runs = []
+    for cache_eval in (False, True):
+        callback = Changing()
+        callback.rows = images.select(range(20)).with_transform(TinyTransform(False))
+        runs.append(trained(train_dataset, callback.rows, cache_eval, trainer={"callbacks": [callback]}))
+    assert evaluations(runs[0]) == evaluations(runs[1])
+
+
+@pytest.mark.slow
+def test_where_it_cannot_be_written_images_are_evaluated(train_dataset, eval_dataset, caplog, monkeypatch) -> None:
+    from hf_freezecache.training import stage_cache
+
+    build = stage_cache.build_cache
+
+    def full(cache_dir, plan, *args, **kwargs):
+        if plan.layout.num_samples == 20:
+            raise stage_cache.FreezeCacheError("no space left")
+        return build(cache_dir, plan, *args, **kwargs)
+
+    from_images = trained(train_dataset, eval_dataset, cache_eval=False)
+    monkeypatch.setattr(stage_cache, "build_cache", full)
+    cached = trained(train_dataset, eval_dataset)
+    assert evaluations(cached) == evaluations(from_images)
+    assert "cache_eval: evaluating from images. no space left" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path) -> None:
+    run_group(many.main, "evaluating", folders=[tmp_path] * 2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"found-{rank}-of-2.json").read_text())["evaluating"]
+        assert found["cached"]["evaluations"] == found["images"]["evaluations"]
+        assert len(found["cached"]["evaluations"]) == 4
+        assert found["cached"]["from_cache"]
