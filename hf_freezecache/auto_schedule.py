@@ -6,8 +6,8 @@ blocks, see ``passes``: one such epoch of a model of ``n`` blocks takes ``3 n`` 
 ``k V`` where the head does not train first, and ``E`` epochs behind ``k`` blocks, on a share ``t`` of the patch tokens, take
 ``3 (n - k) t E``.
 
-The rule is a table, ``RECIPES``: the more a run may cost, the fewer blocks are frozen. It depends on nothing but its
-arguments, so a resumed run and all processes choose the same.
+The rule is a table, ``RECIPES``: how many epochs the blocks should train at least for a cost. As few blocks are frozen as such a run
+can pay for. The rule depends on nothing but its arguments, so a resumed run and all processes choose the same.
 """
 
 from __future__ import annotations
@@ -27,35 +27,29 @@ class Recipe:
 
     Attributes:
         most_cost: It is for runs of at most this cost, in epochs of full fine-tuning.
-        frozen: Share of the blocks to freeze, in (0, 1).
         num_views: Views to store of each image.
         token_keep: Share of the patch tokens that a step sees behind the frozen blocks.
+        least_epochs: Epochs behind the frozen blocks; more blocks are frozen until the cost pays for them.
         most_epochs: Further epochs gain nothing, unless the user asks for that many of full fine-tuning.
         head_epochs: Epochs before these, in which the head trains alone.
     """
 
     most_cost: float
-    frozen: float
     num_views: int
     token_keep: float
+    least_epochs: int
     most_epochs: int
     head_epochs: int = 2
 
-    def split_point(self, num_blocks: int) -> int:
-        """Return the number of blocks to freeze; at least one block is trained, and one is frozen if there are two."""
-        return min(max(round(self.frozen * num_blocks), 1), num_blocks - 1)
 
-
-#: In order of cost. Source of the first four: single runs of DeiT-Tiny on 50 classes of Caltech-101 at 112 pixels, half the size that
-#: it was pretrained on, scored on a part of the training images. Records of recipes/benchmarks/time_to_accuracy.py have the second
-#: and the fourth, with three seeds. The last two are these with more views, and not measured.
+#: In order of cost. Source of the first two: single runs of DeiT-Tiny on 50 classes of Caltech-101 and on 1,500 images of CIFAR-10 at
+#: 112 pixels, half the size that it was pretrained on, scored on a part of the training images. Records of
+#: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views.
 RECIPES = (
-    Recipe(most_cost=0.7, frozen=0.75, num_views=1, token_keep=0.5, most_epochs=8),
-    Recipe(most_cost=1.0, frozen=0.5, num_views=1, token_keep=0.5, most_epochs=4),
-    Recipe(most_cost=1.5, frozen=0.25, num_views=1, token_keep=0.5, most_epochs=4),
-    Recipe(most_cost=2.5, frozen=1 / 12, num_views=1, token_keep=0.5, most_epochs=4),
-    Recipe(most_cost=5.0, frozen=1 / 12, num_views=2, token_keep=0.5, most_epochs=8),
-    Recipe(most_cost=math.inf, frozen=1 / 12, num_views=4, token_keep=0.5, most_epochs=16),
+    Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8),
+    Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8),
+    Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8),
+    Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16),
 )
 #: Without a budget, runs of more epochs than these get the views of long runs.
 _FEW_EPOCHS = 5
@@ -89,25 +83,45 @@ class Choice:
         return [*head, (self.head_epochs, self.split_point)]
 
 
-def _before(recipe: Recipe, num_views: int, num_blocks: int, head_epochs: int, cached: bool) -> int:
-    """Return the passes that storing views takes, or the epochs of the head without a cache."""
-    if not cached:
-        return head_epochs * num_blocks
-    return num_views * (num_blocks if head_epochs else recipe.split_point(num_blocks))
+@dataclass(frozen=True)
+class _Costs:
+    """What a recipe costs a model, in passes through blocks.
 
+    Attributes:
+        recipe: The recipe.
+        num_blocks: Blocks of the model.
+        head_epochs: Epochs in which the head trains alone.
+        cached: Whether frozen blocks run once for each view; else they run in every step.
+    """
 
-def _trained(recipe: Recipe, num_epochs: int, num_blocks: int, cached: bool) -> float:
-    """Return the passes that epochs behind the split point take."""
-    split_point = recipe.split_point(num_blocks)
-    return (passes_of_step(num_blocks, split_point, recipe.token_keep) + (0 if cached else split_point)) * num_epochs
+    recipe: Recipe
+    num_blocks: int
+    head_epochs: int
+    cached: bool
 
+    def of(self, split_point: int, num_epochs: int, num_views: int | None = None) -> float:
+        """Return the cost of so many epochs behind a split point."""
+        views = self.recipe.num_views if num_views is None else num_views
+        trained = passes_of_step(self.num_blocks, split_point, self.recipe.token_keep) * num_epochs
+        if not self.cached:
+            return self.head_epochs * self.num_blocks + trained + split_point * num_epochs
+        return views * (self.num_blocks if self.head_epochs else split_point) + trained
 
-def _epochs_for(recipe: Recipe, cost: float, num_blocks: int, head_first: bool, cached: bool) -> int:
-    """Return how many epochs behind the split point a cost pays for, with the views stored first."""
-    head_epochs = recipe.head_epochs if head_first else 0
-    left = passes_of_step(num_blocks, 0) * cost - _before(recipe, recipe.num_views, num_blocks, head_epochs, cached)
-    # The tolerance keeps what is paid for exactly: in binary a third of 3 lies below 1.
-    return math.floor(left / _trained(recipe, 1, num_blocks, cached) + 1e-9)
+    def fitting(self, passes: float, num_epochs: int) -> tuple[int, int] | None:
+        """Return split point and epochs for a cost, or ``None`` if it pays for no epoch behind any split point.
+
+        Args:
+            passes: The most that the run may cost.
+            num_epochs: Epochs of full fine-tuning that the user asks for.
+        """
+        # The tolerance keeps what is paid for exactly: in binary a third of 3 lies below 1.
+        most = passes + 1e-9 * self.num_blocks
+        step, least = self.of(1, 1) - self.of(1, 0), self.recipe.least_epochs
+        epochs = math.floor((most - self.of(1, 0)) / step)
+        if epochs >= least:
+            return 1, min(epochs, max(self.recipe.most_epochs, num_epochs))
+        pairs = ((point, count) for count in range(least, 0, -1) for point in range(1, self.num_blocks))
+        return next((pair for pair in pairs if self.of(*pair) <= most), None)
 
 
 def choose(
@@ -138,48 +152,48 @@ def choose(
     if num_blocks < 2:
         raise ScheduleError("schedule='auto' freezes some of several blocks, but the model has one. Give a schedule.")
     whole = passes_of_step(num_blocks, 0)
-    recipes = [
-        replace(
-            recipe,
-            num_views=recipe.num_views if num_views is None else num_views,
-            token_keep=recipe.token_keep if token_keep is None else token_keep,
+    head_epochs = RECIPES[0].head_epochs if head_first else 0
+    costs = [
+        _Costs(
+            replace(
+                recipe,
+                num_views=recipe.num_views if num_views is None else num_views,
+                token_keep=recipe.token_keep if token_keep is None else token_keep,
+            ),
+            num_blocks,
+            head_epochs,
+            cached,
         )
         for recipe in RECIPES
     ]
     if budget is None:
-        few = num_epochs <= _FEW_EPOCHS
-        recipe = recipes[-2] if few else recipes[-1]
-        head_epochs = min(recipe.head_epochs, num_epochs // 2) if head_first else 0
-        epochs = num_epochs - head_epochs
+        head_epochs = min(head_epochs, num_epochs // 2)
+        chosen = replace(costs[-2 if num_epochs <= _FEW_EPOCHS else -1], head_epochs=head_epochs)
+        split_point, epochs = 1, num_epochs - head_epochs
         reason = f"schedule='auto' keeps the {num_epochs} epoch{'s' if num_epochs > 1 else ''} asked for"
     else:
         cost = budget * num_epochs
-        # Gentler recipes may not pay for an epoch beside their views: a harder one then does.
-        fitting = [recipe for recipe in recipes if _epochs_for(recipe, cost, num_blocks, head_first, cached) >= 1]
-        if not fitting:
-            hardest = recipes[0]
-            first = hardest.head_epochs if head_first else 0
-            least = _before(hardest, hardest.num_views, num_blocks, first, cached) + _trained(
-                hardest, 1, num_blocks, cached
-            )
-            least /= whole
+        # Where views of a recipe leave no epoch to pay for, those of a cheaper one may.
+        affordable = [each for each in costs if each.recipe.most_cost < cost]
+        candidates = [costs[len(affordable)], *reversed(affordable)]
+        found = ((each, each.fitting(cost * whole, num_epochs)) for each in candidates)
+        chosen, pair = next((both for both in found if both[1] is not None), (costs[0], None))
+        if pair is None:
+            least, split_point = min((chosen.of(point, 1) / whole, point) for point in range(1, num_blocks))
             raise ScheduleError(
                 f"budget={budget:g} of {num_epochs} epochs is {cost:.3g} epochs of full fine-tuning, but one epoch behind "
-                f"{hardest.split_point(num_blocks)} frozen blocks takes {least:.3g}, caching included. Set budget to at least "
+                f"{split_point} frozen blocks takes {least:.3g}, caching included. Set budget to at least "
                 f"{math.ceil(1000 * least / num_epochs) / 1000:g}."
             )
-        recipe = next((recipe for recipe in fitting if cost <= recipe.most_cost), fitting[-1])
-        head_epochs = recipe.head_epochs if head_first else 0
-        epochs = min(_epochs_for(recipe, cost, num_blocks, head_first, cached), max(recipe.most_epochs, num_epochs))
+        split_point, epochs = pair
         reason = f"schedule='auto' may spend {cost:.3g} epochs of full fine-tuning (budget={budget:g} of {num_epochs})"
-    views = min(recipe.num_views, epochs) if num_views is None else num_views
-    passes = _before(recipe, views, num_blocks, head_epochs, cached) + _trained(recipe, epochs, num_blocks, cached)
+    views = min(chosen.recipe.num_views, epochs) if num_views is None else num_views
     return Choice(
-        split_point=recipe.split_point(num_blocks),
+        split_point=split_point,
         head_epochs=head_epochs,
         num_epochs=head_epochs + epochs,
         num_views=views,
-        token_keep=recipe.token_keep,
-        cost=passes / whole,
+        token_keep=chosen.recipe.token_keep,
+        cost=chosen.of(split_point, epochs, views) / whole,
         reason=reason,
     )

@@ -56,10 +56,13 @@ def test_the_least_budget_that_is_named_is_enough(head_first) -> None:
         choose(12, 1, least - 0.002, head_first)
 
 
-def test_more_money_freezes_less() -> None:
-    points = [choose(12, 8, budget / 100).split_point for budget in range(10, 101)]
-    assert points == sorted(points, reverse=True)
-    assert points[0] > points[-1]
+def test_more_money_trains_more() -> None:
+    choices = [choose(12, 8, budget / 100, num_views=1) for budget in range(10, 101)]
+    trained = [(12 - choice.split_point) * (choice.num_epochs - choice.head_epochs) for choice in choices]
+    assert trained == sorted(trained)
+    assert choices[0].split_point > choices[-1].split_point == 1
+    # A budget is used up as far as whole blocks and epochs go.
+    assert all(choice.cost > 0.75 * 8 * budget / 100 for budget, choice in zip(range(10, 101), choices, strict=True))
 
 
 def test_without_a_budget_the_epochs_stay() -> None:
@@ -73,8 +76,11 @@ def test_without_a_budget_the_epochs_stay() -> None:
 
 def test_the_rule_is_in_order() -> None:
     assert [recipe.most_cost for recipe in RECIPES] == sorted({recipe.most_cost for recipe in RECIPES})
-    shares = [recipe.frozen for recipe in RECIPES]
-    assert shares == sorted(shares, reverse=True)
+    assert RECIPES[-1].most_cost == float("inf")
+    for name in ("least_epochs", "num_views"):
+        numbers = [getattr(recipe, name) for recipe in RECIPES]
+        assert numbers == sorted(numbers)
+    assert len({recipe.head_epochs for recipe in RECIPES}) == 1
 
 
 def test_a_model_of_one_block_has_nothing_to_freeze() -> None:
