@@ -365,6 +365,7 @@ def test_every_field_is_a_flag() -> None:
         "copies": "residual",
         "build_from": "images",
         "feature_augmentation": "mixup:0.2",
+        "cache_eval": True,
         "cache_placement": "node",
         "consume_previous_cache": True,
         "gradient_weight": 0.5,
