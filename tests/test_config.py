@@ -22,7 +22,7 @@ from hf_freezecache.errors import UnsupportedSetupError
 
 VISIBLE = [
     *("freezecache_dir", "mode", "num_views", "codec", "max_distortion", "bits_per_element", "copies"),
-    *("build_from", "feature_augmentation"),
+    *("build_from", "feature_augmentation", "cache_eval"),
 ]
 
 
