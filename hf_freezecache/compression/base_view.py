@@ -241,8 +241,13 @@ class CodecChooser:
 
         return DistortionMeter(sample.states[start:], outputs, self.data.has_classes)
 
-    def measure(self, split: Split, reader: CacheReader) -> dict[str, float | None]:
+    def measure(self, split: Split, reader: CacheReader, most: int | None = None) -> dict[str, float | None]:
         """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
+
+        Args:
+            split: The model, split where the cache was made.
+            reader: The cache.
+            most: Measure on at most so many images; default all that calibration measures on.
 
         Returns:
             ``distortion``, ``agreement`` and ``relative_error``, on the images that calibration measures on; and the same of
@@ -252,10 +257,12 @@ class CodecChooser:
             DataError: The model's output is not finite.
         """
         found: dict[str, float | None] = {}
-        dataset = CachedDataset(reader)
+        dataset, position = CachedDataset(reader), reader.layout.position
         for prefix, copies in (("", False), ("copy_", True)) if self.config.copies_apart else (("", False),):
             keys = self.keys(copies=copies)
-            sample = self.sample(split, keys[len(keys) // 2 :])
+            # In stored order, each chunk is decoded once.
+            keys = sorted(keys[len(keys) // 2 :][:most], key=lambda key: (key[1], position[key[0]]))
+            sample = self.sample(split, keys)
             stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
             meter = self.meter(split, sample, 0)
             distortion, agreement = meter(stored)

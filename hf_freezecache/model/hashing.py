@@ -1,4 +1,4 @@
-"""Hashes of a prefix: of its weights, and of the configuration of its model."""
+"""Hashes of prefix and suffix: of their weights, and of the configuration of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .split import Split
 
-__all__ = ["hash_config", "hash_prefix", "hash_tensors"]
+__all__ = ["hash_config", "hash_prefix", "hash_suffix", "hash_tensors"]
 
 #: Configuration entries on which a prefix in eval mode does not depend: those of the head and of outputs, names and versions.
 _UNRELATED_CONFIG = frozenset(
@@ -64,6 +64,13 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def hash_prefix(split: Split) -> str:
     """Return the SHA-256 of the parameters and buffers of a prefix."""
     return hash_tensors({**split.prefix_parameters(), **split.prefix_buffers()})
+
+
+def hash_suffix(split: Split) -> str:
+    """Return the SHA-256 of the parameters and buffers that are not those of the prefix."""
+    prefix = split.prefix_parameters().keys() | split.prefix_buffers().keys()
+    named = {**dict(split.model.named_parameters()), **dict(split.model.named_buffers())}
+    return hash_tensors({name: tensor for name, tensor in named.items() if name not in prefix})
 
 
 def _related(entries: Any) -> Any:

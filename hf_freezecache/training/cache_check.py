@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..cache.index import CODEC_NAME, COPIES_NAME, atomic_write
 from ..cache.reader import CacheReader
 from ..compression.base_view import CodecChooser
 from ..data.collators import collate_cached
 from ..data.seeding import preserved_random_state
 from ..dataset import CachedDataset
 from ..errors import CacheMismatchError
+from ..model.hashing import hash_suffix
 from ..model.split import Split
 from ..model.threads import one_thread_if_small
 
-__all__ = ["measure_distortion", "spot_check"]
+__all__ = ["keep_measured", "measure_distortion", "spot_check"]
 
 logger = logging.getLogger(__name__)
 
 #: A cache calibrated with another suffix may exceed its budget by this factor before a warning.
 _BUDGET_MARGIN = 1.5
+#: Images that it is measured on first; all of them only where these would give a warning.
+_FEW = 16
+#: What a measurement gives.
+_FIGURES = ("distortion", "agreement", "relative_error")
+#: Suffixes whose measurement is kept beside a cache.
+_KEPT = 64
 
 
 def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader) -> dict[str, float | None]:
@@ -42,8 +55,13 @@ def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader)
     reports = {"": reader.index.calibration, "copy_": reader.index.copies_calibration}
     if not any(reports.values()):
         return {}
-    with preserved_random_state():
-        measured = chooser.measure(split, reader)
+    measured = _notes(reader).get(_name_of(split, reader, chooser), {})
+    if not all(prefix + figure in measured for prefix, report in reports.items() if report for figure in _FIGURES):
+        with preserved_random_state():
+            measured = chooser.measure(split, reader, _FEW)
+            if any(_excess(measured, prefix, report) > _BUDGET_MARGIN for prefix, report in reports.items()):
+                measured = chooser.measure(split, reader)
+        keep_measured(chooser, split, reader, measured)
     for prefix, report in reports.items():
         if not report:
             continue
@@ -55,7 +73,7 @@ def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader)
             distortion,
             measured[prefix + "relative_error"],
         )
-        if budget is not None and distortion is not None and distortion > _BUDGET_MARGIN * budget:
+        if _excess(measured, prefix, report) > _BUDGET_MARGIN:
             logger.warning(
                 "The cache %s was calibrated with another suffix (distortion of %s %.3g): with this one it is %.3g, over the "
                 "budget of %g. Delete the folder to build a finer one.",
@@ -66,6 +84,53 @@ def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader)
                 budget,
             )
     return measured
+
+
+def keep_measured(chooser: CodecChooser, split: Split, reader: CacheReader, measured: dict[str, float | None]) -> None:
+    """Write down what was measured of a lossy cache, so that a later run with this suffix need not measure it.
+
+    Args:
+        chooser: What measured it.
+        split: The model, split where the cache was made.
+        reader: The cache.
+        measured: What ``measure_distortion`` returns.
+    """
+    if not measured:
+        return
+    notes = {**_notes(reader), _name_of(split, reader, chooser): measured}
+    # A folder that can only be read does not matter.
+    with suppress(OSError), atomic_write(_notes_path(reader)) as file:
+        file.write(json.dumps(dict(list(notes.items())[-_KEPT:])).encode())
+
+
+def _excess(measured: dict[str, float | None], prefix: str, report: dict[str, Any] | None) -> float:
+    """Return by which factor a distortion exceeds its budget; 0 where there is none."""
+    distortion, budget = measured.get(prefix + "distortion"), (report or {}).get("budget")
+    return 0.0 if distortion is None or budget is None else distortion / budget
+
+
+def _name_of(split: Split, reader: CacheReader, chooser: CodecChooser) -> str:
+    """Return a name of all that a measurement depends on, beside the cache's fingerprint: the suffix, codecs and images."""
+    codecs = [reader.index.files[name].sha256 for name in (CODEC_NAME, COPIES_NAME) if name in reader.index.files]
+    parts = [hash_suffix(split), *codecs, chooser.config.calibration_samples, chooser.config.num_views]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _notes_path(reader: CacheReader) -> Path:
+    directory = Path(reader.directory)
+    return directory.with_name(f".{directory.name}.measured.json")
+
+
+def _notes(reader: CacheReader) -> dict[str, dict[str, float | None]]:
+    """Return what was measured of a cache before, by name; nothing where that cannot be read."""
+    try:
+        found = json.loads(_notes_path(reader).read_bytes())
+        return {
+            str(name): {str(key): None if value is None else float(value) for key, value in measured.items()}
+            for name, measured in found.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def spot_check(

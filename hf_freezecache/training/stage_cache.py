@@ -30,7 +30,7 @@ from ..errors import FreezeCacheError
 from ..model.hashing import hash_config, hash_prefix
 from ..model.split import Split
 from ..model.threads import one_thread_if_small
-from .cache_check import measure_distortion, spot_check
+from .cache_check import keep_measured, measure_distortion, spot_check
 from .stage_codecs import choose_codecs, codec_request, copies_request, kept_codecs, name_of_source
 
 __all__ = ["OpenedCache", "StageCache"]
@@ -336,8 +336,7 @@ class StageCache:
         report = self._write(split, plan, source)
         report.seconds = time.perf_counter() - started
         reader = self._reader(report.directory, plan.fingerprint)
-        say = logger.info if self.process_group.is_main_process else logger.debug
-        say(
+        (logger.info if self.process_group.is_main_process else logger.debug)(
             "Cached %d views in %.1f s (%.1f s %s, %.1f s in the prefix): %.1f MiB, %.2f bits per element, in %s.",
             plan.layout.num_samples * plan.num_views,
             report.seconds,
@@ -355,9 +354,10 @@ class StageCache:
             for name in ("distortion", "agreement", "relative_error")
             if name in calibration
         }
+        self.process_group.on_main_process(lambda: keep_measured(self.chooser, split, reader, distortion))
         built_from = 0 if source is None else source.index.split_point
         blocks = split.split_point - built_from
-        return OpenedCache(reader, report, built_from, planned.calibrated, built_blocks=blocks, distortion=distortion)
+        return OpenedCache(reader, report, built_from, planned.calibrated, (), blocks, distortion)
 
     def _write(self, split: Split, plan: CachePlan, source: CacheReader | None) -> BuildReport:
         """Compute and write all shards that are missing."""

@@ -173,6 +173,28 @@ def test_a_cache_is_measured_again_with_the_suffix_of_the_run_that_reuses_it(ima
 
 
 @pytest.mark.slow
+def test_a_cache_is_measured_once_with_each_head(images, monkeypatch) -> None:
+    measured = []
+    measure = CodecChooser.measure
+
+    def counted(self, split, reader, most=None):
+        measured.append(most)
+        return measure(self, split, reader, most)
+
+    monkeypatch.setattr(CodecChooser, "measure", counted)
+    settings = {"schedule": "0:2", "num_train_epochs": 1, "cache": {"max_distortion": 0.5}}
+    first, again = (stages(lossy_run(images, **settings))[0] for _ in range(2))
+    assert measured == []  # calibration has measured it
+    assert again["distortion"] == first["distortion"]
+
+    (notes,) = Path("caches").glob(".k02-*.measured.json")
+    for content in ("", "[]", '{"a": 1}', json.dumps({name: {} for name in json.loads(notes.read_text())})):
+        notes.write_text(content)
+        assert 0 < stages(lossy_run(images, **settings))[0]["distortion"] <= 0.75
+    assert measured == [16] * 4  # few images do, within the budget
+
+
+@pytest.mark.slow
 def test_calibration_holds_the_lock_of_the_cache(images, monkeypatch) -> None:
     choose = CodecChooser.choose
 
