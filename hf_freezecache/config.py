@@ -165,8 +165,8 @@ class CacheConfig:
     mode: Literal["always", "auto", "never"] = field(
         default="always",
         metadata={
-            "help": "'always': frozen stages train from a cache, or the run stops. 'auto': they train from a cache; where it cannot "
-            "be written (a full disk, say) the run says so and goes on without. 'never': the frozen prefix runs in every step."
+            "help": "'always': frozen stages train from a cache, or the run stops. 'auto': they do where that takes less time, as a few "
+            "images tell, and where the cache can be written. 'never': the frozen prefix runs in every step."
         },
     )
     num_views: Annotated[int, _at_least(0)] = field(

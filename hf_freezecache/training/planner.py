@@ -11,8 +11,8 @@ it in ``PLANNER_RULES``; the first rule that gives a reason decides:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import CacheConfig, FreezeConfig
@@ -29,6 +29,7 @@ __all__ = [
     "plan_run",
     "predict_passes",
     "shuffle_seed",
+    "states_at",
     "steps_of_head",
     "why_live",
 ]
@@ -141,13 +142,19 @@ def predict_passes(
     epochs = max(min([num_epochs, *following]) - stage.start_epoch, 0)
     trained = passes_of_step(num_blocks, stage.split_point, token_keep) * epochs
     return {
-        "cached_passes": float(trained + config.num_views * (stage.split_point - _states_at(stage, stages, config))),
+        "cached_passes": float(trained + config.num_views * (stage.split_point - states_at(stage, stages, config))),
         "live_passes": float(trained + epochs * stage.split_point),
     }
 
 
-def _states_at(stage: Stage, stages: Sequence[Stage], config: CacheConfig) -> int:
-    """Return the split point from which the states of a stage are computed: its own if an earlier stage builds its cache."""
+def states_at(stage: Stage, stages: Sequence[Stage], config: CacheConfig) -> int:
+    """Return the split point from which the states of a stage are computed: its own if an earlier stage builds its cache.
+
+    Args:
+        stage: The stage.
+        stages: All stages of the run, in order.
+        config: The user's settings of caches.
+    """
     before = stages[: stage.index]
     if config.build_from == "images":
         return 0
@@ -168,12 +175,14 @@ class Outlook:
         config: The user's settings of caches.
         passes: What ``predict_passes`` gives for the stage.
         refusal: Why the stage cannot be trained from a cache, if it cannot.
+        seconds: What ``stage_costs.predict_seconds`` gives for the stage; empty where nothing was measured.
     """
 
     stage: Stage
     config: CacheConfig
     passes: dict[str, float]
     refusal: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def _nothing_frozen(outlook: Outlook) -> str | None:
@@ -188,8 +197,18 @@ def _refused(outlook: Outlook) -> str | None:
     return None if outlook.refusal is None else f"Training from a cache would not be the same: {outlook.refusal}."
 
 
+def _does_not_pay(outlook: Outlook) -> str | None:
+    seconds = outlook.seconds
+    if not seconds or seconds["cached_seconds"] < seconds["live_seconds"]:
+        return None
+    return (
+        f"mode='auto' measured a few images: with a cache the stage would take {seconds['cached_seconds']:,.3g} s, without "
+        f"{seconds['live_seconds']:,.3g} s."
+    )
+
+
 #: Extension point: rules in the order in which they are asked.
-PLANNER_RULES: list[Callable[[Outlook], str | None]] = [_nothing_frozen, _never, _refused]
+PLANNER_RULES: list[Callable[[Outlook], str | None]] = [_nothing_frozen, _never, _refused, _does_not_pay]
 
 
 def why_live(outlook: Outlook) -> str | None:

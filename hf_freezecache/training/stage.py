@@ -38,6 +38,7 @@ from .runtime import Runtime
 from .sharing import provenance_of
 from .stage_batches import cached_batches, live_batches
 from .stage_cache import OpenedCache, StageCache
+from .stage_costs import predict_seconds
 from .transform_watch import TransformWatch
 
 __all__ = ["ActiveStage", "StageRunner"]
@@ -163,12 +164,7 @@ class StageRunner:
         return live_batches(self.runtime, self.data, self.sampler)[0]
 
     def evaluation_loader(self, trainer: Any, images: Any) -> Any:
-        """Return a loader of hidden states for an evaluation in a stage that trains on a cache; else the one of images. Collective.
-
-        Args:
-            trainer: The user's trainer.
-            images: The loader that ``Trainer`` made.
-        """
+        """Return what an evaluation reads: ``images``, the trainer's loader, or a cache in a stage that has one. Collective."""
         if self.active is None or self.active.decision.trained_from != "cache":
             return images
         return self.evaluation.loader(trainer, images, self.runtime, self.splits, self.active.stage.split_point)
@@ -289,7 +285,11 @@ class StageRunner:
         self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
         split, opened = self.splits.at(stage.split_point), None
         step: CachedStep | LiveStep | None
-        reason = why_live(Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point)))
+        outlook = Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point))
+        if why_live(outlook) is None and self.config.mode == "auto":
+            outlook = replace(outlook, seconds=predict_seconds(self, stage, token_keep))
+            decision.predicted |= outlook.seconds
+        reason = why_live(outlook)
         if reason is not None:
             decision.reason = reason
         else:

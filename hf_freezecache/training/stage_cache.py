@@ -190,7 +190,7 @@ class StageCache:
             UnsupportedSetupError: Data or code cannot be hashed.
         """
         fingerprint = Fingerprint(self.process_group.on_main_process(lambda: self.identify(split).components))
-        expected = self.process_group.on_main_process(lambda: self._locate(split, fingerprint))
+        expected = self.process_group.on_main_process(lambda: self.locate(split, fingerprint))
         if expected is None:
             return fingerprint, None
         directory = self._cache_dir / cache_name(split.split_point, expected)
@@ -202,8 +202,8 @@ class StageCache:
         report = BuildReport(directory, reader.index.total_bytes, kept_shards=shards)
         return fingerprint, OpenedCache(reader, report, distortion=distortion)
 
-    def _locate(self, split: Split, fingerprint: Fingerprint) -> Fingerprint | None:
-        """Return the fingerprint of a finished cache that will do; see ``find_finished``."""
+    def locate(self, split: Split, fingerprint: Fingerprint) -> Fingerprint | None:
+        """Return the fingerprint of a finished cache that will do, by now; see ``find_finished``."""
         config = self.config
         # A lossy codec is fitted to all views; and what another run has stored beyond this one's views is not to be consumed.
         more_views = requested_codec(config, split.split_point)[0].lossless and not config.copies_apart
@@ -302,7 +302,7 @@ class StageCache:
 
         def locate() -> tuple[dict[str, str], Path, dict[str, Any]] | None:
             fingerprint = self.identify(earlier)
-            fingerprint = self._locate(earlier, fingerprint) or fingerprint
+            fingerprint = self.locate(earlier, fingerprint) or fingerprint
             directory = self._cache_dir / cache_name(earlier.split_point, fingerprint)
             settings: dict[str, Any] = {}
             if not (directory / INDEX_NAME).is_file():

@@ -27,7 +27,8 @@ from conftest import make_images
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import FreezeCacheError
-from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
+from hf_freezecache.training import stage_costs
+from support.tiny import Recorder, SlowTransform, TinyTransform, make_trainer, tiny_vit
 
 ROWS = 50
 SCHEDULE = "0:0,1:1,2:3"
@@ -190,6 +191,22 @@ def evaluating() -> dict[str, Any]:
         trainer.train()
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         found[name] = {"evaluations": losses, "from_cache": trainer._run.evaluation.step is not None}
+    return found
+
+
+def deciding() -> dict[str, Any]:
+    """``mode="auto"``, where a cache pays and where it does not."""
+    stage_costs.LEAST_SECONDS = 0.1
+    rows = make_images(ROWS).with_transform(SlowTransform(augment=True))
+    found = {}
+    for name, epochs, views in (("long", 6, 1), ("short", 1, 6)):
+        cache = {"mode": "auto", "cache_dir": name, "num_views": views}
+        trainer = make_trainer(
+            tiny_vit(), rows, cache=cache, **{**SETTINGS, "schedule": "0:2", "num_train_epochs": epochs}
+        )
+        trainer.train()
+        decision = trainer._record.decisions[0]
+        found[name] = {"cache": decision.cache, "predicted": decision.predicted}
     return found
 
 

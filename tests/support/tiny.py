@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ class TinyTransform:
                 pixels = (pixels + self.strength * torch.randn_like(pixels)).float()
             pixel_values.append(pixels)
         return {"pixel_values": pixel_values, "labels": list(batch["label"])}
+
+
+class SlowTransform(TinyTransform):
+    """Takes ten milliseconds for each image."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.01 * len(batch["image"]))
+        return super().__call__(batch)
 
 
 class Recorder(FreezeCacheTrainer):

@@ -1,0 +1,213 @@
+"""Predicts how long a stage takes with a cache and without, from what a few images take here and now.
+
+With ``N`` rows, ``V`` views, ``E`` epochs and no worker processes, a stage takes
+
+    N (render all views + V prefix + V encode) + E N (decode + suffix)      with a cache,
+    E N (render + prefix + suffix)                                          without one.
+
+Worker processes render, or decode, while the model computes. Evaluating, saving and entering the stage cost the same both ways.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..codecs import make_codec
+from ..compression.base_view import requested_codec
+from ..data.seeding import preserved_random_state
+from ..model.split import Split
+from ..passes import passes_of_step
+from ..schedules import Stage
+from .planner import states_at
+from .stage_cache import StageCache
+
+__all__ = ["Rates", "measure_rates", "predict_seconds"]
+
+#: Images that are measured.
+_ROWS = 16
+#: Where images and frozen blocks take less than this in a whole stage, nothing is measured further, and a cache is made.
+LEAST_SECONDS = 2.0
+#: Encoding with a fitted codec takes so many times what encoding without loss does. Source: building is 1.2 and 1.5 times rendering
+#: and prefix (recipes/benchmarks/epoch_cost.py).
+_LOSSY_ENCODING = 2.5
+#: Forward passes of the suffix over the calibration images, of which each setting that is tried takes half.
+_CALIBRATION_PASSES = 8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one image takes, in seconds.
+
+    Attributes:
+        render: Reading and rendering one view.
+        render_all: Reading a row and rendering all views that are stored.
+        block: A forward pass through one frozen block.
+        encode: Encoding and writing one view.
+        decode: Decoding one view.
+    """
+
+    render: float
+    render_all: float
+    block: float
+    encode: float
+    decode: float
+
+
+def measure_rates(cache: StageCache, split: Split) -> Rates:
+    """Render a few rows, run them through the frozen blocks, and encode, write and decode what comes out.
+
+    Args:
+        cache: Of the stage that is to come.
+        split: The model, split where the cache would be made.
+
+    Raises:
+        FreezeCacheError: A row cannot be rendered, or the frozen blocks fail.
+    """
+    chooser, config = cache.chooser, cache.config
+    data = chooser.data
+    rows = data.layout.order[: min(_ROWS, chooser.batch_size)].tolist()
+    view = 1 if config.num_views > 1 else 0
+    with preserved_random_state():
+        views = data.views.reading_once()
+        render, batch = _timed(lambda: data.collate([views[row, view] for row in rows]))
+        render_all = render
+        if config.num_views > 1:
+            render_all, _ = _timed(lambda: [views.render_views(row, range(config.num_views)) for row in rows])
+        inputs = {name: batch[name] for name in ("pixel_values", *sorted(data.prefix_inputs))}
+
+        def prefix() -> Tensor:
+            return chooser.run(split.prefix, **inputs).cpu()  # type: ignore[no-any-return]
+
+        prefix()  # the first call may compile or allocate
+        forward, states = _timed(prefix)
+        lossless = make_codec("lossless")
+        encode, frames = _timed(lambda: _written(lossless.encode(states), Path(config.freezecache_dir)))
+        decode, _ = _timed(lambda: lossless.decode(frames, states.shape, states.dtype))
+    if not requested_codec(config, split.split_point)[0].lossless:
+        encode *= _LOSSY_ENCODING
+    rates = (render, render_all, forward / split.split_point, encode, decode)
+    return Rates(*(seconds / len(rows) for seconds in rates))
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def _written(frames: list[bytes], folder: Path) -> list[bytes]:
+    """Write frames to the disk of the caches, as a build does, and remove them; return the frames."""
+    with suppress(OSError):  # building tells
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.writelines(frames)
+            file.flush()
+            os.fsync(file.fileno())
+    return frames
+
+
+def _together(ahead: float, computing: float, workers: int) -> float:
+    """Return what a step takes whose data worker processes prepare while the one before computes."""
+    return ahead + computing if workers == 0 else max(ahead / workers, computing)
+
+
+def _seconds(
+    rates: Rates,
+    stages: Sequence[tuple[float, int]],
+    num_blocks: int,
+    built_from: int,
+    num_views: int,
+    token_keep: float,
+    workers: tuple[int, int],
+) -> tuple[float, float]:
+    """Return the seconds per row of some stages that one build serves, with caches and without.
+
+    Args:
+        rates: What one image takes.
+        stages: (epochs, split point) of each. The first has the deepest split point.
+        num_blocks: Blocks of the model.
+        built_from: Split point from whose cache states are computed; 0 for the images.
+        num_views: Views that are stored.
+        token_keep: Share of the patch tokens that steps see behind the split.
+        workers: Processes that prepare data: while building, and while training.
+    """
+    prefix = rates.block * (stages[0][1] - built_from)
+    reading = rates.render_all if built_from == 0 else rates.decode * num_views
+    cached = _together(reading, num_views * prefix, workers[0]) + num_views * rates.encode * len(stages)
+    live = 0.0
+    for epochs, split_point in stages:
+        suffix = rates.block * passes_of_step(num_blocks, split_point, token_keep)
+        cached += epochs * _together(rates.decode, suffix, workers[1])
+        live += epochs * _together(rates.render, rates.block * split_point + suffix, workers[1])
+    return cached, live
+
+
+def predict_seconds(run: Any, stage: Stage, token_keep: float) -> dict[str, float]:
+    """Predict what a stage takes, and those whose caches its build gives as well. Collective.
+
+    Args:
+        run: The ``StageRunner``, at the beginning of the stage.
+        stage: The stage; it freezes at least one block.
+        token_keep: Share of the patch tokens that its steps see behind the split.
+
+    Returns:
+        ``cached_seconds``, building included, and ``live_seconds``, of training alone, as the main process measured. Empty where it
+        does not matter: the cache is there, an earlier part of the run has decided for one, or the stage is short.
+
+    Raises:
+        FreezeCacheError: See ``measure_rates``.
+    """
+    earlier = next((one for one in run.record.decisions if one.stage == stage.index), None)
+    if earlier is not None:  # the run was resumed in this stage, and goes on as it was
+        return {
+            name: earlier.predicted[name] for name in ("cached_seconds", "live_seconds") if name in earlier.predicted
+        }
+    cache, split = run.cache, run.splits.at(stage.split_point)
+
+    def predict() -> dict[str, float]:
+        if cache.locate(split, cache.identify(split)) is not None:
+            return {}
+        rates = measure_rates(cache, split)
+        points = [stage.split_point, *run.built_ahead(stage)]
+        served = [
+            (_epochs(one, run), one.split_point) for one in run.stages[stage.index :] if one.split_point in points
+        ]
+        rows = cache.chooser.data.layout.total_samples / run.runtime.everyone.size
+        frozen = rows * sum(epochs * (rates.render + point * rates.block) for epochs, point in served)
+        if frozen < LEAST_SECONDS:
+            return {}
+        current, source = cache.current, states_at(stage, run.stages, run.config)
+        there = current is not None and current.index.split_point == source
+        workers = (cache.num_workers, run.runtime.args.dataloader_num_workers)
+        cached, live = _seconds(
+            rates,
+            served,
+            run.splits.num_blocks,
+            source if there else 0,
+            run.config.num_views,
+            token_keep,
+            workers,
+        )
+        calibration = 0.0
+        if not requested_codec(run.config, stage.split_point)[0].lossless:
+            suffix = rates.block * (run.splits.num_blocks - stage.split_point)
+            forward = rates.render + rates.block * stage.split_point + _CALIBRATION_PASSES * suffix
+            calibration = forward * min(run.config.calibration_samples, rows)
+        return {"cached_seconds": round(rows * cached + calibration, 3), "live_seconds": round(rows * live, 3)}
+
+    return run.runtime.everyone.on_main_process(predict)  # type: ignore[no-any-return]
+
+
+def _epochs(stage: Stage, run: Any) -> float:
+    """Return the epochs of a stage."""
+    following = [later.start_epoch for later in run.stages if later.index > stage.index]
+    return max(min([run.num_epochs, *following]) - stage.start_epoch, 0)

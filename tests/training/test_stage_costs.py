@@ -1,0 +1,91 @@
+"""``mode="auto"`` measures a few images, and makes a cache where that pays."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support import many
+from support.children import run_group
+from support.parity import assert_same, parameters_of
+from support.tiny import SlowTransform, make_trainer, tiny_vit
+
+from hf_freezecache.training import stage_costs
+from hf_freezecache.training.stage_costs import Rates, _seconds
+
+
+@pytest.fixture
+def deciding(monkeypatch) -> None:
+    monkeypatch.setattr(stage_costs, "LEAST_SECONDS", 0.1)
+
+
+def trained(images, resume=None, cache=None, **settings):
+    settings = {"schedule": "0:2", "num_train_epochs": 4, **settings}
+    rows = images.with_transform(SlowTransform(True))
+    trainer = make_trainer(tiny_vit(), rows, cache={"mode": "auto", "num_views": 1, **(cache or {})}, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.slow
+def test_a_cache_where_it_pays(images, deciding) -> None:
+    decision = trained(images)._record.decisions[0]
+    assert (decision.cache, decision.trained_from) == ("built", "cache")
+    assert decision.predicted["cached_seconds"] < decision.predicted["live_seconds"]
+    assert decision.predicted["live_seconds"] >= 4 * 50 * 0.01
+
+
+def test_no_cache_where_it_does_not_pay(images, deciding) -> None:
+    decision = trained(images.select(range(20)), num_train_epochs=1, cache={"num_views": 4})._record.decisions[0]
+    assert (decision.cache, decision.trained_from) == ("none", "images")
+    assert decision.reason.startswith("mode='auto' measured a few images: with a cache the stage would take")
+    assert decision.predicted["cached_seconds"] > decision.predicted["live_seconds"]
+
+
+@pytest.mark.slow
+def test_the_choice_changes_no_number_and_a_resume_keeps_it(images, deciding) -> None:
+    settings = {"num_train_epochs": 2, "cache": {"num_views": 4}, "save_strategy": "steps", "save_steps": 3}
+    auto = trained(images, **settings)
+    assert auto._record.decisions[0].cache == "none"
+    always = trained(images, num_train_epochs=2, cache={"mode": "always", "num_views": 4, "cache_dir": "b"})
+    assert always.losses == auto.losses
+    assert_same(parameters_of(always.model), parameters_of(auto.model))
+    resumed = trained(images, resume="out/checkpoint-3", **settings)
+    assert resumed._record.decisions[0].reason == auto._record.decisions[0].reason
+    assert_same(parameters_of(resumed.model), parameters_of(auto.model))
+    # A cache that is there costs nothing.
+    found = trained(images, num_train_epochs=2, cache={"num_views": 4, "cache_dir": "b"})
+    assert found._record.decisions[0].cache == "found"
+    assert "cached_seconds" not in found._record.decisions[0].predicted
+
+
+def test_short_stages_are_not_measured(train_dataset, monkeypatch) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, None, "0:1", {"mode": "auto", "num_views": 4}, num_train_epochs=1)
+    trainer.train()
+    assert trainer._record.decisions[0].cache == "built"
+    assert "cached_seconds" not in trainer._record.decisions[0].predicted
+
+
+def test_what_is_counted() -> None:
+    rates = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25)
+    # Two views: rendered together, six blocks each, encoded; then four epochs of half the tokens.
+    cached, live = _seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (0, 0))
+    assert cached == pytest.approx(5 + 2 * 6 + 2 * 0.5 + 4 * (0.25 + 9))
+    assert live == pytest.approx(4 * (3 + 6 + 9))
+    # Two workers render while the model computes.
+    cached, live = _seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (2, 2))
+    assert cached == pytest.approx(12 + 1 + 4 * 9)
+    assert live == pytest.approx(4 * 15)
+    # From the cache of block 3; and the head's cache gives that of block 6 as well.
+    assert _seconds(rates, [(1, 6)], 12, 3, 1, 1.0, (0, 0))[0] == pytest.approx(0.25 + 3 + 0.5 + 0.25 + 18)
+    cached, live = _seconds(rates, [(2, 12), (1, 6)], 12, 0, 1, 1.0, (0, 0))
+    assert cached == pytest.approx(5 + 12 + 2 * 0.5 + 2 * 0.25 + 0.25 + 18)
+    assert live == pytest.approx(2 * (3 + 12) + 3 + 6 + 18)
+
+
+@pytest.mark.slow
+def test_two_processes_decide_alike(tmp_path) -> None:
+    run_group(many.main, "deciding", folders=[tmp_path] * 2)
+    found = [json.loads((tmp_path / f"found-{rank}-of-2.json").read_text())["deciding"] for rank in range(2)]
+    assert found[0] == found[1]
+    assert {"none", "built"} == {one["cache"] for one in found[0].values()}
