@@ -133,6 +133,7 @@ def choose(
     token_keep: float | None = None,
     *,
     cached: bool = True,
+    more_epochs: bool = False,
 ) -> Choice:
     """Choose how to train a model.
 
@@ -140,11 +141,12 @@ def choose(
         num_blocks: Blocks of the model.
         num_epochs: Epochs of full fine-tuning that the user asks for.
         budget: What the run may cost, as a share of that of ``num_epochs`` epochs of full fine-tuning. The number of epochs is
-            then chosen, too. ``None`` trains for ``num_epochs``.
+            then chosen, too. ``None`` trains blocks for ``num_epochs``.
         head_first: Whether there is a head that can train alone.
         num_views: Views to store, if that is settled.
         token_keep: Share of the patch tokens that a step sees, if that is settled.
         cached: Whether frozen blocks run once for each view; else they run in every step.
+        more_epochs: Whether, without a budget, the epochs of the head come on top of ``num_epochs``; else they are among them.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
@@ -167,9 +169,9 @@ def choose(
         for recipe in RECIPES
     ]
     if budget is None:
-        head_epochs = min(head_epochs, num_epochs // 2)
+        head_epochs = head_epochs if more_epochs else min(head_epochs, num_epochs // 2)
         chosen = replace(costs[-2 if num_epochs <= _FEW_EPOCHS else -1], head_epochs=head_epochs)
-        split_point, epochs = 1, num_epochs - head_epochs
+        split_point, epochs = 1, num_epochs if more_epochs else num_epochs - head_epochs
         reason = f"schedule='auto' keeps the {num_epochs} epoch{'s' if num_epochs > 1 else ''} asked for"
     else:
         cost = budget * num_epochs

@@ -74,6 +74,15 @@ def test_without_a_budget_the_epochs_stay() -> None:
         assert len(choice.stages(12)) == (1 if epochs == 1 else 2)
 
 
+def test_epochs_of_the_head_come_on_top_where_they_may() -> None:
+    for epochs in (1, 2, 6, 30):
+        choice = choose(12, epochs, more_epochs=True)
+        assert choice.num_epochs == epochs + choice.head_epochs
+        assert choice.head_epochs == 2
+        assert choice.stages(12) == [(0, 12), (2, 1)]
+        assert choose(12, epochs, head_first=False, more_epochs=True).num_epochs == epochs
+
+
 def test_the_rule_is_in_order() -> None:
     assert [recipe.most_cost for recipe in RECIPES] == sorted({recipe.most_cost for recipe in RECIPES})
     assert RECIPES[-1].most_cost == float("inf")

@@ -35,14 +35,16 @@ AFTER_HEAD_SCALE = 0.5
 
 
 def settle_auto(trainer: Any, num_epochs: int) -> None:
-    """Settle the configurations of a trainer whose schedule is ``"auto"``, and the number of epochs if there is a budget.
+    """Settle the configurations of a trainer whose schedule is ``"auto"``, and its number of epochs.
+
+    Without a budget the head trains first, for epochs on top of the user's, unless ``max_steps`` says how long to train.
 
     What the user set stays: ``num_views``, ``token_keep``, ``layer_decay``, ``lr_scale``. The choice depends on these, the number
     of blocks, whether a head trains, whether views differ, the epochs and the budget alone.
 
     Args:
-        trainer: The user's trainer. Its ``freeze_config`` and ``cache_config`` are replaced, and with a budget
-            its ``args`` give way to a copy with another number of epochs. Its record says what was chosen.
+        trainer: The user's trainer. Its ``freeze_config`` and ``cache_config`` are replaced, and its ``args`` give way to a
+            copy with another number of epochs. Its record says what was chosen.
         num_epochs: Epochs that the user asks for.
 
     Raises:
@@ -61,6 +63,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "head_first": _head_trains(trainer.model, blocks),
         "token_keep": freezing.token_keep,
         "cached": caching.mode != "never",
+        "more_epochs": args.max_steps <= 0,
     }
     choice = choose(len(blocks), num_epochs, freezing.budget, num_views=None if free else caching.num_views, **settled)
     if free and choice.num_views > 1 and not _views_differ(trainer):
@@ -76,10 +79,11 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     )
     if free:
         trainer.cache_config = replace(caching, num_views=choice.num_views)
-    if freezing.budget is not None:
+    if args.max_steps <= 0:
         # The user's own stay as they are: another trainer may get them, and choose from the epochs in them.
         trainer.args = copy.copy(args)
-        trainer.args.num_train_epochs = float(choice.num_epochs)
+        more = args.num_train_epochs + choice.head_epochs  # perhaps a part of an epoch
+        trainer.args.num_train_epochs = float(more if freezing.budget is None else choice.num_epochs)
     trainer._record.chosen = _described(choice, trainer)
     for line in trainer._record.chosen.split(": ", 1):
         logger.info("%s", line)

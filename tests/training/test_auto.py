@@ -23,6 +23,12 @@ def auto_trainer(rows: Any, model: Any = None, freeze: dict[str, Any] | None = N
     return make_trainer(tiny_vit() if model is None else model, rows, schedule="auto", freeze=freeze, **settings)
 
 
+def test_where_steps_are_counted_the_head_takes_none_on_top(train_dataset) -> None:
+    trainer = auto_trainer(train_dataset, max_steps=15)  # three epochs
+    assert trainer.args.max_steps == 15
+    assert trainer.freeze_config.schedule == "0:4,1:1"
+
+
 def test_a_budget_chooses_epochs_views_tokens_and_rates(train_dataset, caplog) -> None:
     caplog.set_level(logging.INFO, "hf_freezecache")
     trainer = auto_trainer(train_dataset, freeze={"budget": 0.5}, num_train_epochs=3)
@@ -55,7 +61,7 @@ def test_what_the_user_sets_stays(train_dataset) -> None:
     freezing = trainer.freeze_config
     assert (freezing.token_keep, freezing.layer_decay, freezing.lr_scale) == (0.75, 0.9, "2")
     assert trainer.cache_config.num_views == 1
-    assert trainer.args.num_train_epochs == 3
+    assert trainer.args.num_train_epochs == 5  # those of the head come on top
     assert freezing.lr_scale == "2"
     # A rate that was found with a decay is raised less.
     scales = [auto_trainer(train_dataset, freeze=kept).freeze_config.lr_scale for kept in ({}, {"layer_decay": 0.75})]
