@@ -7,7 +7,8 @@ blocks, see ``passes``: one such epoch of a model of ``n`` blocks takes ``3 n`` 
 ``3 (n - k) t E``.
 
 The rule is a table, ``RECIPES``: how many epochs the blocks should train at least for a cost. As few blocks are frozen as such a run
-can pay for. The rule depends on nothing but its arguments, so a resumed run and all processes choose the same.
+can pay for, and what is left pays for more tokens. The rule depends on nothing but its arguments, so a resumed run and all
+processes choose the same.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Recipe:
     Attributes:
         most_cost: It is for runs of at most this cost, in epochs of full fine-tuning.
         num_views: Views to store of each image.
-        token_keep: Share of the patch tokens that a step sees behind the frozen blocks.
+        token_keep: Share of the patch tokens that a step sees behind the frozen blocks; more where the cost pays for more.
         least_epochs: Epochs behind the frozen blocks; more blocks are frozen until the cost pays for them.
         most_epochs: Further epochs gain nothing, unless the user asks for that many of full fine-tuning.
         head_epochs: Epochs before these, in which the head trains alone.
@@ -99,10 +100,14 @@ class _Costs:
     head_epochs: int
     cached: bool
 
+    def trained(self, split_point: int, num_epochs: int, token_keep: float) -> float:
+        """Return the cost of the blocks behind a split point alone."""
+        return passes_of_step(self.num_blocks, split_point, token_keep) * num_epochs
+
     def of(self, split_point: int, num_epochs: int, num_views: int | None = None) -> float:
         """Return the cost of so many epochs behind a split point."""
         views = self.recipe.num_views if num_views is None else num_views
-        trained = passes_of_step(self.num_blocks, split_point, self.recipe.token_keep) * num_epochs
+        trained = self.trained(split_point, num_epochs, self.recipe.token_keep)
         if not self.cached:
             return self.head_epochs * self.num_blocks + trained + split_point * num_epochs
         return views * (self.num_blocks if self.head_epochs else split_point) + trained
@@ -190,12 +195,19 @@ def choose(
         split_point, epochs = pair
         reason = f"schedule='auto' may spend {cost:.3g} epochs of full fine-tuning (budget={budget:g} of {num_epochs})"
     views = min(chosen.recipe.num_views, epochs) if num_views is None else num_views
+    keep, total = chosen.recipe.token_keep, chosen.of(split_point, epochs, views)
+    if budget is not None and token_keep is None:
+        left = budget * num_epochs * whole - total + chosen.trained(split_point, epochs, keep)
+        keep = max(keep, min(math.floor(100 * left / chosen.trained(split_point, epochs, 1.0)) / 100, 1.0))
+        total += chosen.trained(split_point, epochs, keep) - chosen.trained(
+            split_point, epochs, chosen.recipe.token_keep
+        )
     return Choice(
         split_point=split_point,
         head_epochs=head_epochs,
         num_epochs=head_epochs + epochs,
         num_views=views,
-        token_keep=chosen.recipe.token_keep,
-        cost=chosen.of(split_point, epochs, views) / whole,
+        token_keep=keep,
+        cost=total / whole,
         reason=reason,
     )
