@@ -38,7 +38,7 @@ from .runtime import Runtime
 from .sharing import provenance_of
 from .stage_batches import cached_batches, live_batches
 from .stage_cache import OpenedCache, StageCache
-from .stage_costs import predict_seconds
+from .stage_costs import predict_costs
 from .transform_watch import TransformWatch
 
 __all__ = ["ActiveStage", "StageRunner"]
@@ -287,8 +287,8 @@ class StageRunner:
         step: CachedStep | LiveStep | None
         outlook = Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point))
         if why_live(outlook) is None and self.config.mode == "auto":
-            outlook = replace(outlook, seconds=predict_seconds(self, stage, token_keep))
-            decision.predicted |= outlook.seconds
+            outlook = replace(outlook, costs=predict_costs(self, stage, token_keep))
+            decision.predicted |= outlook.costs
         reason = why_live(outlook)
         if reason is not None:
             decision.reason = reason
