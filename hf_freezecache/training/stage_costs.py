@@ -31,7 +31,7 @@ from ..schedules import Stage
 from .planner import states_at
 from .stage_cache import StageCache
 
-__all__ = ["Rates", "measure_rates", "predict_costs"]
+__all__ = ["Rates", "measure_rates", "predict_costs", "stage_seconds"]
 
 #: Images that are run through the frozen blocks, and the most that are rendered.
 _ROWS = 8
@@ -56,6 +56,7 @@ class Rates:
         block: A forward pass through one frozen block.
         encode: Encoding and writing one view.
         decode: Decoding one view.
+        stored_bytes: Bytes of one view, stored without loss; not seconds.
     """
 
     render: float
@@ -63,6 +64,7 @@ class Rates:
     block: float
     encode: float
     decode: float
+    stored_bytes: float = 0.0
 
 
 def measure_rates(cache: StageCache, split: Split) -> Rates:
@@ -99,7 +101,8 @@ def measure_rates(cache: StageCache, split: Split) -> Rates:
     if not requested_codec(config, split.split_point)[0].lossless:
         encode *= _LOSSY_ENCODING
     count = len(examples)
-    return Rates(render, render_all, forward / count / split.split_point, encode / count, decode / count)
+    stored_bytes = sum(map(len, frames)) / count
+    return Rates(render, render_all, forward / count / split.split_point, encode / count, decode / count, stored_bytes)
 
 
 def _per_row(render: Callable[[int], Any], rows: Sequence[int]) -> tuple[float, list[Any]]:
@@ -137,7 +140,7 @@ def _together(ahead: float, computing: float, workers: int) -> float:
     return ahead + computing if workers == 0 else max(ahead / workers, computing)
 
 
-def _seconds(
+def stage_seconds(
     rates: Rates,
     stages: Sequence[tuple[float, int]],
     num_blocks: int,
@@ -156,6 +159,9 @@ def _seconds(
         num_views: Views that are stored.
         token_keep: Share of the patch tokens that steps see behind the split.
         workers: Processes that prepare data: while building, and while training.
+
+    Returns:
+        Seconds with caches, building included, and without.
     """
     prefix = rates.block * (stages[0][1] - built_from)
     reading = rates.render_all if built_from == 0 else rates.decode * num_views
@@ -209,7 +215,7 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
         if frozen < LEAST_SECONDS:
             return {}
         workers = (cache.num_workers, run.runtime.args.dataloader_num_workers)
-        cached, live = _seconds(
+        cached, live = stage_seconds(
             rates,
             served,
             run.splits.num_blocks,

@@ -11,7 +11,7 @@ from support.parity import assert_same, parameters_of
 from support.tiny import SlowTransform, make_trainer, tiny_vit
 
 from hf_freezecache.training import stage_costs
-from hf_freezecache.training.stage_costs import Rates, _seconds
+from hf_freezecache.training.stage_costs import Rates, stage_seconds
 
 
 @pytest.fixture
@@ -89,16 +89,16 @@ def test_short_stages_are_not_measured(train_dataset, monkeypatch) -> None:
 def test_what_is_counted() -> None:
     rates = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25)
     # Two views: rendered together, six blocks each, encoded; then four epochs of half the tokens.
-    cached, live = _seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (0, 0))
+    cached, live = stage_seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (0, 0))
     assert cached == pytest.approx(5 + 2 * 6 + 2 * 0.5 + 4 * (0.25 + 9))
     assert live == pytest.approx(4 * (3 + 6 + 9))
     # Two workers render while the model computes.
-    cached, live = _seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (2, 2))
+    cached, live = stage_seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (2, 2))
     assert cached == pytest.approx(12 + 1 + 4 * 9)
     assert live == pytest.approx(4 * 15)
     # From the cache of block 3; and the head's cache gives that of block 6 as well.
-    assert _seconds(rates, [(1, 6)], 12, 3, 1, 1.0, (0, 0))[0] == pytest.approx(0.25 + 3 + 0.5 + 0.25 + 18)
-    cached, live = _seconds(rates, [(2, 12), (1, 6)], 12, 0, 1, 1.0, (0, 0))
+    assert stage_seconds(rates, [(1, 6)], 12, 3, 1, 1.0, (0, 0))[0] == pytest.approx(0.25 + 3 + 0.5 + 0.25 + 18)
+    cached, live = stage_seconds(rates, [(2, 12), (1, 6)], 12, 0, 1, 1.0, (0, 0))
     assert cached == pytest.approx(5 + 12 + 2 * 0.5 + 2 * 0.25 + 0.25 + 18)
     assert live == pytest.approx(2 * (3 + 12) + 3 + 6 + 18)
 
