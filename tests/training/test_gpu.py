@@ -1,0 +1,35 @@
+"""On a GPU, cached training and evaluating give what they give without a cache, as far as kernels are deterministic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.tiny import TinyTransform, make_trainer, tiny_vit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+
+def trained(images, mode: str, **settings):
+    cache = {"mode": mode, "num_views": 2, "cache_dir": f"caches-{mode}", "cache_eval": True}
+    settings = {"schedule": "0:4,1:2", "num_train_epochs": 3, "eval_strategy": "epoch", "use_cpu": False, **settings}
+    trainer = make_trainer(
+        tiny_vit(),
+        images.with_transform(TinyTransform(True)),
+        images.select(range(20)).with_transform(TinyTransform(False)),
+        cache=cache,
+        **settings,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return trainer.losses, losses
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 2e-2)])
+@pytest.mark.parametrize("token_keep", [None, 0.5])
+def test_cached_equals_live(images, bf16, tolerance, token_keep) -> None:
+    live, cached = (trained(images, mode, bf16=bf16, freeze={"token_keep": token_keep}) for mode in ("never", "always"))
+    assert cached[0] == pytest.approx(live[0], rel=tolerance)
+    assert cached[1] == pytest.approx(live[1], rel=tolerance)
