@@ -268,10 +268,9 @@ class FreezeCacheTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate a batch of images, or a batch of hidden states through the suffix."""
-        step = None if self._run is None else self._run.evaluation.step
-        if step is None:
+        if self._run is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        return step.predict(super().prediction_step, model, inputs, *args, **kwargs)
+        return self._run.evaluation.predict(self, super().prediction_step, model, inputs, *args, **kwargs)
 
     # ---- Data ----
 
