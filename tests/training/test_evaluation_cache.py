@@ -319,3 +319,15 @@ def test_two_processes(tmp_path) -> None:
         assert found["cached"]["evaluations"] == found["images"]["evaluations"]
         assert len(found["cached"]["evaluations"]) == 4
         assert found["cached"]["from_cache"]
+
+
+@pytest.mark.slow
+def test_a_machine_without_room_keeps_the_others_from_its_caches(tmp_path) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    run_group(many.main, "one_node_is_full", folders=folders, nodes=2, timeout=120)
+    for rank, folder in enumerate(folders):
+        found = json.loads((folder / f"found-{rank}-of-2.json").read_text())["one_node_is_full"]
+        assert found["cached"]["evaluations"] == found["images"]["evaluations"]
+        assert not found["cached"]["from_cache"]

@@ -43,6 +43,13 @@ def test_no_cache_where_it_does_not_pay(images, deciding) -> None:
 
 
 @pytest.mark.slow
+def test_what_acts_on_cached_states_is_not_left_out_to_save_time(images, deciding) -> None:
+    cache = {"num_views": 4, "feature_augmentation": "mixup:0.2"}
+    decision = trained(images.select(range(20)), num_train_epochs=1, cache=cache)._record.decisions[0]
+    assert (decision.cache, decision.trained_from) == ("built", "cache")
+
+
+@pytest.mark.slow
 def test_the_choice_changes_no_number_and_a_resume_keeps_it(images, deciding) -> None:
     settings = {"num_train_epochs": 2, "cache": {"num_views": 4}, "save_strategy": "steps", "save_steps": 3}
     auto = trained(images, **settings)
