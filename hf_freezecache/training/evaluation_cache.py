@@ -108,7 +108,6 @@ class EvaluationCache:
     config: CacheConfig
     step: CachedStep | None = None
     _images: Any = None
-    _persistent: list[Any] = field(default_factory=list)
     _sets: list[_EvaluationSet] = field(default_factory=list)
     _refused: set[str] = field(default_factory=set)
     _not_written: set[tuple[str, int]] = field(default_factory=set)
@@ -187,12 +186,8 @@ class EvaluationCache:
 
     def _reading(self, cached: _InOrder, images: Any, runtime: Runtime) -> Any:
         """Return a loader of a cache. It leaves the global random states as one of images does."""
-        # Iterating over a loader draws a number; with workers that stay, only the first time.
-        drawn = any(images is other for other in self._persistent)
-        if runtime.args.dataloader_persistent_workers and not drawn:
-            self._persistent.append(images)
-        reading = _reading_here(runtime)
-        loader = reading.make_loader(cached, SequentialSampler(cached), collate_cached, draws=not drawn)
+        reading, draws = _reading_here(runtime), _would_draw(images)
+        loader = reading.make_loader(cached, SequentialSampler(cached), collate_cached, draws)
         loaders = runtime.accelerator._dataloaders
         loaders[:] = [other for other in loaders if other is not loader]  # it keeps them all
         return loader
@@ -335,7 +330,7 @@ def check_loader(images: Any, runtime: Runtime) -> None:
     batches = getattr(batches, "batch_sampler", batches)  # of one process among several
     sampler: Any = getattr(batches, "sampler", None)
     expected = (runtime.args.eval_batch_size, runtime.args.dataloader_drop_last)
-    ours = any(images is other for other in runtime.accelerator._dataloaders)
+    ours = hasattr(images, "gradient_state")  # accelerate's
     plain = type(batches) is BatchSampler and type(sampler) is SequentialSampler
     if isinstance(images.dataset, IterableDataset) or (
         ours and plain and (batches.batch_size, batches.drop_last) == expected and len(sampler) == len(images.dataset)
@@ -345,6 +340,20 @@ def check_loader(images: Any, runtime: Runtime) -> None:
         f"The evaluation's loader has batches or an order of its own ({type(sampler or images).__name__}); a cache is read in the "
         "order of the rows."
     )
+
+
+def _would_draw(images: Any) -> bool:
+    """Return whether iterating over a loader draws a number from the global generator: with workers that stay, only once.
+
+    They may be started later, if a later stage evaluates from images: the loader then draws from a generator of its own.
+    """
+    inner = getattr(images, "base_dataloader", images)
+    if not inner.persistent_workers:
+        return True
+    if inner.generator is not None or inner._iterator is not None:
+        return False
+    inner.generator = torch.Generator()
+    return True
 
 
 def _draws(images: Any) -> bool:

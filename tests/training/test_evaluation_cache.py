@@ -331,3 +331,16 @@ def test_a_machine_without_room_keeps_the_others_from_its_caches(tmp_path) -> No
         found = json.loads((folder / f"found-{rank}-of-2.json").read_text())["one_node_is_full"]
         assert found["cached"]["evaluations"] == found["images"]["evaluations"]
         assert not found["cached"]["from_cache"]
+
+
+@pytest.mark.slow
+def test_workers_that_stay(train_dataset, eval_dataset) -> None:
+    """Trainer keeps their loader from one ``train()`` to the next, and stages without a cache use it, too."""
+    settings = {"schedule": "0:2,1:0", "num_train_epochs": 2, "dataloader_num_workers": 1}
+    runs = []
+    for cache_eval in (False, True):
+        run = trained(train_dataset, eval_dataset, cache_eval, dataloader_persistent_workers=True, **settings)
+        run.train()
+        assert (run._run.evaluation.step is not None) == cache_eval
+        runs.append([run.losses, *evaluations(run)])
+    assert runs[0] == runs[1]
