@@ -182,7 +182,7 @@ def evaluating(**cache: Any) -> dict[str, Any]:
     found = {}
     for name, cache_eval in (("images", False), ("cached", True)):
         trainer = make_trainer(
-            tiny_vit(),
+            tiny_vit(hidden_dropout_prob=0.2),
             data(),
             make_images(27).with_transform(TinyTransform(augment=False)),
             cache={"cache_dir": name, "cache_eval": cache_eval, **cache},
@@ -190,7 +190,8 @@ def evaluating(**cache: Any) -> dict[str, Any]:
         )
         trainer.train()
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        found[name] = {"evaluations": losses, "from_cache": trainer._run.evaluation.step is not None}
+        from_cache = trainer._run.evaluation.step is not None
+        found[name] = {"evaluations": losses, "losses": trainer.losses, "from_cache": from_cache}
     return found
 
 

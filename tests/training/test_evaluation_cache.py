@@ -318,6 +318,7 @@ def test_two_processes(tmp_path) -> None:
         found = json.loads((tmp_path / f"found-{rank}-of-2.json").read_text())["evaluating"]
         assert found["cached"]["evaluations"] == found["images"]["evaluations"]
         assert len(found["cached"]["evaluations"]) == 4
+        assert found["cached"]["losses"] == found["images"]["losses"]
         assert found["cached"]["from_cache"]
 
 
