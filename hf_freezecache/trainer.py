@@ -61,7 +61,7 @@ class FreezeCacheTrainer(Trainer):
     With ``freeze_config`` the training data are drawn as *views*: view ``v`` of row ``i`` is one draw of the data set's
     own transform under random states seeded by ``(view_seed, i, v)``. A stage that freezes at least one block first writes
     the hidden states of ``num_views`` views of every row to the folder of caches, or finds them there. It then trains on
-    them. Evaluation and prediction always see images. Saved models are whole, ordinary models.
+    them. Evaluation sees images unless ``cache_eval`` is set, and prediction always. Saved models are whole, ordinary models.
 
     Each stage logs what was decided for it, and each epoch what it cost, as ``freezecache/<name>``; see
     ``report.run_log``. Where a run saves, ``ReportCallback`` writes its record and a report.
