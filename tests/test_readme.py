@@ -1,6 +1,6 @@
-"""Every code block of README.md, and every example of ``hf-freezecache --help``, as written, against tiny stand-ins.
+"""Every code block of README.md and docs/, and every example of ``hf-freezecache --help``, as written, against tiny stand-ins.
 
-A server on the loopback takes the place of the Hub; ``stand_ins`` says what it serves. Blocks run in the order of the file,
+A server on the loopback takes the place of the Hub; ``stand_ins`` says what it serves. Blocks run in the order of the pages,
 in one process and one folder, as a reader would paste them into one session.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import typer
-from support.documents import ROOT, RUN_BY_CI, Block, read_blocks
+from support.documents import PAGES, ROOT, RUN_BY_CI, Block, read_blocks
 from support.hub_client import environment
 from support.hub_server import HubServer
 from support.run_steps import runs_here, split_commands
@@ -52,7 +52,7 @@ FreezeCacheTrainer(
 """,
 }
 #: Examples of the command line in an order in which each finds what it needs. The demo's is run by test_cli.
-EXAMPLES = ("build", "inspect", "verify", "push", "pull", "report", "settings")
+EXAMPLES = ("plan", "build", "inspect", "verify", "push", "pull", "report", "settings")
 #: The examples' stand-in for the name that ``build`` has computed.
 EXAMPLE_CACHE = "k06-0123456789abcdef"
 
@@ -180,10 +180,39 @@ def test_no_block_is_left_out() -> None:
             assert sum(block.text.startswith(start) for block in blocks) == 1, start
 
 
-def test_the_script_of_use_it_is_short() -> None:
-    script = next(block for block in read_blocks() if block.language == "python")
-    assert len([line for line in script.text.splitlines() if line.strip()]) <= 20
+@pytest.mark.parametrize(("page", "lines"), [("README.md", 14), ("docs/quick_start.md", 20)])
+def test_scripts_are_short(page, lines) -> None:
+    script = next(block for block in read_blocks(page) if block.language == "python")
+    assert len([line for line in script.text.splitlines() if line.strip()]) <= lines
     assert max(map(len, script.text.splitlines())) <= 120
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page) -> None:
+    here = ROOT / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", here.read_text(), flags=re.DOTALL)):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (here.parent / path).resolve() if path else here
+        assert found.exists(), target
+        assert not anchor or anchor in anchors_of(found), target
+
+
+def test_every_page_is_listed() -> None:
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert pages == {page for page in PAGES if page.startswith("docs/")}
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert all(f"({Path(page).name})" in index for page in pages - {"docs/README.md"})
 
 
 def test_blocks_of_settings_run_as_they_stand() -> None:
@@ -197,9 +226,10 @@ def test_blocks_of_settings_run_as_they_stand() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_of_use_it_runs(hub: HubServer, tmp_path: Path) -> None:
+def test_the_script_of_the_quick_start_runs(hub: HubServer, tmp_path: Path) -> None:
     steps = steps_of_readme(working_folder(tmp_path / "readme"))
-    last = next(number for number, step in enumerate(steps) if step["language"] == "python")
+    names = [block.name for block in read_blocks("docs/quick_start.md")]
+    last = next(number for number, step in enumerate(steps) if step["name"] == names[0])
     ran = run(hub, tmp_path, steps[: last + 1])
     ran.check(steps[last]["name"])
     assert "model.safetensors" in ran.server.files("user/deit-tiny-beans", "model")
@@ -238,11 +268,10 @@ def test_what_the_blocks_leave(ran) -> None:
 
 def test_the_tables_are_those_of_the_records(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "recipes" / "benchmarks"))
-    from readme_table import README, SECTIONS
+    from readme_table import SECTIONS, section
 
-    text = README.read_text()
-    for mark, section in SECTIONS.items():
-        assert f"-->\n{section()}\n<!-- /{mark} -->" in text, mark
+    for mark, (page, _) in SECTIONS.items():
+        assert f"-->\n{section(mark)}\n<!-- /{mark} -->" in (ROOT / page).read_text(), mark
 
 
 def test_every_command_has_an_example() -> None:

@@ -26,7 +26,7 @@ from ..errors import UnsupportedSetupError
 from ..hub.client import quiet_libraries
 from ..trainer import FreezeCacheTrainer
 
-__all__ = ["BuildSettings", "build", "load_images"]
+__all__ = ["BuildSettings", "build", "load_images", "make_trainer"]
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,22 @@ def build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
         FreezeCacheError: Data, model or disk are not as they must be; the message says why.
         OSError: Model or data set cannot be loaded.
     """
-    with quiet_libraries(settings.show_progress):
-        return _build(settings)
+    with quiet_libraries(settings.show_progress), tempfile.TemporaryDirectory(prefix="hf-freezecache-") as scratch:
+        trainer = make_trainer(settings, scratch)
+        return trainer.build_cache(settings.split_point), trainer
 
 
-def _build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
+def make_trainer(settings: BuildSettings, scratch: str) -> FreezeCacheTrainer:
+    """Return a trainer that can build what the settings say.
+
+    Args:
+        settings: What to build.
+        scratch: Its ``output_dir``, to which nothing is written.
+
+    Raises:
+        FreezeCacheError: Data or model are not as they must be; the message says why.
+        OSError: Model or data set cannot be loaded.
+    """
     images = load_images(settings.dataset, settings.split, settings.image_column, settings.label_column)
     classes = images.features[settings.label_column].names
     set_seed(settings.seed)
@@ -135,26 +146,24 @@ def _build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
         transforms = {"train_transform": augmented, "eval_transform": plain}
     else:
         images = images.with_transform(plain)
-    with tempfile.TemporaryDirectory(prefix="hf-freezecache-") as scratch:
-        trainer = FreezeCacheTrainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                per_device_train_batch_size=settings.batch_size,
-                seed=settings.seed,
-                bf16=settings.bf16,
-                remove_unused_columns=False,
-                report_to="none",
-                disable_tqdm=not settings.show_progress,
-            ),
-            train_dataset=images,
-            freeze_config=FreezeConfig(schedule=f"0:{settings.split_point}"),
-            cache_config=CacheConfig(
-                cache_dir=settings.cache_dir,
-                codec=settings.codec,
-                num_views=settings.num_views,
-                view_seed=settings.seed,
-            ),
-            **transforms,
-        )
-        return trainer.build_cache(settings.split_point), trainer
+    return FreezeCacheTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=scratch,
+            per_device_train_batch_size=settings.batch_size,
+            seed=settings.seed,
+            bf16=settings.bf16,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=not settings.show_progress,
+        ),
+        train_dataset=images,
+        freeze_config=FreezeConfig(schedule=f"0:{settings.split_point}"),
+        cache_config=CacheConfig(
+            cache_dir=settings.cache_dir,
+            codec=settings.codec,
+            num_views=settings.num_views,
+            view_seed=settings.seed,
+        ),
+        **transforms,
+    )

@@ -16,7 +16,7 @@ from ..errors import FreezeCacheError
 from .base import EXIT_CODES, AsJson, CachePath, Debug, app, one_line_errors, print_error
 from .describe import describe_cache, description_lines, find_caches
 
-__all__ = ["build", "inspect", "verify"]
+__all__ = ["build", "inspect", "plan", "verify"]
 
 
 @app.command(
@@ -81,6 +81,63 @@ def build(
         directory = cache_dir.expanduser() / Path(cached.reader.directory).name
         described = describe_cache(directory, cached.reader.index)
         typer.echo(json.dumps(described, indent=1) if as_json else "\n".join(description_lines(described)))
+
+
+@app.command(epilog="Example: hf-freezecache plan facebook/deit-tiny-patch16-224 ./flower_photos --epochs 12 --views 2")
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model on the Hub, or its folder.", show_default=False)],
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="As of build.", show_default=False)],
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs that would be trained.", show_default=False)],
+    split_points: Annotated[
+        str | None, typer.Option(help="Numbers of frozen blocks, e.g. '3,6,9'; default: some.", show_default=False)
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Images, in place of those that the data set has.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    views: Annotated[int, typer.Option(min=1, help="Renderings of each image; all but the first are augmented.")] = 1,
+    token_keep: Annotated[float, typer.Option(min=0.01, max=1, help="As of FreezeConfig.")] = 1.0,
+    cache_dir: Annotated[Path, typer.Option(help="Folder of caches: a few are written there, and removed.")] = Path(
+        "caches"
+    ),
+    image_column: Annotated[str, typer.Option(help="Column of the images.")] = "image",
+    label_column: Annotated[str, typer.Option(help="Column of the classes.")] = "label",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 32,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run under bf16 autocast.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what caches of several split points would take here: bytes, and the time of building and training.
+
+    A few images are rendered, run through the frozen blocks, encoded and decoded. Nothing is trained. "no cache" freezes as many
+    blocks and runs them in every step; "unfrozen" trains all blocks. Caches are taken to be lossless.
+    """
+    try:
+        points = [int(point) for point in (split_points or "").split(",") if point]
+    except ValueError:
+        raise typer.BadParameter(f"--split-points {split_points}: expected numbers such as '3,6,9'.") from None
+    with one_line_errors(debug):
+        from dataclasses import asdict
+
+        from .build import BuildSettings
+        from .plan import plan as predict
+        from .plan import table_lines
+
+        settings = BuildSettings(
+            model=model,
+            dataset=dataset,
+            split_point=1,
+            split=split,
+            num_views=views,
+            cache_dir=str(cache_dir),
+            image_column=image_column,
+            label_column=label_column,
+            batch_size=batch_size,
+            bf16=bf16,
+            revision=revision,
+            show_progress=False,
+        )
+        found = predict(settings, epochs, points, rows, token_keep)
+        typer.echo(json.dumps([asdict(one) for one in found], indent=1) if as_json else "\n".join(table_lines(found)))
 
 
 @app.command(epilog="Example: hf-freezecache inspect caches/k06-0123456789abcdef")

@@ -175,14 +175,14 @@ class Outlook:
         config: The user's settings of caches.
         passes: What ``predict_passes`` gives for the stage.
         refusal: Why the stage cannot be trained from a cache, if it cannot.
-        seconds: What ``stage_costs.predict_seconds`` gives for the stage; empty where nothing was measured.
+        costs: What ``stage_costs.predict_costs`` gives for the stage; empty where nothing is known.
     """
 
     stage: Stage
     config: CacheConfig
     passes: dict[str, float]
     refusal: str | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 def _nothing_frozen(outlook: Outlook) -> str | None:
@@ -197,18 +197,34 @@ def _refused(outlook: Outlook) -> str | None:
     return None if outlook.refusal is None else f"Training from a cache would not be the same: {outlook.refusal}."
 
 
-def _does_not_pay(outlook: Outlook) -> str | None:
-    seconds = outlook.seconds
-    if not seconds or seconds["cached_seconds"] < seconds["live_seconds"]:
+def _too_many_views(outlook: Outlook) -> str | None:
+    costs = outlook.costs
+    if "cached_views" not in costs:
         return None
     return (
-        f"mode='auto' measured a few images: with a cache the stage would take {seconds['cached_seconds']:,.3g} s, without "
-        f"{seconds['live_seconds']:,.3g} s."
+        f"mode='auto': for a cache {costs['cached_views']:g} views of each image would be rendered, and without one "
+        f"{costs['live_views']:g}."
+    )
+
+
+def _does_not_pay(outlook: Outlook) -> str | None:
+    costs = outlook.costs
+    if "cached_seconds" not in costs or costs["cached_seconds"] < costs["live_seconds"]:
+        return None
+    return (
+        f"mode='auto' measured a few images: with a cache the stage would take {costs['cached_seconds']:,.3g} s, without "
+        f"{costs['live_seconds']:,.3g} s."
     )
 
 
 #: Extension point: rules in the order in which they are asked.
-PLANNER_RULES: list[Callable[[Outlook], str | None]] = [_nothing_frozen, _never, _refused, _does_not_pay]
+PLANNER_RULES: list[Callable[[Outlook], str | None]] = [
+    _nothing_frozen,
+    _never,
+    _refused,
+    _too_many_views,
+    _does_not_pay,
+]
 
 
 def why_live(outlook: Outlook) -> str | None:

@@ -38,7 +38,7 @@ from .runtime import Runtime
 from .sharing import provenance_of
 from .stage_batches import cached_batches, live_batches
 from .stage_cache import OpenedCache, StageCache
-from .stage_costs import predict_seconds
+from .stage_costs import predict_costs
 from .transform_watch import TransformWatch
 
 __all__ = ["ActiveStage", "StageRunner"]
@@ -288,8 +288,8 @@ class StageRunner:
         outlook = Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point))
         # Without a cache nothing would augment hidden states: what is trained must not depend on how long it takes.
         if why_live(outlook) is None and self.config.mode == "auto" and self.augmenter is None:
-            outlook = replace(outlook, seconds=predict_seconds(self, stage, token_keep))
-            decision.predicted |= outlook.seconds
+            outlook = replace(outlook, costs=predict_costs(self, stage, token_keep))
+            decision.predicted |= outlook.costs
         reason = why_live(outlook)
         if reason is not None:
             decision.reason = reason

@@ -11,6 +11,7 @@ Worker processes render, or decode, while the model computes. Evaluating, saving
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,10 +31,12 @@ from ..schedules import Stage
 from .planner import states_at
 from .stage_cache import StageCache
 
-__all__ = ["Rates", "measure_rates", "predict_seconds"]
+__all__ = ["Rates", "measure_rates", "predict_costs", "stage_seconds"]
 
-#: Images that are measured.
-_ROWS = 16
+#: Images that are run through the frozen blocks, and the most that are rendered.
+_ROWS = 8
+#: No further image is rendered after this. What is measured must cost far less than what it decides about.
+_RENDER_SECONDS = 0.2
 #: Where images and frozen blocks take less than this in a whole stage, nothing is measured further, and a cache is made.
 LEAST_SECONDS = 2.0
 #: Encoding with a fitted codec takes so many times what encoding without loss does. Source: building is 1.2 and 1.5 times rendering
@@ -53,6 +56,7 @@ class Rates:
         block: A forward pass through one frozen block.
         encode: Encoding and writing one view.
         decode: Decoding one view.
+        stored_bytes: Bytes of one view, stored without loss; not seconds.
     """
 
     render: float
@@ -60,6 +64,7 @@ class Rates:
     block: float
     encode: float
     decode: float
+    stored_bytes: float = 0.0
 
 
 def measure_rates(cache: StageCache, split: Split) -> Rates:
@@ -74,28 +79,43 @@ def measure_rates(cache: StageCache, split: Split) -> Rates:
     """
     chooser, config = cache.chooser, cache.config
     data = chooser.data
-    rows = data.layout.order[: min(_ROWS, chooser.batch_size)].tolist()
-    view = 1 if config.num_views > 1 else 0
+    rows, num_views = data.layout.order[:_ROWS].tolist(), config.num_views
     with preserved_random_state():
         views = data.views.reading_once()
-        render, batch = _timed(lambda: data.collate([views[row, view] for row in rows]))
+        render, examples = _per_row(lambda row: views[row, 1 if num_views > 1 else 0], rows)
         render_all = render
-        if config.num_views > 1:
-            render_all, _ = _timed(lambda: [views.render_views(row, range(config.num_views)) for row in rows])
+        if num_views > 1:
+            render_all, _ = _per_row(lambda row: views.render_views(row, range(num_views)), rows)
+        batch = data.collate(examples)
         inputs = {name: batch[name] for name in ("pixel_values", *sorted(data.prefix_inputs))}
 
         def prefix() -> Tensor:
             return chooser.run(split.prefix, **inputs).cpu()  # type: ignore[no-any-return]
 
-        prefix()  # the first call may compile or allocate
+        if next(split.model.parameters()).device.type != "cpu":
+            prefix()  # the first call compiles and allocates
         forward, states = _timed(prefix)
         lossless = make_codec("lossless")
         encode, frames = _timed(lambda: _written(lossless.encode(states), Path(config.freezecache_dir)))
         decode, _ = _timed(lambda: lossless.decode(frames, states.shape, states.dtype))
     if not requested_codec(config, split.split_point)[0].lossless:
         encode *= _LOSSY_ENCODING
-    rates = (render, render_all, forward / split.split_point, encode, decode)
-    return Rates(*(seconds / len(rows) for seconds in rates))
+    count = len(examples)
+    stored_bytes = sum(map(len, frames)) / count
+    return Rates(render, render_all, forward / count / split.split_point, encode / count, decode / count, stored_bytes)
+
+
+def _per_row(render: Callable[[int], Any], rows: Sequence[int]) -> tuple[float, list[Any]]:
+    """Render rows, at least two, for a short while; return the median of the seconds that one took, and what was rendered."""
+    seconds: list[float] = []
+    rendered = []
+    for row in rows:
+        if len(seconds) >= 2 and sum(seconds) > _RENDER_SECONDS:
+            break
+        took, item = _timed(lambda row=row: render(row))  # type: ignore[misc]
+        seconds.append(took)
+        rendered.append(item)
+    return statistics.median(seconds), rendered
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -120,7 +140,7 @@ def _together(ahead: float, computing: float, workers: int) -> float:
     return ahead + computing if workers == 0 else max(ahead / workers, computing)
 
 
-def _seconds(
+def stage_seconds(
     rates: Rates,
     stages: Sequence[tuple[float, int]],
     num_blocks: int,
@@ -139,6 +159,9 @@ def _seconds(
         num_views: Views that are stored.
         token_keep: Share of the patch tokens that steps see behind the split.
         workers: Processes that prepare data: while building, and while training.
+
+    Returns:
+        Seconds with caches, building included, and without.
     """
     prefix = rates.block * (stages[0][1] - built_from)
     reading = rates.render_all if built_from == 0 else rates.decode * num_views
@@ -151,7 +174,7 @@ def _seconds(
     return cached, live
 
 
-def predict_seconds(run: Any, stage: Stage, token_keep: float) -> dict[str, float]:
+def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]:
     """Predict what a stage takes, and those whose caches its build gives as well. Collective.
 
     Args:
@@ -160,8 +183,9 @@ def predict_seconds(run: Any, stage: Stage, token_keep: float) -> dict[str, floa
         token_keep: Share of the patch tokens that its steps see behind the split.
 
     Returns:
-        ``cached_seconds``, building included, and ``live_seconds``, of training alone, as the main process measured. Empty where it
-        does not matter: the cache is there, an earlier part of the run has decided for one, or the stage is short.
+        ``cached_seconds``, building included, and ``live_seconds``, of training alone, as the main process measured. Where a cache
+        cannot pay, ``cached_views`` and ``live_views``: as many views of each image would be rendered for it as without it. Empty
+        where it does not matter: the cache is there, an earlier part of the run has decided for one, or the stage is short.
 
     Raises:
         FreezeCacheError: See ``measure_rates``.
@@ -176,19 +200,22 @@ def predict_seconds(run: Any, stage: Stage, token_keep: float) -> dict[str, floa
     def predict() -> dict[str, float]:
         if cache.locate(split, cache.identify(split)) is not None:
             return {}
-        rates = measure_rates(cache, split)
         points = [stage.split_point, *run.built_ahead(stage)]
         served = [
             (_epochs(one, run), one.split_point) for one in run.stages[stage.index :] if one.split_point in points
         ]
+        current, source = cache.current, states_at(stage, run.stages, run.config)
+        there = current is not None and current.index.split_point == source
+        views = {"cached_views": run.config.num_views, "live_views": sum(epochs for epochs, _ in served)}
+        if not there and views["cached_views"] >= views["live_views"]:
+            return views
+        rates = measure_rates(cache, split)
         rows = cache.chooser.data.layout.total_samples / run.runtime.everyone.size
         frozen = rows * sum(epochs * (rates.render + point * rates.block) for epochs, point in served)
         if frozen < LEAST_SECONDS:
             return {}
-        current, source = cache.current, states_at(stage, run.stages, run.config)
-        there = current is not None and current.index.split_point == source
         workers = (cache.num_workers, run.runtime.args.dataloader_num_workers)
-        cached, live = _seconds(
+        cached, live = stage_seconds(
             rates,
             served,
             run.splits.num_blocks,

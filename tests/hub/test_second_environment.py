@@ -1,4 +1,4 @@
-"""What README's script pushes serves others: plain libraries in an environment without this package, then with it.
+"""What the quick start's script pushes serves others: plain libraries in an environment without this package, then with it.
 
 The environments are made with pip, which takes minutes.
 """
@@ -88,7 +88,7 @@ def test_what_the_script_pushes_serves_others(tmp_path) -> None:
     calm = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
     first = make_environment(tmp_path / "venv-1", str(ROOT))
     second = make_environment(tmp_path / "venv-2", *PLAIN)
-    script = next(block.text for block in read_blocks() if block.language == "python")
+    script = next(block.text for block in read_blocks("docs/quick_start.md") if block.language == "python")
     with HubServer(tmp_path / "server") as server:
         publish(server, tmp_path / "stand-ins")
         run(first, f"{script}\nprint(0)", tmp_path / "one", environment(server, tmp_path / "home-1", **calm))

@@ -173,8 +173,8 @@ def thawing() -> dict[str, Any]:
 
 
 def auto() -> dict[str, Any]:
-    """What ``schedule="auto"`` chooses for a budget."""
-    return at_every_checkpoint("auto", schedule="auto", freeze={"budget": 0.6})
+    """What ``schedule="auto"`` chooses."""
+    return at_every_checkpoint("auto", schedule="auto")
 
 
 def evaluating(**cache: Any) -> dict[str, Any]:

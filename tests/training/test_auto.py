@@ -196,5 +196,5 @@ def test_a_head_that_does_not_train_is_refused_in_those_words(train_dataset) -> 
 
 
 def test_small_budgets_of_long_runs_are_fine(train_dataset) -> None:
-    trainer = auto_trainer(train_dataset, freeze={"budget": 3e-5}, num_train_epochs=40000)
+    trainer = auto_trainer(train_dataset, freeze={"budget": 3e-6}, num_train_epochs=400000)
     assert trainer.freeze_config.lr_scale.endswith("4:1e+03")

@@ -31,6 +31,7 @@ from hf_freezecache.errors import (
 )
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.page import write_report
+from hf_freezecache.training import stage as stage_module
 from hf_freezecache.training.checkpoints import (
     check_complete,
     last_complete,
@@ -208,7 +209,14 @@ def test_a_full_disk_stops_with_what_to_do_and_keeps_what_is_complete(saved, sma
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.fixture
+def always_paying(monkeypatch) -> None:
+    """Let ``mode="auto"`` take every cache for one that pays."""
+    monkeypatch.setattr(stage_module, "predict_costs", lambda *args: {})
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("always_paying")
 def test_with_mode_auto_it_trains_on_to_the_same_result(saved, small_files, caplog) -> None:
     trainer = trainer_on(cache={"mode": "auto"}, **{**SAVING, "save_strategy": "no"})
     small_files()
@@ -231,6 +239,7 @@ def test_with_mode_auto_it_trains_on_to_the_same_result(saved, small_files, capl
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("always_paying")
 def test_with_room_mode_auto_caches(saved) -> None:
     trainer = trainer_on(cache={"mode": "auto"}, **{**SAVING, "save_strategy": "no"})
     trainer.train()
@@ -239,6 +248,7 @@ def test_with_room_mode_auto_caches(saved) -> None:
 
 
 @pytest.mark.by_default(1)
+@pytest.mark.usefixtures("always_paying")
 @pytest.mark.parametrize("mode", ["always", "auto"])
 def test_a_folder_that_cannot_be_made_stops_only_those_who_insist(saved, mode: str, caplog) -> None:
     Path("blocked").write_text("a file")
@@ -302,6 +312,7 @@ def test_peak_disk_at_a_promotion_is_bounded(monkeypatch, consume_previous_cache
         assert max(peaks) > 1.8 * disk_use(new.parent)
 
 
+@pytest.mark.usefixtures("always_paying")
 @pytest.mark.slow
 def test_a_promotion_that_fails_half_way_stops_no_later_stage(monkeypatch, caplog) -> None:
     import hf_freezecache.cache.writer as writer

@@ -307,7 +307,7 @@ def test_a_scheduler_of_the_users_own_is_tried() -> None:
 
 
 def test_the_rule_rises_with_the_share_of_frozen_blocks() -> None:
-    assert [lr_rule.lr_scale(k, 12) for k in (0, 3, 6, 9, 11, 12)] == pytest.approx([1, 1.25, 1.5, 2, 3, 8])
+    assert [lr_rule.lr_scale(k, 12) for k in (0, 3, 6, 9, 11, 12)] == pytest.approx([1, 1.25, 1.5, 2, 3, 4])
     scales = [lr_rule.lr_scale(k, 24) for k in range(25)]
     assert scales == sorted(scales)
 

@@ -11,7 +11,7 @@ from support.parity import assert_same, parameters_of
 from support.tiny import SlowTransform, make_trainer, tiny_vit
 
 from hf_freezecache.training import stage_costs
-from hf_freezecache.training.stage_costs import Rates, _seconds
+from hf_freezecache.training.stage_costs import Rates, stage_seconds
 
 
 @pytest.fixture
@@ -35,39 +35,61 @@ def test_a_cache_where_it_pays(images, deciding) -> None:
     assert decision.predicted["live_seconds"] >= 4 * 50 * 0.01
 
 
-def test_no_cache_where_it_does_not_pay(images, deciding) -> None:
-    decision = trained(images.select(range(20)), num_train_epochs=1, cache={"num_views": 4})._record.decisions[0]
-    assert (decision.cache, decision.trained_from) == ("none", "images")
-    assert decision.reason.startswith("mode='auto' measured a few images: with a cache the stage would take")
-    assert decision.predicted["cached_seconds"] > decision.predicted["live_seconds"]
+def test_no_cache_where_it_does_not_pay(train_dataset, monkeypatch) -> None:
+    rates = Rates(render=1.0, render_all=2.0, block=0.0, encode=1.0, decode=0.5)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda cache, split: rates)
+    for epochs, views, says in (
+        (3, 2, "mode='auto' measured a few images: with a cache the stage would take 275 s, without 150 s."),
+        (1, 2, "mode='auto': for a cache 2 views of each image would be rendered, and without one 1."),
+    ):
+        cache = {"mode": "auto", "num_views": views}
+        trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2", cache=cache, num_train_epochs=epochs)
+        trainer.train()
+        decision = trainer._record.decisions[0]
+        assert (decision.cache, decision.trained_from, decision.reason) == ("none", "images", says)
+
+
+def test_what_is_measured(images, monkeypatch) -> None:
+    monkeypatch.setattr(stage_costs, "LEAST_SECONDS", 0.0)
+    measured = []
+    measure = stage_costs.measure_rates
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: measured.append(measure(*args)) or measured[-1])
+    trained(images.select(range(10)), num_train_epochs=2)
+    (rates,) = measured
+    assert rates.render == rates.render_all >= 0.01
+    assert min(rates.block, rates.encode, rates.decode) > 0
 
 
 @pytest.mark.slow
-def test_what_acts_on_cached_states_is_not_left_out_to_save_time(images, deciding) -> None:
-    cache = {"num_views": 4, "feature_augmentation": "mixup:0.2"}
-    decision = trained(images.select(range(20)), num_train_epochs=1, cache=cache)._record.decisions[0]
-    assert (decision.cache, decision.trained_from) == ("built", "cache")
+def test_what_acts_on_cached_states_is_not_left_out_to_save_time(images, monkeypatch) -> None:
+    rates = Rates(render=1.0, render_all=4.0, block=0.0, encode=9.0, decode=0.5)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda cache, split: rates)
+    for augmentation, cache in ((None, "none"), ("mixup:0.2", "built")):
+        settings = {"num_views": 4, "feature_augmentation": augmentation}
+        assert trained(images, num_train_epochs=1, cache=settings)._record.decisions[0].cache == cache
 
 
 @pytest.mark.slow
-def test_the_choice_changes_no_number_and_a_resume_keeps_it(images, deciding) -> None:
-    settings = {"num_train_epochs": 2, "cache": {"num_views": 4}, "save_strategy": "steps", "save_steps": 3}
+def test_the_choice_changes_no_number_and_a_resume_keeps_it(images, monkeypatch) -> None:
+    rates = Rates(render=1.0, render_all=4.0, block=0.0, encode=9.0, decode=0.5)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda cache, split: rates)
+    settings = {"num_train_epochs": 6, "cache": {"num_views": 4}, "save_strategy": "steps", "save_steps": 3}
     auto = trained(images, **settings)
     assert auto._record.decisions[0].cache == "none"
-    always = trained(images, num_train_epochs=2, cache={"mode": "always", "num_views": 4, "cache_dir": "b"})
+    always = trained(images, num_train_epochs=6, cache={"mode": "always", "num_views": 4, "cache_dir": "b"})
     assert always.losses == auto.losses
     assert_same(parameters_of(always.model), parameters_of(auto.model))
     resumed = trained(images, resume="out/checkpoint-3", **settings)
     assert resumed._record.decisions[0].reason == auto._record.decisions[0].reason
     assert_same(parameters_of(resumed.model), parameters_of(auto.model))
     # A cache that is there costs nothing.
-    found = trained(images, num_train_epochs=2, cache={"num_views": 4, "cache_dir": "b"})
+    found = trained(images, num_train_epochs=6, cache={"num_views": 4, "cache_dir": "b"})
     assert found._record.decisions[0].cache == "found"
     assert "cached_seconds" not in found._record.decisions[0].predicted
 
 
 def test_short_stages_are_not_measured(train_dataset, monkeypatch) -> None:
-    trainer = make_trainer(tiny_vit(), train_dataset, None, "0:1", {"mode": "auto", "num_views": 4}, num_train_epochs=1)
+    trainer = make_trainer(tiny_vit(), train_dataset, None, "0:1", {"mode": "auto", "num_views": 2}, num_train_epochs=3)
     trainer.train()
     assert trainer._record.decisions[0].cache == "built"
     assert "cached_seconds" not in trainer._record.decisions[0].predicted
@@ -76,16 +98,16 @@ def test_short_stages_are_not_measured(train_dataset, monkeypatch) -> None:
 def test_what_is_counted() -> None:
     rates = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25)
     # Two views: rendered together, six blocks each, encoded; then four epochs of half the tokens.
-    cached, live = _seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (0, 0))
+    cached, live = stage_seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (0, 0))
     assert cached == pytest.approx(5 + 2 * 6 + 2 * 0.5 + 4 * (0.25 + 9))
     assert live == pytest.approx(4 * (3 + 6 + 9))
     # Two workers render while the model computes.
-    cached, live = _seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (2, 2))
+    cached, live = stage_seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (2, 2))
     assert cached == pytest.approx(12 + 1 + 4 * 9)
     assert live == pytest.approx(4 * 15)
     # From the cache of block 3; and the head's cache gives that of block 6 as well.
-    assert _seconds(rates, [(1, 6)], 12, 3, 1, 1.0, (0, 0))[0] == pytest.approx(0.25 + 3 + 0.5 + 0.25 + 18)
-    cached, live = _seconds(rates, [(2, 12), (1, 6)], 12, 0, 1, 1.0, (0, 0))
+    assert stage_seconds(rates, [(1, 6)], 12, 3, 1, 1.0, (0, 0))[0] == pytest.approx(0.25 + 3 + 0.5 + 0.25 + 18)
+    cached, live = stage_seconds(rates, [(2, 12), (1, 6)], 12, 0, 1, 1.0, (0, 0))
     assert cached == pytest.approx(5 + 12 + 2 * 0.5 + 2 * 0.25 + 0.25 + 18)
     assert live == pytest.approx(2 * (3 + 12) + 3 + 6 + 18)
 

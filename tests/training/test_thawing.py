@@ -226,7 +226,7 @@ def test_two_processes(tmp_path, scenario) -> None:
     run_group(many.main, scenario, folders=[tmp_path] * 2)
     for rank in range(2):
         found = json.loads((tmp_path / f"found-{rank}-of-2.json").read_text())[scenario]
-        assert ("4 epochs of full" in found["always"]["chosen"]) == (scenario == "auto")
+        assert ("keeps the 4 epochs asked for" in found["always"]["chosen"]) == (scenario == "auto")
         assert {each["chosen"] for each in found["resumed"].values()} == {found["always"]["chosen"]}
         assert found["always"]["losses"] == found["never"]["losses"]
         assert found["always"]["digest"] == found["never"]["digest"]
