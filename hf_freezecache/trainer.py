@@ -61,7 +61,7 @@ class FreezeCacheTrainer(Trainer):
     With ``freeze_config`` the training data are drawn as *views*: view ``v`` of row ``i`` is one draw of the data set's
     own transform under random states seeded by ``(view_seed, i, v)``. A stage that freezes at least one block first writes
     the hidden states of ``num_views`` views of every row to the folder of caches, or finds them there. It then trains on
-    them. Evaluation and prediction always see images. Saved models are whole, ordinary models.
+    them. Evaluation sees images unless ``cache_eval`` is set, and prediction always. Saved models are whole, ordinary models.
 
     Each stage logs what was decided for it, and each epoch what it cost, as ``freezecache/<name>``; see
     ``report.run_log``. Where a run saves, ``ReportCallback`` writes its record and a report.
@@ -268,10 +268,9 @@ class FreezeCacheTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate a batch of images, or a batch of hidden states through the suffix."""
-        step = None if self._run is None else self._run.evaluation.step
-        if step is None:
+        if self._run is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        return step.predict(super().prediction_step, model, inputs, *args, **kwargs)
+        return self._run.evaluation.predict(self, super().prediction_step, model, inputs, *args, **kwargs)
 
     # ---- Data ----
 

@@ -7,7 +7,10 @@ the same batches, so that its metrics are those of evaluating from images, on a 
 from __future__ import annotations
 
 import copy
+import json
 import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,17 +19,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import Dataset, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, SequentialSampler, Subset
 
+from ..codecs.array_names import is_packed
 from ..compression.base_view import CodecChooser
 from ..config import CacheConfig
 from ..data.collators import collate_cached
 from ..data.layout import ChunkLayout
-from ..data.seeding import preserved_random_state
+from ..data.seeding import preserved_random_state, random_states
 from ..data.training_data import TrainingData
 from ..data.views import views_differ
 from ..dataset import CachedDataset
-from ..errors import FreezeCacheError, UnsupportedSetupError
+from ..errors import (
+    CacheCorruptError,
+    CacheLockedError,
+    CacheMismatchError,
+    CacheWriteError,
+    FreezeCacheError,
+    UnsupportedSetupError,
+)
 from ..model.probe import evaluating
 from ..model.split import Splits
 from ..model.withheld import Withheld
@@ -45,6 +56,7 @@ _CHUNKS = 2
 _SETS = 8
 #: Relative difference of outputs on devices whose kernels need not be deterministic; as ``Split.verify`` has it.
 _TOLERANCE = 1e-3
+_OF_CACHES = (CacheWriteError, CacheLockedError, CacheMismatchError, CacheCorruptError)
 
 
 class _InOrder(Dataset):  # type: ignore[type-arg]
@@ -95,13 +107,16 @@ class EvaluationCache:
 
     config: CacheConfig
     step: CachedStep | None = None
+    _images: Any = None
     _sets: list[_EvaluationSet] = field(default_factory=list)
     _refused: set[str] = field(default_factory=set)
+    _not_written: set[tuple[str, int]] = field(default_factory=set)
 
     def loader(self, trainer: Any, images: Any, runtime: Runtime, splits: Splits, split_point: int) -> Any:
         """Return a loader of hidden states in place of one of images; the same loader where none can take its place. Collective.
 
-        A cache is built while training only. It is looked for in each evaluation: weights, transform or rows may have changed.
+        A cache is built while training only. It is looked for in each evaluation: weights, transform or rows may have changed. One
+        that could not be written is not tried again, with so many frozen blocks.
 
         Args:
             trainer: The user's trainer.
@@ -112,13 +127,19 @@ class EvaluationCache:
         """
         if not self.config.cache_eval:
             return images
+        everyone, known, self._images = runtime.everyone, None, None
         try:
-            with runtime.everyone.fail_together():
+            with everyone.fail_together():
                 check_trainer(trainer)
+                check_loader(images, runtime)
                 known = self._known(trainer, images, runtime, splits)
+            if (known.name, split_point) in self._not_written:
+                return images
             split = splits.at(split_point)
-            opened = known.cache.open(split) if trainer.is_in_train else known.cache.open_finished(split)[1]
-            if opened is None:
+            # Several groups of processes have folders of their own. All read a cache, or none does.
+            with everyone.fail_together() if runtime.cache_group.num_groups > 1 else nullcontext():
+                opened = known.cache.open(split) if trainer.is_in_train else known.cache.open_finished(split)[1]
+            if not all(everyone.gather(opened is not None)) or opened is None:
                 return images
             reader = opened.reader
             self.step = CachedStep(
@@ -126,18 +147,50 @@ class EvaluationCache:
             )
             cached = _InOrder(CachedDataset(reader, _CHUNKS, packed=True, keep_read=True), reader.layout.order)
             if split_point not in known.tried:
-                with runtime.everyone.fail_together():
+                with everyone.fail_together():
                     self._compare(trainer, images, cached)
                 known.tried.add(split_point)
-            loader = _reading_here(runtime).make_loader(cached, SequentialSampler(cached), collate_cached)
-            loaders = runtime.accelerator._dataloaders
-            loaders[:] = [other for other in loaders if other is not loader]  # it keeps them all
-            return loader
+            self._images = images
+            return self._reading(cached, images, runtime)
         except FreezeCacheError as error:
-            if str(error) not in self._refused:
-                self._refused.add(str(error))
+            if isinstance(error, CacheWriteError) and known is not None:
+                self._not_written.add((known.name, split_point))
+            # Messages about caches differ each time: they name a few rows, or the room on the disk.
+            what = type(error).__name__ if isinstance(error, _OF_CACHES) else str(error)
+            if what not in self._refused:
+                self._refused.add(what)
                 logger.warning("cache_eval: evaluating from images. %s", error)
             return images
+
+    def predict(
+        self, trainer: Any, prediction_step: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run ``prediction_step(model, inputs, ...)`` on a batch of images, or on one of hidden states through the suffix.
+
+        Args:
+            trainer: The user's trainer. Its callbacks are shown the loader of images, as without a cache.
+            prediction_step: ``Trainer.prediction_step``.
+            model: The model, wrapped or not.
+            inputs: The batch.
+            args: As for ``prediction_step``.
+            kwargs: As for ``prediction_step``.
+
+        Raises:
+            UnsupportedSetupError: See ``CachedStep.predict``.
+        """
+        if self.step is None or not isinstance(inputs, Mapping) or not any(map(is_packed, inputs)):
+            return prediction_step(model, inputs, *args, **kwargs)
+        if self._images is not None:  # not while the first rows are compared
+            trainer.callback_handler.eval_dataloader = self._images
+        return self.step.predict(prediction_step, model, inputs, *args, **kwargs)
+
+    def _reading(self, cached: _InOrder, images: Any, runtime: Runtime) -> Any:
+        """Return a loader of a cache. It leaves the global random states as one of images does."""
+        reading, draws = _reading_here(runtime), _would_draw(images)
+        loader = reading.make_loader(cached, SequentialSampler(cached), collate_cached, draws)
+        loaders = runtime.accelerator._dataloaders
+        loaders[:] = [other for other in loaders if other is not loader]  # it keeps them all
+        return loader
 
     def _known(self, trainer: Any, images: Any, runtime: Runtime, splits: Splits) -> _EvaluationSet:
         """Return what was prepared of an evaluation set, or prepare it now.
@@ -164,10 +217,11 @@ class EvaluationCache:
         Raises:
             FreezeCacheError: It cannot be cached.
         """
-        mine, dataset = self.config, images.dataset
+        mine, dataset, batch_size = self.config, images.dataset, trainer.args.eval_batch_size
         config = CacheConfig(
             freezecache_dir=mine.freezecache_dir,
-            chunk_size=mine.chunk_size,
+            # Whole batches: the frozen blocks then get the same batches as in an evaluation, and kernels give the same bits.
+            chunk_size=-(-mine.chunk_size // batch_size) * batch_size,
             shard_chunks=mine.shard_chunks,
             build_num_workers=mine.build_num_workers,
             lock_timeout=mine.lock_timeout,
@@ -177,7 +231,7 @@ class EvaluationCache:
             runtime,
             collate=images.collate_fn,
             raw_collator=trainer.data_collator,
-            batch_size=trainer.args.eval_batch_size,
+            batch_size=batch_size,
         )
         layout = ChunkLayout(len(dataset), config.chunk_size, config.view_seed)
         rows = layout.position
@@ -188,12 +242,19 @@ class EvaluationCache:
                 "The evaluation set's transform draws at random: each evaluation sees other images, and a cache would not. Give "
                 "the evaluation set a transform without random parts."
             )
+        if runtime.args.dataloader_num_workers == 0 and _draws(images):
+            raise UnsupportedSetupError(
+                "The evaluation set's transform draws random numbers, if to no effect: training would go on with others if it were "
+                "left out. Give the evaluation set a transform without random parts."
+            )
         if data.image_shape != splits.image_shape:
             raise UnsupportedSetupError(
                 f"Images of the evaluation set have shape {data.image_shape}, those of the training set {splits.image_shape}."
             )
         # Rows and code by which the cache is named are those of the data set as the user passed it.
-        data = replace(data, dataset=dataset, code=replace(data.code, dataset=dataset))
+        # The same rows may be trained on, from a cache in which they lie in another order.
+        spec = json.dumps([json.loads(data.batch_spec), f"in the order of the rows, {batch_size} at a time"])
+        data = replace(data, dataset=dataset, code=replace(data.code, dataset=dataset), batch_spec=spec)
         workers = config.build_num_workers
         cache = StageCache(
             config,
@@ -253,6 +314,54 @@ def check_trainer(trainer: Any) -> None:
         raise UnsupportedSetupError(
             "fp16_full_eval and bf16_full_eval cast the model for an evaluation after training."
         )
+
+
+def check_loader(images: Any, runtime: Runtime) -> None:
+    """Refuse loaders that do not give all rows in order, in the batches of ``TrainingArguments``.
+
+    Args:
+        images: The loader of an evaluation.
+        runtime: The trainer.
+
+    Raises:
+        UnsupportedSetupError: They do not.
+    """
+    batches: Any = getattr(images, "batch_sampler", None)
+    batches = getattr(batches, "batch_sampler", batches)  # of one process among several
+    sampler: Any = getattr(batches, "sampler", None)
+    expected = (runtime.args.eval_batch_size, runtime.args.dataloader_drop_last)
+    ours = hasattr(images, "gradient_state")  # accelerate's
+    plain = type(batches) is BatchSampler and type(sampler) is SequentialSampler
+    if isinstance(images.dataset, IterableDataset) or (
+        ours and plain and (batches.batch_size, batches.drop_last) == expected and len(sampler) == len(images.dataset)
+    ):
+        return
+    raise UnsupportedSetupError(
+        f"The evaluation's loader has batches or an order of its own ({type(sampler or images).__name__}); a cache is read in the "
+        "order of the rows."
+    )
+
+
+def _would_draw(images: Any) -> bool:
+    """Return whether iterating over a loader draws a number from the global generator: with workers that stay, only once.
+
+    They may be started later, if a later stage evaluates from images: the loader then draws from a generator of its own.
+    """
+    inner = getattr(images, "base_dataloader", images)
+    if not inner.persistent_workers:
+        return True
+    if inner.generator is not None or inner._iterator is not None:
+        return False
+    inner.generator = torch.Generator()
+    return True
+
+
+def _draws(images: Any) -> bool:
+    """Return whether rendering the first row takes numbers from the global random generators."""
+    with preserved_random_state():
+        before = random_states()
+        images.collate_fn([images.dataset[0]])
+        return random_states() != before
 
 
 def _reading_here(runtime: Runtime) -> Runtime:

@@ -90,8 +90,21 @@ class Runtime:
             logger.debug("Which parameters the loss depends on is not known: %r", error)
             return None
 
-    def make_loader(self, dataset: Any, sampler: Sampler[Any], collate: Callable[[list[Any]], Any]) -> Any:
-        """Return a prepared ``DataLoader`` with the settings of ``TrainingArguments``."""
+    def make_loader(
+        self,
+        dataset: Any,
+        sampler: Sampler[Any],
+        collate: Callable[[list[Any]], Any],
+        draws: bool = False,
+    ) -> Any:
+        """Return a prepared ``DataLoader`` with the settings of ``TrainingArguments``.
+
+        Args:
+            dataset: A map-style data set.
+            sampler: Gives the keys of its items.
+            collate: Turns a list of items into a batch.
+            draws: Whether each iteration begins with a draw from the global generator, as with ``Trainer``'s own loaders.
+        """
         args = self.args
         return self.accelerator.prepare(
             DataLoader(
@@ -102,7 +115,7 @@ class Runtime:
                 num_workers=args.dataloader_num_workers,
                 # Starting workers draws a seed: from here, so that the global state is the same with kept workers or
                 # after a resume. Views are seeded by themselves.
-                generator=torch.Generator(),
+                generator=None if draws else torch.Generator(),
                 # Absent from early 5.x.
                 multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
                 pin_memory=args.dataloader_pin_memory,

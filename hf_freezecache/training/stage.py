@@ -286,7 +286,8 @@ class StageRunner:
         split, opened = self.splits.at(stage.split_point), None
         step: CachedStep | LiveStep | None
         outlook = Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point))
-        if why_live(outlook) is None and self.config.mode == "auto":
+        # Without a cache nothing would augment hidden states: what is trained must not depend on how long it takes.
+        if why_live(outlook) is None and self.config.mode == "auto" and self.augmenter is None:
             outlook = replace(outlook, costs=predict_costs(self, stage, token_keep))
             decision.predicted |= outlook.costs
         reason = why_live(outlook)

@@ -26,8 +26,8 @@ from conftest import make_images
 
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.dataset import CachedDataset
-from hf_freezecache.errors import FreezeCacheError
-from hf_freezecache.training import stage_costs
+from hf_freezecache.errors import CacheWriteError, FreezeCacheError
+from hf_freezecache.training import stage_cache, stage_costs
 from support.tiny import Recorder, SlowTransform, TinyTransform, make_trainer, tiny_vit
 
 ROWS = 50
@@ -177,21 +177,38 @@ def auto() -> dict[str, Any]:
     return at_every_checkpoint("auto", schedule="auto")
 
 
-def evaluating() -> dict[str, Any]:
+def evaluating(**cache: Any) -> dict[str, Any]:
     """Evaluate after each epoch, from images and from caches; the last batch is a short one."""
     found = {}
     for name, cache_eval in (("images", False), ("cached", True)):
         trainer = make_trainer(
-            tiny_vit(),
+            tiny_vit(hidden_dropout_prob=0.2),
             data(),
             make_images(27).with_transform(TinyTransform(augment=False)),
-            cache={"cache_dir": name, "cache_eval": cache_eval},
+            cache={"cache_dir": name, "cache_eval": cache_eval, **cache},
             **{**SETTINGS, "schedule": "0:1,2:3", "eval_strategy": "epoch", "per_device_eval_batch_size": 4},
         )
         trainer.train()
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        found[name] = {"evaluations": losses, "from_cache": trainer._run.evaluation.step is not None}
+        from_cache = trainer._run.evaluation.step is not None
+        found[name] = {"evaluations": losses, "losses": trainer.losses, "from_cache": from_cache}
     return found
+
+
+def one_node_is_full() -> dict[str, Any]:
+    """Evaluate on two machines, of which the second has no room for a cache of the evaluation set."""
+    build = stage_cache.build_cache
+
+    def full(cache_dir, plan, *args, **kwargs):
+        if plan.layout.num_samples == 27 and os.environ["RANK"] == "1":
+            raise CacheWriteError("no space left")
+        return build(cache_dir, plan, *args, **kwargs)
+
+    stage_cache.build_cache = full
+    try:
+        return evaluating(cache_placement="node")
+    finally:
+        stage_cache.build_cache = build
 
 
 def deciding() -> dict[str, Any]:

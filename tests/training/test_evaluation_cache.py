@@ -17,6 +17,7 @@ from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
 from transformers import TrainerCallback
 
 from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache.errors import CacheWriteError
 
 EACH_EPOCH = {
     "eval_strategy": "epoch",
@@ -70,7 +71,9 @@ def trained(rows: Any, eval_rows: Any, cache_eval: bool = True, resume: str | No
     settings = {**EACH_EPOCH, "schedule": "0:1,1:2,2:4", **settings}
     settings["cache"] = {"cache_eval": cache_eval, "cache_dir": f"caches-{cache_eval}", **settings.get("cache", {})}
     settings["trainer"] = {"compute_metrics": accuracy, **settings.get("trainer", {})}
-    trainer = make_trainer(tiny_vit(), rows, eval_rows, output_dir=f"out-{cache_eval}", **settings)
+    # Dropout shows whether an evaluation has moved the random states of training.
+    model = tiny_vit(hidden_dropout_prob=0.2)
+    trainer = make_trainer(model, rows, eval_rows, output_dir=f"out-{cache_eval}", **settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -94,6 +97,7 @@ def test_metrics_are_the_same_and_images_are_rendered_once(train_dataset, images
     from_images = trained(train_dataset, eval_rows, cache_eval=False, **settings)
     cached = trained(train_dataset, eval_rows, **settings)
     assert evaluations(cached) == evaluations(from_images)
+    assert cached.losses == from_images.losses
     assert len(evaluations(cached)) == 2
     RENDERED.clear()
     assert cached.evaluate()["eval_weighted"] == evaluations(from_images)[-1]["eval_weighted"]
@@ -138,6 +142,7 @@ def test_ways_to_evaluate(train_dataset, eval_dataset, kind) -> None:
         train_rows, rows[kind] = (stored(each) for each in (train_dataset, eval_dataset))
     runs = [trained(train_rows, rows.get(kind, eval_dataset), each, **settings) for each in (False, True)]
     assert evaluations(runs[0]) == evaluations(runs[1])
+    assert runs[0].losses == runs[1].losses
     assert (runs[1]._run.evaluation.step is None) == (kind in ("live", "rows"))
 
 
@@ -145,6 +150,11 @@ class Looking(Recorder):
     def prediction_step(self, model, inputs, *args, **kwargs):
         assert inputs["pixel_values"].isfinite().all()
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+
+class Sampling(Recorder):
+    def _get_eval_sampler(self, dataset):
+        return torch.utils.data.SubsetRandomSampler(range(3, 12), torch.Generator().manual_seed(0))
 
 
 class LosingImages(Recorder):
@@ -158,6 +168,8 @@ class LosingImages(Recorder):
     [
         ("random", "draws at random"),
         pytest.param("prediction_step", "overrides prediction_step", marks=pytest.mark.slow),
+        pytest.param("sampler", "order of its own (SubsetRandomSampler)", marks=pytest.mark.slow),
+        pytest.param("draws", "to no effect", marks=pytest.mark.slow),
         pytest.param("compute_loss", "overrides compute_loss", marks=pytest.mark.slow),
         pytest.param("inputs", "include_for_metrics", marks=pytest.mark.slow),
         pytest.param("states", "gives another result", marks=pytest.mark.slow),
@@ -168,7 +180,10 @@ def test_what_cannot_be_evaluated_from_a_cache(train_dataset, eval_dataset, imag
     rows = eval_dataset
     if kind == "random":
         rows = images.select(range(20)).with_transform(TinyTransform(True))
-    settings |= {"prediction_step": {"cls": Looking}, "compute_loss": {"cls": LosingImages}}.get(kind, {})
+    if kind == "draws":
+        rows = images.select(range(20)).with_transform(Drawing(False))
+    classes = {"prediction_step": Looking, "compute_loss": LosingImages, "sampler": Sampling}
+    settings["cls"] = classes.get(kind, Recorder)
     if kind == "inputs":
         settings |= {"include_for_metrics": ["inputs"]}
     metrics = []
@@ -186,12 +201,70 @@ def test_what_cannot_be_evaluated_from_a_cache(train_dataset, eval_dataset, imag
                 **{**EACH_EPOCH, **settings},
             )
             trainer.train()
-        metrics.append(evaluations(trainer))
+        metrics.append([*evaluations(trainer), trainer.losses])
     if kind != "random":
         assert metrics[0] == metrics[1]
     told = [record.getMessage() for record in caplog.records if "cache_eval" in record.getMessage()]
     assert len(told) == 1
     assert says in told[0]
+
+
+class Drawing(TinyTransform):
+    """Draws a number that decides nothing."""
+
+    def __call__(self, batch):
+        torch.rand(1)
+        return super().__call__(batch)
+
+
+class Pictures(TrainerCallback):
+    """Keeps what callbacks see of an evaluation."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, ...]] = []
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        self.seen.append(tuple(sorted(next(iter(eval_dataloader)))))
+
+    on_evaluate = on_prediction_step
+
+
+@pytest.mark.slow
+def test_callbacks_see_images(train_dataset, eval_dataset) -> None:
+    callback = Pictures()
+    run = trained(train_dataset, eval_dataset, schedule="0:2", num_train_epochs=1, trainer={"callbacks": [callback]})
+    assert run._run.evaluation.step is not None
+    assert callback.seen == [("labels", "pixel_values")] * 4
+
+
+@pytest.mark.slow
+def test_the_rows_of_an_evaluation_may_be_trained_on(images) -> None:
+    """In a cache to train on they lie in another order."""
+    folds = [images.select(rows).with_transform(TinyTransform(False)) for rows in (range(30), range(30, 50))]
+    for train_rows, eval_rows in (folds, reversed(folds)):
+        settings = {"schedule": "0:2", "num_train_epochs": 1, "cache": {"num_views": 1}}
+        runs = [trained(train_rows, eval_rows, each, **settings) for each in (False, True)]
+        assert evaluations(runs[0]) == evaluations(runs[1])
+        assert runs[1]._run.evaluation.step is not None
+
+
+@pytest.mark.slow
+def test_frozen_blocks_get_the_batches_of_an_evaluation(train_dataset, eval_dataset, monkeypatch) -> None:
+    sizes: list[int] = []
+    settings = {"schedule": "0:2", "num_train_epochs": 1, "per_device_eval_batch_size": 3}
+    run = trained(train_dataset, eval_dataset, cache={"chunk_size": 4, "shard_chunks": 1}, **settings)
+    split = type(run._run.current.split)
+    prefix = split.prefix
+    monkeypatch.setattr(
+        split,
+        "prefix",
+        lambda self, pixel_values, **extra: sizes.append(len(pixel_values)) or prefix(self, pixel_values, **extra),
+    )
+    monkeypatch.setattr("hf_freezecache.training.stage_cache.spot_check", lambda *args: None)
+    settings["cache"] = {"chunk_size": 4, "shard_chunks": 1, "cache_dir": "other"}
+    monkeypatch.setattr("hf_freezecache.training.preflight.rehearse", lambda *args: sizes.clear())
+    trained(train_dataset.select(range(10)), eval_dataset, **settings)
+    assert sizes[-7:] == [3] * 6 + [2]
 
 
 class Changing(TrainerCallback):
@@ -222,18 +295,20 @@ def test_a_transform_that_is_replaced_is_seen(train_dataset, images) -> None:
 def test_where_it_cannot_be_written_images_are_evaluated(train_dataset, eval_dataset, caplog, monkeypatch) -> None:
     from hf_freezecache.training import stage_cache
 
-    build = stage_cache.build_cache
+    build, tried = stage_cache.build_cache, []
 
     def full(cache_dir, plan, *args, **kwargs):
         if plan.layout.num_samples == 20:
-            raise stage_cache.FreezeCacheError("no space left")
+            tried.append(plan.split_point)
+            raise CacheWriteError(f"no space left: {100 - len(tried)} bytes")
         return build(cache_dir, plan, *args, **kwargs)
 
     from_images = trained(train_dataset, eval_dataset, cache_eval=False)
     monkeypatch.setattr(stage_cache, "build_cache", full)
     cached = trained(train_dataset, eval_dataset)
     assert evaluations(cached) == evaluations(from_images)
-    assert "cache_eval: evaluating from images. no space left" in caplog.text
+    assert caplog.text.count("cache_eval: evaluating from images. no space left") == 1
+    assert tried == [1, 2, 4]  # once in each stage, the last of which has two epochs
 
 
 @pytest.mark.slow
@@ -243,4 +318,30 @@ def test_two_processes(tmp_path) -> None:
         found = json.loads((tmp_path / f"found-{rank}-of-2.json").read_text())["evaluating"]
         assert found["cached"]["evaluations"] == found["images"]["evaluations"]
         assert len(found["cached"]["evaluations"]) == 4
+        assert found["cached"]["losses"] == found["images"]["losses"]
         assert found["cached"]["from_cache"]
+
+
+@pytest.mark.slow
+def test_a_machine_without_room_keeps_the_others_from_its_caches(tmp_path) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    run_group(many.main, "one_node_is_full", folders=folders, nodes=2, timeout=120)
+    for rank, folder in enumerate(folders):
+        found = json.loads((folder / f"found-{rank}-of-2.json").read_text())["one_node_is_full"]
+        assert found["cached"]["evaluations"] == found["images"]["evaluations"]
+        assert not found["cached"]["from_cache"]
+
+
+@pytest.mark.slow
+def test_workers_that_stay(train_dataset, eval_dataset) -> None:
+    """Trainer keeps their loader from one ``train()`` to the next, and stages without a cache use it, too."""
+    settings = {"schedule": "0:2,1:0", "num_train_epochs": 2, "dataloader_num_workers": 1}
+    runs = []
+    for cache_eval in (False, True):
+        run = trained(train_dataset, eval_dataset, cache_eval, dataloader_persistent_workers=True, **settings)
+        run.train()
+        assert (run._run.evaluation.step is not None) == cache_eval
+        runs.append([run.losses, *evaluations(run)])
+    assert runs[0] == runs[1]

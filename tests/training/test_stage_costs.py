@@ -61,6 +61,15 @@ def test_what_is_measured(images, monkeypatch) -> None:
 
 
 @pytest.mark.slow
+def test_what_acts_on_cached_states_is_not_left_out_to_save_time(images, monkeypatch) -> None:
+    rates = Rates(render=1.0, render_all=4.0, block=0.0, encode=9.0, decode=0.5)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda cache, split: rates)
+    for augmentation, cache in ((None, "none"), ("mixup:0.2", "built")):
+        settings = {"num_views": 4, "feature_augmentation": augmentation}
+        assert trained(images, num_train_epochs=1, cache=settings)._record.decisions[0].cache == cache
+
+
+@pytest.mark.slow
 def test_the_choice_changes_no_number_and_a_resume_keeps_it(images, monkeypatch) -> None:
     rates = Rates(render=1.0, render_all=4.0, block=0.0, encode=9.0, decode=0.5)
     monkeypatch.setattr(stage_costs, "measure_rates", lambda cache, split: rates)
