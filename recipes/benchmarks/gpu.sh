@@ -39,7 +39,7 @@ step() {  # step NAME SHARE COMMAND...
 }
 
 if [ "$dry" = "--dry" ]; then
-  little=(--images 32 --rounds 1 --steps 1 --batch-size 8)
+  little=(--images 32 --rounds 1 --steps 1 --batch-size 8 --no-memory)
   evaluating=(--images 16 --rounds 1 --batch-size 8)
   base=(--model "$model")
   accuracy=(--smoke)

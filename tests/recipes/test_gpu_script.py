@@ -16,17 +16,19 @@ SCRIPT = ROOT / "recipes" / "benchmarks" / "gpu.sh"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_step_runs_dry(images) -> None:
-    tiny_vit().save_pretrained("model")
-    Path("model/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    tiny_vit(image_size=224, patch_size=56).save_pretrained("model")
+    sizes = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+    Path("model/preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **sizes}))
     for name in ("train", "test"):
         images.to_parquet(f"data/{name}.parquet")
     done = subprocess.run(
-        [str(SCRIPT), "8", "model", "data", "out", "--dry"],
+        [str(SCRIPT), "30", "model", "data", "out", "--dry"],
         env={**os.environ, "PYTHON": sys.executable, "SPLIT_POINTS": "2,3", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         check=False,
     )
     # Without a GPU pytest has no test to run, and says so.
