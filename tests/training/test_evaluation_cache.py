@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import many
 from support.children import run_group
-from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
+from support.tiny import Recorder, Rows, TinyTransform, make_trainer, tiny_vit
 from transformers import TrainerCallback
 
 from hf_freezecache import FreezeCacheTrainer
@@ -39,19 +39,6 @@ class Counting(TinyTransform):
 
 def count(images: int, rendered: list[int] = RENDERED) -> None:
     rendered.append(images)
-
-
-class Rows(torch.utils.data.Dataset):
-    """A map-style data set that is no datasets.Dataset."""
-
-    def __init__(self, rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int):
-        return self.rows[row]
 
 
 def stored(rows) -> datasets.Dataset:

@@ -7,25 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
+from support.tiny import Recorder, Rows, TinyTransform, make_trainer, tiny_vit
 from transformers import default_data_collator
 
 from hf_freezecache.errors import DataError, UnsupportedSetupError
 
 EACH_EPOCH = {"eval_strategy": "epoch", "num_train_epochs": 1}
-
-
-class Rows(torch.utils.data.Dataset):
-    """A map-style data set that is no datasets.Dataset."""
-
-    def __init__(self, rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int):
-        return self.rows[row]
 
 
 def refused(trainer, match: str, error: type[Exception] = DataError) -> None:
