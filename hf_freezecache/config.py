@@ -319,7 +319,7 @@ class CacheConfig:
         _check_values(self)
         if self.feature_augmentation is not None and self.mode == "never":
             raise UnsupportedSetupError(
-                f"feature_augmentation={self.feature_augmentation!r} acts on cached states, but mode='never' makes none. Remove one."
+                f"feature_augmentation={self.feature_augmentation!r} acts on cached hidden states, but mode='never' makes none: remove one."
             )
         if self.num_views == 0 and self.mode != "never":
             raise UnsupportedSetupError(

@@ -12,7 +12,7 @@ An arm is written as text without blanks, ``KIND/NAME=VALUE/...``, e.g. ``full/e
 
 ``k=9`` is short for ``schedule=0:9``. In a schedule ``all`` stands for the number of blocks: ``schedule=0:all,5:6`` trains the
 head alone for five epochs, then all behind block 6. ``head`` is what the learning rate is multiplied by while the head trains
-alone. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
+alone. With ``rank=16`` blocks train by LoRA of that rank, as those of ``lora`` do. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
 ``decay ** (N - i)``, the embeddings have ``decay ** (N + 1)``.
 """
 
@@ -47,6 +47,7 @@ class Arm:
     scale: str = ""
     budget: float = 0.0
     codec: str = "lossless"
+    rank: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Arm:
@@ -142,11 +143,11 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
             {"epochs": epochs, "split_point": point, "cached": cached and point > 0, "views": views, "keep": arm.keep}
             for _, epochs, point in arm.stages(num_blocks)
         ]
-    passes, states_at = Passes(), 0
+    passes, states_at, backward = Passes(), 0, 1 if arm.rank else BACKWARD
     for stage in stages:
         point = stage["split_point"]
         share = kept_share(stage["keep"], patches) if point else 1.0
-        passes.trained += (1 + BACKWARD) * (num_blocks - point) * stage["epochs"] * share
+        passes.trained += (1 + backward) * (num_blocks - point) * stage["epochs"] * share
         if stage["cached"]:
             # The next cache is computed from this one; one that lies before it was built on the way.
             passes.built += stage["views"] * max(point - states_at, 0)
@@ -264,7 +265,7 @@ def first_power(arm: Arm) -> int:
     """Return where the grid of an arm begins; it grows where the best rate lies on its edge."""
     if arm.kind == "full":
         return -2 if arm.decay == 1 else 0
-    if arm.kind == "lora":
+    if arm.kind == "lora" or arm.rank:
         return 1
     if arm.schedule.endswith(":all"):
         return 3

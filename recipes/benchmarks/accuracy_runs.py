@@ -136,14 +136,23 @@ def decayed_optimizer(model: nn.Module, lr: float, decay: float, num_blocks: int
     )
 
 
-def with_lora(model: nn.Module) -> nn.Module:
+#: Of LoRA, where an arm does not say.
+RANK = 16
+
+
+def with_lora(model: nn.Module, rank: int = RANK) -> nn.Module:
     """Wrap the model as PEFT's recipe for image classification does."""
     from peft import LoraConfig, get_peft_model
 
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     targets = next(pair for pair in (("q_proj", "v_proj"), ("query", "value")) if set(pair) <= names)
     config = LoraConfig(
-        r=16, lora_alpha=16, lora_dropout=0.1, bias="none", target_modules=list(targets), modules_to_save=["classifier"]
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.1,
+        bias="none",
+        target_modules=list(targets),
+        modules_to_save=["classifier"],
     )
     return get_peft_model(model, config)
 
@@ -318,8 +327,9 @@ class Runner:
         live = arm.kind == "live"
         automatic = arm.kind == "auto"
         settings: dict[str, Any] = {} if automatic else {"num_views": 0 if live else arm.views}
+        model = with_lora(self.model, arm.rank) if arm.rank else self.model
         trainer = FreezeCacheTrainer(
-            self.model,
+            model,
             args,
             data_collator=collate,
             train_dataset=self.train_rows,
@@ -362,7 +372,7 @@ class Runner:
                 }
             )
         return Found(
-            self.model,
+            model,
             build_seconds=sum(one.build_seconds for one in decisions),
             train_seconds=sum(epoch.seconds for epoch in record.epochs),
             cache_bytes=sum(one.cache_bytes for one in decisions),

@@ -39,6 +39,7 @@ def _recipes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ours/schedule=0:6,4:9/epochs=10/views=2", (2 * 6 + 18 * 4 + 2 * 3 + 9 * 6) / 36),
         # Epochs before the first stage are full ones.
         ("ours/schedule=2:6/epochs=6/views=2", (36 * 2 + 2 * 6 + 18 * 4) / 36),
+        ("ours/schedule=0:all,2:4/epochs=6/keep=0.5/rank=16", 12 / 36 + 4 * 2 * 8 * 99 / 197 / 36),
     ],
 )
 def test_the_cost_counts_passes_of_builds_and_steps(text: str, cost: float) -> None:
