@@ -85,8 +85,8 @@ class FreezeConfig:
             "decimal point and below 1, a fraction of training ('0.5:9'). Split points may fall: '0:12,2:6' trains the head of a "
             "model of 12 blocks alone for two epochs, then thaws the last six blocks. Or a policy: 'linear(0.0,0.5,0.75)' freezes at a "
             "constant pace from the first to the second fraction of training, up to the third fraction of the blocks; "
-            "'linear' alone takes these numbers. 'auto' chooses split point, views, tokens and learning rates for the epochs of the "
-            "run, or the epochs as well, for --budget. In Python a dict works too.",
+            "'linear' alone takes these numbers. 'auto' trains the head first, for epochs on top of yours, and chooses split point, "
+            "views, tokens and learning rates; with --budget the epochs as well. In Python a dict works too.",
         },
     )
     budget: Annotated[Optional[float], _between(0, 1, above=True)] = field(

@@ -19,34 +19,46 @@ from .describe import describe_cache, description_lines, find_caches
 __all__ = ["build", "inspect", "plan", "verify"]
 
 
+#: Options of commands that load a model and images.
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model on the Hub, or its folder.", show_default=False)]
+Images = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATASET",
+        help="Folder of images (one folder per class) or of parquet files, a parquet file, what save_to_disk wrote, or a "
+        "data set on the Hub.",
+        show_default=False,
+    ),
+]
+Split = Annotated[str, typer.Option(help="Split of the data set.")]
+Views = Annotated[int, typer.Option(min=1, help="Renderings of each image; all but the first are augmented.")]
+ImageColumn = Annotated[str, typer.Option(help="Column of the images.")]
+LabelColumn = Annotated[str, typer.Option(help="Column of the classes.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward of the prefix.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Run under bf16 autocast.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
+
+
 @app.command(
     epilog="Example: hf-freezecache build facebook/deit-tiny-patch16-224 ./flower_photos --split-point 6 --views 4"
 )
 def build(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model on the Hub, or its folder.", show_default=False)],
-    dataset: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATASET",
-            help="Folder of images (one folder per class) or of parquet files, a parquet file, what save_to_disk wrote, or a "
-            "data set on the Hub.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
+    dataset: Images,
     split_point: Annotated[int, typer.Option(min=1, help="Number of blocks to run.", show_default=False)],
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    views: Annotated[int, typer.Option(min=1, help="Renderings of each image; all but the first are augmented.")] = 1,
+    split: Split = "train",
+    views: Views = 1,
     codec: Annotated[str, typer.Option(help="As of CacheConfig: 'lossless', 'auto', ...")] = "lossless",
     cache_dir: Annotated[Path, typer.Option(help="Folder of caches.")] = Path("caches"),
-    image_column: Annotated[str, typer.Option(help="Column of the images.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Column of the classes.")] = "label",
+    image_column: ImageColumn = "image",
+    label_column: LabelColumn = "label",
     min_crop_scale: Annotated[
         float, typer.Option(min=0.01, max=1, help="Least share of the area in a random crop.")
     ] = 0.35,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward of the prefix.")] = 32,
+    batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the views and the chunk layout.")] = 0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Run under bf16 autocast.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    bf16: Bf16 = False,
+    revision: Revision = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -85,24 +97,24 @@ def build(
 
 @app.command(epilog="Example: hf-freezecache plan facebook/deit-tiny-patch16-224 ./flower_photos --epochs 12 --views 2")
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model on the Hub, or its folder.", show_default=False)],
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="As of build.", show_default=False)],
+    model: Model,
+    dataset: Images,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs that would be trained.", show_default=False)],
     split_points: Annotated[
         str | None, typer.Option(help="Numbers of frozen blocks, e.g. '3,6,9'; default: some.", show_default=False)
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Images, in place of those that the data set has.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    views: Annotated[int, typer.Option(min=1, help="Renderings of each image; all but the first are augmented.")] = 1,
+    split: Split = "train",
+    views: Views = 1,
     token_keep: Annotated[float, typer.Option(min=0.01, max=1, help="As of FreezeConfig.")] = 1.0,
     cache_dir: Annotated[Path, typer.Option(help="Folder of caches: a few are written there, and removed.")] = Path(
         "caches"
     ),
-    image_column: Annotated[str, typer.Option(help="Column of the images.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Column of the classes.")] = "label",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 32,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Run under bf16 autocast.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    image_column: ImageColumn = "image",
+    label_column: LabelColumn = "label",
+    batch_size: BatchSize = 32,
+    bf16: Bf16 = False,
+    revision: Revision = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

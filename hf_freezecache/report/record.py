@@ -68,9 +68,9 @@ class Decision:
         trainable_parameters: Number of parameters that the stage trains.
         released_optimizer_bytes: Bytes of optimizer state that freezing released.
         lr_scale: What learning rates were multiplied by, beside ``layer_decay``.
-        predicted: Predicted cost of the stage in block passes per image, over all its epochs: ``cached_passes`` with a
-            cache, its building included, and ``live_passes`` without one. One forward of one block is one pass, a
-            backward two.
+        predicted: Predicted cost over all epochs of the stage: ``cached_passes``, building included, and ``live_passes`` in block
+            passes per image, a backward counting two; under ``mode="auto"``, where that decides, what ``predict_costs`` of
+            ``training.stage_costs`` gives, in seconds or views.
         build_seconds: Seconds that finding, calibrating and building took.
         token_keep: Share of the patch tokens that each step saw behind the frozen blocks.
     """

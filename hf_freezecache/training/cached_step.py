@@ -138,14 +138,19 @@ class CachedStep:
                 self.augmenter.targets = None
 
     def predict(
-        self, prediction_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+        self,
+        prediction_step: Callable[..., Any],
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """Run ``prediction_step(model, inputs, ...)``, which finds the hidden states of a packed batch at the split.
+        """Run ``prediction_step(model, inputs, ...)``, which finds the hidden states of a batch at the split.
 
         Args:
             prediction_step: ``Trainer.prediction_step``.
             model: The model, wrapped or not.
-            inputs: A packed batch, or one of images, which goes on as it is.
+            inputs: A packed batch.
             args: As for ``prediction_step``.
             kwargs: As for ``prediction_step``.
 
@@ -155,9 +160,7 @@ class CachedStep:
         Raises:
             UnsupportedSetupError: Model or loss use the images.
         """
-        packed, rest = split_packed(inputs) if isinstance(inputs, Mapping) else ({}, {})
-        if not packed:
-            return prediction_step(model, inputs, *args, **kwargs)
+        packed, rest = split_packed(inputs)
         with torch.no_grad():
             hidden_states = self.decoder.dequantize(self.prepare_inputs(packed), self.dtype, self.compute_dtype)
         images = Withheld.of(self.split.placeholder(len(hidden_states)), "pixel_values", _NO_IMAGE)

@@ -130,8 +130,8 @@ class EvaluationCache:
         everyone, known, self._images = runtime.everyone, None, None
         try:
             with everyone.fail_together():
-                check_trainer(trainer)
-                check_loader(images, runtime)
+                _check_trainer(trainer)
+                _check_loader(images, runtime)
                 known = self._known(trainer, images, runtime, splits)
             if (known.name, split_point) in self._not_written:
                 return images
@@ -298,7 +298,7 @@ class EvaluationCache:
             )
 
 
-def check_trainer(trainer: Any) -> None:
+def _check_trainer(trainer: Any) -> None:
     """Refuse trainers that see the images of an evaluation.
 
     Raises:
@@ -316,7 +316,7 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
-def check_loader(images: Any, runtime: Runtime) -> None:
+def _check_loader(images: Any, runtime: Runtime) -> None:
     """Refuse loaders that do not give all rows in order, in the batches of ``TrainingArguments``.
 
     Args:

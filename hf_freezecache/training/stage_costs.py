@@ -37,7 +37,7 @@ __all__ = ["Rates", "measure_rates", "predict_costs", "stage_seconds"]
 _ROWS = 8
 #: No further image is rendered after this. What is measured must cost far less than what it decides about.
 _RENDER_SECONDS = 0.2
-#: Where images and frozen blocks take less than this in a whole stage, nothing is measured further, and a cache is made.
+#: Where images and frozen blocks take less than this in a whole stage, there is nothing to save: a cache is made, for later runs.
 LEAST_SECONDS = 2.0
 #: Encoding with a fitted codec takes so many times what encoding without loss does. Source: building is 1.2 and 1.5 times rendering
 #: and prefix (recipes/benchmarks/epoch_cost.py).

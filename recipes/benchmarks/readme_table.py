@@ -25,6 +25,8 @@ COPIES = "copies_rate--deit-tiny--cpu.json"
 FAULTS = "faults.json"
 FRONTS = "time_to_accuracy--*.json"
 SCALE = "scale.json"
+TRIED = "explorations--deit-tiny.json"
+EVALUATING = "evaluating--deit-tiny--cpu.json"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -286,11 +288,10 @@ def summary() -> str:
                 continue
             shown = used
             top = max(point.accuracy for point in best if point is not None)
+            texts = ["" if point is None else f"{point.accuracy:.1f} ± {point.error:.1f}" for point in best]
             cells = [
-                ""
-                if point is None
-                else f"{'**' if point.accuracy == top else ''}{point.accuracy:.1f} ± {point.error:.1f}{'**' if point.accuracy == top else ''}"
-                for point in best
+                f"**{text}**" if point is not None and point.accuracy == top else text
+                for point, text in zip(best, texts, strict=True)
             ]
             lines.append(f"| {config['data']}, {config['image_size']} px | {budget} | {' | '.join(cells)} |")
     lines += [
@@ -302,11 +303,64 @@ def summary() -> str:
     return "\n".join(lines)
 
 
+def tried() -> str:
+    """Return a table of single runs by which the rule of ``schedule="auto"`` was found: of each arm that with the best rate."""
+    record = load(TRIED)
+    arms: dict[tuple[str, int, str], dict[float, list[dict[str, Any]]]] = {}
+    for run in record["results"]["runs"]:
+        arm = arms.setdefault((run["data"], run["image_size"], run["arm"]), {})
+        arm.setdefault(run["lr"], []).append(run)
+    lines = ["| data | arm | rate | accuracy, of each seed | cost |", "|---|---|---|---|---|"]
+    for (data, size, name), rates in sorted(
+        arms.items(), key=lambda arm: (*arm[0][:2], mean_of(best_of(arm[1]), "cost"))
+    ):
+        runs = best_of(rates)
+        accuracies = ", ".join(f"{run['accuracy']:.1f}" for run in sorted(runs, key=lambda run: run["seed"]))
+        lines.append(
+            f"| {data}, {size} px | `{name}` | {runs[0]['lr']:g} | {accuracies} | {mean_of(runs, 'cost'):.2f} |"
+        )
+    lines += ["", f"Scored on a quarter of the training images: a point is two to four images. {link(TRIED)}"]
+    return "\n".join(lines)
+
+
+def mean_of(runs: list[dict[str, Any]], figure: str) -> float:
+    return statistics.mean(run[figure] for run in runs)
+
+
+def best_of(rates: dict[float, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the runs with the learning rate of the best mean accuracy."""
+    return max(rates.values(), key=lambda runs: mean_of(runs, "accuracy"))
+
+
+def evaluations() -> str:
+    """Return how much faster evaluations from a cache are."""
+    record = load(EVALUATING)
+    lines = [
+        "| frozen blocks | from images | from the cache | times faster | the first, which builds it |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in record["results"].items():
+        factor = found["factor"]
+        lines.append(
+            f"| {name.removeprefix('k=')} of 12 | {found['images_seconds']['median']:.1f} s | {found['cache_seconds']['median']:.1f} s "
+            f"| {factor['median']:.1f} ({factor['min']:.1f}-{factor['max']:.1f}) | {found['building_seconds']:.1f} s |"
+        )
+    config, machine = record["config"], record["machine"]
+    lines += [
+        "",
+        f"DeiT-Tiny, 224 px, {config['images']} photos, {machine['processor']}, {machine['cores']} cores; medians (extremes) of "
+        f"{config['rounds']} rounds. {link(EVALUATING)}, made by `recipes/benchmarks/evaluating.py`.",
+    ]
+    return "\n".join(lines)
+
+
 #: Mark of a table -> the page that it is on, and what makes it.
 SECTIONS = {
     "summary": ("README.md", summary),
     "figures": ("docs/benchmarks.md", epochs),
     "fronts": ("docs/schedules.md", fronts),
+    "tried": ("docs/schedules.md", tried),
+    "evaluations": ("docs/evaluating.md", evaluations),
     "codecs": ("docs/compression.md", codecs),
     "views": ("docs/augmented_views.md", views),
     "faults": ("docs/several_processes.md", faults),
