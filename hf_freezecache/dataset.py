@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,8 @@ from .cache.transfer import copy_cache
 from .codecs.array_names import KEPT
 from .data.geometry import GEOMETRY_NAME
 from .data.kept_tokens import EpochKey, TokenSubset
-from .data.sampler import (
-    ChunkSampler,
-    OpenedSampler,
-)
+from .data.read_ahead import ReadAhead
+from .data.sampler import ChunkKey, ChunkSampler, OpenedSampler
 from .data.task import IMAGE_CLASSIFICATION, task_of
 from .data.views import ViewKey
 from .errors import DataError, UnsupportedSetupError
@@ -33,6 +32,19 @@ __all__ = [
 
 
 _Chunk = dict[str, Tensor]
+
+
+def _read_chunk(reader: CacheReader, packed: bool, geometry: bool, key: ChunkKey) -> _Chunk:
+    """Read and decode a chunk; see ``CachedDataset`` for the arguments."""
+    if packed:
+        undone = reader.entropy_decode_chunk(*key)
+        parts = undone.arrays | undone.extras
+    else:
+        decoded = reader.read_chunk(*key)
+        parts = {"hidden_states": decoded.hidden_states, **decoded.extras}
+    if not geometry:
+        parts.pop(GEOMETRY_NAME, None)
+    return parts
 
 
 class CachedDataset(Dataset):  # type: ignore[type-arg]
@@ -77,8 +89,9 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         self._token_axes = {} if whole else reader.views.token_axes() if packed else {"hidden_states": 1}
         #: Chunks decoded so far by this process.
         self.decoded_chunks = 0
-        self._chunks: OrderedDict[tuple[int, int], _Chunk] = OrderedDict()
-        self._unread: dict[tuple[int, int], int] = {}
+        self._chunks: OrderedDict[ChunkKey, _Chunk] = OrderedDict()
+        self._unread: dict[ChunkKey, int] = {}
+        self._ahead: ReadAhead[_Chunk] | None = None
 
     @classmethod
     def from_pretrained(
@@ -275,28 +288,52 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave decoded chunks behind when copied into a worker process."""
-        return {**self.__dict__, "_chunks": OrderedDict(), "_unread": {}}
+        return {**self.__dict__, "_chunks": OrderedDict(), "_unread": {}, "_ahead": None}
+
+    def read_ahead(self, sampler: ChunkSampler, rank: int = 0, threads: int = 1) -> None:
+        """Read chunks in threads before they are needed, as far as ``max_chunks`` leaves room. In worker processes it has no effect.
+
+        Args:
+            sampler: Gives the order, of the data set's own cache.
+            rank: Process whose samples are read here.
+            threads: Threads that read; 0 reads chunks when they are needed.
+        """
+        self._ahead = ReadAhead(self._read, sampler, rank, threads) if threads else None
+
+    @property
+    def _read(self) -> Callable[[ChunkKey], _Chunk]:
+        """Reads and decodes a chunk. It holds no reference to the data set: threads that still read would keep all chunks alive."""
+        return functools.partial(_read_chunk, self.reader, self.packed, self.geometry)
 
     def _chunk(self, view: int, chunk: int) -> _Chunk:
         key = (view, chunk)
         if key in self._chunks:
             self._chunks.move_to_end(key)
             return self._chunks[key]
-        if self.packed:
-            packed = self.reader.entropy_decode_chunk(view, chunk)
-            parts = packed.arrays | packed.extras
+        if self._ahead is None:
+            parts = self._read(key)
         else:
-            decoded = self.reader.read_chunk(view, chunk)
-            parts = {"hidden_states": decoded.hidden_states, **decoded.extras}
-        if not self.geometry:
-            parts.pop(GEOMETRY_NAME, None)
+            self._ahead.turn_to(key)
+            self._read_on()
+            parts = self._ahead.take(key)
         self.decoded_chunks += 1
         self._chunks[key] = parts
         self._unread[key] = len(next(iter(parts.values())))
         while len(self._chunks) > self.max_chunks:
             old, _ = self._chunks.popitem(last=False)
             del self._unread[old]
+        self._read_on()
         return parts
+
+    def _read_on(self) -> None:
+        """Use the room for chunks that are needed next; those that were read to their end give way to them."""
+        if self._ahead is None:
+            return
+        unread = sum(count > 0 for count in self._unread.values())
+        self._ahead.read_on(self._chunks, self.max_chunks - unread)
+        for key in list(self._chunks):
+            if len(self._chunks) + len(self._ahead) > self.max_chunks and self._unread[key] <= 0:
+                del self._chunks[key], self._unread[key]
 
     def _drop(self, item: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
         """Return a sample with some of its tokens."""
@@ -317,6 +354,9 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
     def __getitems__(self, keys: Sequence[int | ViewKey | EpochKey]) -> list[dict[str, Tensor]]:
         """Return several samples. Tensors share memory with the decoded chunk, unless they hold some tokens only."""
         layout, num_views = self.reader.layout, self.reader.index.num_views
+        if self._ahead is not None and self._ahead.follow():
+            for kept, parts in self._chunks.items():
+                self._unread[kept] = len(next(iter(parts.values()))) if kept in self._ahead else 0
         items = []
         for key in keys:
             sample_index, view, *epoch = (key, 0) if isinstance(key, (int, np.integer)) else key
@@ -334,6 +374,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             )
             # In an epoch each sample is read once: a chunk read to its end makes room at once.
             self._unread[view, chunk] -= 1
-            if self._unread[view, chunk] == 0 and not self.keep_read:
-                del self._chunks[view, chunk], self._unread[view, chunk]
+            if self._unread[view, chunk] == 0:
+                if not self.keep_read:
+                    del self._chunks[view, chunk], self._unread[view, chunk]
+                self._read_on()
         return items

@@ -41,22 +41,10 @@ PER_BYTE = {1: 5, 2: 3, 3: 2}
 ENTROPY = (0.6, 1.2, 1.75, 2.7)
 #: Levels of magnitude by which the cells of a kind are sorted, in quarters of an octave; kind and level share a byte.
 LEVELS = 32
+#: Values that are brought into order at once: their copies should stay in a core's cache.
+_BLOCK = 2**19
 #: Kind -> binary logarithm of the mean magnitude at level 0.
 FIRST_LEVEL = (-10, -4, -3, -2, -1, 4)
-
-
-def _tables() -> dict[int, Ints]:
-    """Return for kinds 1 to 3 the values in each byte, (256, values per byte) int8; unused bytes give zeros."""
-    tables = {}
-    for kind, count in PER_BYTE.items():
-        base = 2 * LIMITS[kind] + 1
-        digits = np.arange(256)[:, None] // base ** np.arange(count) % base - LIMITS[kind]
-        digits[base**count :] = 0
-        tables[kind] = digits.astype(np.int8)
-    return tables
-
-
-_TABLES = _tables()
 
 
 @dataclass(frozen=True)
@@ -136,41 +124,75 @@ class Pack(BytesStep):
 
     @override
     def decode(self, buffers: Sequence[Buffer], spec: ArraySpec) -> Tensor:
+        """Return the array, of int8 if all values fit: then half of it is moved, to batches and to the device.
+
+        Raises:
+            ValueError: The buffers do not hold such an array.
+        """
         if len(buffers) != 10:
             raise ValueError(f"{len(buffers)} buffers, expected 10")
         samples, components, positions = spec.shape
         edges = self._edges(positions)
-        zones = list(itertools.pairwise(edges))
+        widths = np.diff(edges)
         codes = np.frombuffer(buffers[0], dtype=np.uint8)
-        if len(codes) != components * len(zones) or (codes // LEVELS >= len(LIMITS)).any():
-            raise ValueError(f"{len(codes)} codes of cells, or unknown ones; expected {components * len(zones)}")
+        if len(codes) != components * len(widths) or (codes // LEVELS >= len(LIMITS)).any():
+            raise ValueError(f"{len(codes)} codes of cells, or unknown ones; expected {components * len(widths)}")
         order = np.argsort(codes, kind="stable")
-        kinds = codes[order] // LEVELS
-        widths = np.array([stop - start for start, stop in zones], dtype=np.int64)
-        counts = widths[order // components] * samples
+        counts = np.repeat(widths * samples, components)[order]
         ends = np.cumsum(counts)
-        total = int(ends[-1]) if len(ends) else 0
-        flat = np.zeros(total, dtype=np.int16)
-        position = first_dense = int(counts[kinds == 0].sum())
+        of_kinds = np.bincount(codes[order] // LEVELS, counts, len(LIMITS)).astype(np.int64).tolist()
+        flat = np.empty(sum(of_kinds), dtype=np.int16 if of_kinds[5] else np.int8)
+        streams = np.split(flat, np.cumsum(of_kinds)[:-1])
+        streams[0][:] = 0
         for kind in range(1, len(LIMITS)):
-            size = int(counts[kinds == kind].sum())
-            flat[position : position + size] = _unpack(buffers[kind], kind, size)
-            position += size
-        _add_sparse(flat[:first_dense], buffers[6], buffers[7])
-        _add_sparse(flat[first_dense:], buffers[8], buffers[9])
-        bounds = np.empty((len(order), 2), dtype=np.int64)
-        bounds[order, 0], bounds[order, 1] = ends - counts, ends
-        cells = [flat[start:end] for start, end in bounds.tolist()]
-        values = np.empty((samples, components, positions), dtype=np.int16)
-        for zone, (start, stop) in enumerate(zones):
-            block = np.concatenate(cells[zone * components : (zone + 1) * components]) if components else flat
-            block = block.reshape(components, samples, stop - start)
-            values[:, :, start:stop] = block.transpose(1, 0, 2)
-        if spec.dtype == torch.int8:
-            if values.size and (values.min() < -128 or values.max() > 127):
-                raise ValueError(f"values from {values.min()} to {values.max()} in an array of int8")
-            values = values.astype(np.int8)
-        return torch.from_numpy(values)
+            _unpack(buffers[kind], kind, streams[kind])
+        first_dense = of_kinds[0]
+        for start, stop, place in ((0, first_dense, 6), (first_dense, len(flat), 8)):
+            where, exceptions = _exceptions(buffers[place], buffers[place + 1], stop - start)
+            where += start
+            sums = (flat[where] + exceptions).astype(np.int16)
+            if sums.size and (sums.min() < -128 or sums.max() > 127):
+                flat = flat.astype(np.int16, copy=False)
+            flat[where] = sums
+        if flat.dtype != np.int8:
+            if flat.min() >= -128 and flat.max() <= 127:
+                flat = flat.astype(np.int8)
+            elif spec.dtype == torch.int8:
+                raise ValueError(f"values from {flat.min()} to {flat.max()} in an array of int8")
+        starts = np.empty(len(order), dtype=np.int64)
+        starts[order] = ends - counts
+        values = _place(flat, starts.reshape(len(widths), components), widths.tolist(), samples)
+        return values.transpose(0, 1).contiguous()
+
+
+def _place(flat: Ints, starts: Ints, widths: Sequence[int], samples: int) -> Tensor:
+    """Bring cells into order.
+
+    Args:
+        flat: Cells one after the other, int8 or int16.
+        starts: Where each begins, (zones, components).
+        widths: Positions in each zone.
+        samples: Samples in each cell.
+
+    Returns:
+        (components, samples, positions), of the dtype of ``flat``.
+    """
+    zones, components = starts.shape
+    values = torch.empty((components, samples, sum(widths)), dtype=torch.from_numpy(flat).dtype)
+    if flat.size == 0:
+        return values
+    # Cells of a zone have one length, so those that begin anywhere are rows of one overlapping view, and NumPy copies rows fast.
+    rows = [
+        np.lib.stride_tricks.as_strided(flat, (flat.size - size + 1, size), 2 * flat.strides, writeable=False)
+        for size in (width * samples for width in widths)
+    ]
+    at_once = max(1, _BLOCK // (samples * sum(widths)))
+    for first in range(0, components, at_once):
+        some = slice(first, first + at_once)
+        cells = [torch.from_numpy(rows[zone][starts[zone, some]]) for zone in range(zones)]
+        parts = [part.view(-1, width) for part, width in zip(cells, widths, strict=True)]
+        torch.cat(parts, 1, out=values[some].view(-1, sum(widths)))
+    return values
 
 
 def _codes(block: Ints) -> Ints:
@@ -212,16 +234,26 @@ def _pack(values: Ints, kind: int) -> bytes:
     return packed.tobytes()
 
 
-def _unpack(buffer: Buffer, kind: int, size: int) -> Ints:
+def _unpack(buffer: Buffer, kind: int, out: Ints) -> None:
+    """Unpack a dense stream into ``out``, int8 or int16."""
     raw = np.frombuffer(buffer, dtype=np.uint8)
-    expected = {4: size, 5: 2 * size}.get(kind, -(-size // PER_BYTE.get(kind, 1)))
+    count, base = PER_BYTE.get(kind, 1), 2 * LIMITS[kind] + 1
+    expected = {4: len(out), 5: 2 * len(out)}.get(kind, -(-len(out) // count))
     if len(raw) != expected:
         raise ValueError(f"dense stream {kind} has {len(raw)} bytes, expected {expected}")
     if kind == 4:
-        return raw.view(np.int8)
-    if kind == 5:
-        return _join(raw).view(np.int16)
-    return np.asarray(np.take(_TABLES[kind], raw, axis=0).reshape(-1)[:size])
+        out[:] = raw.view(np.int8)
+    elif kind == 5:
+        out[:] = _join(raw).view(np.int16)
+    else:
+        if raw.size and raw.max() >= base**count:
+            raise ValueError(f"dense stream {kind} has a byte of {raw.max()}, expected less than {base**count}")
+        for place in range(count):
+            rest = raw // np.uint8(base)
+            digits = (raw - rest * np.uint8(base)).view(np.int8)
+            into = out[place::count]
+            np.subtract(digits[: len(into)], LIMITS[kind], out=into)
+            raw = rest
 
 
 def _planes(values: Ints) -> bytes:
@@ -243,7 +275,8 @@ def _sparse(remainders: Ints) -> list[bytes]:
     return [coded.tobytes(), _planes((2 * np.abs(exceptions) - (exceptions > 0) - 1).astype(np.uint16))]
 
 
-def _add_sparse(values: Ints, gaps: Buffer, remainders: Buffer) -> None:
+def _exceptions(gaps: Buffer, remainders: Buffer, size: int) -> tuple[Ints, Ints]:
+    """Return where a sparse stream adds to ``size`` values, int64, and what, int16."""
     coded, raw = np.frombuffer(gaps, dtype=np.uint8), np.frombuffer(remainders, dtype=np.uint8)
     last = np.flatnonzero(coded != 255)
     if len(raw) != 2 * len(last):
@@ -251,7 +284,7 @@ def _add_sparse(values: Ints, gaps: Buffer, remainders: Buffer) -> None:
     if len(coded) and coded[-1] == 255:
         raise ValueError("the last gap does not end")
     where = np.cumsum(coded, dtype=np.int64)[last] + np.arange(len(last))
-    if len(where) and where[-1] >= len(values):
-        raise ValueError(f"an exception at {where[-1]} of {len(values)} values")
+    if len(where) and where[-1] >= size:
+        raise ValueError(f"an exception at {where[-1]} of {size} values")
     exceptions = _join(raw).astype(np.int32) + 1
-    values[where] += np.where(exceptions % 2 == 1, (exceptions + 1) // 2, -(exceptions // 2)).astype(np.int16)
+    return where, np.where(exceptions % 2 == 1, (exceptions + 1) // 2, -(exceptions // 2)).astype(np.int16)

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
+from typing_extensions import override
 
 from ..errors import UnsupportedSetupError
 from .layout import ChunkLayout, epoch_view
 from .views import ViewKey
 
-__all__ = ["ChunkSampler", "OpenedSampler"]
+__all__ = ["ChunkKey", "ChunkSampler", "OpenedSampler"]
+
+#: (view, chunk).
+ChunkKey = tuple[int, int]
 
 
 class ChunkSampler(Sampler[ViewKey]):
@@ -106,15 +110,41 @@ class ChunkSampler(Sampler[ViewKey]):
     def __iter__(self) -> Iterator[ViewKey]:
         """Yield the keys of one epoch."""
         if len(self.group_of_rank) == 1:
-            generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch])
-            chunks = generator.permutation(self.layouts[0].num_chunks)
-            windows = [chunks[start : start + self.window] for start in range(0, len(chunks), self.window)]
+            windows, generator = self._windows(0)
             yield from itertools.chain.from_iterable(self._mix(self.layouts[0], windows, generator))
             return
         streams = [self._stream(rank) for rank in range(len(self.group_of_rank))]
         for _ in range(self.num_batches):
             for stream in streams:
                 yield from itertools.islice(stream, self.batch_size)
+
+    def windows(self, rank: int = 0) -> list[list[ChunkKey]]:
+        """Return the chunks that a process reads in this epoch, with their views, window by window.
+
+        Samples of a window come before those of the next.
+
+        Args:
+            rank: The process.
+        """
+        windows, _ = self._windows(rank)
+        return [[(self._view(chunk), chunk) for chunk in window.tolist()] for window in windows]
+
+    def _windows(self, rank: int) -> tuple[list[npt.NDArray[np.int64]], np.random.Generator]:
+        """Return the chunks of a process in this epoch, window by window, and what mixes their samples."""
+        if len(self.group_of_rank) == 1:
+            generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch])
+            chunks = generator.permutation(self.layouts[0].num_chunks)
+            return [chunks[start : start + self.window] for start in range(0, len(chunks), self.window)], generator
+        group = self.group_of_rank[rank]
+        group_ranks = [other for other, other_group in enumerate(self.group_of_rank) if other_group == group]
+        chunks = self._deal(group)[group_ranks.index(rank) :: len(group_ranks)]
+        generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5B, self.epoch, rank])
+        # Windows of nearly equal length: the last one fills up the stream, so it must not be a small remainder.
+        return np.array_split(chunks, -(-len(chunks) // self.window)), generator
+
+    def _view(self, chunk: int) -> int:
+        """Return the view that a chunk is read in, in this epoch."""
+        return epoch_view(self.view_seed, self.epoch, chunk, self.num_views)
 
     def _mix(
         self, layout: ChunkLayout, windows: Sequence[npt.NDArray[np.int64]], generator: np.random.Generator
@@ -123,7 +153,7 @@ class ChunkSampler(Sampler[ViewKey]):
         for window in windows:
             sample_indices = [layout.members(chunk) for chunk in window.tolist()]
             views = [
-                np.full(len(samples), epoch_view(self.view_seed, self.epoch, chunk, self.num_views))
+                np.full(len(samples), self._view(chunk))
                 for chunk, samples in zip(window.tolist(), sample_indices, strict=True)
             ]
             keys = np.stack([np.concatenate(sample_indices), np.concatenate(views)], axis=1)
@@ -144,14 +174,9 @@ class ChunkSampler(Sampler[ViewKey]):
 
     def _stream(self, rank: int) -> Iterator[ViewKey]:
         """Yield the keys of one process, without end: all of its samples, then those of its last window again and again."""
-        group = self.group_of_rank[rank]
-        group_ranks = [other for other, other_group in enumerate(self.group_of_rank) if other_group == group]
-        chunks = self._deal(group)[group_ranks.index(rank) :: len(group_ranks)]
-        # Windows of nearly equal length: the last one fills up the stream, so it must not be a small remainder.
-        windows = np.array_split(chunks, -(-len(chunks) // self.window))
-        generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5B, self.epoch, rank])
+        windows, generator = self._windows(rank)
         keys: list[ViewKey] = []
-        for keys in self._mix(self.layouts[group], windows, generator):
+        for keys in self._mix(self.layouts[self.group_of_rank[rank]], windows, generator):
             yield from keys
         yield from itertools.cycle(keys)
 
@@ -191,7 +216,13 @@ class OpenedSampler(ChunkSampler):
     ) -> None:
         opened: Any = _OpenedLayout(layout, chunks)
         self.views = views
+        self._chunks = chunks
         super().__init__([opened], seed, seed, len(views), window)
+
+    @override
+    def windows(self, rank: int = 0) -> list[list[ChunkKey]]:
+        opened = super().windows(rank)
+        return [[(self.views[view], self._chunks[chunk]) for view, chunk in window] for window in opened]
 
     def __iter__(self) -> Iterator[ViewKey]:
         """Yield the keys of one epoch."""

@@ -6,7 +6,6 @@ the same batches, so that its metrics are those of evaluating from images, on a 
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -186,7 +185,9 @@ class EvaluationCache:
 
     def _reading(self, cached: _InOrder, images: Any, runtime: Runtime) -> Any:
         """Return a loader of a cache. It leaves the global random states as one of images does."""
-        reading, draws = _reading_here(runtime), _would_draw(images)
+        draws = _would_draw(images)
+        # Workers would each decode all chunks.
+        reading = replace(runtime.without_workers(), batch_size=runtime.args.eval_batch_size)
         loader = reading.make_loader(cached, SequentialSampler(cached), collate_cached, draws)
         loaders = runtime.accelerator._dataloaders
         loaders[:] = [other for other in loaders if other is not loader]  # it keeps them all
@@ -362,16 +363,6 @@ def _draws(images: Any) -> bool:
         before = random_states()
         images.collate_fn([images.dataset[0]])
         return random_states() != before
-
-
-def _reading_here(runtime: Runtime) -> Runtime:
-    """Return the trainer with loaders that have no worker processes: each would decode all chunks."""
-    args = copy.copy(runtime.args)
-    args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
-    args.dataloader_persistent_workers = False
-    if hasattr(args, "dataloader_multiprocessing_context"):
-        args.dataloader_multiprocessing_context = None
-    return replace(runtime, args=args, batch_size=args.eval_batch_size)
 
 
 def _same(exact: Any, found: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from ..errors import DataError, UnsupportedSetupError
 from .data_checks import num_classes
 from .label_check import check_label_rows
 from .rehearsal_copy import rehearsing
+from .runtime import args_without_workers
 
 __all__ = ["check_evaluation"]
 
@@ -86,14 +86,10 @@ def _is_read_once(dataset: Any) -> bool:
 def _first_loss(trainer: Any, dataset: Any) -> torch.Tensor | None:
     """Evaluate the first rows as ``Trainer.evaluation_loop`` does; return their loss, if they have labels."""
     with rehearsing(trainer) as stand_in:
-        args = stand_in.args = copy.copy(trainer.args)
         # The rows are rendered here, whatever the number of workers.
-        args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
-        args.dataloader_persistent_workers = False
+        args = stand_in.args = args_without_workers(trainer.args)
         if not getattr(args.accelerator_config, "split_batches", False):  # else a batch is divided between processes
             args.per_device_eval_batch_size = min(_ROWS, args.per_device_eval_batch_size)
-        if hasattr(args, "dataloader_multiprocessing_context"):
-            args.dataloader_multiprocessing_context = None
         model = stand_in.model.eval()
         for inputs in _batches(stand_in.get_eval_dataloader(dataset)):
             loss_only = True if stand_in.compute_metrics is None else args.prediction_loss_only

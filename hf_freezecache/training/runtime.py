@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +16,19 @@ from torch.utils.data import DataLoader, Sampler
 from ..distributed.ddp import unused_parameters
 from ..distributed.process_group import ProcessGroup
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "args_without_workers"]
 
 logger = logging.getLogger(__name__)
+
+
+def args_without_workers(args: Any) -> Any:
+    """Return a copy of ``TrainingArguments`` whose loaders start no processes."""
+    args = copy.copy(args)
+    args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
+    args.dataloader_persistent_workers = False
+    if hasattr(args, "dataloader_multiprocessing_context"):  # absent from early 5.x
+        args.dataloader_multiprocessing_context = None
+    return args
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,10 @@ class Runtime:
         except Exception as error:
             logger.debug("Which parameters the loss depends on is not known: %r", error)
             return None
+
+    def without_workers(self) -> Runtime:
+        """Return the trainer with loaders that start no processes."""
+        return replace(self, args=args_without_workers(self.args))
 
     def make_loader(
         self,

@@ -88,5 +88,16 @@ def cached_batches(
         runtime.prepare_inputs,
         reader.index.hidden_shape[0] if tokens is None else tokens.num_kept,
     )
+    dataset.read_ahead(sampler, runtime.everyone.rank, reading_threads(runtime))
     order: Any = sampler if tokens is None else EpochKeys(sampler)
-    return runtime.make_loader(dataset, order, collate_cached), step
+    return runtime.without_workers().make_loader(dataset, order, collate_cached), step
+
+
+def reading_threads(runtime: Runtime) -> int:
+    """Return the number of threads that read a cache ahead of the steps: as many as the user asks for workers.
+
+    Workers would each decode nearly every chunk, since a batch mixes samples of several; threads decode each once. Where the user
+    asks for none, one thread reads beside an accelerator; on a CPU it would only take the steps' own cores.
+    """
+    workers: int = runtime.args.dataloader_num_workers
+    return workers or int(runtime.accelerator.device.type != "cpu")

@@ -16,64 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from made_up import SEED, build
 from record import save, spread
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.index import load_index
 from hf_freezecache.cache.reader import CacheReader
-from hf_freezecache.cache.shard_writer import CachePlan
-from hf_freezecache.cache.writer import build_cache
 from hf_freezecache.codecs import make_codec
-from hf_freezecache.data.collators import CheckedCollator, collate_cached
-from hf_freezecache.data.layout import ChunkLayout
+from hf_freezecache.data.collators import collate_cached
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.dataset import CachedDataset
 
-SEED, BATCH, WINDOW, TOKENS = 0, 256, 8, 2
+BATCH, WINDOW, TOKENS = 256, 8, 2
 WIDTHS = (4, 64)
-
-
-class Rows(Dataset):  # type: ignore[type-arg]
-    """Row numbers for images."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, key: tuple[int, int]) -> int:
-        return key[0]
-
-
-def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
-    numbers = torch.tensor(rows)
-    return {"pixel_values": numbers, "labels": numbers % 1000}
-
-
-def build(folder: Path, rows: int, width: int) -> Path:
-    noise = torch.randn(1 << 16, TOKENS, width, generator=torch.Generator().manual_seed(SEED))
-
-    def prefix(pixel_values: torch.Tensor) -> torch.Tensor:
-        return noise[pixel_values % len(noise)]
-
-    plan = CachePlan(
-        Fingerprint({"rows": str(rows), "width": str(width)}),
-        split_point=1,
-        image_shape=(3, 32, 32),
-        num_views=1,
-        layout=ChunkLayout(rows, 32, SEED),
-        shard_chunks=32,
-        codec=make_codec("lossless"),
-    )
-    return build_cache(folder, plan, Rows(rows), CheckedCollator(collate), prefix, batch_size=1024).directory
 
 
 def measure(directory: Path) -> dict[str, float]:
@@ -126,7 +86,8 @@ def main() -> None:
         folders = {}
         for width in WIDTHS:
             began = time.perf_counter()
-            folders[width] = build(Path(name), arguments.rows, width)
+            noise = torch.randn(1 << 16, TOKENS, width, generator=torch.Generator().manual_seed(SEED))
+            folders[width] = build(Path(name), arguments.rows, noise, make_codec("lossless"))
             seconds = time.perf_counter() - began
             total = load_index(folders[width]).total_bytes
             results[str(width)] = {"cache_bytes": total, "build_seconds": round(seconds, 1)}

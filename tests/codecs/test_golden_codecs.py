@@ -64,9 +64,10 @@ def test_todays_code_decodes_the_frames(name) -> None:
     expected = load_file(GOLDEN / name / "unpacked.safetensors")
     assert unpacked.keys() == expected.keys()
     for key, array in expected.items():
-        assert unpacked[key].dtype == array.dtype
+        # `pack` gives int8 where that holds all values, and once gave the dtype that was packed.
+        assert unpacked[key].dtype == array.dtype or (unpacked[key].dtype, array.dtype) == (torch.int8, torch.int16)
         assert unpacked[key].shape == array.shape
-        assert bits(unpacked[key]) == bits(array), key
+        assert bits(unpacked[key].to(array.dtype)) == bits(array), key
     decoded = codec.decode(frames, states.shape, states.dtype)
     reference = load_file(GOLDEN / name / "expected.safetensors")["hidden_states"]
     torch.testing.assert_close(decoded, reference, rtol=1e-6, atol=1e-5, equal_nan=True)

@@ -1,0 +1,110 @@
+"""Reads the chunks of an epoch in threads, in its order, before the samples in them are asked for."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+from .sampler import ChunkKey, ChunkSampler
+
+__all__ = ["ReadAhead"]
+
+Chunk = TypeVar("Chunk")
+
+
+class ReadAhead(Generic[Chunk]):
+    """Chunks that are being read, or have been read and nobody has taken yet.
+
+    The order is the sampler's. A chunk of a window that lies elsewhere, as after a resume, begins anew there. What is read does not
+    depend on the threads, only when it is.
+
+    Args:
+        read: Reads and decodes one chunk. It is called from several threads.
+        sampler: Its order is followed.
+        rank: Process of the run whose stream is followed.
+        threads: Threads that read, at least one.
+    """
+
+    def __init__(self, read: Callable[[ChunkKey], Chunk], sampler: ChunkSampler, rank: int, threads: int) -> None:
+        self.read = read
+        self.sampler = sampler
+        self.rank = rank
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="freezecache-read")
+        # Without this, a training that ends early would read on what is still queued.
+        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        self._epoch: int | None = None
+        self._windows: list[list[ChunkKey]] = []
+        self._window_of: dict[ChunkKey, int] = {}
+        self._window = 0
+        self._queue: deque[ChunkKey] = deque()
+        self._reading: dict[ChunkKey, Future[Chunk]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of chunks that are being read or wait to be taken."""
+        return len(self._reading)
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        """Return whether a chunk has samples of this epoch."""
+        return key in self._window_of
+
+    def follow(self) -> bool:
+        """Turn to the sampler's epoch; return whether it is another one."""
+        if self._epoch == self.sampler.epoch:
+            return False
+        self._epoch = self.sampler.epoch
+        self._windows = self.sampler.windows(self.rank)
+        self._window_of = {key: number for number, window in enumerate(self._windows) for key in window}
+        self._window = len(self._windows)
+        self._go_to(0)
+        return True
+
+    def turn_to(self, key: ChunkKey) -> None:
+        """Leave out what lies before the window of a chunk, and put that chunk first."""
+        window = self._window_of.get(key)
+        if window is not None and window != self._window:
+            self._go_to(window)
+        if key in self._queue:
+            self._queue.remove(key)
+            self._queue.appendleft(key)
+
+    def take(self, key: ChunkKey) -> Chunk:
+        """Return a chunk; wait for it if need be.
+
+        Raises:
+            CacheCorruptError: What ``read`` raised for this chunk.
+        """
+        future = self._reading.pop(key, None)
+        if future is not None:
+            return future.result()
+        if key in self._queue:
+            self._queue.remove(key)
+        if self._reading:  # it takes the room of the last one
+            last, future = self._reading.popitem()
+            future.cancel()
+            self._queue.appendleft(last)
+        return self.read(key)
+
+    def read_on(self, held: Collection[ChunkKey], room: int) -> None:
+        """Start to read the next chunks.
+
+        Args:
+            held: Chunks that need not be read.
+            room: So many chunks may be read or wait.
+        """
+        while self._queue and len(self._reading) < room:
+            key = self._queue.popleft()
+            if key not in held and key not in self._reading:
+                self._reading[key] = self._pool.submit(self.read, key)
+
+    def _go_to(self, window: int) -> None:
+        """Leave out what lies before a window: samples come window by window, and a resumed epoch skips some."""
+        if window < self._window:
+            self._queue = deque(key for later in self._windows[window:] for key in later)
+        while self._queue and self._window_of[self._queue[0]] < window:
+            self._queue.popleft()
+        for key in [key for key in self._reading if self._window_of.get(key, -1) < window]:
+            self._reading.pop(key).cancel()
+        self._window = window

@@ -1,0 +1,186 @@
+"""Reading ahead in threads: the same samples, each chunk once, in bounded memory, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import tiny_cache
+from support.tiny import make_trainer, tiny_vit
+from torch.utils.data import BatchSampler
+
+from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.data.layout import ChunkLayout
+from hf_freezecache.data.sampler import ChunkSampler, OpenedSampler
+from hf_freezecache.dataset import CachedDataset
+from hf_freezecache.errors import CacheCorruptError
+
+ROWS, WINDOW = 45, 3
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> CacheReader:
+    plan = tiny_cache.make_plan(num_samples=ROWS, chunk_size=3)
+    return CacheReader(tiny_cache.build(tmp_path_factory.mktemp("cache"), plan).directory)
+
+
+def sampler_of(reader: CacheReader, processes: int = 1, batch_size: int = 4) -> ChunkSampler:
+    return ChunkSampler([reader.layout], 5, 6, 2, WINDOW, (0,) * processes, batch_size)
+
+
+@given(
+    rows=st.integers(12, 90),
+    processes=st.integers(1, 4),
+    chunk=st.integers(1, 3),
+    window=st.integers(1, 5),
+    batch=st.integers(1, 9),
+    seed=st.integers(-5, 2**70),
+    epoch=st.integers(0, 5),
+)
+def test_samples_come_window_by_window(rows, processes, chunk, window, batch, seed, epoch) -> None:
+    layout = ChunkLayout(rows, chunk, seed)
+    sampler = ChunkSampler([layout], seed, seed + 1, 2, window, (0,) * processes, batch)
+    sampler.set_epoch(epoch)
+    batches = list(BatchSampler(sampler, batch, False))
+    for rank in range(processes):
+        windows = sampler.windows(rank)
+        of = {key: number for number, window in enumerate(windows) for key in window}
+        keys = [key for dealt in batches[rank::processes] for key in dealt]
+        seen = [of[view, int(layout.position[row]) // chunk] for row, view in keys]
+        assert seen == sorted(seen)
+        assert set(seen) == set(range(len(windows)))
+        assert {(view, int(layout.position[row]) // chunk) for row, view in keys} == of.keys()
+
+
+def test_windows_of_an_opened_part_are_its_chunks_and_views(reader) -> None:
+    sampler = OpenedSampler(reader.layout, (9, 2, 4), (1,), 0, 2)
+    windows = sampler.windows()
+    assert [len(window) for window in windows] == [2, 1]
+    assert {key for window in windows for key in window} == {(1, 9), (1, 2), (1, 4)}
+
+
+@pytest.mark.parametrize(("threads", "batch_size", "processes"), [(1, 4, 1), (3, 1, 1), (2, 10, 1), (2, 4, 2)])
+def test_samples_are_the_same_each_chunk_is_read_once_and_memory_is_bounded(
+    reader, threads, batch_size, processes, monkeypatch
+) -> None:
+    max_chunks = WINDOW + min(batch_size, WINDOW)
+    sampler = sampler_of(reader, processes, batch_size)
+    datasets = [CachedDataset(reader, max_chunks, packed=True, keep_read=processes > 1) for _ in range(processes)]
+    plain = CachedDataset(reader, reader.layout.num_chunks * 2, packed=True, keep_read=True)
+    for rank, dataset in enumerate(datasets):
+        dataset.read_ahead(sampler, rank, threads)
+    read: Counter[tuple[int, int]] = Counter()
+    decode = CacheReader.entropy_decode_chunk
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        expected = [plain.__getitems__(keys) for keys in BatchSampler(sampler, batch_size, False)]
+        read.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                CacheReader,
+                "entropy_decode_chunk",
+                lambda self, view, chunk: (read.update([(view, chunk)]), decode(self, view, chunk))[1],
+            )
+            for number, keys in enumerate(BatchSampler(sampler, batch_size, False)):
+                dataset = datasets[number % processes]
+                for found, item in zip(dataset.__getitems__(keys), expected[number], strict=True):
+                    assert found.keys() == item.keys()
+                    assert all(torch.equal(found[name], item[name]) for name in item)
+                assert len(dataset._chunks) + len(dataset._ahead) <= max_chunks
+                assert dataset._chunks.keys() == dataset._unread.keys()
+        assert max(read.values()) == 1
+        assert len(read) == reader.layout.num_chunks or (processes > 1 and epoch)  # some are there from before
+
+
+def test_chunks_of_the_next_window_are_read_while_this_one_is_used(reader) -> None:
+    sampler = sampler_of(reader)
+    dataset = CachedDataset(reader, 2 * WINDOW, packed=True)
+    dataset.read_ahead(sampler, threads=1)
+    keys = list(sampler)
+    dataset[keys[0]]
+    assert len(dataset._chunks) == 1
+    assert set(dataset._ahead._reading) == {key for window in sampler.windows()[:2] for key in window} - set(
+        dataset._chunks
+    )
+
+
+@pytest.mark.parametrize("skipped", [1, 7, 20, 44])
+def test_an_epoch_that_goes_on_in_its_midst_reads_only_what_lies_ahead(reader, skipped) -> None:
+    sampler = sampler_of(reader)
+    dataset = CachedDataset(reader, 2 * WINDOW, packed=True)
+    dataset.read_ahead(sampler, threads=2)
+    keys = list(sampler)
+    for key in keys[:3]:
+        dataset[key]
+    for key in keys[skipped:]:
+        dataset[key]
+    assert len(dataset._ahead) <= WINDOW  # chunks of its first window may have been read for nothing
+    sampler.set_epoch(1)
+    for key in sampler:
+        dataset[key]
+        assert len(dataset._chunks) + len(dataset._ahead) <= 2 * WINDOW
+    assert not dataset._ahead
+
+
+def test_damage_is_told_where_the_chunk_is_needed(tmp_path) -> None:
+    plan = tiny_cache.make_plan(num_samples=ROWS, chunk_size=3)
+    directory = tiny_cache.build(tmp_path, plan).directory
+    reader = CacheReader(directory)
+    sampler = sampler_of(reader)
+    windows = sampler.windows()
+    view, chunk = windows[1][0]
+    decode = CacheReader.entropy_decode_chunk
+
+    class Damaged(CacheReader):
+        def entropy_decode_chunk(self, *key):
+            if key == (view, chunk):
+                raise CacheCorruptError(f"chunk {chunk} is damaged")
+            return decode(self, *key)
+
+    dataset = CachedDataset(Damaged(directory), 2 * WINDOW, packed=True)
+    dataset.read_ahead(sampler, threads=1)
+    keys = list(sampler)
+    first = next(n for n, (row, v) in enumerate(keys) if (v, int(reader.layout.position[row]) // 3) == (view, chunk))
+    assert first >= 3 * WINDOW
+    for key in keys[:first]:
+        dataset[key]
+    with pytest.raises(CacheCorruptError, match=f"chunk {chunk} is damaged"):
+        dataset[keys[first]]
+
+
+def test_no_thread_outlives_its_data_set(reader) -> None:
+    dataset = CachedDataset(reader, 2 * WINDOW, packed=True)
+    dataset.read_ahead(sampler_of(reader), threads=2)
+    dataset[next(iter(sampler_of(reader)))]
+    started = list(dataset._ahead._pool._threads)
+    assert len(started) == 2
+    del dataset
+    gc.collect()
+    for thread in started:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+
+
+def test_workers_of_the_user_become_threads_and_each_chunk_is_decoded_once(train_dataset, monkeypatch) -> None:
+    decoded: Counter[tuple[str, int, int]] = Counter()
+    decode = CacheReader.entropy_decode_chunk
+
+    def counted(self, view, chunk):
+        name = threading.current_thread().name
+        if name.startswith("freezecache-read"):
+            decoded[name[:16], view, chunk] += 1
+        return decode(self, view, chunk)
+
+    cache = {"num_views": 1, "chunk_size": 8}
+    monkeypatch.setattr(CacheReader, "entropy_decode_chunk", counted)
+    trainer = make_trainer(
+        tiny_vit(), train_dataset, cache=cache, schedule="0:2", num_train_epochs=2, dataloader_num_workers=2
+    )
+    trainer.train()
+    assert len(decoded) == 7  # 50 rows in chunks of 8
+    assert set(decoded.values()) == {2}
