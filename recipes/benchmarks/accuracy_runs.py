@@ -77,7 +77,7 @@ def load_rows(task: Task, seed: int, tuning: bool) -> tuple[datasets.Dataset, da
     folder = Path(task.data)
     if task.folds or task.data == DIGITS:
         if task.data == DIGITS:
-            from hf_freezecache.cli.demo import load_digit_images
+            from hf_freezecache.cli.digits import load_digit_images
 
             rows = load_digit_images(task.size)
             rows = rows.cast_column("label", datasets.ClassLabel(names=[str(digit) for digit in range(10)]))
