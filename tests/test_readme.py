@@ -52,7 +52,7 @@ FreezeCacheTrainer(
 """,
 }
 #: Examples of the command line in an order in which each finds what it needs. The demo's is run by test_cli.
-EXAMPLES = ("plan", "build", "inspect", "verify", "push", "pull", "report", "settings")
+EXAMPLES = ("plan", "build", "inspect", "verify", "push", "pull", "report", "settings", "doctor", "prune")
 #: The examples' stand-in for the name that ``build`` has computed.
 EXAMPLE_CACHE = "k06-0123456789abcdef"
 

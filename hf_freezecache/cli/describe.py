@@ -12,10 +12,15 @@ from ..report.text import codec_words, distortion_words, size_words
 if TYPE_CHECKING:
     from ..cache.index import CacheIndex
 
-__all__ = ["describe_cache", "description_lines", "find_caches"]
+__all__ = ["describe_cache", "description_lines", "find_caches", "is_cache_name"]
 
 #: Name of a cache's folder, as ``CachePlan.name`` makes it. It marks unfinished caches, which have no index yet.
 _CACHE_NAME = re.compile(r"k\d{2,}-[0-9a-f]{16}")
+
+
+def is_cache_name(name: str) -> bool:
+    """Say whether a folder of this name is a cache, finished or not."""
+    return _CACHE_NAME.fullmatch(name) is not None
 
 
 def find_caches(path: Path) -> tuple[list[Path], list[Path]]:
@@ -33,10 +38,10 @@ def find_caches(path: Path) -> tuple[list[Path], list[Path]]:
         return [path], []
     folders = sorted(child for child in path.iterdir() if child.is_dir())
     caches = [child for child in folders if (child / INDEX_NAME).exists()]
-    unfinished = [child for child in folders if child not in caches and _CACHE_NAME.fullmatch(child.name)]
+    unfinished = [child for child in folders if child not in caches and is_cache_name(child.name)]
     if caches:
         return caches, unfinished
-    if _CACHE_NAME.fullmatch(path.resolve().name) or any(path.glob("view-*")):
+    if is_cache_name(path.resolve().name) or any(path.glob("view-*")):
         load_index(path)  # says what is missing, and how to finish the build
     hint = f" It holds {len(unfinished)} unfinished caches, e.g. {unfinished[0]}." if unfinished else ""
     raise CacheCorruptError(f"{path} is no cache: it has no {INDEX_NAME}, and no folder in it has one.{hint}")

@@ -77,7 +77,9 @@ def size_of(cache: Path) -> int:
 # ---- Help and errors ----
 
 
-@pytest.mark.parametrize("command", ["build", "inspect", "verify", "push", "pull", "demo", "report", "settings"])
+@pytest.mark.parametrize(
+    "command", ["build", "inspect", "verify", "push", "pull", "demo", "report", "settings", "doctor", "prune"]
+)
 def test_help_shows_an_example(command) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0

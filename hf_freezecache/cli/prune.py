@@ -1,0 +1,112 @@
+"""What ``hf-freezecache prune`` does: finds the caches of a folder, finished or not, and deletes those that are asked for."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from ..errors import CacheCorruptError, CacheLockedError, FreezeCacheError
+from ..report.text import size_words
+from .describe import is_cache_name
+
+__all__ = ["FoundCache", "caches_of", "delete"]
+
+DAY = 86400
+
+
+@dataclass(frozen=True)
+class FoundCache:
+    """A cache of a folder, finished or not.
+
+    Attributes:
+        path: Its folder.
+        bytes: Size of its files.
+        finished: Whether it has its index.
+        modified: When it was written last, or measured for another head, seconds since 1970. Reading leaves no trace.
+        split_point: Number of frozen blocks; ``None`` if that cannot be read.
+        problem: Why it cannot be opened, if it is finished and cannot.
+        content: What it holds, in words.
+    """
+
+    path: Path
+    bytes: int
+    finished: bool
+    modified: float
+    split_point: int | None
+    problem: str | None
+    content: str
+
+    @property
+    def days(self) -> float:
+        """Days since it was written."""
+        return max(time.time() - self.modified, 0.0) / DAY
+
+    @property
+    def words(self) -> str:
+        """Size, age and content."""
+        return f"{size_words(self.bytes)}, {self.days:.0f} days old, {self.problem or self.content}"
+
+
+def caches_of(folder: Path) -> list[FoundCache]:
+    """Return the caches right below a folder, sorted by name.
+
+    Raises:
+        CacheCorruptError: It is no folder.
+    """
+    from ..cache.index import INDEX_NAME
+
+    if not folder.is_dir():
+        raise CacheCorruptError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}.")
+    folders = sorted(child for child in folder.iterdir() if child.is_dir() and not child.is_symlink())
+    return [_found(child) for child in folders if is_cache_name(child.name) or (child / INDEX_NAME).is_file()]
+
+
+def _found(path: Path) -> FoundCache:
+    from ..cache.index import INDEX_NAME, load_index
+
+    files = [file for file in path.rglob("*") if file.is_file()]
+    notes = [note for note in path.parent.glob(f".{path.name}.*.json") if note.is_file()]
+    finished, split_point, problem, content = (path / INDEX_NAME).is_file(), None, None, "unfinished"
+    if finished:
+        try:
+            index = load_index(path)
+        except (FreezeCacheError, OSError) as error:
+            problem = str(error)
+        else:
+            split_point = index.split_point
+            content = f"{split_point} blocks, {index.num_samples:,} samples, {index.num_views} views"
+    elif is_cache_name(path.name):
+        split_point = int(path.name[1:].partition("-")[0])
+    modified = max((file.stat().st_mtime for file in [*files, *notes]), default=path.stat().st_mtime)
+    size = sum(file.stat().st_size for file in files)
+    return FoundCache(path, size, finished, modified, split_point, problem, content)
+
+
+def delete(cache: FoundCache) -> None:
+    """Delete a cache and what was noted of it. Its index goes first: what is left after a crash is an unfinished cache.
+
+    Raises:
+        CacheLockedError: A run is writing it.
+        OSError: It cannot be deleted.
+    """
+    from ..cache.index import INDEX_NAME
+
+    # The lock's own file stays: another process may wait for it.
+    lock = filelock.FileLock(cache.path.with_name(f".{cache.path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise CacheLockedError(
+            f"{cache.path} is being written by a live process. It was left alone; prune again when that has ended."
+        ) from None
+    try:
+        (cache.path / INDEX_NAME).unlink(missing_ok=True)
+        shutil.rmtree(cache.path)
+        for note in cache.path.parent.glob(f".{cache.path.name}.*.json"):
+            note.unlink(missing_ok=True)
+    finally:
+        lock.release()
