@@ -6,7 +6,10 @@ blocks, see ``passes``: one such epoch of a model of ``n`` blocks takes ``3 n`` 
 ``k V`` where the head does not train first, and ``E`` epochs behind ``k`` blocks, on a share ``t`` of the patch tokens, take
 ``3 (n - k) t E``.
 
-The rule is a table, ``RECIPES``: how many epochs the blocks should train at least for a cost. As few blocks are frozen as such a run
+Where adapters train in place of the blocks' weights, as with LoRA, an epoch without freezing takes ``2 n``, and costs are counted in
+these. The head does not train first there: adapters begin as nothing, and disturb what the blocks know but slowly.
+
+The rule is a table, ``RECIPES`` or ``ADAPTER_RECIPES``: how many epochs the blocks should train at least for a cost. As few blocks are frozen as such a run
 can pay for, and what is left pays for more tokens. The rule depends on nothing but its arguments, so a resumed run and all
 processes choose the same.
 """
@@ -17,9 +20,9 @@ import math
 from dataclasses import dataclass, replace
 
 from .errors import ScheduleError
-from .passes import passes_of_step
+from .passes import ADAPTER_STEP_PASSES, STEP_PASSES, passes_of_step
 
-__all__ = ["RECIPES", "Choice", "Recipe", "choose"]
+__all__ = ["ADAPTER_RECIPES", "RECIPES", "Choice", "Recipe", "choose"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Recipe:
     """How to train for a cost.
 
     Attributes:
-        most_cost: It is for runs of at most this cost, in epochs of full fine-tuning.
+        most_cost: It is for runs of at most this cost, in epochs without freezing.
         num_views: Views to store of each image.
         token_keep: Share of the patch tokens that a step sees behind the frozen blocks; more where the cost pays for more.
         least_epochs: Epochs behind the frozen blocks; more blocks are frozen until the cost pays for them.
@@ -46,11 +49,17 @@ class Recipe:
 #: In order of cost. Source of the first two: single runs of DeiT-Tiny on 50 classes of Caltech-101 and on 1,500 images of CIFAR-10 at
 #: 112 pixels, half the size that it was pretrained on, scored on a part of the training images. Records of
 #: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views.
-RECIPES = (
+RECIPES: tuple[Recipe, ...] = (
     Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8),
     Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8),
     Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8),
     Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16),
+)
+#: The same where adapters train. Source: single runs of DeiT-Tiny with LoRA of rank 16 on the same two data sets, and at 224 pixels.
+ADAPTER_RECIPES: tuple[Recipe, ...] = (
+    Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8, head_epochs=0),
+    Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, head_epochs=0),
+    Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16, head_epochs=0),
 )
 #: Without a budget, runs of more epochs than these get the views of long runs.
 _FEW_EPOCHS = 5
@@ -66,8 +75,9 @@ class Choice:
         num_epochs: Epochs to train, those of the head included.
         num_views: Views to store of each image.
         token_keep: Share of the patch tokens that a step sees.
-        cost: Predicted cost, in epochs of full fine-tuning.
+        cost: Predicted cost, in epochs without freezing.
         reason: Why, in a sentence.
+        epoch_words: What ``cost`` counts.
     """
 
     split_point: int
@@ -77,6 +87,7 @@ class Choice:
     token_keep: float
     cost: float
     reason: str
+    epoch_words: str
 
     def stages(self, num_blocks: int) -> list[tuple[int, int]]:
         """Return (start epoch, split point) of each stage."""
@@ -93,16 +104,18 @@ class _Costs:
         num_blocks: Blocks of the model.
         head_epochs: Epochs in which the head trains alone.
         cached: Whether frozen blocks run once for each view; else they run in every step.
+        step_passes: Passes of a step through a block that trains.
     """
 
     recipe: Recipe
     num_blocks: int
     head_epochs: int
     cached: bool
+    step_passes: int
 
     def trained(self, split_point: int, num_epochs: int, token_keep: float) -> float:
         """Return the cost of the blocks behind a split point alone."""
-        return passes_of_step(self.num_blocks, split_point, token_keep) * num_epochs
+        return passes_of_step(self.num_blocks, split_point, token_keep, self.step_passes) * num_epochs
 
     def of(self, split_point: int, num_epochs: int, num_views: int | None = None) -> float:
         """Return the cost of so many epochs behind a split point."""
@@ -117,7 +130,7 @@ class _Costs:
 
         Args:
             passes: The most that the run may cost.
-            num_epochs: Epochs of full fine-tuning that the user asks for.
+            num_epochs: Epochs that the user asks for.
         """
         # The tolerance keeps what is paid for exactly: in binary a third of 3 lies below 1.
         most = passes + 1e-9 * self.num_blocks
@@ -139,27 +152,32 @@ def choose(
     *,
     cached: bool = True,
     more_epochs: bool = False,
+    adapters: bool = False,
 ) -> Choice:
     """Choose how to train a model.
 
     Args:
         num_blocks: Blocks of the model.
-        num_epochs: Epochs of full fine-tuning that the user asks for.
-        budget: What the run may cost, as a share of that of ``num_epochs`` epochs of full fine-tuning. The number of epochs is
+        num_epochs: Epochs without freezing that the user asks for.
+        budget: What the run may cost, as a share of that of ``num_epochs`` epochs without freezing. The number of epochs is
             then chosen, too. ``None`` trains blocks for ``num_epochs``.
         head_first: Whether there is a head that can train alone.
         num_views: Views to store, if that is settled.
         token_keep: Share of the patch tokens that a step sees, if that is settled.
         cached: Whether frozen blocks run once for each view; else they run in every step.
         more_epochs: Whether, without a budget, the epochs of the head come on top of ``num_epochs``; else they are among them.
+        adapters: Whether adapters train in place of the blocks' weights.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
     """
     if num_blocks < 2:
         raise ScheduleError("schedule='auto' freezes some of several blocks, but the model has one. Give a schedule.")
-    whole = passes_of_step(num_blocks, 0)
-    head_epochs = RECIPES[0].head_epochs if head_first else 0
+    recipes, step_passes, epoch_words = RECIPES, STEP_PASSES, "epochs of full fine-tuning"
+    if adapters:
+        recipes, step_passes, epoch_words = ADAPTER_RECIPES, ADAPTER_STEP_PASSES, "epochs of all adapters"
+    whole = passes_of_step(num_blocks, 0, step_passes=step_passes)
+    head_epochs = recipes[0].head_epochs if head_first else 0
     costs = [
         _Costs(
             replace(
@@ -170,8 +188,9 @@ def choose(
             num_blocks,
             head_epochs,
             cached,
+            step_passes,
         )
-        for recipe in RECIPES
+        for recipe in recipes
     ]
     if budget is None:
         head_epochs = head_epochs if more_epochs else min(head_epochs, num_epochs // 2)
@@ -188,12 +207,12 @@ def choose(
         if pair is None:
             least, split_point = min((chosen.of(point, 1) / whole, point) for point in range(1, num_blocks))
             raise ScheduleError(
-                f"budget={budget:g} of {num_epochs} epochs is {cost:.3g} epochs of full fine-tuning, but one epoch behind "
+                f"budget={budget:g} of {num_epochs} epochs is {cost:.3g} {epoch_words}, but one epoch behind "
                 f"{split_point} frozen blocks takes {least:.3g}, caching included. Set budget to at least "
                 f"{math.ceil(1000 * least / num_epochs) / 1000:g}."
             )
         split_point, epochs = pair
-        reason = f"schedule='auto' may spend {cost:.3g} epochs of full fine-tuning (budget={budget:g} of {num_epochs})"
+        reason = f"schedule='auto' may spend {cost:.3g} {epoch_words} (budget={budget:g} of {num_epochs})"
     views = min(chosen.recipe.num_views, epochs) if num_views is None else num_views
     keep, total = chosen.recipe.token_keep, chosen.of(split_point, epochs, views)
     if budget is not None and token_keep is None:
@@ -210,4 +229,5 @@ def choose(
         token_keep=keep,
         cost=total / whole,
         reason=reason,
+        epoch_words=epoch_words,
     )

@@ -20,29 +20,31 @@ from hf_freezecache.errors import ScheduleError
     num_views=st.none() | st.integers(1, 8),
     token_keep=st.none() | st.floats(0.1, 1.0),
     cached=st.booleans(),
+    adapters=st.booleans(),
 )
 def test_a_choice_fits_its_budget_and_the_model(
-    num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached
+    num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached, adapters
 ) -> None:
     arguments = (num_blocks, num_epochs, budget, head_first, num_views, token_keep)
     try:
-        choice = choose(*arguments, cached=cached)
+        choice = choose(*arguments, cached=cached, adapters=adapters)
     except ScheduleError:  # the next test reads it
         return
     assert choice.cost <= budget * num_epochs * (1 + 1e-6)
     assert 1 <= choice.split_point < num_blocks
     assert choice.num_epochs > choice.head_epochs >= 0
-    assert bool(choice.head_epochs) == head_first
+    assert bool(choice.head_epochs) == (head_first and not adapters)
     assert choice.num_views == num_views or (num_views is None and 1 <= choice.num_views <= choice.num_epochs)
     assert choice.token_keep == token_keep or (token_keep is None and 0 < choice.token_keep <= 1)
-    assert choice == choose(*arguments, cached=cached)
+    assert choice == choose(*arguments, cached=cached, adapters=adapters)
     # By hand: views through all blocks the head needs, then steps on a part of the tokens.
-    deepest = num_blocks if head_first else choice.split_point
-    steps = 3 * (num_blocks - choice.split_point) * choice.token_keep * (choice.num_epochs - choice.head_epochs)
+    deepest = num_blocks if choice.head_epochs else choice.split_point
+    step = 2 if adapters else 3  # adapters need no gradients of the blocks' weights
+    steps = step * (num_blocks - choice.split_point) * choice.token_keep * (choice.num_epochs - choice.head_epochs)
     frozen = choice.num_views * deepest
     if not cached:  # in every step
         frozen = choice.head_epochs * num_blocks + (choice.num_epochs - choice.head_epochs) * choice.split_point
-    assert choice.cost == pytest.approx((frozen + steps) / (3 * num_blocks))
+    assert choice.cost == pytest.approx((frozen + steps) / (step * num_blocks))
     assert [point for _, point in choice.stages(num_blocks)][-1] == choice.split_point
 
 

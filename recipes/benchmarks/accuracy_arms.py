@@ -12,7 +12,8 @@ An arm is written as text without blanks, ``KIND/NAME=VALUE/...``, e.g. ``full/e
 
 ``k=9`` is short for ``schedule=0:9``. In a schedule ``all`` stands for the number of blocks: ``schedule=0:all,5:6`` trains the
 head alone for five epochs, then all behind block 6. ``head`` is what the learning rate is multiplied by while the head trains
-alone. With ``rank=16`` blocks train by LoRA of that rank, as those of ``lora`` do. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
+alone. With ``rank=16`` blocks train by LoRA of that rank, as those of ``lora`` do; a budget of ``auto`` is then a
+share of the cost of LoRA. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
 ``decay ** (N - i)``, the embeddings have ``decay ** (N + 1)``.
 """
 
@@ -296,8 +297,14 @@ def rates_to_try(arm: Arm, scores: Mapping[float, tuple[float, float]], grid: tu
 
 
 def rate_source(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """Return the full fine-tuning whose learning rate an arm takes over, or ``None`` if the arm is tuned itself."""
+    """Return the arm without freezing whose learning rate an arm takes over, or ``None`` if the arm is tuned itself.
+
+    That is full fine-tuning, or LoRA where adapters train.
+    """
     if arm.tuned:
         return None
-    full = [one for one in arms if one.kind == "full" and one.decay == (1 if arm.decay == 1 else 0.75)]
+    if arm.rank:
+        full = [one for one in arms if one.kind == "lora"]
+    else:
+        full = [one for one in arms if one.kind == "full" and one.decay == (1 if arm.decay == 1 else 0.75)]
     return min(full, key=lambda one: abs(math.log(one.epochs / arm.epochs)), default=None)

@@ -115,6 +115,42 @@ def test_a_head_that_does_not_train_is_not_trained_first(train_dataset) -> None:
     trainer.train()
 
 
+def with_lora() -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny_vit(), config)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_keep_the_rate_and_train_from_the_first_epoch(train_dataset, caplog) -> None:
+    caplog.set_level(logging.INFO, "hf_freezecache")
+    trainer = auto_trainer(
+        train_dataset, with_lora(), freeze={"budget": 0.5}, num_train_epochs=6, label_names=["labels"]
+    )
+    choice = choose(4, 6, 0.5, adapters=True)
+    assert choice.head_epochs == 0
+    assert trainer.freeze_config.schedule == f"0:{choice.split_point}"
+    assert (trainer.freeze_config.layer_decay, trainer.freeze_config.lr_scale) == (None, None)
+    lines = [record.getMessage() for record in caplog.records if "auto" in record.name]
+    assert lines[0] == "schedule='auto' may spend 3 epochs of all adapters (budget=0.5 of 6)"
+    assert "layer_decay" not in lines[1]
+    trainer.train()
+    assert trainer.state.epoch == choice.num_epochs
+    assert [stage["trained_from"] for stage in figures_of(trainer._record)["stages"]] == ["cache"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_that_are_resumed_are_the_same_to_the_bit(train_dataset) -> None:
+    settings = {"freeze": {"budget": 0.5}, "num_train_epochs": 6, "label_names": ["labels"], "save_strategy": "epoch"}
+    whole = auto_trainer(train_dataset, with_lora(), **settings)
+    whole.train()
+    resumed = auto_trainer(train_dataset, with_lora(), **settings)
+    resumed.train(resume_from_checkpoint="out/checkpoint-5")
+    assert_same(parameters_of(whole.model), parameters_of(resumed.model))
+
+
 class SeesEarlierBlocks(type(tiny_vit())):
     """Its head reads what the third block gives, too: from a cache behind the last one it could not be trained."""
 
