@@ -51,7 +51,7 @@ def line_of(arm: Arm) -> str:
         "lora": "LoRA",
         "live": "linear probe" if probe else "frozen, no cache",
         "naive": "naive cache",
-        "auto": "schedule='auto'",
+        "auto": "schedule='auto', LoRA" if arm.rank else "schedule='auto'",
     }
     return names[arm.kind]
 
@@ -148,10 +148,14 @@ def cost_to_reach(points: Sequence[Point], accuracy: float, joined: bool) -> flo
     return None
 
 
+#: Lines of ours, without the linear probe.
+OURS = ("cached (ours)", "schedule='auto'", "schedule='auto', LoRA")
+
+
 def groups_of(points: dict[str, Point]) -> tuple[list[Point], list[Point]]:
     """Return full fine-tuning, and ours without the linear probe."""
     full = [point for point in points.values() if point.arm.kind == "full"]
-    ours = [point for point in points.values() if line_of(point.arm) in ("cached (ours)", "schedule='auto'")]
+    ours = [point for point in points.values() if line_of(point.arm) in OURS]
     return full, ours
 
 
@@ -246,6 +250,7 @@ def print_fronts(points: dict[str, Point]) -> None:
 LINES = {
     "cached (ours)": ("#0072b2", "o", "-"),
     "schedule='auto'": ("#0072b2", "*", ":"),
+    "schedule='auto', LoRA": ("#0072b2", "P", "--"),
     "full, layer-wise decay": ("#6b6b6b", "s", "-"),
     "full fine-tuning": ("#6b6b6b", "s", "--"),
     "LoRA": ("#d55e00", "^", "-"),

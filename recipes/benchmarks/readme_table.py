@@ -5,68 +5,20 @@ python recipes/benchmarks/readme_table.py
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-from pathlib import Path
 from typing import Any
 
 from accuracy_front import best_within, line_of, points_of
+from records import RESULTS, ROOT, link, load
+from speed_tables import demos, epochs, evaluations, faults, readings, sweeps
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-ROOT = HERE.parents[1]
-LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
-AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
 RATES = "rate_distortion--deit-tiny--cpu.json"
 ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
 AUGMENTATION = "augmentation--deit-tiny--*--cpu.json"
 COPIES = "copies_rate--deit-tiny--cpu.json"
-FAULTS = "faults.json"
 FRONTS = "time_to_accuracy--*.json"
-SCALE = "scale.json"
 TRIED = "explorations--deit-tiny.json"
-EVALUATING = "evaluating--deit-tiny--cpu.json"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
-
-
-def link(name: str) -> str:
-    return f"[record](recipes/benchmarks/results/{name})"
-
-
-def epochs() -> str:
-    """Return the table of what an image costs in training."""
-    lossless, auto = load(LOSSLESS), load(AUTO)
-
-    def ratio(result: dict[str, Any], name: str) -> str:
-        value = result["ratios"][name]
-        return f"{value['median']:.2f}x ({value['min']:.2f}-{value['max']:.2f})"
-
-    lines = [
-        "| frozen blocks | images/s trained from the cache | over full fine-tuning | over frozen, no cache | of the limit | cache per view, lossless | of the limit, `auto` | cache per view, `auto` |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, result in lossless["results"].items():
-        small = auto["results"][name]
-        lines.append(
-            f"| {name.removeprefix('k=')} of 12 | {result['images_per_second']['cached']['median']:.0f} "
-            f"| {ratio(result, 'cached/full')} | {ratio(result, 'cached/frozen')} "
-            f"| {result['ratios']['cached/limit']['median']:.2f} | {result['cache_bytes_per_image'] / 1024:.0f} KiB "
-            f"| {small['ratios']['cached/limit']['median']:.2f} | {small['cache_bytes_per_image'] / 1024:.1f} KiB |"
-        )
-    config, versions, machine = lossless["config"], lossless["versions"], lossless["machine"]
-    lines += [
-        "",
-        f"DeiT-Tiny, 224 px, bf16, batch {config['batch_size']}, {machine['accelerator'] or machine['processor']}, "
-        f"{machine['cores']} cores; medians (extremes) of {config['rounds']} interleaved rounds, images rendered live in "
-        "the uncached arms; building not included. The limit is the same suffix fed from memory. "
-        f"torch {versions['torch']}, transformers {versions['transformers']}; lossless {link(LOSSLESS)}, "
-        f"`auto` {link(AUTO)}, made by `recipes/benchmarks/epoch_cost.py`.",
-    ]
-    return "\n".join(lines)
 
 
 def codecs() -> str:
@@ -213,31 +165,6 @@ def arm_words(arm: str) -> str:
     return f"{text}, `{features}`" if features else text
 
 
-def faults() -> str:
-    """Return what the fault harness counted, and what many rows cost before the first batch."""
-    counts, scale = load(FAULTS)["results"]["counts"], load(SCALE)
-    small, large = (scale["results"][str(width)] for width in scale["config"]["widths"])
-
-    def count(name: str) -> int:
-        return int(counts.get(name, 0))
-
-    return "\n".join(
-        [
-            f"* {count('kills')} processes killed ({count('kills with 2 processes')} of them in runs of two; in builds, promotions, "
-            f"stage changes, checkpoints, steps and starts): {count('recoveries')} recoveries. All ends are compared to the bit with an "
-            "undisturbed run, and no complete shard may be written again. "
-            f"{count('terminations')} SIGTERMs, {count('vanished folders')} removed folders, {count('full disks')} full disks, "
-            f"{count('flips')} flipped bits and {count('truncations')} truncations beside them: {count('wrong results')} wrong "
-            f"results. {link(FAULTS)}, made by `recipes/benchmarks/faults.py`.",
-            f"* {scale['config']['rows']:,} rows: opened in {large['open_seconds']['median']:.2f} s, sampler made in "
-            f"{1e3 * large['sampler_seconds']['median']:.2f} ms, first batch of a run resumed in the middle of an epoch after "
-            f"{large['resume_seconds']['median']:.2f} s, in {large['peak_mib']['median']:.0f} MiB of memory. A cache "
-            f"with as many rows and {small['cache_bytes'] / large['cache_bytes']:.2f} of the bytes takes "
-            f"{small['peak_mib']['median']:.0f} MiB. {link(SCALE)}, made by `recipes/benchmarks/scale.py`.",
-        ]
-    )
-
-
 def fronts() -> str:
     """Return a table of accuracy over cost: arms with at least two seeds on the test rows."""
     lines = ["| data | arm | accuracy | cost, epochs of full fine-tuning | seeds |", "|---|---|---|---|---|"]
@@ -269,6 +196,7 @@ def summary() -> str:
     ways = {
         '`schedule="auto"`': ("schedule='auto'",),
         "full fine-tuning": ("full fine-tuning", "full, layer-wise decay"),
+        '`schedule="auto"`, LoRA': ("schedule='auto', LoRA",),
         "LoRA": ("LoRA",),
         "linear probe": ("linear probe", "linear probe, cached"),
     }
@@ -332,28 +260,6 @@ def best_of(rates: dict[float, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return max(rates.values(), key=lambda runs: mean_of(runs, "accuracy"))
 
 
-def evaluations() -> str:
-    """Return how much faster evaluations from a cache are."""
-    record = load(EVALUATING)
-    lines = [
-        "| frozen blocks | from images | from the cache | times faster | the first, which builds it |",
-        "|---|---|---|---|---|",
-    ]
-    for name, found in record["results"].items():
-        factor = found["factor"]
-        lines.append(
-            f"| {name.removeprefix('k=')} of 12 | {found['images_seconds']['median']:.1f} s | {found['cache_seconds']['median']:.1f} s "
-            f"| {factor['median']:.1f} ({factor['min']:.1f}-{factor['max']:.1f}) | {found['building_seconds']:.1f} s |"
-        )
-    config, machine = record["config"], record["machine"]
-    lines += [
-        "",
-        f"DeiT-Tiny, 224 px, {config['images']} photos, {machine['processor']}, {machine['cores']} cores; medians (extremes) of "
-        f"{config['rounds']} rounds. {link(EVALUATING)}, made by `recipes/benchmarks/evaluating.py`.",
-    ]
-    return "\n".join(lines)
-
-
 #: Mark of a table -> the page that it is on, and what makes it.
 SECTIONS = {
     "summary": ("README.md", summary),
@@ -361,6 +267,9 @@ SECTIONS = {
     "fronts": ("docs/schedules.md", fronts),
     "tried": ("docs/schedules.md", tried),
     "evaluations": ("docs/evaluating.md", evaluations),
+    "sweeps": ("docs/schedules.md", sweeps),
+    "readings": ("docs/benchmarks.md", readings),
+    "demos": ("docs/quick_start.md", demos),
     "codecs": ("docs/compression.md", codecs),
     "views": ("docs/augmented_views.md", views),
     "faults": ("docs/several_processes.md", faults),

@@ -1,0 +1,158 @@
+"""Tables of speed, and of what survives faults, for ``readme_table.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from records import interval, link, load
+
+LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
+AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
+EVALUATING = "evaluating--deit-tiny--cpu.json"
+READING = "reading--cpu.json"
+SWEEPING = "sweeping--deit-tiny--cpu.json"
+DEMO, UNSEEN = "demo.json", "demo--unseen-digits.json"
+FAULTS = "faults.json"
+SCALE = "scale.json"
+
+
+def epochs() -> str:
+    """Return the table of what an image costs in training."""
+    lossless, auto = load(LOSSLESS), load(AUTO)
+
+    def ratio(result: dict[str, Any], name: str) -> str:
+        value = result["ratios"][name]
+        return f"{value['median']:.2f}x ({value['min']:.2f}-{value['max']:.2f})"
+
+    lines = [
+        "| frozen blocks | images/s trained from the cache | over full fine-tuning | over frozen, no cache | of the limit | cache per view, lossless | of the limit, `auto` | cache per view, `auto` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in lossless["results"].items():
+        small = auto["results"][name]
+        lines.append(
+            f"| {name.removeprefix('k=')} of 12 | {result['images_per_second']['cached']['median']:.0f} "
+            f"| {ratio(result, 'cached/full')} | {ratio(result, 'cached/frozen')} "
+            f"| {result['ratios']['cached/limit']['median']:.2f} | {result['cache_bytes_per_image'] / 1024:.0f} KiB "
+            f"| {small['ratios']['cached/limit']['median']:.2f} | {small['cache_bytes_per_image'] / 1024:.1f} KiB |"
+        )
+    config, versions, machine = lossless["config"], lossless["versions"], lossless["machine"]
+    lines += [
+        "",
+        f"DeiT-Tiny, 224 px, bf16, batch {config['batch_size']}, {machine['accelerator'] or machine['processor']}, "
+        f"{machine['cores']} cores; medians (extremes) of {config['rounds']} interleaved rounds, images rendered live in "
+        "the uncached arms; building not included. The limit is the same suffix fed from memory. "
+        f"torch {versions['torch']}, transformers {versions['transformers']}; lossless {link(LOSSLESS)}, "
+        f"`auto` {link(AUTO)}, made by `recipes/benchmarks/epoch_cost.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def evaluations() -> str:
+    """Return how much faster evaluations from a cache are."""
+    record = load(EVALUATING)
+    lines = [
+        "| frozen blocks | from images | from the cache | times faster | the first, which builds it |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in record["results"].items():
+        lines.append(
+            f"| {name.removeprefix('k=')} of 12 | {found['images_seconds']['median']:.1f} s | {found['cache_seconds']['median']:.1f} s "
+            f"| {interval(found['factor'], '.1f')} | {found['building_seconds']:.1f} s |"
+        )
+    config, machine = record["config"], record["machine"]
+    lines += [
+        "",
+        f"DeiT-Tiny, 224 px, {config['images']} photos, {machine['processor']}, {machine['cores']} cores; medians (extremes) of "
+        f"{config['rounds']} rounds. {link(EVALUATING)}, made by `recipes/benchmarks/evaluating.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def readings() -> str:
+    """Return how fast caches are read, by threads."""
+    record = load(READING)
+    lines = [
+        "| hidden states | stored | KiB an image | images/s as needed | one thread | two threads | two over one | zstd alone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in record["results"].items():
+        width, chunk, codec = name.split(" ", 2)
+        rates = {key: f"{value['median']:,.0f}" for key, value in found["images_per_second"].items()}
+        lines.append(
+            f"| {record['config']['tokens']} x {width.removeprefix('hidden=')}, chunks of {chunk.removeprefix('chunk=')} | {codec} "
+            f"| {found['stored_bytes_per_image'] / 1024:.1f} | {rates['threads_0']} | {rates['threads_1']} | {rates['threads_2']} "
+            f"| {interval(found['two_threads_over_one'])} | {rates['zstd']} |"
+        )
+    config, machine = record["config"], record["machine"]
+    lines += [
+        "",
+        f"Made-up hidden states, batches of {config['batch_size']} thrown away; {machine['processor']}, {machine['cores']} cores; "
+        f"medians of {config['rounds']} interleaved rounds. {link(READING)}, made by `recipes/benchmarks/reading.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def sweeps() -> str:
+    """Return what a sweep over one cache costs."""
+    record = load(SWEEPING)
+    config, results, machine = record["config"], record["results"], record["machine"]
+    runs = results["runs"]["cached"]
+    best = max(runs, key=lambda one: one["accuracy"])
+    words = {"full": "full fine-tuning", "lora": "LoRA"}
+    against = [
+        f"{results[arm]['sweep_over_as_many_runs']:.3f} of what {len(runs)} runs of {name} take (one takes "
+        f"{interval(results[arm]['run_seconds'], '.0f')} s, {len(results['runs'][arm])} were timed)"
+        for arm, name in words.items()
+    ]
+    return (
+        f"{len(runs)} runs of {config['epochs']} epochs over one cache, learning rates times heads, {config['split_point']} blocks frozen, "
+        f"{config['token_keep']:g} of the patches: {results['sweep_seconds']:.0f} s with the build, {' and '.join(against)}. The best of "
+        f"them has {best['accuracy']:.1%}. DeiT-Tiny, 224 px, {config['train_images']} training images, {machine['processor']}, "
+        f"{machine['cores']} cores. {link(SWEEPING)}, made by `recipes/benchmarks/sweeping.py` around `recipes/sweep.py`."
+    )
+
+
+def demos() -> str:
+    """Return what the demo shows, and its counter-example."""
+    lines = ["| task | run | accuracy | seconds |", "|---|---|---|---|"]
+    for name in (DEMO, UNSEEN):
+        figures = load(name)
+        lines += [
+            f"| {figures['task']} | {run['run']} | {run['accuracy']:.1%} | {run['seconds']:.1f} |" for run in figures["runs"]
+        ]
+    images = [load(name)["test_images"] for name in (DEMO, UNSEEN)]
+    lines += [
+        "",
+        f"One seed, {images[0]} and {images[1]} held-out images: differences of less than 3 points say little. Seconds are wall-clock of "
+        f"one thread, building included. {link(DEMO)}, {link(UNSEEN)}, made by `hf-freezecache demo` and `hf-freezecache demo "
+        "--unseen-digits`.",
+    ]
+    return "\n".join(lines)
+
+
+def faults() -> str:
+    """Return what the fault harness counted, and what many rows cost before the first batch."""
+    counts, scale = load(FAULTS)["results"]["counts"], load(SCALE)
+    small, large = (scale["results"][str(width)] for width in scale["config"]["widths"])
+
+    def count(name: str) -> int:
+        return int(counts.get(name, 0))
+
+    return "\n".join(
+        [
+            f"* {count('kills')} processes killed ({count('kills with 2 processes')} of them in runs of two; in builds, promotions, "
+            f"stage changes, checkpoints, steps and starts): {count('recoveries')} recoveries. All ends are compared to the bit with an "
+            "undisturbed run, and no complete shard may be written again. "
+            f"{count('terminations')} SIGTERMs, {count('vanished folders')} removed folders, {count('full disks')} full disks, "
+            f"{count('flips')} flipped bits and {count('truncations')} truncations beside them: {count('wrong results')} wrong "
+            f"results. {link(FAULTS)}, made by `recipes/benchmarks/faults.py`.",
+            f"* {scale['config']['rows']:,} rows: opened in {large['open_seconds']['median']:.2f} s, sampler made in "
+            f"{1e3 * large['sampler_seconds']['median']:.2f} ms, first batch of a run resumed in the middle of an epoch after "
+            f"{large['resume_seconds']['median']:.2f} s, in {large['peak_mib']['median']:.0f} MiB of memory. A cache "
+            f"with as many rows and {small['cache_bytes'] / large['cache_bytes']:.2f} of the bytes takes "
+            f"{small['peak_mib']['median']:.0f} MiB. {link(SCALE)}, made by `recipes/benchmarks/scale.py`.",
+        ]
+    )
+
+
