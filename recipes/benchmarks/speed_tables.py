@@ -119,7 +119,8 @@ def demos() -> str:
     for name in (DEMO, UNSEEN):
         figures = load(name)
         lines += [
-            f"| {figures['task']} | {run['run']} | {run['accuracy']:.1%} | {run['seconds']:.1f} |" for run in figures["runs"]
+            f"| {figures['task']} | {run['run']} | {run['accuracy']:.1%} | {run['seconds']:.1f} |"
+            for run in figures["runs"]
         ]
     images = [load(name)["test_images"] for name in (DEMO, UNSEEN)]
     lines += [
@@ -154,5 +155,3 @@ def faults() -> str:
             f"{small['peak_mib']['median']:.0f} MiB. {link(SCALE)}, made by `recipes/benchmarks/scale.py`.",
         ]
     )
-
-
