@@ -36,6 +36,7 @@ class Recipe:
         least_epochs: Epochs behind the frozen blocks; more blocks are frozen until the cost pays for them.
         most_epochs: Further epochs gain nothing, unless the user asks for that many of full fine-tuning.
         head_epochs: Epochs before these, in which the head trains alone.
+        least_steps: Optimizer steps in place of ``least_epochs``, where it is known how many make an epoch. Epochs need not be whole.
     """
 
     most_cost: float
@@ -44,6 +45,7 @@ class Recipe:
     least_epochs: int
     most_epochs: int
     head_epochs: int = 2
+    least_steps: int | None = None
 
 
 #: In order of cost. Source of the first two: single runs of DeiT-Tiny on 50 classes of Caltech-101 and on 1,500 images of CIFAR-10 at
@@ -56,10 +58,11 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16),
 )
 #: The same where adapters train. Source of the first: runs of DeiT-Tiny with LoRA of rank 16 on the same two data sets, and on Caltech-101
-#: at 224 pixels, scored in the same way: two epochs behind four blocks gain 3, 2 and -4 points on 1.5 epochs of LoRA, which cost as
-#: much; half of the tokens behind one block gain less. The others are those of ``RECIPES``.
+#: at 224 pixels, scored in the same way, at the cost of 1.5 epochs of LoRA. With 23 steps in an epoch two epochs behind four blocks gain 2 to
+#: 3 points on these; half of the tokens behind one block gain less. With 35 steps they lose 3: enough steps are needed first, and then
+#: all blocks. The others are those of ``RECIPES``.
 ADAPTER_RECIPES: tuple[Recipe, ...] = (
-    Recipe(most_cost=2.5, num_views=1, token_keep=1.0, least_epochs=2, most_epochs=8, head_epochs=0),
+    Recipe(most_cost=2.5, num_views=1, token_keep=1.0, least_epochs=2, most_epochs=8, head_epochs=0, least_steps=60),
     Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, head_epochs=0),
     Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16, head_epochs=0),
 )
@@ -84,7 +87,7 @@ class Choice:
 
     split_point: int
     head_epochs: int
-    num_epochs: int
+    num_epochs: float
     num_views: int
     token_keep: float
     cost: float
@@ -115,11 +118,11 @@ class _Costs:
     cached: bool
     step_passes: int
 
-    def trained(self, split_point: int, num_epochs: int, token_keep: float) -> float:
+    def trained(self, split_point: int, num_epochs: float, token_keep: float) -> float:
         """Return the cost of the blocks behind a split point alone."""
         return passes_of_step(self.num_blocks, split_point, token_keep, self.step_passes) * num_epochs
 
-    def of(self, split_point: int, num_epochs: int, num_views: int | None = None) -> float:
+    def of(self, split_point: int, num_epochs: float, num_views: int | None = None) -> float:
         """Return the cost of so many epochs behind a split point."""
         views = self.recipe.num_views if num_views is None else num_views
         trained = self.trained(split_point, num_epochs, self.recipe.token_keep)
@@ -127,19 +130,30 @@ class _Costs:
             return self.head_epochs * self.num_blocks + trained + split_point * num_epochs
         return views * (self.num_blocks if self.head_epochs else split_point) + trained
 
-    def fitting(self, passes: float, num_epochs: int) -> tuple[int, int] | None:
+    def paid(self, passes: float, split_point: int) -> float:
+        """Return how many epochs behind a split point a cost pays for, in hundredths."""
+        epoch = self.of(split_point, 1) - self.of(split_point, 0)
+        return math.floor(100 * max(passes - self.of(split_point, 0), 0.0) / epoch) / 100
+
+    def fitting(self, passes: float, num_epochs: int, epoch_steps: float | None) -> tuple[int, float] | None:
         """Return split point and epochs for a cost, or ``None`` if it pays for no epoch behind any split point.
 
         Args:
             passes: The most that the run may cost.
             num_epochs: Epochs that the user asks for.
+            epoch_steps: Optimizer steps of an epoch, if known.
         """
         # The tolerance keeps what is paid for exactly: in binary a third of 3 lies below 1.
-        most = passes + 1e-9 * self.num_blocks
-        step, least = self.of(1, 1) - self.of(1, 0), self.recipe.least_epochs
-        epochs = math.floor((most - self.of(1, 0)) / step)
-        if epochs >= least:
-            return 1, min(epochs, max(self.recipe.most_epochs, num_epochs))
+        most, most_epochs = passes + 1e-9 * self.num_blocks, max(self.recipe.most_epochs, num_epochs)
+        least = self.recipe.least_epochs
+        if epoch_steps is not None and self.recipe.least_steps is not None:
+            paid = [(point, self.paid(most, point)) for point in range(1, self.num_blocks)]
+            enough = [pair for pair in paid if pair[1] >= self.recipe.least_steps / epoch_steps]
+            point, epochs = (enough or paid[-1:])[0]
+            return (point, min(epochs, most_epochs)) if enough or epochs >= 1 else None
+        whole = math.floor(self.paid(most, 1))
+        if whole >= least:
+            return 1, min(whole, most_epochs)
         pairs = ((point, count) for count in range(least, 0, -1) for point in range(1, self.num_blocks))
         return next((pair for pair in pairs if self.of(*pair) <= most), None)
 
@@ -155,6 +169,7 @@ def choose(
     cached: bool = True,
     more_epochs: bool = False,
     adapters: bool = False,
+    epoch_steps: float | None = None,
 ) -> Choice:
     """Choose how to train a model.
 
@@ -169,6 +184,7 @@ def choose(
         cached: Whether frozen blocks run once for each view; else they run in every step.
         more_epochs: Whether, without a budget, the epochs of the head come on top of ``num_epochs``; else they are among them.
         adapters: Whether adapters train in place of the blocks' weights.
+        epoch_steps: Optimizer steps of an epoch, if known; a part of an epoch may be chosen then, where adapters train.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
@@ -197,14 +213,14 @@ def choose(
     if budget is None:
         head_epochs = head_epochs if more_epochs else min(head_epochs, num_epochs // 2)
         chosen = replace(costs[-2 if num_epochs <= _FEW_EPOCHS else -1], head_epochs=head_epochs)
-        split_point, epochs = 1, num_epochs if more_epochs else num_epochs - head_epochs
+        split_point, epochs = 1, float(num_epochs if more_epochs else num_epochs - head_epochs)
         reason = f"schedule='auto' keeps the {num_epochs} epoch{'s' if num_epochs > 1 else ''} asked for"
     else:
         cost = budget * num_epochs
         # Where views of a recipe leave no epoch to pay for, those of a cheaper one may.
         affordable = [each for each in costs if each.recipe.most_cost < cost]
         candidates = [costs[len(affordable)], *reversed(affordable)]
-        found = ((each, each.fitting(cost * whole, num_epochs)) for each in candidates)
+        found = ((each, each.fitting(cost * whole, num_epochs, epoch_steps)) for each in candidates)
         chosen, pair = next((both for both in found if both[1] is not None), (costs[0], None))
         if pair is None:
             least, split_point = min((chosen.of(point, 1) / whole, point) for point in range(1, num_blocks))
@@ -215,7 +231,7 @@ def choose(
             )
         split_point, epochs = pair
         reason = f"schedule='auto' may spend {cost:.3g} {epoch_words} (budget={budget:g} of {num_epochs})"
-    views = min(chosen.recipe.num_views, epochs) if num_views is None else num_views
+    views = min(chosen.recipe.num_views, math.ceil(epochs)) if num_views is None else num_views
     keep, total = chosen.recipe.token_keep, chosen.of(split_point, epochs, views)
     if budget is not None and token_keep is None:
         left = budget * num_epochs * whole - total + chosen.trained(split_point, epochs, keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -21,22 +22,26 @@ from hf_freezecache.errors import ScheduleError
     token_keep=st.none() | st.floats(0.1, 1.0),
     cached=st.booleans(),
     adapters=st.booleans(),
+    epoch_steps=st.none() | st.floats(0.5, 10_000),
 )
 def test_a_choice_fits_its_budget_and_the_model(
-    num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached, adapters
+    num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached, adapters, epoch_steps
 ) -> None:
     arguments = (num_blocks, num_epochs, budget, head_first, num_views, token_keep)
+    settings = {"cached": cached, "adapters": adapters, "epoch_steps": epoch_steps}
     try:
-        choice = choose(*arguments, cached=cached, adapters=adapters)
+        choice = choose(*arguments, **settings)
     except ScheduleError:  # the next test reads it
         return
     assert choice.cost <= budget * num_epochs * (1 + 1e-6)
     assert 1 <= choice.split_point < num_blocks
     assert choice.num_epochs > choice.head_epochs >= 0
     assert bool(choice.head_epochs) == (head_first and not adapters)
-    assert choice.num_views == num_views or (num_views is None and 1 <= choice.num_views <= choice.num_epochs)
+    assert choice.num_views == num_views or (
+        num_views is None and 1 <= choice.num_views <= math.ceil(choice.num_epochs)
+    )
     assert choice.token_keep == token_keep or (token_keep is None and 0 < choice.token_keep <= 1)
-    assert choice == choose(*arguments, cached=cached, adapters=adapters)
+    assert choice == choose(*arguments, **settings)
     # By hand: views through all blocks the head needs, then steps on a part of the tokens.
     deepest = num_blocks if choice.head_epochs else choice.split_point
     step = 2 if adapters else 3  # adapters need no gradients of the blocks' weights
@@ -46,6 +51,22 @@ def test_a_choice_fits_its_budget_and_the_model(
         frozen = choice.head_epochs * num_blocks + (choice.num_epochs - choice.head_epochs) * choice.split_point
     assert choice.cost == pytest.approx((frozen + steps) / (step * num_blocks))
     assert [point for _, point in choice.stages(num_blocks)][-1] == choice.split_point
+
+
+def test_adapters_get_enough_steps_first_and_then_as_many_blocks_as_are_paid_for() -> None:
+    def chosen(epoch_steps: float, budget: float = 0.5) -> tuple[int, float]:
+        choice = choose(12, 3, budget, adapters=True, epoch_steps=epoch_steps)
+        assert choice.head_epochs == 0
+        assert choice.token_keep == 1
+        return choice.split_point, choice.num_epochs
+
+    for epoch_steps in (5, 20, 30, 50, 1000):
+        split_point, epochs = chosen(epoch_steps)
+        assert epochs * epoch_steps >= 60 or split_point == 11
+        # One block less would give too few steps: by hand, 2 passes a step and one to build.
+        assert split_point == 1 or (36 - (split_point - 1)) / (2 * (12 - (split_point - 1))) * epoch_steps < 60
+    assert chosen(1000)[0] == 1
+    assert chosen(1000, 0.1)[1] < 1  # a part of an epoch has steps enough
 
 
 @pytest.mark.parametrize("head_first", [True, False])

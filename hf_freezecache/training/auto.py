@@ -42,7 +42,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     Without a budget the head trains first, for epochs on top of the user's, unless ``max_steps`` says how long to train.
 
     What the user set stays: ``num_views``, ``token_keep``, ``layer_decay``, ``lr_scale``. The choice depends on these, the number
-    of blocks, whether a head trains, whether views differ, the epochs and the budget alone.
+    of blocks, whether a head trains, whether only adapters do, whether views differ, the epochs, the optimizer steps in one, and the
+    budget alone.
 
     Args:
         trainer: The user's trainer. Its ``freeze_config`` and ``cache_config`` are replaced, and its ``args`` give way to a
@@ -68,6 +69,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "cached": caching.mode != "never",
         "more_epochs": args.max_steps <= 0,
         "adapters": adapters,
+        "epoch_steps": _epoch_steps(trainer),
     }
     choice = choose(len(blocks), num_epochs, freezing.budget, num_views=None if free else caching.num_views, **settled)
     if free and choice.num_views > 1 and not _views_differ(trainer):
@@ -104,6 +106,16 @@ def _head_trains(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
     return any(parameter.requires_grad for parameter in parameters[last + 1 :])
 
 
+def _epoch_steps(trainer: Any) -> float | None:
+    """Return the optimizer steps of an epoch; ``None`` if the number of rows is not known."""
+    try:
+        rows = len(trainer.train_dataset)
+    except TypeError:
+        return None
+    args = trainer.args
+    return float(rows / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
+
+
 def _only_adapters_train(blocks: Iterable[nn.Module]) -> bool:
     """Whether what trains of the blocks is small beside what does not, as with LoRA: their own weights need no gradients."""
     parameters = [parameter for block in blocks for parameter in block.parameters()]
@@ -131,7 +143,12 @@ def _rates(stages: list[tuple[int, int]], num_blocks: int, freezing: FreezeConfi
 
 def _epochs(choice: Choice) -> str:
     head, rest = choice.head_epochs, choice.num_epochs - choice.head_epochs
-    return f"{counted(head, 'epoch')} of the head alone, then {rest}" if head else counted(rest, "epoch")
+    whole = f"{rest:g}"
+    return (
+        f"{counted(head, 'epoch')} of the head alone, then {whole}"
+        if head
+        else f"{whole} epoch{'' if rest == 1 else 's'}"
+    )
 
 
 def _described(choice: Choice, trainer: Any) -> str:

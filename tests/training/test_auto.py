@@ -128,7 +128,7 @@ def test_adapters_keep_the_rate_and_train_from_the_first_epoch(train_dataset, ca
     trainer = auto_trainer(
         train_dataset, with_lora(), freeze={"budget": 0.5}, num_train_epochs=6, label_names=["labels"]
     )
-    choice = choose(4, 6, 0.5, adapters=True)
+    choice = choose(4, 6, 0.5, adapters=True, epoch_steps=5)
     assert choice.head_epochs == 0
     assert trainer.freeze_config.schedule == f"0:{choice.split_point}"
     assert (trainer.freeze_config.layer_decay, trainer.freeze_config.lr_scale) == (None, None)
@@ -138,6 +138,17 @@ def test_adapters_keep_the_rate_and_train_from_the_first_epoch(train_dataset, ca
     trainer.train()
     assert trainer.state.epoch == choice.num_epochs
     assert [stage["trained_from"] for stage in figures_of(trainer._record)["stages"]] == ["cache"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_part_of_an_epoch_may_be_chosen(train_dataset) -> None:
+    settings = {"per_device_train_batch_size": 2, "label_names": ["labels"], "num_train_epochs": 2}
+    trainer = auto_trainer(train_dataset, with_lora(), freeze={"budget": 0.9}, **settings)
+    choice = choose(4, 2, 0.9, adapters=True, epoch_steps=25)
+    assert choice.num_epochs % 1
+    trainer.train()
+    assert trainer.state.global_step == -(-25 * choice.num_epochs // 1)
+    assert trainer.state.epoch == pytest.approx(choice.num_epochs, abs=0.05)
 
 
 @pytest.mark.slow
