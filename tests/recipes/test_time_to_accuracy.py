@@ -64,6 +64,18 @@ def test_an_arm_has_one_name_and_bad_ones_are_refused() -> None:
             Arm.parse(text)
 
 
+def test_auto_takes_the_rate_of_what_trains_the_same_weights_without_freezing() -> None:
+    from accuracy_arms import Arm, rate_source
+    from accuracy_front import line_of
+
+    known = [Arm.parse(text) for text in ("full/epochs=2/decay=0.75", "lora/epochs=1", "lora/epochs=4")]
+    auto, adapters = Arm.parse("auto/epochs=3/budget=0.5/decay=0.75"), Arm.parse("auto/epochs=3/budget=0.5/rank=16")
+    assert rate_source(auto, known) == known[0]
+    assert rate_source(adapters, known) == known[2]  # of the nearest number of epochs
+    assert rate_source(known[1], known) is None
+    assert [line_of(arm) for arm in (auto, adapters)] == ["schedule='auto'", "schedule='auto', LoRA"]
+
+
 def test_the_grid_grows_where_the_best_rate_lies_on_its_edge() -> None:
     from accuracy_arms import Arm, rates_to_try
 
