@@ -3,9 +3,9 @@
 A small ViT is trained from scratch on half of scikit-learn's scans of handwritten digits, and then fine-tuned on the other half
 three ways: all of it; all of it for a third of the epochs; and frozen and cached, by ``schedule="auto"``, for the cost of that third.
 
-The task was chosen for what the backbone was trained for: freezing makes sense where features carry over. ``unseen_digits`` is the
-counter-example: digits that the backbone has never seen. Sizes were chosen by the time they take, the epochs of the backbone by what it
-knows: after 6 it tells 76% of the other half, after 12 94%. That, learning rate and initialisation were tried out under seed 100, which
+The task was chosen for what the backbone was trained for: freezing makes sense where features carry over. ``unseen_digits`` is a
+harder one: digits that the backbone has never seen. Sizes were chosen by the time they take, the epochs of the backbone by what it
+knows: after 6 it tells 66% of the other half, after 12 89%. That, learning rate and initialisation were tried out under seed 100, which
 holds out other images than the default seed does.
 """
 
@@ -70,10 +70,10 @@ class DemoSettings:
     image_size: int = 32
     patch_size: int = 8
     hidden_size: int = 128
-    num_blocks: int = 8
+    num_blocks: int = 6
     initializer_range: float = 0.1
     pretrain_epochs: int = 12
-    epochs: int = 9
+    epochs: int = 6
     batch_size: int = 32
     learning_rate: float = 1e-3
     max_images: int | None = None

@@ -25,7 +25,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, splits, order and views.")] = 0,
     unseen: Annotated[
-        bool, typer.Option("--unseen-digits", help="The counter-example: fine-tune on digits that it has never seen.")
+        bool, typer.Option("--unseen-digits", help="A harder task: fine-tune on digits that it has never seen.")
     ] = False,
     debug: Debug = False,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from accuracy_front import best_within, line_of, points_of
 from records import RESULTS, ROOT, link, load
-from speed_tables import demos, epochs, evaluations, faults, readings, sweeps
+from speed_tables import demos, epochs, evaluations, faults, sweeps
 
 RATES = "rate_distortion--deit-tiny--cpu.json"
 ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
@@ -268,7 +268,6 @@ SECTIONS = {
     "tried": ("docs/schedules.md", tried),
     "evaluations": ("docs/evaluating.md", evaluations),
     "sweeps": ("docs/schedules.md", sweeps),
-    "readings": ("docs/benchmarks.md", readings),
     "demos": ("docs/quick_start.md", demos),
     "codecs": ("docs/compression.md", codecs),
     "views": ("docs/augmented_views.md", views),

@@ -87,7 +87,8 @@ def main() -> None:
         + ", ".join(f"{arm} {statistics.mean(one['accuracy'] for one in found[arm]):.1%}" for arm in ARMS if found[arm])
     )
     if options.json is not None:
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        config = {name: value for name, value in vars(options).items() if name not in ("cache_dir", "output_dir")}
+        config |= {"model": Path(options.model).name, "data": options.data.name}
         config |= {
             "json": None,
             "train_images": len(train),

@@ -544,7 +544,7 @@ def test_seconds_leave_evaluation_out(train_dataset, eval_dataset, monkeypatch) 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_demo")
-def test_the_counter_example_is_of_digits_never_seen() -> None:
+def test_the_harder_task_is_of_digits_never_seen() -> None:
     status, out, _ = call("demo", "--output-dir", "demo", "--unseen-digits")
     assert status == 0
     assert "learns the digits 0-5" in out
