@@ -92,14 +92,13 @@ def overridden(cls: type) -> list[str]:
 
 
 def _hooks() -> Finding:
-    from transformers import Trainer, __version__
-
     from ..trainer import FreezeCacheTrainer
 
-    names = overridden(FreezeCacheTrainer)
-    missing = [name for name in names if not hasattr(Trainer, name)]
+    names, bases = overridden(FreezeCacheTrainer), FreezeCacheTrainer.__mro__[1:]
+    missing = [name for name in names if not any(name in vars(base) for base in bases)]
     if missing:
-        words = f"Trainer of transformers {__version__} has no {', '.join(missing)}: install a version that was tested."
+        version = importlib.metadata.version("transformers")
+        words = f"Trainer of transformers {version} has no {', '.join(missing)}: install a version that was tested."
         return Finding("hooks of Trainer", False, words)
     return Finding("hooks of Trainer", True, f"all {len(names)} that are relied on are there")
 

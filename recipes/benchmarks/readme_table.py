@@ -185,7 +185,7 @@ def fronts() -> str:
     lines += [
         "",
         "DeiT-Tiny, batch 32, fp32; each arm with the best of at least four learning rates on a part of the training images, `auto` with "
-        "that of full fine-tuning; means and standard errors. The cost counts passes through blocks, building included. "
+        "that of full fine-tuning, or of LoRA, of the nearest number of epochs; means and standard errors. The cost counts passes through blocks, building included. "
         f"{', '.join(records)}, made by `recipes/benchmarks/time_to_accuracy.py`.",
     ]
     return "\n".join(lines)
