@@ -58,6 +58,7 @@ def test_all_runs_share_one_cache_and_the_best_is_kept(prepared, monkeypatch, ca
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_sweep_is_compared_with_as_many_plain_runs(prepared, monkeypatch, capsys) -> None:
+    pytest.importorskip("peft")
     options = ("--seeds", "0", "--plain_runs", "1", "--plain_rates", "1e-3", "1e-2", "--json", "record.json")
     told = run(RECIPES / "benchmarks" / "sweeping.py", monkeypatch, capsys, *options)
     results = json.loads(Path("record.json").read_text())["results"]
