@@ -85,7 +85,7 @@ class FreezeConfig:
             "decimal point and below 1, a fraction of training ('0.5:9'). Split points may fall: '0:12,2:6' trains the head of a "
             "model of 12 blocks alone for two epochs, then thaws the last six blocks. Or a policy: 'linear(0.0,0.5,0.75)' freezes at a "
             "constant pace from the first to the second fraction of training, up to the third fraction of the blocks; "
-            "'linear' alone takes these numbers. 'auto' trains the head first, for epochs on top of yours, and chooses split point, "
+            "'linear' alone takes these numbers. 'auto' trains the head first, unless adapters train, for epochs on top of yours; it chooses split point, "
             "views, tokens and learning rates; with --budget the epochs as well. In Python a dict works too.",
         },
     )
@@ -93,7 +93,7 @@ class FreezeConfig:
         default=None,
         metadata={
             "help": "For schedule='auto', which then chooses the number of epochs, too: what the run may cost, in passes through "
-            "blocks, as a share of full fine-tuning for --num_train_epochs, above 0 and at most 1."
+            "blocks, as a share of training without freezing for --num_train_epochs, above 0 and at most 1."
         },
     )
     layer_decay: Annotated[Optional[float], _between(0, 1, above=True)] = field(

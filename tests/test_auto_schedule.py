@@ -22,7 +22,7 @@ from hf_freezecache.errors import ScheduleError
     token_keep=st.none() | st.floats(0.1, 1.0),
     cached=st.booleans(),
     adapters=st.booleans(),
-    epoch_steps=st.none() | st.floats(0.5, 10_000),
+    epoch_steps=st.none() | st.just(0.0) | st.floats(0.5, 10_000),
 )
 def test_a_choice_fits_its_budget_and_the_model(
     num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached, adapters, epoch_steps

@@ -66,7 +66,8 @@ class ReadAhead(Generic[Chunk]):
         window = self._window_of.get(key)
         if window is not None and window != self._window:
             self._go_to(window)
-        if key in self._queue:
+        # Mostly it is being read: looking for it in the queue would take the time of all chunks ahead, for each of them.
+        if key not in self._reading and key in self._queue:
             self._queue.remove(key)
             self._queue.appendleft(key)
 

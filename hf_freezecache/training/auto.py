@@ -143,12 +143,9 @@ def _rates(stages: list[tuple[int, int]], num_blocks: int, freezing: FreezeConfi
 
 def _epochs(choice: Choice) -> str:
     head, rest = choice.head_epochs, choice.num_epochs - choice.head_epochs
-    whole = f"{rest:g}"
-    return (
-        f"{counted(head, 'epoch')} of the head alone, then {whole}"
-        if head
-        else f"{whole} epoch{'' if rest == 1 else 's'}"
-    )
+    if head:
+        return f"{counted(head, 'epoch')} of the head alone, then {rest:g}"
+    return "one epoch" if rest == 1 else f"{rest:g} epochs"
 
 
 def _described(choice: Choice, trainer: Any) -> str:

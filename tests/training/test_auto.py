@@ -122,6 +122,19 @@ def with_lora() -> torch.nn.Module:
     return peft.get_peft_model(tiny_vit(), config)
 
 
+def test_blocks_of_which_little_trains_have_adapters(train_dataset) -> None:
+    """Norms alone, say: no gradients of the large matrices are needed, whoever made the model so."""
+    model = tiny_vit()
+    for name, parameter in model.vit.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    trainer = auto_trainer(train_dataset, model, freeze={"budget": 0.5}, num_train_epochs=6)
+    choice = choose(4, 6, 0.5, adapters=True, epoch_steps=5)
+    assert trainer.freeze_config.schedule == f"0:{choice.split_point}"
+    assert (trainer.freeze_config.layer_decay, trainer.freeze_config.lr_scale) == (None, None)
+    assert trainer.args.num_train_epochs == choice.num_epochs
+    assert "epochs of all adapters" in trainer._record.chosen
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_adapters_keep_the_rate_and_train_from_the_first_epoch(train_dataset, caplog) -> None:
     caplog.set_level(logging.INFO, "hf_freezecache")
