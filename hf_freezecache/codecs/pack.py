@@ -200,21 +200,24 @@ def _codes(block: Ints) -> Ints:
     if block.shape[1] == 0:
         return np.zeros(len(block), dtype=np.uint8)
     magnitude = np.abs(block.astype(np.int32))
-    size = block.shape[1]
-    small = np.minimum(magnitude, 8).astype(np.uint8)
-    entropy = np.zeros(len(block))
+    cells, size = block.shape
+    symbols = np.minimum(magnitude, 8)
+    symbols += 9 * np.arange(cells, dtype=np.int32)[:, None]
+    counts = np.bincount(symbols.ravel(), minlength=9 * cells).reshape(cells, 9)
+    entropy = np.zeros(cells)
     # Counts of 0 to 7 with their mirror images; what is larger counts as one more symbol with the bits of its length.
     for value in range(8):
-        share = np.count_nonzero(small == value, axis=1) / size / (1 if value == 0 else 2)
+        share = counts[:, value] / size / (1 if value == 0 else 2)
         with np.errstate(divide="ignore", invalid="ignore"):
             bits = np.where(share > 0, -share * np.log2(share), 0.0)
         entropy += bits * (1 if value == 0 else 2)
-    large = np.count_nonzero(small == 8, axis=1) / size
+    large = counts[:, 8] / size
     mean = magnitude.sum(axis=1, dtype=np.int64) / size
     entropy += large * np.log2(2 + mean) * 2
     kinds = np.searchsorted(ENTROPY, entropy, side="right")
     # Two bytes only where exceptions at some 24 bits each would cost more than a second plane of mostly zeros.
-    kinds[np.count_nonzero(magnitude > 127, axis=1) > 0.05 * size] = 5
+    if magnitude.max() > 127:
+        kinds[np.count_nonzero(magnitude > 127, axis=1) > 0.05 * size] = 5
     octaves = np.log2(np.maximum(mean, 2.0**-10)) - np.take(FIRST_LEVEL, kinds)
     levels = np.clip(np.round(4 * octaves), 0, LEVELS - 1).astype(np.int64)
     return (kinds * LEVELS + levels).astype(np.uint8)
