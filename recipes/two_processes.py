@@ -5,7 +5,7 @@
 
 Nothing in the script says how many processes there are. With ``--use_cpu`` they talk through gloo, and no GPU is needed. What is
 written does not depend on their number: any number of processes finds the cache, or goes on with a build that another began.
-``shard_chunks`` is small enough here that there are shards for all of them.
+Few rows need a small ``--chunk_size``, and a small ``--shard_chunks``, so that there is one of each for all of them.
 
 ``--data`` is what ``datasets.load_dataset`` takes; it has the splits ``train`` and ``test``, with columns ``image`` and ``label`` (a
 ``ClassLabel``).
@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--schedule", default="0:6,3:9", help="Start:split_point pairs, or auto.")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch_size", type=int, default=16, help="Of each process.")
-    parser.add_argument("--shard_chunks", type=int, default=8, help="Chunks of 32 images in a shard.")
+    parser.add_argument("--chunk_size", type=int, default=32, help="Images of a chunk, which one process reads.")
+    parser.add_argument("--shard_chunks", type=int, default=8, help="Chunks of a shard, which one process writes.")
     parser.add_argument("--cache_dir", default="caches", help="A folder that all processes see.")
     parser.add_argument("--output_dir", default="outputs/two_processes")
     parser.add_argument("--use_cpu", action="store_true")
@@ -69,7 +70,9 @@ def main() -> None:
         processing_class=processor,
         compute_metrics=accuracy,
         freeze_config=FreezeConfig(schedule=options.schedule),
-        cache_config=CacheConfig(cache_dir=options.cache_dir, shard_chunks=options.shard_chunks),
+        cache_config=CacheConfig(
+            cache_dir=options.cache_dir, chunk_size=options.chunk_size, shard_chunks=options.shard_chunks
+        ),
     )
     trainer.train()
     trainer.save_model()

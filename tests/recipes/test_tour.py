@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.children import free_port
 from transformers import AutoModelForImageClassification
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -87,11 +88,21 @@ def test_the_weights_are_the_inverse_of_the_counts() -> None:
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_build_and_train_together(workspace, launcher) -> None:
     arguments = [str(RECIPES / "two_processes.py"), *SHORT, "--schedule", "0:2", "--batch_size", "5", "--use_cpu"]
+    arguments += ["--chunk_size", "8", "--shard_chunks", "2"]
+    port = str(free_port())
     command = {
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+        "torchrun": [
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            port,
+        ],
         "accelerate": [
             *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port),
         ],
     }[launcher]
     done = subprocess.run(
