@@ -3,9 +3,10 @@
     torchrun --nproc_per_node 2 recipes/two_processes.py --model facebook/deit-tiny-patch16-224 --data ./flower_photos
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/two_processes.py --model ... --data ...
 
-Nothing in the script says how many processes there are. With ``--use_cpu`` they talk through gloo, and no GPU is needed. What is
-written does not depend on their number: any number of processes finds the cache, or goes on with a build that another began.
-Few rows need a small ``--chunk_size``, and a small ``--shard_chunks``, so that there is one of each for all of them.
+Nothing in the script says how many processes there are. With ``torchrun`` and ``--use_cpu`` they talk through gloo, and no GPU is needed
+(``accelerate launch`` starts only one process where there is no GPU). What is written does not depend on their number: any number
+of processes finds the cache, or goes on with a build that another began. Few rows need a small ``--chunk_size``, and a small
+``--shard_chunks``, so that there is one of each for all of them.
 
 ``--data`` is what ``datasets.load_dataset`` takes; it has the splits ``train`` and ``test``, with columns ``image`` and ``label`` (a
 ``ClassLabel``).

@@ -85,28 +85,12 @@ def test_the_weights_are_the_inverse_of_the_counts() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_build_and_train_together(workspace, launcher) -> None:
+def test_two_processes_build_and_train_together(workspace) -> None:
     arguments = [str(RECIPES / "two_processes.py"), *SHORT, "--schedule", "0:2", "--batch_size", "5", "--use_cpu"]
     arguments += ["--chunk_size", "8", "--shard_chunks", "2"]
-    port = str(free_port())
-    command = {
-        "torchrun": [
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            port,
-        ],
-        "accelerate": [
-            *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port),
-        ],
-    }[launcher]
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     done = subprocess.run(
-        [sys.executable, "-m", *command, *arguments],
+        [sys.executable, "-m", *launcher, "--master_port", str(free_port()), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
