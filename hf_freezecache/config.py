@@ -4,6 +4,7 @@
 # `HfArgumentParser` takes `Optional[X]`, not `X | None`, on Python 3.10; of three types it parses with the second.
 # ruff: noqa: UP007, UP045
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -45,12 +46,8 @@ def _between(least: float, most: float, *, above: bool = False) -> Callable[[Any
     return check
 
 
-def _at_least(least: float) -> Callable[[Any], None]:
-    return _between(least, float("inf"))
-
-
-def _above(least: float) -> Callable[[Any], None]:
-    return _between(least, float("inf"), above=True)
+_at_least = functools.partial(_between, most=float("inf"))
+_above = functools.partial(_between, most=float("inf"), above=True)
 
 
 class _Views(int):
@@ -246,6 +243,13 @@ class CacheConfig:
             "earlier stage builds its cache anew. Another run that reads the same caches would stop."
         },
     )
+    offload_prefix: bool = field(
+        default=False,
+        metadata={
+            "help": f"{ADVANCED}while a stage trains from a cache, keep weights of its frozen blocks in host memory, where the device has "
+            "memory of its own. They come back for what runs on images, and when the stage ends. Not with torch_compile."
+        },
+    )
     gradient_weight: Annotated[float, _between(0, 1)] = field(
         default=0.0,
         metadata={
@@ -254,9 +258,7 @@ class CacheConfig:
     )
     calibration_samples: Annotated[int, _at_least(4)] = field(
         default=256,
-        metadata={
-            "help": f"{ADVANCED}images on which a lossy codec is calibrated: fitted on one half, measured on the other."
-        },
+        metadata={"help": f"{ADVANCED}images on which a lossy codec is calibrated: half to fit it, half to measure."},
     )
     chunk_size: Annotated[int, _at_least(1)] = field(
         default=32,
@@ -304,10 +306,7 @@ class CacheConfig:
     )
     lock_timeout: Annotated[float, _at_least(0)] = field(
         default=30.0,
-        metadata={
-            "help": f"{ADVANCED}seconds to wait for another run that writes the same cache, before giving up. Work of a run that was "
-            "killed ends by itself within seconds."
-        },
+        metadata={"help": f"{ADVANCED}seconds to wait for another run that writes the same cache, before giving up."},
     )
     cache_dir: InitVar[Optional[str]] = None
 
@@ -317,10 +316,11 @@ class CacheConfig:
         if isinstance(self.bits_per_element, (int, float)):
             self.bits_per_element = str(self.bits_per_element)
         _check_values(self)
-        if self.feature_augmentation is not None and self.mode == "never":
-            raise UnsupportedSetupError(
-                f"feature_augmentation={self.feature_augmentation!r} acts on cached hidden states, but mode='never' makes none: remove one."
-            )
+        for name in ("feature_augmentation", "offload_prefix"):
+            if (value := getattr(self, name)) not in (None, False) and self.mode == "never":
+                raise UnsupportedSetupError(
+                    f"{name}={value!r} acts in cached stages, but mode='never' makes none: remove one."
+                )
         if self.num_views == 0 and self.mode != "never":
             raise UnsupportedSetupError(
                 "num_views=0 draws a new view in every epoch, which no cache can hold: set mode='never', or num_views of 1 or more."

@@ -122,7 +122,7 @@ def test_values_out_of_range_are_refused(settings, expected) -> None:
     [
         ({"num_views": 0}, "num_views=0 draws a new view in every epoch, which no cache can hold: set mode='never'"),
         ({"num_views": 0, "mode": "auto"}, "num_views=0"),
-        ({"mode": "never", "feature_augmentation": "mixup:0.2"}, "feature_augmentation='mixup:0.2' acts on cached"),
+        ({"mode": "never", "feature_augmentation": "mixup:0.2"}, "feature_augmentation='mixup:0.2' acts in cached"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, words) -> None:
@@ -162,7 +162,7 @@ def test_every_field_has_help_and_few_are_shown_first() -> None:
     named = {setting.name: str(setting.metadata["help"]) for setting in dataclasses.fields(CacheConfig)}
     advanced = [name for name, words in named.items() if words.startswith(ADVANCED)]
     assert list(named) == VISIBLE + advanced
-    assert len(advanced) == 13
+    assert len(advanced) == 14
     document = CacheConfig.__doc__ or ""
     for name, words in named.items():
         assert f"    {name}: {words}" in document
@@ -368,6 +368,7 @@ def test_every_field_is_a_flag() -> None:
         "cache_eval": True,
         "cache_placement": "node",
         "consume_previous_cache": True,
+        "offload_prefix": True,
         "gradient_weight": 0.5,
         "calibration_samples": 8,
         "chunk_size": 4,

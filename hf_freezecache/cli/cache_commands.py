@@ -103,10 +103,25 @@ def plan(
     split_points: Annotated[
         str | None, typer.Option(help="Numbers of frozen blocks, e.g. '3,6,9'; default: some.", show_default=False)
     ] = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(help="A schedule, e.g. '0:6,6:11'; give it several times for several.", show_default=False),
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Images, in place of those that the data set has.")] = None,
+    rates: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Rates of another machine, as JSON, in place of those measured here.",
+            show_default=False,
+        ),
+    ] = None,
     split: Split = "train",
     views: Views = 1,
     token_keep: Annotated[float, typer.Option(min=0.01, max=1, help="As of FreezeConfig.")] = 1.0,
+    consume_previous_cache: Annotated[
+        bool, typer.Option("--consume-previous-cache", help="As of CacheConfig.")
+    ] = False,
     cache_dir: Annotated[Path, typer.Option(help="Folder of caches: a few are written there, and removed.")] = Path(
         "caches"
     ),
@@ -118,21 +133,28 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what caches of several split points would take here: bytes, and the time of building and training.
+    """Say what caches of several split points, or of whole schedules, would take: bytes, and the time of building and training.
 
     A few images are rendered, run through the frozen blocks, encoded and decoded. Nothing is trained. "no cache" freezes as many
-    blocks and runs them in every step; "unfrozen" trains all blocks. Caches are taken to be lossless.
+    blocks and runs them in every step; "unfrozen" trains all blocks. Caches are taken to be lossless. For another machine give
+    what you know of it with --rates: name, rendered_images_per_second (of one process), block_passes_per_second or
+    full_training_images_per_second (of one device), encode_, decode_, write_ and read_mb_per_second, devices, processes (that render,
+    of each device). What the file leaves out is measured here.
     """
     try:
         points = [int(point) for point in (split_points or "").split(",") if point]
     except ValueError:
         raise typer.BadParameter(f"--split-points {split_points}: expected numbers such as '3,6,9'.") from None
     with one_line_errors(debug):
-        from dataclasses import asdict
+        from .given_rates import GivenRates, read_rates
+        from .plan import PlanSettings, check_schedules, table_lines
+
+        schedules = [*(f"0:{point}" for point in points), *(schedule or [])]
+        check_schedules(schedules)
+        given = GivenRates() if rates is None else read_rates(rates)
 
         from .build import BuildSettings
         from .plan import plan as predict
-        from .plan import table_lines
 
         settings = BuildSettings(
             model=model,
@@ -148,8 +170,8 @@ def plan(
             revision=revision,
             show_progress=False,
         )
-        found = predict(settings, epochs, points, rows, token_keep)
-        typer.echo(json.dumps([asdict(one) for one in found], indent=1) if as_json else "\n".join(table_lines(found)))
+        found = predict(settings, PlanSettings(epochs, schedules, rows, token_keep, consume_previous_cache, given))
+        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(table_lines(found)))
 
 
 @app.command(epilog="Example: hf-freezecache inspect caches/k06-0123456789abcdef")

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import UnsupportedModelError, UnsupportedSetupError
 
 __all__ = [
+    "METADATA",
     "TensorShape",
     "Withheld",
     "blank_images",
@@ -35,8 +36,8 @@ _QUESTIONS = (
     "get_device data_ptr storage_offset new_zeros new_ones new_empty new_full"
 )
 _FUNCTIONS = "is_floating_point is_complex numel zeros_like ones_like empty_like full_like rand_like randn_like"
-#: What may be asked of a withheld tensor: its shape and place.
-_METADATA = {
+#: What tells shape and place of a tensor, and none of its values.
+METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
     *(getattr(Tensor, name) for name in _QUESTIONS.split()),
     *(getattr(torch, name) for name in _FUNCTIONS.split()),
@@ -76,7 +77,7 @@ class Withheld(Tensor):
         Raises:
             UnsupportedSetupError: Anything else reads values that are not there.
         """
-        if func in _METADATA or func in _COPIES:
+        if func in METADATA or func in _COPIES:
             with torch._C.DisableTorchFunctionSubclass():
                 answer = func(*args, **(kwargs or {}))
             if func in _COPIES and isinstance(answer, Tensor):
@@ -96,10 +97,11 @@ class Withheld(Tensor):
 def blank_images(model: nn.Module, batch_size: int, image_shape: ImageShape, value: float = 0.0) -> Tensor:
     """Return constant pixel values (batch_size, *image_shape) that take no memory: all strides are 0.
 
-    The dtype and the device are those of the model's first float parameter.
+    The dtype is that of the model's first float parameter. The device is that of its last: weights of frozen blocks may be elsewhere.
     """
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    return torch.full((1,), value, dtype=like.dtype, device=like.device).expand(batch_size, *image_shape)
+    *_, last = (p for p in model.parameters() if p.is_floating_point())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.full((1,), value, dtype=dtype, device=last.device).expand(batch_size, *image_shape)
 
 
 def first_tensor(output: Any) -> Tensor:

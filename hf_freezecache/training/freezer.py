@@ -14,6 +14,9 @@ from ..errors import UnsupportedSetupError
 from ..model.freeze import Frozen, check_checkpointing, freeze, prune_optimizer, restore_groups
 from ..model.split import Split
 from ..schedules import Stage
+from .cached_step import CachedStep
+from .offload import OffloadedStep, why_not
+from .runtime import Runtime
 
 __all__ = ["Freezer", "check_something_trains"]
 
@@ -36,6 +39,8 @@ class Freezer:
     _groups: list[list[nn.Parameter]] | None = None
     #: How many parameters are missing from the optimizer.
     _pruned: int = 0
+    _offloaded: OffloadedStep | None = None
+    _said: bool = False
 
     def begin(self, optimizer: Any, first_split_point: int) -> bool:
         """Prepare for a ``train()`` that starts at the first stage again: all parameters are trainable.
@@ -72,6 +77,7 @@ class Freezer:
             UnsupportedSetupError: The model uses reentrant activation checkpointing.
         """
         check_checkpointing(split.model)
+        self.bring_back()
         prefix = _prefix_of(split)
         if len(prefix) < len(self._prefix):
             self.thaw()
@@ -124,8 +130,32 @@ class Freezer:
             )
             self._frozen.append(Frozen(thawed, ()))
 
+    def offloading(self, step: CachedStep, runtime: Runtime, wanted: bool) -> CachedStep | OffloadedStep:
+        """Return what trains on batches of a stage with frozen weights in host memory; the step itself if that is not wanted.
+
+        Args:
+            step: What trains on batches of the stage.
+            runtime: The trainer.
+            wanted: ``CacheConfig.offload_prefix``.
+        """
+        reason = why_not(runtime) if wanted else None
+        if reason is not None and not self._said:
+            self._said = True
+            logger.warning("offload_prefix=True has no effect: %s.", reason)
+        if not wanted or reason is not None:
+            return step
+        self._offloaded = OffloadedStep(step)
+        return self._offloaded
+
+    def bring_back(self) -> None:
+        """Bring weights that are in host memory back to the device."""
+        if self._offloaded is not None:
+            self._offloaded.end()
+            self._offloaded = None
+
     def thaw(self) -> None:
-        """Let parameters that were frozen here require gradients again, and remove all hooks."""
+        """Let parameters that were frozen here require gradients again, bring them back, and remove all hooks."""
+        self.bring_back()
         self._prefix = ()
         while self._frozen:
             self._frozen.pop().thaw()

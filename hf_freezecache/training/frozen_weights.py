@@ -74,6 +74,7 @@ class FrozenWeights:
         if epoch == self._looked_at:
             return
         self._looked_at = epoch
+        states = self._states()  # first: it brings weights back that are in host memory
         if not torch.equal(self._sums(), self._sums_before):
             raise UnsupportedSetupError(
                 f"The weights of the first {split.split_point} blocks have changed since the cache of this stage was opened, "
@@ -81,7 +82,7 @@ class FrozenWeights:
                 f"the blocks gave before. Let the callback leave frozen blocks alone, or train such stages with "
                 "CacheConfig(mode='never')."
             )
-        states, before = self._states(), self._states_before
+        before = self._states_before
         if not float((states - before).abs().max()) <= 1e-2 * float(before.abs().max()):
             raise UnsupportedSetupError(
                 f"In epoch {epoch} the frozen blocks no longer see the images as they did when the cache of this stage was "

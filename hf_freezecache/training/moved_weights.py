@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..model.probe import first_row
 from ..model.split import Split
+from ..model.withheld import METADATA
 from .draws import drawing
 from .rehearsal_copy import keeping_parameters
 from .step_outcome import StepOutcome
@@ -27,17 +28,17 @@ _STEPS = (0.05, 0.5, 5.0)
 
 
 class _Uses(TorchFunctionMode):
-    """Notes whether an operation takes one of some tensors."""
+    """Notes which of some tensors operations take. What is asked of shape and place alone does not count."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
         self._watched = {id(tensor) for tensor in tensors}
-        self.found = False
+        self.found: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.found:
-            self.found = any(id(leaf) in self._watched for leaf in pytree.tree_leaves((args, kwargs)))
+        if func not in METADATA and len(self.found) < len(self._watched):
+            self.found |= self._watched.intersection(map(id, pytree.tree_leaves((args, kwargs))))
         return func(*args, **kwargs)
 
 
@@ -53,8 +54,8 @@ def trained_parameters(model: nn.Module, step: StepOutcome) -> list[nn.Parameter
 
 
 @contextmanager
-def noting_uses(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], bool]]:
-    """Yield what says whether an operation in this context has taken one of some parameters."""
+def noting_uses(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], set[int]]]:
+    """Yield what tells which of some parameters operations in this context have taken, each by its ``id``."""
     with _Uses(parameters) as uses:
         yield lambda: uses.found
 

@@ -25,6 +25,7 @@ from ..schedules import Stage, plan_stages, thawed_to
 __all__ = [
     "PLANNER_RULES",
     "Outlook",
+    "epochs_of",
     "make_sampler",
     "plan_run",
     "predict_passes",
@@ -138,13 +139,24 @@ def predict_passes(
     Returns:
         ``cached_passes`` and ``live_passes`` per image, over all epochs of the stage.
     """
-    following = [later.start_epoch for later in stages if later.index > stage.index]
-    epochs = max(min([num_epochs, *following]) - stage.start_epoch, 0)
+    epochs = epochs_of(stage, stages, num_epochs)
     trained = passes_of_step(num_blocks, stage.split_point, token_keep) * epochs
     return {
         "cached_passes": float(trained + config.num_views * (stage.split_point - states_at(stage, stages, config))),
         "live_passes": float(trained + epochs * stage.split_point),
     }
+
+
+def epochs_of(stage: Stage, stages: Sequence[Stage], num_epochs: int) -> int:
+    """Return the epochs of a stage.
+
+    Args:
+        stage: The stage.
+        stages: All stages of the run, in order.
+        num_epochs: Epochs of the run.
+    """
+    following = [later.start_epoch for later in stages if later.index > stage.index]
+    return max(min([num_epochs, *following]) - stage.start_epoch, 0)
 
 
 def states_at(stage: Stage, stages: Sequence[Stage], config: CacheConfig) -> int:
@@ -163,7 +175,8 @@ def states_at(stage: Stage, stages: Sequence[Stage], config: CacheConfig) -> int
     # Stages behind whose blocks nothing has trained since.
     lowest = [min(one.split_point for one in before[number:]) for number in range(len(before))]
     usable = [one.split_point for one, least in zip(before, lowest, strict=True) if one.split_point == least]
-    return max((point for point in usable if point < stage.split_point), default=0)
+    # What a later stage needs is not consumed: a cache that is there is not built again.
+    return max((point for point in usable if point <= stage.split_point), default=0)
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,13 @@ from ..report.record import Decision, RunRecord
 from ..report.run_log import decision_logs, epoch_logs
 from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at, thawed_to
-from .cached_step import CachedStep
 from .checkpoints import last_complete
 from .decisions import describe_cache
 from .evaluation_cache import EvaluationCache
-from .fewer_tokens import LiveStep
 from .freezer import Freezer
 from .frozen_weights import FrozenWeights
 from .learning_rates import LearningRates
+from .offload import Step
 from .planner import Outlook, predict_passes, steps_of_head, why_live
 from .runtime import Runtime
 from .sharing import provenance_of
@@ -62,7 +61,7 @@ class ActiveStage:
     stage: Stage
     split: Split
     loader: Any
-    step: CachedStep | LiveStep | None
+    step: Step | None
     decision: Decision
 
 
@@ -150,7 +149,7 @@ class StageRunner:
         return steps_of_head(self.stages, self.splits.num_blocks, self.runtime.args, self.sampler)
 
     @property
-    def step(self) -> CachedStep | LiveStep | None:
+    def step(self) -> Step | None:
         """What trains on batches of the stage; ``None`` if ``Trainer`` takes them as they are, or there is no stage."""
         return None if self.active is None else self.active.step
 
@@ -264,7 +263,7 @@ class StageRunner:
         )
         self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
         split, opened = self.splits.at(stage.split_point), None
-        step: CachedStep | LiveStep | None
+        step: Step | None
         outlook = Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point))
         # Without a cache nothing would augment hidden states: what is trained must not depend on how long it takes.
         if why_live(outlook) is None and self.config.mode == "auto" and self.augmenter is None:
@@ -287,6 +286,7 @@ class StageRunner:
             loader, step = cached_batches(
                 self.runtime, self.config, self.sampler, split, opened.reader, self.augmenter, tokens
             )
+            step = self.freezer.offloading(step, self.runtime, self.config.offload_prefix)
         self.active = ActiveStage(stage, split, loader, step, decision)
         # Before the record adds what a run that was interrupted in this stage had built.
         self.stage_logs = decision_logs(decision)

@@ -28,10 +28,10 @@ from ..data.seeding import preserved_random_state
 from ..model.split import Split
 from ..passes import passes_of_step
 from ..schedules import Stage
-from .planner import states_at
+from .planner import epochs_of, states_at
 from .stage_cache import StageCache
 
-__all__ = ["Rates", "measure_rates", "predict_costs", "stage_seconds"]
+__all__ = ["Rates", "build_seconds", "epoch_seconds", "measure_rates", "predict_costs", "stage_seconds"]
 
 #: Images that are run through the frozen blocks, and the most that are rendered.
 _ROWS = 8
@@ -54,9 +54,11 @@ class Rates:
         render: Reading and rendering one view.
         render_all: Reading a row and rendering all views that are stored.
         block: A forward pass through one frozen block.
-        encode: Encoding and writing one view.
+        encode: Encoding one view.
         decode: Decoding one view.
         stored_bytes: Bytes of one view, stored without loss; not seconds.
+        write: Writing one view to disk.
+        read: Reading one view from disk, which worker processes do not share out; 0 where files stay in memory.
     """
 
     render: float
@@ -65,6 +67,8 @@ class Rates:
     encode: float
     decode: float
     stored_bytes: float = 0.0
+    write: float = 0.0
+    read: float = 0.0
 
 
 def measure_rates(cache: StageCache, split: Split) -> Rates:
@@ -96,13 +100,21 @@ def measure_rates(cache: StageCache, split: Split) -> Rates:
             prefix()  # the first call compiles and allocates
         forward, states = _timed(prefix)
         lossless = make_codec("lossless")
-        encode, frames = _timed(lambda: _written(lossless.encode(states), Path(config.freezecache_dir)))
+        encode, frames = _timed(lambda: lossless.encode(states))
+        write, _ = _timed(lambda: _write(frames, Path(config.freezecache_dir)))
         decode, _ = _timed(lambda: lossless.decode(frames, states.shape, states.dtype))
     if not requested_codec(config, split.split_point)[0].lossless:
-        encode *= _LOSSY_ENCODING
+        encode, write = encode * _LOSSY_ENCODING, write * _LOSSY_ENCODING
     count = len(examples)
-    stored_bytes = sum(map(len, frames)) / count
-    return Rates(render, render_all, forward / count / split.split_point, encode / count, decode / count, stored_bytes)
+    return Rates(
+        render=render,
+        render_all=render_all,
+        block=forward / count / split.split_point,
+        encode=encode / count,
+        decode=decode / count,
+        stored_bytes=sum(map(len, frames)) / count,
+        write=write / count,
+    )
 
 
 def _per_row(render: Callable[[int], Any], rows: Sequence[int]) -> tuple[float, list[Any]]:
@@ -124,20 +136,57 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def _written(frames: list[bytes], folder: Path) -> list[bytes]:
-    """Write frames to the disk of the caches, as a build does, and remove them; return the frames."""
+def _write(frames: list[bytes], folder: Path) -> None:
+    """Write frames to the disk of the caches, as a build does, and remove them."""
     with suppress(OSError):  # building tells
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.writelines(frames)
             file.flush()
             os.fsync(file.fileno())
-    return frames
 
 
 def _together(ahead: float, computing: float, workers: int) -> float:
     """Return what a step takes whose data worker processes prepare while the one before computes."""
     return ahead + computing if workers == 0 else max(ahead / workers, computing)
+
+
+def build_seconds(
+    rates: Rates, split_point: int, built_from: int, num_views: int, num_caches: int, workers: int
+) -> float:
+    """Return the seconds per row of building the cache of a split point, and those of lower ones on the way.
+
+    Args:
+        rates: What one image takes.
+        split_point: The deepest split point.
+        built_from: Split point from whose cache states are computed; 0 for the images.
+        num_views: Views that are stored.
+        num_caches: How many caches are written.
+        workers: Processes that render.
+    """
+    prefix = rates.block * (split_point - built_from)
+    reading = rates.render_all if built_from == 0 else (rates.decode + rates.read) * num_views
+    writing = num_views * (rates.encode + rates.write) * num_caches
+    return _together(reading, num_views * prefix, workers) + writing
+
+
+def epoch_seconds(
+    rates: Rates, split_point: int, num_blocks: int, token_keep: float, workers: int
+) -> tuple[float, float]:
+    """Return the seconds per row of an epoch, from a cache and without one.
+
+    Args:
+        rates: What one image takes.
+        split_point: Number of frozen blocks.
+        num_blocks: Blocks of the model.
+        token_keep: Share of the patch tokens that steps see behind the split.
+        workers: Processes, or threads, that prepare data.
+    """
+    suffix = rates.block * passes_of_step(num_blocks, split_point, token_keep)
+    live = _together(rates.render, rates.block * split_point + suffix, workers)
+    # Threads share one disk.
+    cached = _together(rates.decode, suffix, workers)
+    return max(cached, rates.read) if workers else cached + rates.read, live
 
 
 def stage_seconds(
@@ -163,14 +212,12 @@ def stage_seconds(
     Returns:
         Seconds with caches, building included, and without.
     """
-    prefix = rates.block * (stages[0][1] - built_from)
-    reading = rates.render_all if built_from == 0 else rates.decode * num_views
-    cached = _together(reading, num_views * prefix, workers[0]) + num_views * rates.encode * len(stages)
+    cached = build_seconds(rates, stages[0][1], built_from, num_views, len(stages), workers[0])
     live = 0.0
     for epochs, split_point in stages:
-        suffix = rates.block * passes_of_step(num_blocks, split_point, token_keep)
-        cached += epochs * _together(rates.decode, suffix, workers[1])
-        live += epochs * _together(rates.render, rates.block * split_point + suffix, workers[1])
+        in_epoch = epoch_seconds(rates, split_point, num_blocks, token_keep, workers[1])
+        cached += epochs * in_epoch[0]
+        live += epochs * in_epoch[1]
     return cached, live
 
 
@@ -202,7 +249,9 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
             return {}
         points = [stage.split_point, *run.built_ahead(stage)]
         served = [
-            (_epochs(one, run), one.split_point) for one in run.stages[stage.index :] if one.split_point in points
+            (epochs_of(one, run.stages, run.num_epochs), one.split_point)
+            for one in run.stages[stage.index :]
+            if one.split_point in points
         ]
         current, source = cache.current, states_at(stage, run.stages, run.config)
         there = current is not None and current.index.split_point == source
@@ -232,9 +281,3 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
         return {"cached_seconds": round(rows * cached + calibration, 3), "live_seconds": round(rows * live, 3)}
 
     return run.runtime.everyone.on_main_process(predict)  # type: ignore[no-any-return]
-
-
-def _epochs(stage: Stage, run: Any) -> float:
-    """Return the epochs of a stage."""
-    following = [later.start_epoch for later in run.stages if later.index > stage.index]
-    return max(min([run.num_epochs, *following]) - stage.start_epoch, 0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from accuracy_front import best_within, line_of, points_of
 from records import RESULTS, ROOT, link, load
-from speed_tables import demos, epochs, evaluations, faults, sweeps
+from speed_tables import demos, epochs, evaluations, faults, plans, sweeps
 
 RATES = "rate_distortion--deit-tiny--cpu.json"
 ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
@@ -267,6 +267,7 @@ SECTIONS = {
     "fronts": ("docs/schedules.md", fronts),
     "tried": ("docs/schedules.md", tried),
     "evaluations": ("docs/evaluating.md", evaluations),
+    "plans": ("docs/schedules.md", plans),
     "sweeps": ("docs/schedules.md", sweeps),
     "demos": ("docs/quick_start.md", demos),
     "codecs": ("docs/compression.md", codecs),

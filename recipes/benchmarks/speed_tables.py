@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from records import interval, link, load
+
+from hf_freezecache.cli.plan import Plan, Prediction, table_cells
 
 LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
 AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
@@ -13,6 +16,7 @@ SWEEPING = "sweeping--deit-tiny--cpu.json"
 DEMO, UNSEEN = "demo.json", "demo--unseen-digits.json"
 FAULTS = "faults.json"
 SCALE = "scale.json"
+PLANNING = "planning--deit-tiny--imagenet-1k--cpu.json"
 
 
 def epochs() -> str:
@@ -64,6 +68,25 @@ def evaluations() -> str:
         "",
         f"DeiT-Tiny, 224 px, {config['images']} photos, {machine['processor']}, {machine['cores']} cores; medians (extremes) of "
         f"{config['rounds']} rounds. {link(EVALUATING)}, made by `recipes/benchmarks/evaluating.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def plans() -> str:
+    """Return what ``hf-freezecache plan`` says of a larger data set, from the rates of a record."""
+    record = load(PLANNING)
+    config, results = record["config"], record["results"]
+    found = Plan(**{**results, "predictions": [Prediction(**one) for one in results["predictions"]]})
+    rows = [list(row) for row in table_cells(found)]
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    lines += [f"| {' | '.join([f'`{row[0]}`', *row[1:]])} |" for row in rows[1:]]
+    measured = [f"{name} {rate['value']:.0f}" for name, rate in found.rates.items() if rate["source"] == "measured"]
+    lines += [
+        "",
+        f"DeiT-Tiny, {found.rows:,} images, {counted(found.epochs, 'epoch', 'epochs')}, "
+        f"{counted(found.num_views, 'view', 'views')}. The file of rates is `{json.dumps(config['given'])}`, from "
+        f"{link(config['record'])}, of photos of 224 px; measured: {', '.join(measured)}. {link(PLANNING)}, made by "
+        "`recipes/benchmarks/planning.py`.",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""``hf-freezecache plan``: what caches would take, from a few images."""
+"""``hf-freezecache plan``: what caches would take, from a few images and from given rates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import pytest
 from support.commands import assert_one_line, call
 from support.tiny import PROCESSOR, tiny_vit
 
+from hf_freezecache import CacheConfig
+from hf_freezecache.cli import build as build_module
 from hf_freezecache.cli import plan as plan_module
+from hf_freezecache.cli.given_rates import GivenRates
+from hf_freezecache.cli.plan import PlanSettings, predict
+from hf_freezecache.schedules import plan_stages
+from hf_freezecache.training.planner import predict_passes
 from hf_freezecache.training.stage_costs import Rates
 
 
@@ -20,18 +26,30 @@ def folder(images) -> None:
     images.select(range(12)).to_parquet("data/train.parquet")
 
 
+def measured(cache, split):
+    return Rates(1.0, 2.0, 0.5, 0.125, 0.125 * split.split_point, stored_bytes=2.0**20, write=0.125)
+
+
+def stage_by_stage(schedule: str, rates: dict[int, Rates], rows: int = 1, processes=(0, 0), **settings):
+    stages, config = (
+        plan_stages(schedule, 6, 12),
+        CacheConfig(num_views=2, consume_previous_cache="consume" in settings),
+    )
+    settings.pop("consume", None)
+    return predict(schedule, stages, rates, 12, rows, config, PlanSettings(6, **settings), processes), stages, config
+
+
 @pytest.mark.usefixtures("folder")
 def test_predictions_follow_from_what_was_measured(monkeypatch) -> None:
-    def measured(cache, split):
-        return Rates(1.0, 2.0, 0.5, 0.25, 0.125 * split.split_point, stored_bytes=2.0**20)
-
     monkeypatch.setattr(plan_module, "measure_rates", measured)
     status, out, err = call("plan", "model", "data", "--epochs", 10, "--views", 2, "--rows", 4, "--json")
     assert status == 0, err
     found = json.loads(out)
-    assert [one["split_point"] for one in found] == [1, 2, 3]
-    two = found[1]
-    assert two["cache_bytes"] == 4 * 2 * 2**20
+    assert [one["schedule"] for one in found["predictions"]] == ["0:1", "0:2", "0:3"]
+    assert {rate["source"] for rate in found["rates"].values()} == {"measured"}
+    assert found["rates"]["block_passes_per_second"]["value"] == 2
+    two = found["predictions"][1]
+    assert two["cache_bytes"] == two["peak_bytes"] == 4 * 2 * 2**20
     assert two["build_seconds"] == pytest.approx(4 * (2 + 2 * 2 * 0.5 + 2 * 0.25))
     assert two["epoch_seconds"] == pytest.approx(4 * (0.25 + 3 * 2 * 0.5))
     assert two["cached_seconds"] == pytest.approx(two["build_seconds"] + 10 * two["epoch_seconds"])
@@ -40,15 +58,135 @@ def test_predictions_follow_from_what_was_measured(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_table_and_wrong_usage() -> None:
+def test_given_rates_take_the_place_of_measured_ones(monkeypatch) -> None:
+    monkeypatch.setattr(plan_module, "measure_rates", measured)
+    rates = {
+        "name": "a machine",
+        "rendered_images_per_second": 10,
+        "full_training_images_per_second": 5,
+        "decode_mb_per_second": 8,
+        "read_mb_per_second": 16.0,
+        "devices": 2,
+        "processes": 4,
+    }
+    Path("rates.json").write_text(json.dumps(rates))
+    command = ("plan", "model", "data", "--epochs", 10, "--views", 2, "--rows", 1281167, "--rates", "rates.json")
+    status, out, err = call(*command, "--schedule", "0:1,4:3", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    sources = {name: rate["source"] for name, rate in found["rates"].items()}
+    given = ("rendered_images_per_second", "block_passes_per_second", "decode_mb_per_second", "read_mb_per_second")
+    assert sources == dict.fromkeys(given, "given") | dict.fromkeys(
+        ("encode_mb_per_second", "write_mb_per_second"), "measured"
+    )
+    (one,), share, mb = found["predictions"], 1281167 / 2, 2**20 / 1e6
+    block = 1 / 5 / (3 * 4)
+    assert one["split_points"] == [1, 3]
+    # One device in two renders with four processes, and gets half of the disk. Deeper states come from the cache before.
+    first = max(2 / 10 / 4, 2 * block) + 2 * 0.25
+    second = max(2 * (mb / 8 + 2 * mb / 16) / 4, 2 * 2 * block) + 2 * 0.25
+    assert one["build_seconds"] == pytest.approx(share * (first + second))
+    epochs = 4 * max(mb / 8 / 4, 9 * block, 2 * mb / 16) + 6 * max(mb / 8 / 4, 3 * block, 2 * mb / 16)
+    assert one["cached_seconds"] == pytest.approx(share * (first + second + epochs))
+    lines = call(*command, "--schedule", "0:1,4:3", "--split-points", "2")[1].splitlines()
+    assert lines[0] == "a machine: 2 devices with 4 data processes each."
+    assert lines[1] == "Given: rendering 10 images/s, blocks 60 passes/s, decoding 8 MB/s, reading 16 MB/s."
+    assert lines[2].startswith("Measured here: encoding ")
+    assert lines[3] == "1,281,167 images, 2 views, 10 epochs:"
+    assert [line.split()[0] for line in lines[4:]] == ["frozen", "2", "0:1,4:3"]
+
+
+@pytest.mark.parametrize("schedule", ["0:6", "0:6,2:9", "0:12,2:6", "0:6,2:0,4:9", "0:12,2:9,3:6,4:8", "0:6,2:9,4:6"])
+@pytest.mark.parametrize("consume", [False, True])
+def test_stages_cost_what_the_planner_says(schedule, consume) -> None:
+    rates = {point: Rates(0.0, 0.0, 1.0, 0.0, 0.0, stored_bytes=1.0) for point in range(1, 13)}
+    found, stages, config = stage_by_stage(schedule, rates, **({"consume": True} if consume else {}))
+    passes = [predict_passes(stage, stages, 6, 12, config) for stage in stages]
+    assert found.cached_seconds == pytest.approx(sum(each["cached_passes"] for each in passes))
+    assert found.live_seconds == pytest.approx(sum(each["live_passes"] for each in passes))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "consume", "written", "peak"),
+    [
+        ("0:6,2:9", {}, 15, 15),
+        ("0:6,2:9", {"consume": True}, 15, 9 + 9 * 1024 / 4096),
+        ("0:12,2:6", {}, 18, 18),  # both in one pass
+        ("0:6,2:9,4:6", {}, 15, 15),  # the first is still there
+        ("0:6,2:9,4:6", {"consume": True}, 15, 15),  # and is not consumed where it is needed again
+    ],
+)
+def test_bytes_of_a_schedule(schedule, consume, written, peak) -> None:
+    rates = {point: Rates(0.0, 0.0, 1.0, 0.0, 0.0, stored_bytes=point / 2 / 4096) for point in range(1, 13)}
+    found, *_ = stage_by_stage(schedule, rates, rows=4096, **consume)
+    assert (found.cache_bytes, found.peak_bytes) == (pytest.approx(written), pytest.approx(peak))
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_table_and_wrong_usage(monkeypatch) -> None:
     status, out, err = call("plan", "model", "data", "--epochs", 3, "--split-points", "1,3", "--rows", 1000000)
     assert status == 0, err
     lines = out.splitlines()
-    assert lines[0].split() == ["frozen", "cache", "build", "an", "epoch", "in", "all", "no", "cache", "unfrozen"]
-    assert [line.split()[0] for line in lines[1:]] == ["1", "3"]
+    assert lines[0] == "This machine: 1 device with 0 data processes each."
+    assert lines[3].split() == [
+        "frozen",
+        "cache",
+        "peak",
+        "disk",
+        "build",
+        "an",
+        "epoch",
+        "in",
+        "all",
+        "no",
+        "cache",
+        "unfrozen",
+    ]
+    assert [line.split()[0] for line in lines[4:]] == ["1", "3"]
     assert not any(Path("caches").iterdir())  # what was written to measure is gone
-    assert call("plan", "model", "data", "--epochs", 3, "--split-points", "1,x")[0] == 2
     status, _, err = call("plan", "model", "data", "--epochs", 3, "--split-points", "9")
     assert status == 1
     assert_one_line(err)
     assert "9" in err
+
+    def load(*args):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(build_module, "load_images", load)
+    assert call("plan", "model", "data", "--epochs", 3, "--split-points", "1,x")[0] == 2
+    for schedule, words in (("0:6,x", "'x'"), ("3", "'3'"), ("auto", "'0:12,2:6'"), ("0:-1", "-1")):
+        status, _, err = call("plan", "model", "data", "--epochs", 3, "--schedule", schedule)
+        assert (status, words in err) == (1, True)
+        assert_one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "no JSON"),
+        ("[]", "holds list"),
+        ('{"images": 3}', "'images'"),
+        ('{"read_mb_per_second": 0}', "read_mb_per_second is 0; expected a number above 0"),
+        ('{"read_mb_per_second": NaN}', "read_mb_per_second is nan"),
+        ('{"read_mb_per_second": true}', "read_mb_per_second is True"),
+        ('{"devices": 0}', "devices is 0; expected a whole number of at least 1"),
+        ('{"devices": null}', "devices is None"),
+        ('{"processes": 1.5}', "processes is 1.5"),
+        ('{"name": 3}', "name is 3; expected text"),
+        ('{"block_passes_per_second": 3, "full_training_images_per_second": 1}', "say the same"),
+        (None, "rates.json"),
+    ],
+)
+def test_bad_rates_are_refused_before_anything_is_loaded(text, words) -> None:
+    if text is not None:
+        Path("rates.json").write_text(text)
+    status, _, err = call("plan", "nowhere", "nothing", "--epochs", 3, "--rates", "rates.json")
+    assert status == 1
+    assert_one_line(err)
+    assert words in err
+    assert "rates.json" in err
+
+
+def test_several_views_share_the_reading_of_a_row() -> None:
+    rates = GivenRates(rendered_images_per_second=4).applied(Rates(1.0, 1.5, 0.5, 0.0, 0.0), 4)
+    assert (rates.render, rates.render_all, rates.block) == (0.25, 0.375, 0.5)

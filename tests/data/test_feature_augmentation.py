@@ -332,7 +332,7 @@ def test_setups_that_cannot_mix_are_refused_at_construction(train_dataset) -> No
 
     regression = tiny_vit()
     regression.config.problem_type = "regression"
-    with pytest.raises(UnsupportedSetupError, match=r"'mixup:0.2' acts on cached hidden states, but mode='never'"):
+    with pytest.raises(UnsupportedSetupError, match=r"'mixup:0.2' acts in cached stages, but mode='never'"):
         make(mode="never")
     with pytest.raises(UnsupportedSetupError, match="'blur' is unknown"):
         make("blur:1")

@@ -48,7 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def all_of_two(folder: Path) -> list[dict[str, Any]]:
     """What two processes found in the scenarios of slow tests."""
-    scenarios = ["parity", "build", "one_fails:always", "one_fails:auto", "lossy", "terminated", "twice", "rates"]
+    scenarios = [
+        "parity",
+        "build",
+        "one_fails:always",
+        "one_fails:auto",
+        "lossy",
+        "terminated",
+        "twice",
+        "rates",
+        "offloaded",
+    ]
     return launch(folder, 2, *scenarios, "save:two")
 
 
@@ -59,6 +69,14 @@ def test_cached_equals_frozen_uncached_to_the_bit(two) -> None:
         assert parity["always"]["digest"] == parity["never"]["digest"]
     assert two[0]["parity:10"]["always"]["digest"] == two[1]["parity:10"]["always"]["digest"]
     assert two[0]["parity:10"]["always"]["losses"] != two[1]["parity:10"]["always"]["losses"]  # other samples each
+
+
+@pytest.mark.slow
+def test_frozen_weights_may_leave_the_device(all_of_two) -> None:
+    for found in all_of_two:
+        runs = found["offloaded"]
+        assert runs["offloaded"]["losses"] == runs["plain"]["losses"]
+        assert {run["digest"] for run in runs.values()} == {runs["plain"]["digest"]}
 
 
 def check_resumed(parity: dict[str, Any], checkpoints: int) -> None:

@@ -28,6 +28,7 @@ from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import CacheWriteError, FreezeCacheError
 from hf_freezecache.training import stage_cache, stage_costs
+from support.other_place import other_place
 from support.tiny import Recorder, SlowTransform, TinyTransform, make_trainer, tiny_vit
 
 ROWS = 50
@@ -164,6 +165,18 @@ def at_every_checkpoint(name: str, **settings: Any) -> dict[str, Any]:
 def fewer_tokens() -> dict[str, Any]:
     """Half of the patch tokens."""
     return at_every_checkpoint("fewer", freeze={"token_keep": 0.5})
+
+
+def offloaded() -> dict[str, Any]:
+    """Frozen weights leave the device, as if there were another memory, and come back to be looked at in each epoch."""
+    plain = run(save_strategy="no")
+    with other_place():
+        saving = {"save_strategy": "steps", "save_steps": 15, "output_dir": "offloaded"}
+        there = run(cache={"offload_prefix": True}, **saving)
+        if dist.is_initialized():
+            dist.barrier()
+        resumed = run("offloaded/checkpoint-15", cache={"offload_prefix": True}, output_dir="offloaded-resumed")
+    return {"plain": plain, "offloaded": there, "resumed": resumed}
 
 
 def thawing() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import TinyTransform, make_trainer, tiny_vit
+from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,3 +33,28 @@ def test_cached_equals_live(images, bf16, tolerance, token_keep) -> None:
     live, cached = (trained(images, mode, bf16=bf16, freeze={"token_keep": token_keep}) for mode in ("never", "always"))
     assert cached[0] == pytest.approx(live[0], rel=tolerance)
     assert cached[1] == pytest.approx(live[1], rel=tolerance)
+
+
+def test_frozen_weights_leave_the_gpu(images) -> None:
+    def run(offload: bool):
+        held = []
+
+        class Watched(Recorder):
+            def training_step(self, *args, **kwargs):
+                loss = super().training_step(*args, **kwargs)
+                torch.cuda.synchronize()
+                held.append(torch.cuda.memory_allocated())
+                return loss
+
+        model = tiny_vit(hidden_size=256, intermediate_size=1024)
+        rows, cache = images.with_transform(TinyTransform(True)), {"offload_prefix": offload, "cache_dir": "caches"}
+        trainer = make_trainer(model, rows, schedule="0:3", cache=cache, cls=Watched, num_train_epochs=2, use_cpu=False)
+        torch.cuda.empty_cache()
+        trainer.train()
+        assert {parameter.device.type for parameter in trainer.model.parameters()} == {"cuda"}
+        blocks = sum(p.numel() * p.element_size() for p in model.vit.layers[:3].parameters())
+        return trainer.losses, held[-1], blocks
+
+    plain, offloaded = run(False), run(True)
+    assert offloaded[0] == pytest.approx(plain[0], rel=1e-4)
+    assert plain[1] - offloaded[1] >= 0.9 * plain[2]

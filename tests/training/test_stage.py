@@ -149,6 +149,7 @@ def test_passes_are_counted() -> None:
         ("0:12,2:6", {"consume_previous_cache": True}, [12, 6]),
         ("0:6,2:0,4:9", {}, [6, 0, 9]),  # blocks in front of the second split point have trained since
         ("0:12,2:9,3:6,4:8", {}, [12, 0, 0, 2]),
+        ("0:6,2:9,4:6", {"consume_previous_cache": True}, [6, 3, 0]),  # the first is needed again, and kept
     ],
 )
 def test_what_building_is_predicted_to_take(schedule, settings, views) -> None:
