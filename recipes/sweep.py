@@ -4,8 +4,7 @@
         --schedules 0:11 0:6 0:6,3:9 --learning_rates 3e-4 6e-4 1.2e-3 2.4e-3 --seeds 0 1 --epochs 6
 
 Stages from epoch 0 with the same split point share a cache. One behind another (``3:9``) starts from weights that were trained in between:
-only the same run finds its cache again. ``--data`` is a folder of ``train.parquet`` and ``test.parquet`` with columns ``image`` and
-``label`` (a ``ClassLabel``). The best model is kept.
+only the same run finds its cache again. ``--data`` is a folder of ``{train,test}.parquet``: ``image`` and ``label``. The best model is kept.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def new_model(options: argparse.Namespace, names: list[str], seed: int) -> Any:
 
 def training_arguments(options: argparse.Namespace, rate: float, seed: int) -> TrainingArguments:
     run = {"num_train_epochs": options.epochs, "learning_rate": rate, "seed": seed, "bf16": options.bf16}
-    run |= {"lr_scheduler_type": "cosine", "weight_decay": 0.05, "save_strategy": "no"}
-    run |= {"eval_strategy": "epoch", "eval_delay": options.epochs}  # at the end, from a cache
+    run |= {"lr_scheduler_type": "cosine", "weight_decay": 0.05, "save_strategy": "no", "eval_strategy": "epoch"}
+    run |= {"eval_delay": options.epochs}  # one evaluation, at the end, from a cache
     run |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "remove_unused_columns": False}
     return TrainingArguments(str(options.output_dir / "runs"), report_to="none", disable_tqdm=True, **run)
 
@@ -78,7 +77,7 @@ def run(options: Any, train: Any, test: Any, schedule: str, rate: float, seed: i
         cache_config=CacheConfig(cache_dir=options.cache_dir, num_views=1, cache_eval=True),
     )
     trainer.train()
-    (found,) = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    (found,) = (entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry)
     return found, time.perf_counter() - began, trainer
 
 

@@ -62,11 +62,14 @@ def test_adapters_get_enough_steps_first_and_then_as_many_blocks_as_are_paid_for
 
     for epoch_steps in (5, 20, 30, 50, 1000):
         split_point, epochs = chosen(epoch_steps)
-        assert epochs * epoch_steps >= 60 or split_point == 11
+        assert epochs * epoch_steps >= 60 or split_point == 4  # no more than a third of the blocks is frozen for that
         # One block less would give too few steps: by hand, 2 passes a step and one to build.
         assert split_point == 1 or (36 - (split_point - 1)) / (2 * (12 - (split_point - 1))) * epoch_steps < 60
     assert chosen(1000)[0] == 1
     assert chosen(1000, 0.1)[1] < 1  # a part of an epoch has steps enough
+    # Unless an epoch is not paid for otherwise.
+    assert chosen(20, 0.2)[0] == 10
+    assert chosen(20, 0.2)[1] >= 1
 
 
 @pytest.mark.parametrize("head_first", [True, False])
