@@ -32,6 +32,7 @@ import torch
 from accuracy_runs import with_lora
 from epoch_cost import SHAPES, Bench
 from record import save, spread
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -92,9 +93,17 @@ class Watching(TrainerCallback):
     def found(self) -> dict[str, Any]:
         """Return what was counted and profiled, per step."""
         events = self.profiler.key_averages()
-        name = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        times = {event.key: getattr(event, name) / 1e6 for event in events}
-        busy = sum(times.values())
+        by_host = [event for event in events if event.device_type == DeviceType.CPU]
+        if self.device.type == "cuda":
+            # Kernels are listed by themselves, and once more under the operations that started them.
+            times = {event.key: event.self_device_time_total / 1e6 for event in by_host}
+            kernels = [
+                e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+            ]
+            busy = sum(event.self_device_time_total for event in kernels) / 1e6
+        else:
+            times = {event.key: event.self_cpu_time_total / 1e6 for event in by_host}
+            busy = sum(times.values())
         largest = sorted(times, key=lambda key: -times[key])[:OPERATIONS]
         reads = sum(event.count for event in events if event.key == "aten::_local_scalar_dense")
         return {
