@@ -34,7 +34,7 @@ __all__ = [
     "split_model",
 ]
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # Public name -> its module, loaded when the name is first asked for (PEP 562): the command line answers --help without torch.
 _HOME = {

@@ -17,7 +17,7 @@ from .cache.fingerprint import Fingerprint
 from .cache.index import Selection
 from .cache.reader import CacheReader
 from .cache.transfer import copy_cache
-from .codecs.array_names import KEPT
+from .data.chunk_samples import Chunk, ChunkSamples
 from .data.geometry import GEOMETRY_NAME
 from .data.kept_tokens import EpochKey, TokenSubset
 from .data.read_ahead import ReadAhead
@@ -31,10 +31,7 @@ __all__ = [
 ]
 
 
-_Chunk = dict[str, Tensor]
-
-
-def _read_chunk(reader: CacheReader, packed: bool, geometry: bool, key: ChunkKey) -> _Chunk:
+def _read_chunk(reader: CacheReader, packed: bool, geometry: bool, key: ChunkKey) -> Chunk:
     """Read and decode a chunk; see ``CachedDataset`` for the arguments."""
     if packed:
         undone = reader.entropy_decode_chunk(*key)
@@ -89,9 +86,9 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         self._token_axes = {} if whole else reader.views.token_axes() if packed else {"hidden_states": 1}
         #: Chunks decoded so far by this process.
         self.decoded_chunks = 0
-        self._chunks: OrderedDict[ChunkKey, _Chunk] = OrderedDict()
+        self._chunks: OrderedDict[ChunkKey, Chunk] = OrderedDict()
         self._unread: dict[ChunkKey, int] = {}
-        self._ahead: ReadAhead[_Chunk] | None = None
+        self._ahead: ReadAhead[Chunk] | None = None
 
     @classmethod
     def from_pretrained(
@@ -301,11 +298,11 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         self._ahead = ReadAhead(self._read, sampler, rank, threads) if threads else None
 
     @property
-    def _read(self) -> Callable[[ChunkKey], _Chunk]:
+    def _read(self) -> Callable[[ChunkKey], Chunk]:
         """Reads and decodes a chunk. It holds no reference to the data set: threads that still read would keep all chunks alive."""
         return functools.partial(_read_chunk, self.reader, self.packed, self.geometry)
 
-    def _chunk(self, view: int, chunk: int) -> _Chunk:
+    def _chunk(self, view: int, chunk: int) -> Chunk:
         key = (view, chunk)
         if key in self._chunks:
             self._chunks.move_to_end(key)
@@ -335,13 +332,6 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             if len(self._chunks) + len(self._ahead) > self.max_chunks and self._unread[key] <= 0:
                 del self._chunks[key], self._unread[key]
 
-    def _drop(self, item: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Return a sample with some of its tokens."""
-        for name, axis in self._token_axes.items():
-            if name in item:
-                item[name] = item[name].index_select(axis - 1, positions)
-        return {**item, KEPT: positions} if self.packed else item
-
     def __getitem__(self, key: int | ViewKey | EpochKey) -> dict[str, Tensor]:
         """Return one sample.
 
@@ -351,13 +341,14 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         """
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[int | ViewKey | EpochKey]) -> list[dict[str, Tensor]]:
-        """Return several samples. Tensors share memory with the decoded chunk, unless they hold some tokens only."""
+    def __getitems__(self, keys: Sequence[int | ViewKey | EpochKey]) -> ChunkSamples:
+        """Return several samples, from which ``collators.collate_cached`` makes a batch without making them one by one."""
         layout, num_views = self.reader.layout, self.reader.index.num_views
         if self._ahead is not None and self._ahead.follow():
-            for kept, parts in self._chunks.items():
-                self._unread[kept] = len(next(iter(parts.values()))) if kept in self._ahead else 0
-        items = []
+            for known, parts in self._chunks.items():
+                self._unread[known] = len(next(iter(parts.values()))) if known in self._ahead else 0
+        places: list[tuple[Chunk, int]] = []
+        kept: list[Tensor] = []
         for key in keys:
             sample_index, view, *epoch = (key, 0) if isinstance(key, (int, np.integer)) else key
             in_range = 0 <= sample_index < layout.total_samples and 0 <= view < num_views
@@ -368,14 +359,13 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
                     f"{len(self)} samples in {num_views} views."
                 )
             chunk, row = divmod(position, layout.chunk_size)
-            item = {name: value[row] for name, value in self._chunk(view, chunk).items()}
-            items.append(
-                item if self.tokens is None else self._drop(item, self.tokens.positions(sample_index, view, *epoch))
-            )
+            places.append((self._chunk(view, chunk), row))
+            if self.tokens is not None:
+                kept.append(self.tokens.positions(sample_index, view, *epoch))
             # In an epoch each sample is read once: a chunk read to its end makes room at once.
             self._unread[view, chunk] -= 1
             if self._unread[view, chunk] == 0:
                 if not self.keep_read:
                     del self._chunks[view, chunk], self._unread[view, chunk]
                 self._read_on()
-        return items
+        return ChunkSamples(places, self._token_axes, None if self.tokens is None else kept, self.packed)

@@ -38,6 +38,7 @@ from .training.adapter import (
     start_run,
     write_model_card,
 )
+from .training.by_block import compiling_by_block
 from .training.checkpoints import SavedStage, move_scheduler, move_to_world_size, save_stage
 from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
@@ -150,7 +151,8 @@ class FreezeCacheTrainer(Trainer):
         describe(self)
         self._record.preflight_seconds = round(time.perf_counter() - started, 3)
         try:
-            return super().train(**kwargs)
+            with compiling_by_block(self.accelerator):
+                return super().train(**kwargs)
         finally:
             self._freezer.thaw()
 
@@ -181,7 +183,7 @@ class FreezeCacheTrainer(Trainer):
         run.use_model(self.model)
         run.freeze(split_point, self.optimizer)  # a user's own optimizer holds all parameters
         # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
-        self.model_wrapped = run.unwrap(self.model_wrapped)
+        self.model_wrapped = run.runtime.unwrap(self.model_wrapped, run.data.example_batch)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepare_optimizer(self)
         check_steps(run, self.model_wrapped)
@@ -223,11 +225,9 @@ class FreezeCacheTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on a batch of images, or on a batch of hidden states through the suffix."""
-        step = None if self._run is None else self._run.step
-        if step is None:
+        if self._run is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        self._run.watch_transform()  # type: ignore[union-attr]
-        return step(super().training_step, self.state.global_step, model, inputs, *args, **kwargs)
+        return self._run.training_step(super().training_step, self.state.global_step, model, inputs, *args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer``; with soft labels, by cross-entropy, while a batch of mixed samples is trained on."""
@@ -270,7 +270,7 @@ class FreezeCacheTrainer(Trainer):
         """Evaluate a batch of images, or a batch of hidden states through the suffix."""
         if self._run is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        return self._run.evaluation.predict(self, super().prediction_step, model, inputs, *args, **kwargs)
+        return self._run.prediction_step(self, super().prediction_step, model, inputs, *args, **kwargs)
 
     # ---- Data ----
 

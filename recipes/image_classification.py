@@ -9,12 +9,7 @@ The counterpart of Hugging Face's ``run_image_classification.py``, with the same
         --do_train --do_eval --num_train_epochs 3 --per_device_train_batch_size 32 --learning_rate 3e-4 --bf16 \\
         --freeze_schedule 0:6,2:9 --num_views 2
 
-Measured with this command on 700 training and 200 test images of TensorFlow's flower_photos (five classes; a split of
-our own), these weights with LayerNorm rounded to 8 bits, seed 42, two x86 cores shared with other work
-(``--use_cpu``): accuracy 0.905 after 6.5 minutes, 5.2 of CPU time; 3.1 of CPU time when repeated, since the caches (164
-and 166 MiB) are there. With ``--learning_rate 1e-4``: 0.900.
-As with ``Trainer``, a bf16 run is evaluated under bf16 autocast; in fp32 the saved model gets one image less, 0.900.
-(Measured while view 0 was one more augmented view; with ``--num_views`` above 1 it is now the evaluation's rendering.)
+``model_cards/`` has the cards of runs of it, with what they took.
 
 - ``--dataset_name`` is a data set on the Hub, or a local folder of parquet files (``train*.parquet``, ``test*.parquet``)
   or of images (``train/<class>/*.jpg``, ``test/<class>/*.jpg``). It is evaluated on its split ``validation``, else on

@@ -11,6 +11,7 @@ include_patterns = [
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "recipes/README.md",
     "model_cards/README.md",
     "model_cards/*/README.md",
     "docs/**",

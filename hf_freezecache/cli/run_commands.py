@@ -64,7 +64,7 @@ def report(
         from ..report.figures import figures_of, read_baseline
         from ..report.page import write_report
         from ..report.record import read_run
-        from ..report.text import accuracy_cost, describe_schedule, time_cost
+        from ..report.text import accuracy_cost, describe_schedule, over_time_words, time_cost
 
         figures = figures_of(read_run(run_dir), None if baseline is None else read_baseline(baseline))
         if as_json:
@@ -81,9 +81,12 @@ def report(
             ("schedule", describe_schedule(figures)),
             ("accuracy", accuracy_cost(figures)),
             ("time", time_cost(figures)),
+            ("over time", over_time_words(figures)),
             ("page", str(page)),
         ):
-            typer.echo(f"{name + ':':<10}{words}")
+            if words is None:
+                continue
+            typer.echo(f"{name + ':':<11}{words}")
 
 
 @app.command(epilog="Example: hf-freezecache settings")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,8 +44,27 @@ ENTROPY = (0.6, 1.2, 1.75, 2.7)
 LEVELS = 32
 #: Values that are brought into order at once: their copies should stay in a core's cache.
 _BLOCK = 2**19
+#: Bytes that are unpacked at once, for the same reason.
+_RAW_BLOCK = 2**16
 #: Kind -> binary logarithm of the mean magnitude at level 0.
 FIRST_LEVEL = (-10, -4, -3, -2, -1, 4)
+
+
+class _Scratch(threading.local):
+    """Memory that a thread decodes in, again and again: the system would clear new pages for each chunk."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Ints] = {}
+
+    def of(self, name: str, size: int, dtype: npt.DTypeLike) -> Ints:
+        """Return an array (size,) with any content. It is good until the thread asks for that name again."""
+        wanted = size * np.dtype(dtype).itemsize
+        if name not in self._buffers or len(self._buffers[name]) < wanted:
+            self._buffers[name] = np.empty(wanted, dtype=np.uint8)
+        return self._buffers[name][:wanted].view(dtype)
+
+
+_scratch = _Scratch()
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,7 @@ class Pack(BytesStep):
         counts = np.repeat(widths * samples, components)[order]
         ends = np.cumsum(counts)
         of_kinds = np.bincount(codes[order] // LEVELS, counts, len(LIMITS)).astype(np.int64).tolist()
-        flat = np.empty(sum(of_kinds), dtype=np.int16 if of_kinds[5] else np.int8)
+        flat = _scratch.of("cells", sum(of_kinds), np.int16 if of_kinds[5] else np.int8)
         streams = np.split(flat, np.cumsum(of_kinds)[:-1])
         streams[0][:] = 0
         for kind in range(1, len(LIMITS)):
@@ -162,7 +182,7 @@ class Pack(BytesStep):
         starts = np.empty(len(order), dtype=np.int64)
         starts[order] = ends - counts
         values = _place(flat, starts.reshape(len(widths), components), widths.tolist(), samples)
-        return values.transpose(0, 1).contiguous()
+        return values.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # never the memory of `values`
 
 
 def _place(flat: Ints, starts: Ints, widths: Sequence[int], samples: int) -> Tensor:
@@ -175,10 +195,11 @@ def _place(flat: Ints, starts: Ints, widths: Sequence[int], samples: int) -> Ten
         samples: Samples in each cell.
 
     Returns:
-        (components, samples, positions), of the dtype of ``flat``.
+        (components, samples, positions), of the dtype of ``flat``; the thread's next call overwrites them.
     """
     zones, components = starts.shape
-    values = torch.empty((components, samples, sum(widths)), dtype=torch.from_numpy(flat).dtype)
+    shape = (components, samples, sum(widths))
+    values = torch.from_numpy(_scratch.of("values", math.prod(shape), flat.dtype)).view(shape)
     if flat.size == 0:
         return values
     # Cells of a zone have one length, so those that begin anywhere are rows of one overlapping view, and NumPy copies rows fast.
@@ -197,24 +218,27 @@ def _place(flat: Ints, starts: Ints, widths: Sequence[int], samples: int) -> Ten
 
 def _codes(block: Ints) -> Ints:
     """Return the codes (kind and level) of cells, (cells,) uint8, from their values, (cells, values)."""
-    if block.shape[1] == 0:
+    if block.size == 0:
         return np.zeros(len(block), dtype=np.uint8)
     magnitude = np.abs(block.astype(np.int32))
-    size = block.shape[1]
-    small = np.minimum(magnitude, 8).astype(np.uint8)
-    entropy = np.zeros(len(block))
+    cells, size = block.shape
+    symbols = np.minimum(magnitude, 8)
+    symbols += 9 * np.arange(cells, dtype=np.int32)[:, None]
+    counts = np.bincount(symbols.ravel(), minlength=9 * cells).reshape(cells, 9)
+    entropy = np.zeros(cells)
     # Counts of 0 to 7 with their mirror images; what is larger counts as one more symbol with the bits of its length.
     for value in range(8):
-        share = np.count_nonzero(small == value, axis=1) / size / (1 if value == 0 else 2)
+        share = counts[:, value] / size / (1 if value == 0 else 2)
         with np.errstate(divide="ignore", invalid="ignore"):
             bits = np.where(share > 0, -share * np.log2(share), 0.0)
         entropy += bits * (1 if value == 0 else 2)
-    large = np.count_nonzero(small == 8, axis=1) / size
+    large = counts[:, 8] / size
     mean = magnitude.sum(axis=1, dtype=np.int64) / size
     entropy += large * np.log2(2 + mean) * 2
     kinds = np.searchsorted(ENTROPY, entropy, side="right")
     # Two bytes only where exceptions at some 24 bits each would cost more than a second plane of mostly zeros.
-    kinds[np.count_nonzero(magnitude > 127, axis=1) > 0.05 * size] = 5
+    if magnitude.max() > 127:
+        kinds[np.count_nonzero(magnitude > 127, axis=1) > 0.05 * size] = 5
     octaves = np.log2(np.maximum(mean, 2.0**-10)) - np.take(FIRST_LEVEL, kinds)
     levels = np.clip(np.round(4 * octaves), 0, LEVELS - 1).astype(np.int64)
     return (kinds * LEVELS + levels).astype(np.uint8)
@@ -248,12 +272,14 @@ def _unpack(buffer: Buffer, kind: int, out: Ints) -> None:
     else:
         if raw.size and raw.max() >= base**count:
             raise ValueError(f"dense stream {kind} has a byte of {raw.max()}, expected less than {base**count}")
-        for place in range(count):
-            rest = raw // np.uint8(base)
-            digits = (raw - rest * np.uint8(base)).view(np.int8)
-            into = out[place::count]
-            np.subtract(digits[: len(into)], LIMITS[kind], out=into)
-            raw = rest
+        for first in range(0, len(raw), _RAW_BLOCK):
+            left, block = raw[first : first + _RAW_BLOCK], out[first * count : (first + _RAW_BLOCK) * count]
+            for place in range(count):
+                rest = left // np.uint8(base)
+                digits = (left - rest * np.uint8(base)).view(np.int8)
+                into = block[place::count]
+                np.subtract(digits[: len(into)], LIMITS[kind], out=into)
+                left = rest
 
 
 def _planes(values: Ints) -> bytes:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..codecs.array_names import is_packed
 from ..errors import DataError
+from .chunk_samples import ChunkSamples
 from .geometry import GEOMETRY_NAME
 from .views import ViewKey
 
@@ -105,6 +106,8 @@ def collate_cached(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     Packed samples are stacked likewise. Samples of a chunk with tokens that are stored exactly have more tensors than others:
     these are zero for samples that lack them.
     """
+    if isinstance(items, ChunkSamples):
+        return items.batch()
     names = {name: item[name] for item in reversed(items) for name in item}
     return {
         name: torch.stack([item[name] if name in item else torch.zeros_like(like) for item in items])

@@ -6,6 +6,7 @@ in whatever process.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,11 +60,28 @@ class TokenSubset:
 
         They depend on nothing but the seed and these three numbers.
         """
-        # 0x70 keeps these draws apart from those that other modules make with the same seed.
-        generator = np.random.default_rng([self.seed & (2**64 - 1), 0x70, sample_index, view, epoch])
+        generator = self._generator_at(sample_index, view, epoch)
         patches = generator.permutation(self.num_patches)[: self.num_kept - self.prefix_tokens]
         patches.sort()
         return torch.from_numpy(np.concatenate([np.arange(self.prefix_tokens), patches + self.prefix_tokens]))
+
+    def _generator_at(self, sample_index: int, view: int, epoch: int) -> np.random.Generator:
+        """Return a generator whose numbers depend on the seed and these three alone.
+
+        Philox draws from a key and a counter: setting them takes a tenth of the time of a generator of its own for each sample.
+        """
+        generator = self._generator
+        state: dict[str, Any] = generator.bit_generator.state  # type: ignore[assignment]
+        # The lowest word of the counter counts what is drawn from here on.
+        state["state"]["counter"][:] = (0, sample_index, view, epoch)
+        state |= {"buffer_pos": len(state["buffer"]), "has_uint32": 0, "uinteger": 0}
+        generator.bit_generator.state = state
+        return generator
+
+    @functools.cached_property
+    def _generator(self) -> np.random.Generator:
+        # 0x70 keeps these draws apart from those that other modules make with the same seed.
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed & (2**64 - 1), 0x70], np.uint64)))
 
 
 class EpochKeys(Sampler[EpochKey]):

@@ -19,6 +19,7 @@ from ..config import (
     FreezeConfig,
 )
 from ..data.task import task_of
+from .drawing import save_png
 from .figures import (
     figures_of,
     read_baseline,
@@ -32,10 +33,7 @@ from .page import (
     REPORT_FOLDER,
     write_report,
 )
-from .plots import (
-    pictures_of,
-    save_png,
-)
+from .plots import pictures_of
 from .record import RunRecord, write_run
 
 __all__ = ["ReportCallback", "describe_run", "write_card"]

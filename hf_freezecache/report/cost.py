@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..passes import passes_of_step
 from .record import Decision, RunRecord
 
-__all__ = ["Rate", "passes_spent", "unfrozen_rate", "unfrozen_seconds"]
+__all__ = ["Rate", "passes_spent", "run_clock", "unfrozen_rate", "unfrozen_seconds"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,39 @@ def passes_spent(record: RunRecord, decision: Decision) -> float | None:
     if decision.built_from is not None:
         built = decision.num_views * (decision.built_blocks or decision.split_point - decision.built_from)
     return built + images / num_images * _step_passes(decision, num_blocks)
+
+
+def run_clock(record: RunRecord, whole_seconds: float | None) -> Callable[[float], float | None]:
+    """Return what tells how many seconds of ``train()`` had passed at an epoch, evaluations left out.
+
+    Of a run with epochs in its record, the seconds are those of checks, building and training; what ``train()`` took beyond
+    them, for saving say, is spread evenly. Plain ``Trainer`` gives one time for all, and it is spread evenly.
+
+    Args:
+        record: The run.
+        whole_seconds: Of ``train()`` with its checks, evaluations left out; ``None`` if it did not run in one piece.
+
+    Returns:
+        A function of epochs done, which may be fractions. It returns ``None`` where the seconds are not known.
+    """
+    last = max((float(entry["epoch"]) for entry in record.log_history if "epoch" in entry), default=0.0)
+    if not record.epochs:
+        return lambda epoch: None if whole_seconds is None or not last else whole_seconds * epoch / last
+    # Pairs of epochs done and seconds; entering a stage takes seconds and no epochs.
+    points, before, timed = [(0.0, 0.0)], 0.0, record.preflight_seconds
+    points.append((0.0, timed))
+    for epoch in record.epochs:
+        points.append((before, timed + epoch.cumulative_seconds - epoch.seconds))
+        points.append((epoch.epoch, timed + epoch.cumulative_seconds))
+        before = epoch.epoch
+    rest = max((whole_seconds or 0.0) - points[-1][1], 0.0)
+
+    def seconds(epoch: float) -> float | None:
+        if epoch > points[-1][0] + 1e-6:
+            return None
+        number = next(number for number, (end, _) in enumerate(points) if end >= epoch - 1e-6)
+        (start, low), (end, high) = points[max(number - 1, 0)], points[number]
+        share = (epoch - start) / (end - start) if end > start else 1.0
+        return low + share * (high - low) + rest * epoch / points[-1][0]
+
+    return seconds

@@ -12,9 +12,11 @@ from typing import Any
 from .cost import (
     Rate,
     passes_spent,
+    run_clock,
     unfrozen_rate,
     unfrozen_seconds,
 )
+from .over_time import over_time
 from .record import (
     RunRecord,
     read_run,
@@ -184,6 +186,7 @@ def _baseline_of(record: RunRecord) -> Figures:
         "train_images": round(timed.images / timed.share / epochs) if timed and timed.images and epochs else None,
         "batch_size": record.training.get("per_device_train_batch_size"),
         "evaluations": _curve(record),
+        "timed_by_epoch": bool(record.epochs),
         "device": record.device or None,
     }
 
@@ -219,6 +222,7 @@ def comparison(figures: Mapping[str, Any]) -> Figures | None:
         else None,
         "speedup": round(baseline["seconds"] / seconds, 4) if seconds and baseline["seconds"] else None,
         "caveats": caveats,
+        "over_time": over_time(figures["evaluations"], baseline["evaluations"]),
     }
 
 
@@ -226,12 +230,13 @@ def comparison(figures: Mapping[str, Any]) -> Figures | None:
 
 
 def _curve(record: RunRecord) -> list[Figures]:
-    points = []
+    points, clock = [], run_clock(record, _whole_seconds(record))
     for entry in _evaluations(record.log_history):
-        names = _metric_names(entry)
+        names, seconds = _metric_names(entry), clock(entry.get("epoch", 0.0))
         points.append(
             {
                 "epoch": entry.get("epoch", 0.0),
+                "seconds": None if seconds is None else round(seconds, 3),
                 "loss": entry.get("eval_loss"),
                 "metric": names[0].removeprefix("eval_") if names else None,
                 "value": entry[names[0]] if names else None,
@@ -262,6 +267,11 @@ def _stages(record: RunRecord) -> list[Figures]:
                 "passes_spent": None if spent is None else round(spent, 1),
             }
         )
+    for stage in stages:
+        # Predicted seconds are of all stages whose caches this one's build gives as well.
+        served = [one for one in stages if one is stage or one["split_point"] in stage["built_ahead"]]
+        taken = sum(one["train_seconds"] + one["build_seconds"] for one in served)
+        stage["seconds_spent"] = round(taken, 3) if any(one["train_seconds"] for one in served) else None
     return stages
 
 

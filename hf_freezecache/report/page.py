@@ -9,11 +9,8 @@ from typing import Any
 
 import jinja2
 
-from .plots import (
-    pictures_of,
-    save_png,
-    to_svg,
-)
+from .drawing import save_png, to_svg
+from .plots import pictures_of
 from .text import (
     accuracy_cost,
     describe_schedule,
@@ -23,6 +20,7 @@ from .text import (
     how_it_trained,
     is_share,
     metric,
+    over_time_words,
     points,
     size_words,
     stage_account,
@@ -38,6 +36,8 @@ PAGE_NAME = "report.html"
 #: The picture that the model card shows, seen from ``output_dir``.
 PLOT_NAME = f"{REPORT_FOLDER}/timeline.png"
 
+#: Stands in tables where there is no figure.
+_NOTHING = "\N{EN DASH}"
 TEMPLATES = Path(__file__).parent / "templates"
 
 Figures = Mapping[str, Any]
@@ -62,6 +62,8 @@ def fill_template(template: Path, **values: Any) -> str:
         "size": size_words,
         "account": stage_account,
         "distortion": distortion_of,
+        "seconds": lambda seconds: duration(seconds) if seconds else _NOTHING,
+        "figure": lambda value: f"{value:,.4g}" if value else _NOTHING,
     }
     return environment.get_template(template.name).render(**values)
 
@@ -124,6 +126,7 @@ def render_page(figures: Figures) -> str:
         pictures=pictures,
         accuracy_cost=accuracy_cost(figures),
         time_cost=time_cost(figures),
+        over_time=over_time_words(figures),
         when_not_to_use=when_not_to_use(figures),
         settings=_settings(figures),
         metric=metric,

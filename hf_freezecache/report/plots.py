@@ -1,127 +1,20 @@
-"""Pictures of one run, narrow enough for a phone: as PNG, and as SVG that takes the colours of its page."""
+"""Pictures of one run, and of several side by side."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .text import duration, is_share, size_words
+from .drawing import BLUE, GREEN, GREY, ORANGE, Picture, add_legend
+from .text import duration, is_share, over_time_words, size_words
 
-__all__ = ["Picture", "draw_runs", "pictures_of", "save_png", "to_svg"]
+__all__ = ["draw_runs", "pictures_of"]
 
 Figures = Mapping[str, Any]
 
-# Okabe and Ito's palette, distinct for the colour-blind. On a page each is a CSS variable, which dark mode sets anew.
-_BLUE, _ORANGE, _GREEN, _GREY, _INK, _GRID = "#0072b2", "#d55e00", "#009e73", "#6b6b6b", "#1b1b1b", "#dadada"
-_VARIABLES = {
-    _BLUE: "var(--blue)",
-    _ORANGE: "var(--orange)",
-    _GREEN: "var(--green)",
-    _GREY: "var(--grey)",
-    _INK: "currentColor",
-    _GRID: "var(--grid)",
-}
 # Of runs side by side; the building of their caches has one colour in all of them.
 _RUN_COLORS, _BUILD_COLOR = ["#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"], "#F0C05A"
-_WIDTH = 4.2  # inches: at 72 units each, about as many as a phone has pixels
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.labelsize": 10,
-    "legend.fontsize": 9.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-    "axes.titlelocation": "left",
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture before it is drawn.
-
-    Attributes:
-        name: Stem of its file.
-        title: Heading.
-        caption: What to see in it.
-        alt: The same for those who do not see it, with figures.
-        height: Inches.
-        draw: Draws it into a matplotlib figure.
-    """
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    height: float
-    draw: Callable[[Any], None]
-
-
-def _figure(picture: Picture) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    engine = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
-    figure = Figure(figsize=(_WIDTH, picture.height), layout=engine, facecolor="none")
-    FigureCanvasAgg(figure)
-    picture.draw(figure)
-    for axes in figure.axes:
-        axes.set_facecolor("none")
-        for line in axes.lines:  # a marker at the edge is whole
-            line.set_clip_on(False)
-    return figure
-
-
-def _styled(salt: str) -> Any:
-    from matplotlib import rc_context
-
-    return rc_context({**_STYLE, "svg.hashsalt": salt})
-
-
-def save_png(picture: Picture, path: Path) -> None:
-    """Write a PNG on white.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        OSError: The file cannot be written.
-    """
-    with _styled(picture.name):
-        _figure(picture).savefig(path, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-
-
-def to_svg(picture: Picture) -> str:
-    """Return an ``<svg>`` element without a size of its own, with real text, in colours that the page sets.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    file = io.StringIO()
-    with _styled(picture.name):
-        _figure(picture).savefig(file, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
-    text = re.sub(r"(?s)^.*?<svg ", "<svg ", file.getvalue())
-    text = re.sub(r"(?s)<metadata>.*?</metadata>\s*", "", text)
-    text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)
-    text = re.sub(r' (?:xmlns:xlink|xmlns|version)="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(
-        r"font-family: [^;\"]*;?|font: ([0-9.]+px) [^;\"]*", lambda m: f"font-size: {m[1]}" if m[1] else "", text
-    )
-    for color, variable in _VARIABLES.items():
-        text = re.sub(f"(?i){color}", variable, text)
-    # Ids are unique within a picture only.
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{picture.name}-", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(picture.alt)}" ', 1)
 
 
 def _draw_stages(figures: Figures, axes: Any, label: bool) -> None:
@@ -133,24 +26,13 @@ def _draw_stages(figures: Figures, axes: Any, label: bool) -> None:
     length = max([figures["epochs_done"] or 0.0, *ends]) or 1.0
     for number, stage in enumerate(stages):
         start, end, frozen = stage["start_epoch"], stage["end_epoch"], stage["split_point"]
-        axes.axvspan(start, end, color=_BLUE, alpha=0.04 + 0.22 * frozen / max(num_blocks, 1), linewidth=0)
+        axes.axvspan(start, end, color=BLUE, alpha=0.04 + 0.22 * frozen / max(num_blocks, 1), linewidth=0)
         if label:
             words = f"{frozen} of {num_blocks} frozen" if number == 0 and (end - start) / length > 0.3 else str(frozen)
             place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 9.5}
             axes.text((start + end) / 2, 1.02, words, **place)
     axes.set_xlim(0, length)
     axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _legend(figure: Any, panels: Any) -> None:
-    """Name the curves below the panels, where they cover none."""
-    found = [axes.get_legend_handles_labels() for axes in panels]
-    handles = [handle for handles, _ in found for handle in handles]
-    labels = [label for _, labels in found for label in labels]
-    if handles:
-        # Long names take a line each.
-        columns = 1 if max(map(len, labels)) > 28 else 2 if max(map(len, labels)) > 14 else 3
-        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns)
 
 
 def _timeline(figures: Figures, figure: Any) -> None:
@@ -167,10 +49,10 @@ def _timeline(figures: Figures, figure: Any) -> None:
     trained = [(epoch, loss) for epoch, loss in figures["loss"] if loss is not None]
     marker = "." if len(trained) < 30 else None
     if trained:
-        upper.plot(*zip(*trained, strict=True), color=_ORANGE, linewidth=1.2, marker=marker, label="training")
+        upper.plot(*zip(*trained, strict=True), color=ORANGE, linewidth=1.2, marker=marker, label="training")
     if losses:
         upper.plot(
-            *zip(*losses, strict=True), color=_GREEN, linewidth=1.4, marker="o", markersize=3.5, label="evaluation"
+            *zip(*losses, strict=True), color=GREEN, linewidth=1.4, marker="o", markersize=3.5, label="evaluation"
         )
     upper.set_ylabel("loss")
     if scores:
@@ -183,12 +65,12 @@ def _timeline(figures: Figures, figure: Any) -> None:
             if point["metric"] == name
         ]
         if baseline:
-            style = {"color": _GREY, "linewidth": 1.3, "linestyle": "--", "marker": "s", "markersize": 3}
+            style = {"color": GREY, "linewidth": 1.3, "linestyle": "--", "marker": "s", "markersize": 3}
             lower.plot(*zip(*baseline, strict=True), **style, label="baseline, no freezing")
         points = [(epoch, factor * value) for epoch, value in scores]
         lower.plot(
             *zip(*points, strict=True),
-            color=_BLUE,
+            color=BLUE,
             linewidth=1.6,
             marker="o",
             markersize=3.5,
@@ -196,7 +78,7 @@ def _timeline(figures: Figures, figure: Any) -> None:
         )
         lower.set_ylabel(f"{name}, %" if factor == 100 else name)
     panels[-1].set_xlabel("epoch")
-    _legend(figure, panels)
+    add_legend(figure, panels)
 
 
 def _cost(figures: Figures, figure: Any) -> None:
@@ -209,11 +91,11 @@ def _cost(figures: Figures, figure: Any) -> None:
     kind = "measured" if cost["no_freezing_measured"] else "estimated"
     ends = [epoch["epoch"] for epoch in epochs]
     speeds = [epoch["images_per_second"] for epoch in epochs]
-    rates.plot(ends, speeds, color=_BLUE, linewidth=1.6, marker="o", markersize=3.5)
+    rates.plot(ends, speeds, color=BLUE, linewidth=1.6, marker="o", markersize=3.5)
     if cost["no_freezing_images_per_second"]:
         rates.axhline(
             cost["no_freezing_images_per_second"],
-            color=_GREY,
+            color=GREY,
             linestyle="--",
             linewidth=1.3,
         )
@@ -221,7 +103,7 @@ def _cost(figures: Figures, figure: Any) -> None:
     rates.set_ylabel("images/s")
 
     last = max(epoch["cumulative_seconds"] for epoch in epochs)
-    factor, unit = (1, "s") if last < 600 else (60, "min") if last < 2 * 3600 else (3600, "h")
+    factor, unit = _unit(last)
     # What entering a stage took stands at its beginning, as a step.
     line, before = [(0.0, 0.0)], 0.0
     for epoch in epochs:
@@ -231,13 +113,77 @@ def _cost(figures: Figures, figure: Any) -> None:
     if cost["no_freezing_images_per_second"]:
         unfrozen = [(0.0, 0.0), *((epoch["epoch"], epoch["no_freezing_seconds"] / factor) for epoch in epochs)]
         total.plot(
-            *zip(*unfrozen, strict=True), color=_GREY, linestyle="--", linewidth=1.3, label=f"no freezing, {kind}"
+            *zip(*unfrozen, strict=True), color=GREY, linestyle="--", linewidth=1.3, label=f"no freezing, {kind}"
         )
-    total.plot(*zip(*line, strict=True), color=_BLUE, linewidth=1.6, label="this run, building included")
+    total.plot(*zip(*line, strict=True), color=BLUE, linewidth=1.6, label="this run, building included")
     total.set_ylim(bottom=0)
     total.set_ylabel(f"cumulative cost, {unit}")
     total.set_xlabel("epoch")
-    _legend(figure, (total,))
+    add_legend(figure, (total,))
+
+
+def _unit(seconds: float) -> tuple[int, str]:
+    """Return seconds in a unit of time, and its name, for axes that end at some second."""
+    return (1, "s") if seconds < 600 else (60, "min") if seconds < 2 * 3600 else (3600, "h")
+
+
+def _race(figures: Figures, figure: Any) -> None:
+    found, axes = figures["comparison"]["over_time"], figure.subplots()
+    name, curves = found["metric"], [found["mine"], found["theirs"]]
+    last = max(points[-1][0] for points in curves)
+    (factor, unit), percent = _unit(last), 100 if name is not None and is_share(name) else 1
+    cost, before = figures["cost"], 0.0
+    timed = cost["preflight_seconds"] + (cost["seconds"] or 0.0)
+    rest = max((cost["whole_seconds"] or 0.0) - timed, 0.0)  # spread evenly, as by `run_clock`
+    for epoch in figures["epochs"]:
+        building, end = epoch["entering_seconds"], epoch["cumulative_seconds"] - epoch["seconds"]
+        begin = cost["preflight_seconds"] + end - building + rest * before / figures["epochs"][-1]["epoch"]
+        before = epoch["epoch"]
+        if building > 0.004 * last:  # thinner than the line
+            axes.axvspan(begin / factor, (begin + building) / factor, color=ORANGE, alpha=0.18, linewidth=0)
+    styles = (
+        {"color": BLUE, "linewidth": 1.6, "marker": "o", "markersize": 3.5, "label": "this run"},
+        {"color": GREY, "linewidth": 1.3, "marker": "s", "markersize": 3, "label": "baseline"},
+    )
+    for points, style in zip(curves, styles, strict=True):
+        axes.plot([x / factor for x, _ in points], [percent * y for _, y in points], **style)
+        if points[-1][0] < last:  # it has ended, and keeps what it has
+            ended = [points[-1][0] / factor, last / factor]
+            axes.plot(ended, 2 * [percent * points[-1][1]], color=style["color"], linewidth=1, linestyle=":")
+    axes.set_xlim(0, last / factor)
+    axes.grid(linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"time since the start, {unit}")
+    axes.set_ylabel("evaluation loss" if name is None else f"{name}, %" if percent == 100 else name)
+    add_legend(figure, (axes,))
+
+
+def _race_picture(figures: Figures) -> Picture | None:
+    """Return the picture of scores over seconds beside those of the baseline, if both were timed and evaluated."""
+    words = over_time_words(figures)
+    if words is None:
+        return None
+    name = figures["comparison"]["over_time"]["metric"] or "evaluation loss"
+    even = (
+        ""
+        if figures["baseline"].get("timed_by_epoch")
+        else " The baseline has one time for all; its points are spread evenly over it."
+    )
+    dots = " Dotted: a run that has ended." if _ends_differ(figures) else ""
+    return Picture(
+        "over_time",
+        f"{name[:1].upper()}{name[1:]} over time, beside the baseline".replace("_", " "),
+        f"{words} Time has the checks before the first step, building (shaded) and saving in it, and no evaluation.{even}{dots} "
+        "Before a run ends its learning rate is still on its way down.",
+        f"Curves of {name} over seconds, of this run and of the baseline. {words}",
+        3.3,
+        lambda figure: _race(figures, figure),
+    )
+
+
+def _ends_differ(figures: Figures) -> bool:
+    found = figures["comparison"]["over_time"]
+    return bool(found["mine"][-1][0] != found["theirs"][-1][0])
 
 
 def _cached(figures: Figures) -> list[Figures]:
@@ -260,14 +206,14 @@ def _storage(figures: Figures, figure: Any) -> None:
         (
             bits,
             [stage["bits_per_element"] for stage in stages],
-            _GREEN,
+            GREEN,
             [f"{stage['bits_per_element']:.2f}" for stage in stages],
             "bits per element",
         ),
         (
             sizes,
             [stage["cache_bytes"] for stage in stages],
-            _BLUE,
+            BLUE,
             [size_words(s["cache_bytes"]) for s in stages],
             "cache size",
         ),
@@ -284,11 +230,14 @@ def _storage(figures: Figures, figure: Any) -> None:
 
 
 def pictures_of(figures: Figures) -> list[Picture]:
-    """Return the pictures that a run has figures for: ``timeline``, ``cost``, ``storage``."""
+    """Return the pictures that a run has figures for: ``over_time``, ``timeline``, ``cost``, ``storage``."""
     pictures = []
     cost, stages = figures["cost"], _cached(figures)
     frozen = ", ".join(f"{stage['split_point']} from epoch {stage['start_epoch']:g}" for stage in figures["stages"])
     shaded = f"Shaded: frozen blocks ({frozen}), the deeper the darker." if frozen else "No block was frozen."
+    race = _race_picture(figures)
+    if race is not None:
+        pictures.append(race)
     if figures["loss"] or figures["evaluations"]:
         result = figures["result"] or {}
         value = f", {result['metric']} {result['value']:.4g} in the end" if result.get("value") is not None else ""

@@ -18,6 +18,7 @@ __all__ = [
     "how_it_trained",
     "is_share",
     "metric",
+    "over_time_words",
     "points",
     "size_words",
     "stage_account",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 Figures = Mapping[str, Any]
+
+_STANDINGS = {"ahead": "ahead", "behind": "behind", "level": "level with the baseline"}
 
 #: Metrics that are shares of 1, and are shown in per cent.
 _SHARES = ("accuracy", "f1", "precision", "recall", "top5", "top_5")
@@ -269,6 +272,31 @@ def time_cost(figures: Figures) -> str:
         f"{taken}. Without freezing about {duration(cost['no_freezing_seconds'])}: {cost['no_freezing_text']}. This is an "
         "estimate, not a measurement."
     )
+
+
+def over_time_words(figures: Figures) -> str | None:
+    """Say when this run was ahead of its baseline and when behind; ``None`` if they were not both timed and evaluated."""
+    found = figures["comparison"] and figures["comparison"]["over_time"]
+    if not found:
+        return None
+    name, spans = found["metric"], found["spans"]
+    first = f"The first score of this run is there after {duration(found['mine'][0][0])}, of the baseline after "
+    text = f"{first}{duration(found['theirs'][0][0])}."
+    if not spans:
+        return f"{text} Whether a higher {name} is better is not known."
+    if len(spans) == 1:
+        text += f" From {duration(spans[0][0])} on this run is {_STANDINGS[spans[0][2]]} throughout."
+    elif len(spans) <= 4:
+        words = [f"{_STANDINGS[standing]} from {duration(start)}" for start, _, standing in spans]
+        text += f" This run is {', '.join(words[:-1])} and {words[-1]}."
+    else:
+        text += f" Since {duration(spans[0][0])} the lead has changed {len(spans) - 1} times; this run ends {_STANDINGS[spans[-1][2]]}."
+    target = f"{found['target']:.4f}" if name is None else metric(name, found["target"])
+    what = f"what the baseline ended at, {'a loss of ' if name is None else ''}{target}"
+    took = duration(found["baseline_reached"])
+    if found["reached"] is None:
+        return f"{text} It never had {what}; the baseline had it after {took}."
+    return f"{text} It had {what}, after {duration(found['reached'])}, the baseline after {took}."
 
 
 def _caveats(compared: Figures) -> str:

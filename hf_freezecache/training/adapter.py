@@ -25,7 +25,8 @@ from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
 from ..schedules import Stage
 from .auto import settle_auto
-from .checkpoints import announce_stage, find_checkpoint, load_stage
+from .by_block import compile_settings
+from .checkpoints import announce_stage, find_checkpoint, load_stage, take_over_progress
 from .data_checks import num_classes, with_columns_removed
 from .evaluation_check import check_evaluation
 from .hooks import check_trainer_attributes
@@ -192,6 +193,7 @@ def start_run(
         prepare_inputs=trainer._prepare_inputs,
         rehearsing=lambda: rehearsing(trainer),
         autocast=trainer.compute_loss_context_manager,
+        compile_settings=compile_settings(trainer.accelerator),
     )
     run = prepare_run(
         runtime,
@@ -226,7 +228,7 @@ def begin_from(run: StageRunner, checkpoint: str | None) -> int:
     if checkpoint is not None:
         saved = load_stage(Path(checkpoint))
         if saved.stage is not None:
-            run.restore_progress(saved.progress)
+            take_over_progress(run.record, saved.progress, run.stages)
         run.saved, run.frozen_before = saved.stage, saved.split_point
         if saved.stage is not None and saved.stage in run.stages:
             left = run.stages[saved.stage.index :]

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from ..auto_schedule import Choice, choose
-from ..config import FreezeConfig
 from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
 from ..model.probe import find_blocks
@@ -23,7 +22,9 @@ __all__ = ["LAYER_DECAY", "settle_auto"]
 
 logger = logging.getLogger(__name__)
 
-#: ``layer_decay`` under ``schedule="auto"``. Source: as ``lr_rule.RULE``; BEiT and MAE fine-tune with 0.65 to 0.85.
+#: ``layer_decay`` where no head trains first: blocks must not follow a new head. Behind a trained one a rate for all blocks is as good or
+#: better: at a cost of one epoch 85.2 and 79.3% without decay, 83.4 and 78.7% with it (means of two seeds, Caltech-101 and CIFAR-10 at
+#: 112 pixels, in the record of explorations). Source of the number: as ``lr_rule.RULE``; BEiT and MAE fine-tune with 0.65 to 0.85.
 LAYER_DECAY = 0.75
 #: With that decay the best learning rate is so many times that without: 6e-4 against 2e-4 for 8 epochs of full fine-tuning. Source:
 #: as ``lr_rule.budget_scale``.
@@ -81,10 +82,11 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "token_keep": choice.token_keep,
     }
     # Rates of adapters are the user's: the best ones of frozen and unfrozen runs lie close together.
-    if freezing.layer_decay is None and not adapters:
+    decays = freezing.layer_decay is None and not adapters and len(stages) == 1
+    if decays:
         settings["layer_decay"] = LAYER_DECAY
     if freezing.lr_scale is None and not adapters:
-        settings["lr_scale"] = _rates(stages, len(blocks), freezing)
+        settings["lr_scale"] = _rates(stages, len(blocks), freezing.budget, decays)
     trainer.freeze_config = replace(freezing, **settings)
     if free:
         trainer.cache_config = replace(caching, num_views=choice.num_views)
@@ -131,10 +133,10 @@ def _views_differ(trainer: Any) -> bool:
         return True
 
 
-def _rates(stages: list[tuple[int, int]], num_blocks: int, freezing: FreezeConfig) -> str:
+def _rates(stages: list[tuple[int, int]], num_blocks: int, budget: float | None, decays: bool) -> str:
     """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it."""
     # The user's rate suits the epochs and the decay that the user trains with.
-    least = budget_scale(freezing.budget) * (DECAY_SCALE if freezing.layer_decay is None else 1.0)
+    least = budget_scale(budget) * (DECAY_SCALE if decays else 1.0)
     scales = {point: least * lr_scale(point, num_blocks) for _, point in stages}
     if len(stages) > 1:
         scales[stages[-1][1]] *= AFTER_HEAD_SCALE

@@ -33,6 +33,7 @@ def train_on_states(
     training_step: Callable[..., Tensor],
     model: nn.Module,
     *args: Any,
+    looks: bool = True,
     **kwargs: Any,
 ) -> Tensor:
     """Run ``training_step(model, batch, ...)`` with hidden states at the split and no images.
@@ -44,6 +45,8 @@ def train_on_states(
         training_step: ``Trainer.training_step``.
         model: The model, wrapped or not.
         args: As for ``training_step``.
+        looks: Whether the loss is looked at, for which an accelerator must have computed it. If not, use of what does not
+            exist gives NaN.
         kwargs: As for ``training_step``.
 
     Returns:
@@ -59,9 +62,8 @@ def train_on_states(
             return training_step(model, {**batch, "pixel_values": images}, *args, **kwargs)
 
     loss = step(float("nan"))
-    # Trainer, too, looks at each loss (logging_nan_inf_filter). A loss may be NaN for reasons of its own: then it stays NaN
-    # where 0 stands for what does not exist.
-    if bool(torch.isnan(loss)) and not bool(torch.isnan(step(0.0))):
+    # A loss may be NaN for reasons of its own: then it stays NaN where 0 stands for what does not exist.
+    if looks and bool(torch.isnan(loss)) and not bool(torch.isnan(step(0.0))):
         raise UnsupportedSetupError(
             f"The loss of {type(split.model).__name__} depends on the images or on outputs of the first {split.split_point} "
             f"blocks, which do not exist while training from a cache: {_NO_IMAGE}"
@@ -81,6 +83,7 @@ class CachedStep:
         augmenter: Augments hidden states, if the user asks for it.
         prepare_inputs: Moves a batch to the training device.
         num_tokens: Tokens per sample that a step trains on.
+        looks: Whether each loss is looked at, see ``train_on_states``.
     """
 
     split: Split
@@ -90,6 +93,7 @@ class CachedStep:
     augmenter: FeatureAugmenter | None
     prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
     num_tokens: int
+    looks: bool = True
 
     def __call__(
         self,
@@ -132,7 +136,9 @@ class CachedStep:
             if positions is not None:
                 hidden_states = take_tokens(hidden_states, positions)
         try:
-            return train_on_states(self.split, hidden_states, batch, training_step, model, *args, **kwargs)
+            return train_on_states(
+                self.split, hidden_states, batch, training_step, model, *args, looks=self.looks, **kwargs
+            )
         finally:
             if self.augmenter is not None:
                 self.augmenter.targets = None

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..cache.index import atomic_write
 from ..distributed.process_group import ProcessGroup
 from ..errors import UnsupportedSetupError
+from ..report.record import RunRecord, restore_progress
 from ..schedules import Stage
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "move_to_world_size",
     "moved_step",
     "save_stage",
+    "take_over_progress",
 ]
 
 logger = logging.getLogger(__name__)
@@ -274,3 +277,21 @@ def move_to_world_size(
         max_steps,
     )
     return step, epochs, 0 if args.ignore_data_skip else skip
+
+
+def take_over_progress(record: RunRecord, progress: Mapping[str, Any], stages: Sequence[Stage]) -> None:
+    """Take over the decisions and epochs of a checkpoint, unless they are those of another schedule.
+
+    Args:
+        record: The record of the run that goes on.
+        progress: What the checkpoint holds of it.
+        stages: The stages of the run.
+
+    Raises:
+        RunError: The progress cannot be read.
+    """
+    restore_progress(record, progress)
+    known = {(stage.index, stage.start_epoch, stage.split_point) for stage in stages}
+    if any((d.stage, d.start_epoch, d.split_point) not in known for d in record.decisions):
+        logger.warning("The checkpoint was saved under another schedule: its stages will be missing from the report.")
+        record.decisions, record.epochs = [], []

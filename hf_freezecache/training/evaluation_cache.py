@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, Dataset, IterableDataset, SequentialS
 from ..codecs.array_names import is_packed
 from ..compression.base_view import CodecChooser
 from ..config import CacheConfig
+from ..data.chunk_samples import ChunkSamples
 from ..data.collators import collate_cached
 from ..data.layout import ChunkLayout
 from ..data.seeding import preserved_random_state, random_states
@@ -70,7 +71,7 @@ class _InOrder(Dataset):  # type: ignore[type-arg]
     def __getitem__(self, place: int) -> dict[str, Tensor]:
         return self.cached[int(self.order[place])]
 
-    def __getitems__(self, places: list[int]) -> list[dict[str, Tensor]]:
+    def __getitems__(self, places: list[int]) -> ChunkSamples:
         return self.cached.__getitems__(self.order[places].tolist())
 
 

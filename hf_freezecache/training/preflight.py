@@ -66,11 +66,6 @@ def check_arguments(args: Any) -> None:
             f"world_size is {args.world_size}, but these processes do not talk through torch.distributed. Use torchrun or "
             "accelerate launch with DistributedDataParallel."
         )
-    if args.torch_compile:
-        raise UnsupportedSetupError(
-            "torch_compile=True would compile one batch's hidden states into the suffix; cached training does not "
-            "support it. Leave it out."
-        )
     if args.auto_find_batch_size:
         raise UnsupportedSetupError("auto_find_batch_size restarts the epoch loop; set the batch size instead.")
     if getattr(args, "train_sampling_strategy", "random") != "random":

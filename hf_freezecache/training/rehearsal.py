@@ -136,7 +136,8 @@ class _Rehearsal:
         original = trainer._original
         kept = dict(vars(original))
         original.current_gradient_accumulation_steps = 1  # `Trainer` sets it with the first batch
-        trainer._run = original._run = SimpleNamespace(step=step, watch_transform=lambda: None)
+        take = step or (lambda training_step, global_step, *args: training_step(*args))
+        trainer._run = original._run = SimpleNamespace(step=step, training_step=take)
         trainer.state = original.state = copy.copy(trainer.state)
         trainer.state.global_step = int(progress * max(trainer.state.max_steps - 1, 0))
         trainer.state.epoch = progress * (trainer.state.num_train_epochs or 0)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from ..distributed.ddp import unused_parameters
+from ..distributed.ddp import is_replicated, unused_parameters, unwrapped
 from ..distributed.process_group import ProcessGroup
 
 __all__ = ["Runtime", "args_without_workers"]
@@ -49,6 +50,7 @@ class Runtime:
         prepare_inputs: Moves a batch to the training device.
         rehearsing: Enters a copy of the trainer, on which a step leaves nothing behind; see ``rehearsal_copy``.
         autocast: Enters the run's autocast.
+        compile_settings: Keyword arguments of ``torch.compile``; ``None`` if nothing is to be compiled.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class Runtime:
     prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
     rehearsing: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
+    compile_settings: Mapping[str, Any] | None
 
     def run_frozen(self, function: Callable[..., Any], **inputs: Any) -> Any:
         """Call a function of tensors on the training device, in eval mode, without gradients.
@@ -100,6 +103,33 @@ class Runtime:
         except Exception as error:
             logger.debug("Which parameters the loss depends on is not known: %r", error)
             return None
+
+    def unwrap(self, wrapped: nn.Module, batch: dict[str, Tensor]) -> nn.Module:
+        """Return the model without its wrapper for several processes, or a compiler's, for a new one around what trains now.
+
+        DDP is told to look for unused parameters in every step, ``Trainer``'s default, only where the model has some.
+
+        Args:
+            wrapped: The model in its wrapper.
+            batch: See ``parameters_without_gradient``.
+        """
+        if not is_replicated(self.accelerator):
+            return self.model if is_compiled_module(wrapped) else wrapped
+        inner = unwrapped(self.accelerator, wrapped)
+        handler = getattr(self.accelerator, "ddp_handler", None)
+        if handler is None or self.args.ddp_find_unused_parameters is not None:
+            return inner
+
+        unused = self.parameters_without_gradient(batch)
+        handler.find_unused_parameters = unused is None or bool(unused)
+        if unused:
+            logger.warning(
+                "The loss does not depend on %d parameters that are to be trained (%s, ...): DDP looks for them in every "
+                "step. Set requires_grad=False for what your model does not use.",
+                len(unused),
+                unused[0],
+            )
+        return inner
 
     def without_workers(self) -> Runtime:
         """Return the trainer with loaders that start no processes."""

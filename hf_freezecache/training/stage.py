@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import CacheConfig
 from ..data.feature_augmenter import FeatureAugmenter
 from ..data.kept_tokens import TokenSubset
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
-from ..distributed.ddp import is_replicated, unwrapped, wrap_again
+from ..distributed.ddp import is_replicated, wrap_again
 from ..errors import CacheWriteError, UnsupportedSetupError
 from ..hub.provenance import keep_provenance
+from ..model.compiled import CompiledBlocks
 from ..model.split import Split, Splits
-from ..report.record import Decision, RunRecord, restore_progress
+from ..report.record import Decision, RunRecord
 from ..report.run_log import decision_logs, epoch_logs
 from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at, thawed_to
@@ -124,10 +125,12 @@ class StageRunner:
     frozen_weights: FrozenWeights | None = None
     rates: LearningRates = field(default_factory=LearningRates)
     evaluation: EvaluationCache = field(init=False)
+    _compiled: CompiledBlocks = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Begin without a cache of any evaluation set."""
+        """Begin without a cache of any evaluation set, and with nothing compiled."""
         self.evaluation = EvaluationCache(self.config)
+        self._compiled = CompiledBlocks(self.splits.blocks, self.runtime.compile_settings)
 
     @property
     def current(self) -> ActiveStage:
@@ -156,6 +159,7 @@ class StageRunner:
             return
         self.runtime = replace(self.runtime, model=model)
         self.splits = Splits(model, self.data.image_shape, self.data.call, self.splits.strict)
+        self._compiled = CompiledBlocks(self.splits.blocks, self.runtime.compile_settings)
         self.cache.chooser = replace(self.cache.chooser, splits=self.splits, run=self.runtime.run_frozen)
 
     def live_loader(self) -> Any:
@@ -178,30 +182,6 @@ class StageRunner:
         """
         self.frozen = split_point
         return self.freezer.freeze(self.splits.at(split_point), optimizer)
-
-    def unwrap(self, wrapped: nn.Module) -> nn.Module:
-        """Return the model without its wrapper for several processes, for a new one around what trains now.
-
-        DDP is told to look for unused parameters in every step, ``Trainer``'s default, only where the model has some.
-        """
-        accelerator = self.runtime.accelerator
-        if not is_replicated(accelerator):
-            return wrapped
-        inner = unwrapped(accelerator, wrapped)
-        handler = getattr(accelerator, "ddp_handler", None)
-        if handler is None or self.runtime.args.ddp_find_unused_parameters is not None:
-            return inner
-
-        unused = self.runtime.parameters_without_gradient(self.data.example_batch)
-        handler.find_unused_parameters = unused is None or bool(unused)
-        if unused:
-            logger.warning(
-                "The loss does not depend on %d parameters that are to be trained (%s, ...): DDP looks for them in every "
-                "step. Set requires_grad=False for what your model does not use.",
-                len(unused),
-                unused[0],
-            )
-        return inner
 
     # ---- Stages ----
 
@@ -250,7 +230,7 @@ class StageRunner:
             self.freezer.trained_from, *(one.split_point for one in self.stages[: stage.index + 1])
         )
         self.released_bytes = self.freeze(stage.split_point, optimizer)
-        return self.unwrap(wrapped) if changed else wrapped
+        return self.runtime.unwrap(wrapped, self.data.example_batch) if changed else wrapped
 
     def enter(self, stage: Stage, model: nn.Module) -> nn.Module:
         """Wrap the model anew where it has no wrapper, and find or build the cache of a stage. Collective.
@@ -360,6 +340,41 @@ class StageRunner:
             keep_provenance(Path(opened.reader.directory), lambda: provenance_of(self, opened.reader))
         return opened
 
+    # ---- Steps ----
+
+    def training_step(
+        self,
+        training_step: Callable[..., Tensor],
+        global_step: int,
+        model: nn.Module,
+        inputs: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Train on a batch of the stage: of images, or of hidden states through the suffix.
+
+        Args:
+            training_step: ``Trainer.training_step``.
+            global_step: Optimizer steps done.
+            model: The model, wrapped or not.
+            inputs: The batch.
+            args: As for ``training_step``, which returns the loss.
+            kwargs: The same.
+
+        Raises:
+            UnsupportedSetupError: See ``CachedStep``, ``LiveStep`` and ``watch_transform``.
+        """
+        with self._compiled.running(self.frozen or 0):
+            if self.step is None:
+                return training_step(model, inputs, *args, **kwargs)
+            self.watch_transform()
+            return self.step(training_step, global_step, model, inputs, *args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, see ``EvaluationCache.predict``. Blocks that train run compiled there, too."""
+        with self._compiled.running(self.frozen or 0):
+            return self.evaluation.predict(*args, **kwargs)
+
     def watch_transform(self) -> None:
         """Warn, once in a stage, if a callback has changed the transform since the cache was opened.
 
@@ -383,17 +398,3 @@ class StageRunner:
         if measured is None:
             return {}
         return epoch_logs(self.record, measured, float(state.epoch or 0.0), self.current.stage.index)
-
-    def restore_progress(self, progress: dict[str, Any]) -> None:
-        """Take over the decisions and epochs of a checkpoint, unless they are those of another schedule.
-
-        Raises:
-            RunError: They cannot be read.
-        """
-        restore_progress(self.record, progress)
-        known = {(stage.index, stage.start_epoch, stage.split_point) for stage in self.stages}
-        if any((d.stage, d.start_epoch, d.split_point) not in known for d in self.record.decisions):
-            logger.warning(
-                "The checkpoint was saved under another schedule: its stages will be missing from the report."
-            )
-            self.record.decisions, self.record.epochs = [], []

@@ -87,6 +87,8 @@ def cached_batches(
         augmenter,
         runtime.prepare_inputs,
         reader.index.hidden_shape[0] if tokens is None else tokens.num_kept,
+        # Trainer looks at each loss by default, or at none; the first steps were rehearsed.
+        runtime.args.logging_nan_inf_filter or runtime.accelerator.device.type == "cpu",
     )
     dataset.read_ahead(sampler, runtime.everyone.rank, reading_threads(runtime))
     order: Any = sampler if tokens is None else EpochKeys(sampler)

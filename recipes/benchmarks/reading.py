@@ -31,6 +31,7 @@ from hf_freezecache.cache.shard_file import read_chunk_frames
 from hf_freezecache.codecs import Codec, make_codec
 from hf_freezecache.codecs.entropy import decompress_frame
 from hf_freezecache.compression.step_search import roundtrip
+from hf_freezecache.data.chunk_samples import ChunkSamples
 from hf_freezecache.data.collators import collate_cached
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.dataset import CachedDataset
@@ -90,9 +91,9 @@ def parts_of(reader: CacheReader, batch_size: int) -> dict[str, Callable[[], Any
 
     loaded = [frames(*place) for place in places]
     chunk = reader.entropy_decode_chunk(0, 0)
-    items = [{name: array[row] for name, array in chunk.arrays.items()} for row in range(len(layout.members(0)))]
-    samples = list(itertools.islice(itertools.cycle(items), layout.num_samples))
-    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    rows = itertools.cycle(range(len(layout.members(0))))
+    samples = [(chunk.arrays, row) for row in itertools.islice(rows, layout.num_samples)]
+    batches = [ChunkSamples(samples[start : start + batch_size], {}) for start in range(0, len(samples), batch_size)]
     return {
         "files": lambda: [frames(*place) for place in places],
         "zstd": lambda: [decompress_frame(frame, 1 << 40, at_most=True) for some in loaded for frame in some],

@@ -56,12 +56,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="where to write the record")
     parser.set_defaults(seeds=[0, 1, 2, 3])
     options = parser.parse_args()
+    if len(options.schedules) > 1:
+        parser.error("one schedule, so that all runs share one cache")
+    (schedule,) = options.schedules
     train, test = sweep.load(options.data)
     pairs = [(rate, seed) for rate in options.learning_rates for seed in options.seeds]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("cached", *ARMS)}
     every = max(len(pairs) // max(options.plain_runs, 1), 1)
     for number, (rate, seed) in enumerate(pairs):
-        reached, seconds, _ = sweep.run(options, train, test, rate, seed)
+        reached, seconds, _ = sweep.run(options, train, test, schedule, rate, seed)
         found["cached"].append({"rate": rate, "seed": seed, "accuracy": reached, "seconds": seconds})
         print(f"cached, learning rate {rate:g}, seed {seed}: {reached:.1%}, {seconds:.1f} s", flush=True)
         if number % every == 0 and len(found["full"]) < options.plain_runs:
@@ -89,6 +92,7 @@ def main() -> None:
     if options.json is not None:
         config = {name: value for name, value in vars(options).items() if name not in ("cache_dir", "output_dir")}
         config |= {"model": Path(options.model).name, "data": options.data.name}
+        config |= {"split_point": int(schedule.rpartition(":")[2])}
         config |= {
             "json": None,
             "train_images": len(train),

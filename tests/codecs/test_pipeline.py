@@ -322,6 +322,10 @@ def test_pack_keeps_every_integer_in_the_declared_sizes(array, zones) -> None:
     assert torch.equal(decoded.to(array.dtype), array)
     assert decoded.is_contiguous()
     assert pack.encode(array.transpose(0, 1).contiguous().transpose(0, 1)) == buffers
+    # The memory that a thread decodes in is used again.
+    other = torch.full_like(array, 5)
+    assert torch.equal(pack.decode(pack.encode(other), spec).to(array.dtype), other)
+    assert torch.equal(decoded.to(array.dtype), array)
 
 
 @pytest.mark.by_default(18)

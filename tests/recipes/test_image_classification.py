@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import random
-import re
 import runpy
 import subprocess
 import sys
@@ -230,46 +229,6 @@ def test_the_card_names_data_model_and_baseline(run, parquet_folder) -> None:
     assert "of accuracy against the baseline 'plain' without freezing" in card
     assert "a factor of" in card
     assert "someone/tiny" in json.loads(Path("out/freezecache_run.json").read_text())["card"]["finetuned_from"]
-
-
-@pytest.fixture
-def sweep(model, images, monkeypatch: pytest.MonkeyPatch):
-    """Run the sweep in this process, return what it wrote."""
-    model.save_pretrained("model")
-    Path("model/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    Path("data").mkdir()
-    images.select(range(30)).to_parquet("data/train.parquet")
-    images.select(range(30, 50)).to_parquet("data/test.parquet")
-
-    def run(*schedules: str) -> list[dict[str, Any]]:
-        command = "--model model --data data --epochs 2 --batch-size 10 --use-cpu --output-dir sweep --schedules"
-        monkeypatch.setattr(sys, "argv", ["schedule_sweep.py", *command.split(), *schedules])
-        runpy.run_path(str(RECIPE.with_name("schedule_sweep.py")), run_name="__main__")
-        return json.loads(Path("sweep/sweep.json").read_text())["runs"]
-
-    return run
-
-
-@pytest.mark.slow
-def test_schedules_of_a_sweep_share_their_caches(sweep, capsys) -> None:
-    first, second, third = sweep("0:1", "0:1,1:3", "0:2")
-    assert first["built_shards"] > 0
-    assert second["built_shards"] == first["built_shards"]  # those of 3 blocks alone
-    assert third["built_shards"] > 0
-    assert len(list(Path("caches").glob("k01-*"))) == 1
-    printed = capsys.readouterr().out
-    for run in (first, second, third):
-        assert f"{run['schedule']:<16}{run['accuracy']:>10.1%}" in printed
-        assert json.loads((Path(run["run"]) / "freezecache_run.json").read_text())["complete"]
-    assert [run["built_shards"] for run in sweep("0:1", "0:1,1:3")] == [0, 0]
-
-
-def test_recipes_are_short_and_say_what_they_take() -> None:
-    text = RECIPE.with_name("schedule_sweep.py").read_text()
-    assert len(text.splitlines()) < 150
-    header = text.split('"""')[1]
-    assert "python recipes/schedule_sweep.py" in header
-    assert re.search(r"[0-9.]+ minutes", header)
 
 
 @pytest.mark.parametrize(

@@ -3,65 +3,49 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
-from support.tiny import PROCESSOR, tiny_vit
 from transformers import AutoModelForImageClassification
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-OPTIONS = [
-    "--model",
-    "model",
-    "--data",
-    "data",
-    "--split_point",
-    "2",
-    "--epochs",
-    "2",
-    "--learning_rates",
-    "1e-2",
-    "1e-5",
-]
-
-
-@pytest.fixture
-def prepared(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny_vit().save_pretrained("model")
-    Path("model/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    images.select(range(30)).to_parquet("data/train.parquet")
-    images.select(range(30, 50)).to_parquet("data/test.parquet")
-
-
-def run(script: Path, monkeypatch, capsys, *options: str) -> list[str]:
-    monkeypatch.setattr(sys, "argv", [str(script), *OPTIONS, *options])
-    monkeypatch.syspath_prepend(str(script.parent))
-    capsys.readouterr()
-    runpy.run_path(str(script), run_name="__main__")
-    return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
+OPTIONS = ("--model", "model", "--data", "data", "--epochs", "2")
+RATES = ("--learning_rates", "1e-2", "1e-5")
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
-def test_all_runs_share_one_cache_and_the_best_is_kept(prepared, monkeypatch, capsys) -> None:
-    told = run(RECIPES / "sweep.py", monkeypatch, capsys, "--seeds", "0", "1", "--output_dir", "out")
+def test_all_runs_share_one_cache_and_the_best_is_kept(workspace, run_recipe) -> None:
+    told = run_recipe("sweep.py", *OPTIONS, *RATES, *("--schedules", "0:2", "--seeds", "0", "1", "--output_dir", "out"))
     assert len(told) == 5
     assert len(list(Path("caches").glob("k02-*"))) == 2  # of the training images, and of the test images
     reached = {line.split(":")[0]: line.split("accuracy ")[1].split(",")[0] for line in told[:4]}
-    assert told[4].startswith("best: learning rate")
+    assert told[4].startswith("best: schedule 0:2, learning rate")
     assert told[4].split("accuracy ")[1].split(",")[0] == max(reached.values(), key=lambda one: float(one[:-1]))
     assert AutoModelForImageClassification.from_pretrained("out/best").config.num_labels == 4
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
+def test_schedules_share_the_caches_of_their_first_stages(workspace, run_recipe) -> None:
+    def built(*schedules: str) -> list[int]:
+        options = ("--learning_rates", "1e-2", "--seeds", "0", "--schedules", *schedules)
+        return [int(line.split()[-3]) for line in run_recipe("sweep.py", *OPTIONS, *options) if "built" in line]
+
+    first, second, third = built("0:1", "0:1,1:3", "0:2")
+    assert first > 0
+    assert second == first  # those of 3 blocks alone
+    assert third > 0
+    assert built("0:1", "0:1,1:3") == [0, 0]
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_a_sweep_is_compared_with_as_many_plain_runs(prepared, monkeypatch, capsys) -> None:
+def test_a_sweep_is_compared_with_as_many_plain_runs(workspace, run_recipe) -> None:
     pytest.importorskip("peft")
-    options = ("--seeds", "0", "--plain_runs", "1", "--plain_rates", "1e-3", "1e-2", "--json", "record.json")
-    told = run(RECIPES / "benchmarks" / "sweeping.py", monkeypatch, capsys, *options)
-    results = json.loads(Path("record.json").read_text())["results"]
+    options = ("--plain_runs", "1", "--plain_rates", "1e-3", "1e-2", "--json", "record.json", "--schedules", "0:2")
+    told = run_recipe("benchmarks/sweeping.py", *OPTIONS, *RATES, "--seeds", "0", *options)
+    record = json.loads(Path("record.json").read_text())
+    results = record["results"]
+    assert record["config"]["split_point"] == 2
     assert len(results["runs"]["cached"]) == 2
     for arm in ("full", "lora"):
         (one,) = results["runs"][arm]

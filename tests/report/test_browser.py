@@ -85,7 +85,7 @@ def test_the_page_shows_every_figure_without_an_error(page, tmp_path, width, dar
     assert not probe["title"].startswith("ERROR")
     assert probe["asked"] == 0
     assert probe["wide"] <= 0
-    assert [figure[0] for figure in probe["figures"]] == ["timeline", "cost", "storage"]
+    assert [figure[0] for figure in probe["figures"]] == ["over_time", "timeline", "cost", "storage"]
     for name, across, down, drawn, texts, outside, height in probe["figures"]:
         assert 280 <= across <= 480, name
         assert down > 80, name

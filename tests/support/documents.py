@@ -13,6 +13,7 @@ RUN_BY_CI = ("<!-- run -->", "<!-- test -->")
 #: In the order in which a reader would go through them; each page finds what those before it have made.
 PAGES = (
     "README.md",
+    "recipes/README.md",
     *(
         f"docs/{name}.md"
         for name in ("quick_start", "training", "schedules", "evaluating", "compression", "augmented_views")

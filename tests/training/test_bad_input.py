@@ -255,7 +255,6 @@ def test_reentrant_checkpointing_of_the_model(train_dataset) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"torch_compile": True}, "torch_compile"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"train_sampling_strategy": "sequential"}, "shuffles by chunks"),
     ],
