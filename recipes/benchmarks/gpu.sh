@@ -7,7 +7,7 @@
 # MODEL is the folder of a pretrained DeiT-Tiny with its image processor (22 MiB), DATA one with train.parquet and test.parquet of
 # columns image and label (50 classes of Caltech-101 take 25 MiB): with this repository they fit in 64 MiB. Models of other shapes have
 # random weights, and caches that are only read hold made-up states. OUT gets records and logs. Needed beside them: an environment
-# with this package and its extras `test` and `recipes`; without PEFT the arms of LoRA are left out. --dry tries each step on little
+# with this package and its extra `test`; without PEFT, which is in it, device.py leaves LoRA out. --dry tries each step on little
 # data, on a CPU too.
 #
 # 1. The tests that need a GPU: cached against live, in fp32 and bf16.
