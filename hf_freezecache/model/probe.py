@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedModelError
-from .withheld import blank_images, first_tensor, shapes_of
+from .withheld import blank_images, first_tensor, outer_parameters, shapes_of
 
 __all__ = ["Blocks", "Trace", "call_of_blank_image", "find_blocks", "first_input", "first_row", "trace_model"]
 
@@ -39,7 +39,7 @@ def call_of_blank_image(model: nn.Module, image_shape: tuple[int, ...] | None = 
             one that every model takes without being asked to interpolate.
     """
     shape = configured_image_shape(model) or image_shape or (3, 224, 224)
-    return {"pixel_values": blank_images(model, 1, shape).contiguous()}
+    return {"pixel_values": blank_images(outer_parameters(model), 1, shape).contiguous()}
 
 
 def first_row(call: Mapping[str, Any]) -> dict[str, Any]:

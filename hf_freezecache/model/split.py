@@ -29,7 +29,7 @@ from .probe import (
     first_row,
     trace_model,
 )
-from .withheld import blank_images, first_tensor
+from .withheld import blank_images, first_tensor, outer_parameters
 
 __all__ = [
     "Split",
@@ -80,6 +80,7 @@ class Splits:
         self.constants = {name: value for name, value in (call or {}).items() if not isinstance(value, Tensor)}
         self.blocks_name, self.blocks = find_blocks(model, call)
         self._splits: dict[int, Split] = {}
+        self.outer = outer_parameters(model)
 
     @property
     def num_blocks(self) -> int:
@@ -188,7 +189,7 @@ class Split:
 
         They have the true shape, since some models read the height and the width. No suffix may read more of them.
         """
-        return blank_images(self.model, batch_size, self.image_shape, float("nan"))
+        return blank_images(self._splits.outer, batch_size, self.image_shape, float("nan"))
 
     def prefix_modules(self) -> list[nn.Module]:
         """Return the modules that make up the prefix: all that run before block 0, then blocks ``[:k]``."""

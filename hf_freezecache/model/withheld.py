@@ -21,6 +21,7 @@ __all__ = [
     "Withheld",
     "blank_images",
     "first_tensor",
+    "outer_parameters",
     "shapes_of",
     "with_first_tensor",
 ]
@@ -94,14 +95,25 @@ class Withheld(Tensor):
         return f"Withheld({self.what}, {tuple(self.shape)})"
 
 
-def blank_images(model: nn.Module, batch_size: int, image_shape: ImageShape, value: float = 0.0) -> Tensor:
+def outer_parameters(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the first and the last float parameter of a model: images have the dtype of one, and go to the device of the other."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    return parameters[0], parameters[-1]
+
+
+def blank_images(
+    outer: tuple[nn.Parameter, nn.Parameter], batch_size: int, image_shape: ImageShape, value: float = 0.0
+) -> Tensor:
     """Return constant pixel values (batch_size, *image_shape) that take no memory: all strides are 0.
 
-    The dtype is that of the model's first float parameter. The device is that of its last: weights of frozen blocks may be elsewhere.
+    Args:
+        outer: Of the model, see ``outer_parameters``. The first may be elsewhere than the device: it may be frozen.
+        batch_size: Number of images.
+        image_shape: (channels, height, width).
+        value: The value of all pixels.
     """
-    *_, last = (p for p in model.parameters() if p.is_floating_point())
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return torch.full((1,), value, dtype=dtype, device=last.device).expand(batch_size, *image_shape)
+    first, last = outer
+    return torch.full((1,), value, dtype=first.dtype, device=last.device).expand(batch_size, *image_shape)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -109,8 +109,8 @@ def sweeps() -> str:
     return (
         f"{len(runs)} runs of {config['epochs']} epochs over one cache, learning rates times heads, {config['split_point']} blocks "
         f"frozen, {config['token_keep']:g} of the patches: {results['sweep_seconds']:.0f} s with the build, {' and '.join(against)}. "
-        f"DeiT-Tiny, 224 px, {config['train_images']} training and {config['test_images']} test images; the sweep evaluates after each "
-        f"epoch, from a cache, the others once; {machine['processor']}, {machine['cores']} cores. {link(SWEEPING)}, made by "
+        f"DeiT-Tiny, 224 px, {config['train_images']} training and {config['test_images']} test images; each run is "
+        f"evaluated once, those of the sweep from a cache; {machine['processor']}, {machine['cores']} cores. {link(SWEEPING)}, made by "
         "`recipes/benchmarks/sweeping.py` around `recipes/sweep.py`."
     )
 

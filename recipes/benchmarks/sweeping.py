@@ -3,8 +3,9 @@
     python recipes/benchmarks/sweeping.py --model ./deit-tiny --data ./caltech50 --json recipes/benchmarks/results/sweeping.json
 
 Runs ``recipes/sweep.py`` as it is: learning rates times heads, the first run with the build. In between it trains ``--plain_runs``
-times by plain ``Trainer``, all of the model and by PEFT's LoRA, for as many epochs, with the same images and batches. These are
-evaluated once, at their end; the runs of the sweep after each epoch, from a cache. A plain run takes the same time whatever its rate: so many of them count as often as the sweep has runs.
+times by plain ``Trainer``, all of the model and by PEFT's LoRA, for as many epochs, with the same images and batches. All are
+evaluated once, at their end; the runs of the sweep from a cache. A plain run takes the same time whatever its rate: so many of them
+count as often as the sweep has runs.
 """
 
 from __future__ import annotations
