@@ -13,7 +13,7 @@ from typing import Any
 
 from accuracy_arms import Arm
 
-from hf_freezecache.report.plots import Picture, save_png, to_svg
+from hf_freezecache.report.drawing import Picture, save_png, to_svg
 
 #: Costs at which the fronts are compared, in epochs of full fine-tuning.
 BUDGETS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 16)

@@ -61,7 +61,13 @@ from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.model.freeze import freeze
 from hf_freezecache.model.tokens import token_grid
 
-SHAPES = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}  # width, heads; 12 blocks, patch 16
+SHAPES = {  # width, heads, blocks; patches of 16 pixels
+    "deit-tiny": (192, 3, 12),
+    "deit-small": (384, 6, 12),
+    "deit-base": (768, 12, 12),
+    "vit-large": (1024, 16, 24),
+    "mini": (16, 2, 2),  # to try a script
+}
 SEED = 0
 
 
@@ -99,10 +105,9 @@ class Bench:
         if args.model:
             model = AutoModelForImageClassification.from_pretrained(args.model)
         else:
-            width, heads = SHAPES[args.shape]
-            model = DeiTForImageClassification(
-                DeiTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000)
-            )
+            width, heads, blocks = SHAPES[args.shape]
+            sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": blocks}
+            model = DeiTForImageClassification(DeiTConfig(**sizes, intermediate_size=4 * width, num_labels=1000))
         self.model = model.to(self.device)
         files = {"train": str(Path(args.data) / "train*.parquet")}
         rows = datasets.load_dataset("parquet", data_files=files)["train"].shuffle(seed=SEED).select(range(args.images))
@@ -160,13 +165,15 @@ class Bench:
             num_workers=self.args.workers,
         )
 
-    def loader(self, dataset: Any, collator: Callable[..., Any], with_epochs: bool = False) -> DataLoader:
+    def loader(
+        self, dataset: Any, collator: Callable[..., Any], with_epochs: bool = False, workers: int | None = None
+    ) -> DataLoader:
         return DataLoader(
             dataset,
             self.args.batch_size,
             sampler=EpochKeys(self.sampler) if with_epochs else self.sampler,
             collate_fn=collator,
-            num_workers=self.args.workers,
+            num_workers=self.args.workers if workers is None else workers,
             drop_last=True,
             pin_memory=self.device.type == "cuda",
         )
@@ -187,8 +194,10 @@ class Bench:
             if arm == "cached_kept":
                 prefix, (height, width) = token_grid(reader.index.hidden_shape[0], (3, 224, 224), self.model.config)
                 tokens = TokenSubset(SEED, prefix, height * width, self.args.token_keep)
-            dataset = CachedDataset(reader, packed=True, tokens=tokens)
-            return self.endless(self.loader(dataset, collate_cached, tokens is not None))
+            dataset = CachedDataset(reader, 8 + min(self.args.batch_size, 8), packed=True, tokens=tokens)
+            # As in training: threads read ahead in place of workers, one beside an accelerator.
+            dataset.read_ahead(self.sampler, threads=self.args.workers or int(self.device.type != "cpu"))
+            return self.endless(self.loader(dataset, collate_cached, tokens is not None, workers=0))
         kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
         if arm == "limit":
             kept = [{"hidden_states": self.dequantize(batch), "labels": batch["labels"]} for batch in kept]

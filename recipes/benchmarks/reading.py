@@ -144,6 +144,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     codecs: list[float | str] = [*arguments.bits, *([] if arguments.no_lossless else ["lossless"])]
+    config = {**vars(arguments), "json": None, "window": WINDOW, "seed": SEED}
     results: dict[str, Any] = {}
     for hidden, chunk_size, wanted in itertools.product(arguments.hidden, arguments.chunk_sizes, codecs):
         states = make_states(arguments.tokens, hidden)
@@ -164,8 +165,8 @@ def main() -> None:
             f"{rates['files_zstd_unpacking']:,.0f}, copying {rates['copying']:,.0f}",
             flush=True,
         )
-    if arguments.json is not None:
-        save(arguments.json, "reading", {**vars(arguments), "json": None, "window": WINDOW, "seed": SEED}, results)
+        if arguments.json is not None:  # each time: one that is stopped leaves what it has
+            save(arguments.json, "reading", config, results, quiet=True)
 
 
 if __name__ == "__main__":

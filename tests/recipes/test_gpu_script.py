@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,17 @@ from support.documents import ROOT
 from support.tiny import PROCESSOR, tiny_vit
 
 SCRIPT = ROOT / "recipes" / "benchmarks" / "gpu.sh"
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "SPLIT_POINT": "3", "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
 
 
 @pytest.mark.slow
@@ -23,20 +35,37 @@ def test_every_step_runs_dry(images) -> None:
     Path("model/preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **sizes}))
     for name in ("train", "test"):
         images.to_parquet(f"data/{name}.parquet")
-    done = subprocess.run(
-        [str(SCRIPT), "30", "model", "data", "out", "--dry"],
-        env={**os.environ, "PYTHON": sys.executable, "SPLIT_POINTS": "2,3", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    # Without a GPU pytest has no test to run, and says so.
-    failed = [line for line in done.stdout.splitlines() if ": status " in line and ": status 0" not in line]
-    assert [line.split(":")[0] for line in failed] in ([], ["== tests"]), done.stdout
-    assert {"epoch_cost--tiny.json", "epoch_cost--base.json", "evaluating.json"} <= {
-        p.name for p in Path("out").iterdir()
-    }
+    done = run("30", "model", "data", "out", "--dry")
+    assert done.stdout.splitlines()[-1] == "records in out; 0 of 5 steps failed", done.stdout
+    (found,) = json.loads(Path("out/device.json").read_text())["results"].values()
+    assert {"full_in_memory", "frozen", "cached", "limit"} <= set(found["images_per_second"])
+    assert list(found["trainer"]) == ["full", "frozen", "cached"]
+    for one in found["trainer"].values():
+        assert one["synchronizations"] is None or one["synchronizations"] >= 0
+        assert 0 < sum(one["operations"].values()) <= 1.01
+    assert json.loads(Path("out/reading.json").read_text())["results"]
+    assert json.loads(Path("out/evaluating.json").read_text())["results"]
+    phases = {run["phase"] for run in json.loads(Path("out/time_to_accuracy.json").read_text())["results"]["runs"]}
+    assert phases == {"tune", "test", "clock"}
+
+
+def test_without_time_nothing_begins() -> None:
+    done = run("0", "model", "data", "out", PYTHON="no-such-program")
+    assert done.returncode == 1
+    assert done.stdout.count("no time is left") == 5
+    assert done.stdout.splitlines()[-1] == "records in out; 5 of 5 steps failed"
+
+
+@pytest.mark.slow
+def test_it_ends_in_time_whatever_a_step_does() -> None:
+    stubborn = Path("stubborn")
+    stubborn.write_text("#!/bin/bash\ntrap '' TERM\necho begun\nwhile true; do sleep 1; done\n")
+    stubborn.chmod(0o755)
+    began = time.monotonic()
+    done = run("0.15", "model", "data", "out", PYTHON=str(stubborn.absolute()))
+    assert time.monotonic() - began < 0.15 * 60 + 2
+    assert "begun" in done.stdout
+    assert done.stdout.splitlines()[-1] == "records in out; 5 of 5 steps failed"
 
 
 def test_wrong_usage_is_told() -> None:
