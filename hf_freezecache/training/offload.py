@@ -36,7 +36,7 @@ def why_not(runtime: Runtime) -> str | None:
         return f"the device, {runtime.accelerator.device.type}, has no memory but the host's"
     if runtime.args.n_gpu > 1:
         return "torch.nn.DataParallel copies all weights in each step"
-    if runtime.args.torch_compile:
+    if runtime.compile_settings is not None:
         return "which weights a compiled step reads cannot be seen"
     return None
 
