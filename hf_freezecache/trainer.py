@@ -378,22 +378,23 @@ class FreezeCacheTrainer(Trainer):
         else:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_model_card(self, *args: Any, baseline: str | Path | None = None, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, baseline: Any = None, seeds: Any = (), **kwargs: Any) -> None:
         """Write ``README.md``, the record and the picture it shows into ``output_dir``; ``push_to_hub`` calls this.
 
         Data sets and licence are named if given, and never guessed. Without ``freeze_config`` the card is ``Trainer``'s.
 
         Args:
             args: As for ``Trainer.create_model_card``.
-            baseline: ``output_dir`` of a run without freezing, to compare with.
+            baseline: ``output_dir`` of a run without freezing, to compare with, or of several of one setting.
+            seeds: ``output_dir`` of runs, one or several, that differ in the seed only: for mean and spread.
             kwargs: As for ``Trainer.create_model_card``.
 
         Raises:
-            RunError: ``baseline`` holds no run.
+            RunError: ``baseline`` or ``seeds`` hold no run, or runs that differ in more than the seed.
         """
         if self.freeze_config is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             call = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs)
             call.apply_defaults()
-            write_model_card(self, {name: value for name, value in call.arguments.items() if name != "self"}, baseline)
+            write_model_card(self, dict(call.arguments), baseline, seeds)

@@ -96,8 +96,13 @@ class DataTrainingArguments:
     card_base_model: str | None = field(
         default=None, metadata={"help": "The model on the Hub that a local --model_name_or_path is."}
     )
-    card_baseline: str | None = field(
-        default=None, metadata={"help": "--output_dir of a run without freezing, which the model card compares with."}
+    card_baseline: list[str] = field(
+        default_factory=list,
+        metadata={"help": "--output_dir of a run without freezing, or of several, which the model card compares with."},
+    )
+    card_seeds: list[str] = field(
+        default_factory=list,
+        metadata={"help": "--output_dir of runs of other seeds: the model card then shows mean and spread."},
     )
 
     def __post_init__(self) -> None:
@@ -269,8 +274,10 @@ def main() -> None:
         card["dataset_tags"], card["dataset"] = data_args.dataset_name, data_args.dataset_name
     if data_args.card_dataset is not None:
         card["dataset"] = data_args.card_dataset
-    if freezes and data_args.card_baseline is not None:
+    if freezes and data_args.card_baseline:
         card["baseline"] = data_args.card_baseline
+    if freezes and data_args.card_seeds:
+        card["seeds"] = data_args.card_seeds
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:

@@ -45,8 +45,16 @@ def demo(
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="output_dir of a run.", show_default=False)],
     baseline: Annotated[
-        Path | None,
-        typer.Option(help="output_dir of a run without freezing, to compare with; plain Trainer's will do."),
+        list[Path] | None,
+        typer.Option(
+            help="output_dir of a run without freezing, to compare with; plain Trainer's will do. Again for more runs of it."
+        ),
+    ] = None,
+    seeds: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="output_dir of a run that differs in the seed only, for mean and spread. Again for more of them."
+        ),
     ] = None,
     output_dir: Annotated[
         Path | None,
@@ -61,12 +69,18 @@ def report(
     With --baseline, the cost of a run without freezing is measured; without, it is an estimate.
     """
     with one_line_errors(debug):
-        from ..report.figures import figures_of, read_baseline
+        from ..report.figures import figures_of
         from ..report.page import write_report
         from ..report.record import read_run
-        from ..report.text import accuracy_cost, describe_schedule, over_time_words, time_cost
+        from ..report.seeds import read_baselines, read_seeds
+        from ..report.text import accuracy_cost, describe_schedule, over_time_words, seeds_words, time_cost
 
-        figures = figures_of(read_run(run_dir), None if baseline is None else read_baseline(baseline))
+        record = read_run(run_dir)
+        figures = figures_of(
+            record,
+            read_baselines(baseline) if baseline else None,
+            read_seeds(record, seeds) if seeds else None,
+        )
         if as_json:
             typer.echo(json.dumps(figures, indent=1))
             return
@@ -79,6 +93,7 @@ def report(
             ) from error
         for name, words in (
             ("schedule", describe_schedule(figures)),
+            ("seeds", seeds_words(figures)),
             ("accuracy", accuracy_cost(figures)),
             ("time", time_cost(figures)),
             ("over time", over_time_words(figures)),

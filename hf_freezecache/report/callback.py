@@ -20,10 +20,7 @@ from ..config import (
 )
 from ..data.task import task_of
 from .drawing import save_png
-from .figures import (
-    figures_of,
-    read_baseline,
-)
+from .figures import figures_of
 from .model_card import (
     card_arguments,
     render_card,
@@ -35,6 +32,7 @@ from .page import (
 )
 from .plots import pictures_of
 from .record import RunRecord, write_run
+from .seeds import Folders, read_baselines, read_seeds
 
 __all__ = ["ReportCallback", "describe_run", "write_card"]
 
@@ -95,7 +93,12 @@ def describe_run(
 
 
 def write_card(
-    output_dir: Path, record: RunRecord, model: Any, settings: dict[str, Any], baseline: str | Path | None = None
+    output_dir: Path,
+    record: RunRecord,
+    model: Any,
+    settings: dict[str, Any],
+    baseline: Folders | None = None,
+    seeds: Folders = (),
 ) -> None:
     """Write README.md and what it is made from: the record, and the picture if matplotlib is there.
 
@@ -104,14 +107,15 @@ def write_card(
         record: The run's.
         model: The model, for what the settings leave open: the model it was made from, and its task.
         settings: Arguments of ``Trainer.create_model_card``, and ``model_id``.
-        baseline: ``output_dir`` of a run without freezing.
+        baseline: ``output_dir`` of a run without freezing, or of several.
+        seeds: ``output_dir`` of runs that differ in the seed only.
 
     Raises:
-        RunError: ``baseline`` holds no run.
+        RunError: ``baseline`` or ``seeds`` hold no run, or runs that are no runs of one setting.
         OSError: A file cannot be written.
     """
     if baseline is not None:
-        record.baseline = read_baseline(Path(baseline))
+        record.baseline = read_baselines(baseline)
     settings = {**settings, "model_name": settings["model_name"] or record.name}
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if settings["finetuned_from"] is None and not Path(source).exists():
@@ -130,6 +134,8 @@ def write_card(
         card_arguments
     ).parameters  # a newer Trainer may have arguments that no card of ours shows
     record.card = card_arguments(**{name: value for name, value in settings.items() if name in known})
+    if seeds:
+        record.seeds = read_seeds(record, seeds)
     write_run(output_dir, record)
     figures = figures_of(record)
     try:

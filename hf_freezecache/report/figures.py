@@ -21,6 +21,7 @@ from .record import (
     RunRecord,
     read_run,
 )
+from .spread import run_of, spread_of
 from .text import is_share
 
 __all__ = ["comparison", "figures_of", "read_baseline", "standard_error"]
@@ -221,9 +222,21 @@ def comparison(figures: Mapping[str, Any]) -> Figures | None:
         if same and None not in (mine["loss"], theirs["loss"])
         else None,
         "speedup": round(baseline["seconds"] / seconds, 4) if seconds and baseline["seconds"] else None,
+        "means": _means(figures),
         "caveats": caveats,
         "over_time": over_time(figures["evaluations"], baseline["evaluations"]),
     }
+
+
+def _means(figures: Mapping[str, Any]) -> Figures | None:
+    """Compare means over seeds: the difference, and its standard error by both spreads; ``None`` without several of each."""
+    mine, theirs = figures["seeds"], figures["baseline"]["spread"]
+    if not mine or not theirs or not mine["metric"] or mine["metric"] != theirs["metric"]:
+        return None
+    name = mine["metric"]
+    errors = [of["metrics"][name]["standard_deviation"] / math.sqrt(len(of["runs"])) for of in (mine, theirs)]
+    difference = mine["metrics"][name]["mean"] - theirs["metrics"][name]["mean"]
+    return {"metric": name, "difference": difference, "standard_error": math.hypot(*errors)}
 
 
 # ---- The run ----
@@ -275,15 +288,31 @@ def _stages(record: RunRecord) -> list[Figures]:
     return stages
 
 
-def figures_of(record: RunRecord, baseline: Mapping[str, Any] | None = None) -> Figures:
+def _seeds(record: RunRecord, others: Sequence[Mapping[str, Any]], seconds: float | None) -> Figures | None:
+    """Return mean and spread over a run and others of its setting, by their seeds."""
+    if not others:
+        return None
+    own = run_of(record.name, record.training.get("seed"), _result(record), seconds)
+    runs = sorted([own, *others], key=lambda run: (run["seed"] is None, run["seed"]))
+    return spread_of(runs)
+
+
+def figures_of(
+    record: RunRecord,
+    baseline: Mapping[str, Any] | None = None,
+    seeds: Sequence[Mapping[str, Any]] | None = None,
+) -> Figures:
     """Return the figures of a run, all of them what JSON can hold.
 
     Args:
         record: The run, as ``read_run`` returns it.
         baseline: A run without freezing, as ``read_baseline`` returns it; default: the one in the record, if any.
+        seeds: Runs of other seeds, as ``read_seeds`` returns them; default: those in the record.
     """
     epochs = record.epochs
-    compared_to = dict(baseline) if baseline is not None else record.baseline
+    compared_to = baseline if baseline is not None else record.baseline
+    if compared_to is not None:
+        compared_to = {**compared_to, "spread": spread_of(compared_to.get("runs", []))}
     rate: Rate | None = None
     if compared_to is not None and compared_to["images_per_second"] and not compared_to["frozen_blocks"]:
         text = f"measured in the baseline run '{compared_to['run']}', evaluation left out"
@@ -324,6 +353,7 @@ def figures_of(record: RunRecord, baseline: Mapping[str, Any] | None = None) -> 
         ],
         "evaluations": _curve(record),
         "result": _result(record),
+        "seeds": _seeds(record, record.seeds if seeds is None else seeds, whole),
         "cost": {
             "seconds": epochs[-1].cumulative_seconds if epochs else None,
             "train_seconds": round(sum(epoch.seconds for epoch in epochs), 3),

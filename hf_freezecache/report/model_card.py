@@ -18,6 +18,8 @@ from .text import (
     how_it_trained,
     metric,
     points,
+    runs_words,
+    spread_words,
     time_cost,
     when_not_to_use,
 )
@@ -83,6 +85,13 @@ def _metadata(figures: Figures, card: Mapping[str, Any]) -> ModelCardData:
     result, tasks, names = figures["result"] or {}, card["tasks"], card["dataset"]
     metrics = {name: value for name, value in result.get("metrics", {}).items() if name in _HUB_METRICS}
     results = []
+    measured = [(name, value, "") for name, value in metrics.items()]
+    # The model's own score comes first: it is what a reader of the metadata gets who takes one.
+    if spread := figures["seeds"]:
+        for name in filter(spread["metrics"].__contains__, metrics):
+            found = spread["metrics"][name]
+            words = f" (mean over {runs_words(spread)}; standard deviation {found['standard_deviation']:.4f})"
+            measured.append((name, found["mean"], words))
     if len(tasks) == 1 and len(names) == 1:
         results = [
             EvalResult(
@@ -92,10 +101,10 @@ def _metadata(figures: Figures, card: Mapping[str, Any]) -> ModelCardData:
                 dataset_name=names[0],
                 dataset_config=card["dataset_args"][0] if card["dataset_args"] else None,
                 metric_type=name,
-                metric_name=name.replace("_", " ").capitalize(),
+                metric_name=name.replace("_", " ").capitalize() + words,
                 metric_value=round(float(value), 6),
             )
-            for name, value in metrics.items()
+            for name, value, words in measured
         ]
     return ModelCardData(
         library_name="transformers",
@@ -133,5 +142,7 @@ def render_card(figures: Figures, card: Mapping[str, Any], plot: str | None = No
         compared=comparison(figures),
         metric=metric,
         points=points,
+        runs_words=runs_words,
+        spread_words=spread_words,
     )
     return str(ModelCard(f"---\n{_metadata(figures, card).to_yaml()}\n---\n\n{body}"))

@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import (  # type: ignore[attr-defined]
-    StrictDataclassFieldValidationError,
-    strict,
-)
+from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, strict  # type: ignore[attr-defined]
 
 from ..errors import RunError
 
@@ -179,6 +176,7 @@ class RunRecord:
         log_history: ``Trainer``'s.
         metrics: Metrics from ``all_results.json``, for runs that have no record of their own.
         baseline: Figures of a run without freezing, if one was given; see ``report.read_baseline``.
+        seeds: Other runs of the same setting, of other seeds, if any were given; see ``report.read_seeds``.
         card: Arguments of the model card, if one was made.
     """
 
@@ -202,6 +200,7 @@ class RunRecord:
     log_history: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     baseline: dict[str, Any] | None = None
+    seeds: list[dict[str, Any]] = field(default_factory=list)
     card: dict[str, Any] | None = None
 
     def keep_decision(self, decision: Decision) -> None:

@@ -20,7 +20,10 @@ __all__ = [
     "metric",
     "over_time_words",
     "points",
+    "runs_words",
+    "seeds_words",
     "size_words",
+    "spread_words",
     "stage_account",
     "time_cost",
     "when_not_to_use",
@@ -65,6 +68,31 @@ def metric(name: str, value: float) -> str:
 def points(name: str, difference: float) -> str:
     """Return a difference of a metric; of shares in percentage points."""
     return f"{100 * difference:+.2f} points" if is_share(name) else f"{difference:+.4g}"
+
+
+def runs_words(spread: Figures) -> str:
+    """Return how many runs there are, and their seeds, e.g. ``3 runs, seeds 0, 1, 2``."""
+    seeds = spread["seeds"]
+    return f"{len(spread['runs'])} runs" + (f", seeds {', '.join(map(str, seeds))}" if seeds else "")
+
+
+def spread_words(name: str, spread: Figures) -> str:
+    """Return mean and standard deviation of a metric, e.g. ``85.33% ± 1.20%``."""
+    found = spread["metrics"][name]
+    return f"{metric(name, found['mean'])} \N{PLUS-MINUS SIGN} {metric(name, found['standard_deviation'])}"
+
+
+def seeds_words(figures: Figures) -> str | None:
+    """Say what runs of several seeds scored, in one sentence; ``None`` if there was one run, or they have no metric."""
+    spread = figures["seeds"]
+    if not spread or not spread["metric"]:
+        return None
+    name = spread["metric"]
+    found = spread["metrics"][name]
+    return (
+        f"{name} {spread_words(name, spread)} (mean and standard deviation) over {runs_words(spread)}, from "
+        f"{metric(name, found['lowest'])} to {metric(name, found['highest'])}."
+    )
 
 
 def codec_words(codec: dict[str, Any]) -> str:
@@ -242,6 +270,15 @@ def accuracy_cost(figures: Figures) -> str:
         f"{points(name, compared['difference'])} of {name} against the baseline '{baseline['run']}' without freezing "
         f"({metric(name, result['value'])} against {metric(name, theirs['value'])}), one run each."
     )
+    if (means := compared["means"]) and means["metric"] == name:
+        mine, others = figures["seeds"], baseline["spread"]
+        text = (
+            f"{points(name, means['difference'])} of {name} against the baseline '{baseline['run']}' without freezing, of the "
+            f"means: {spread_words(name, mine)} over {runs_words(mine)}, against {spread_words(name, others)} over "
+            f"{runs_words(others)} (mean and standard deviation)."
+        )
+        error = means["standard_error"] * (100 if is_share(name) else 1)
+        return f"{text} By that spread, the difference has a standard error of {error:.2g}{' points' if is_share(name) else ''}.{_caveats(compared)}"
     if compared["standard_error"]:
         error = 100 * compared["standard_error"]
         text += (

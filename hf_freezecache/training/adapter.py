@@ -23,6 +23,7 @@ from ..errors import DataError, UnsupportedSetupError
 from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
+from ..report.seeds import Folders
 from ..schedules import Stage
 from .auto import settle_auto
 from .by_block import compile_settings
@@ -376,16 +377,17 @@ def install_callbacks(trainer: Any) -> None:
         callback.record = trainer._record
 
 
-def write_model_card(trainer: Any, arguments: dict[str, Any], baseline: str | Path | None) -> None:
+def write_model_card(trainer: Any, arguments: dict[str, Any], baseline: Folders | None, seeds: Folders) -> None:
     """Write the model card of a trainer's run, its record and the picture it shows into ``output_dir``.
 
     Args:
         trainer: The user's trainer.
         arguments: Those of ``Trainer.create_model_card``, by name.
-        baseline: ``output_dir`` of a run without freezing, to compare with.
+        baseline: ``output_dir`` of a run without freezing, or of several.
+        seeds: ``output_dir`` of runs that differ in the seed only.
 
     Raises:
-        RunError: ``baseline`` holds no run.
+        RunError: As ``write_card``.
         OSError: A file cannot be written.
     """
     record = trainer._record
@@ -393,4 +395,4 @@ def write_model_card(trainer: Any, arguments: dict[str, Any], baseline: str | Pa
         describe(trainer)
     record.log_history, record.global_step = list(trainer.state.log_history), trainer.state.global_step
     arguments = {**arguments, "model_id": trainer.args.hub_model_id}
-    write_card(Path(trainer.args.output_dir), record, trainer.model, arguments, baseline)
+    write_card(Path(trainer.args.output_dir), record, trainer.model, arguments, baseline, seeds)
