@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
+import runpy
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -214,3 +217,32 @@ def eval_dataset(images: datasets.Dataset) -> datasets.Dataset:
     from support.tiny import TinyTransform
 
     return images.select(range(20)).with_transform(TinyTransform(augment=False))
+
+
+@pytest.fixture
+def workspace(images: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go into a folder with what recipes ask for: ``model``, a tiny one, and ``data``."""
+    from support.tiny import PROCESSOR, tiny_vit
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    tiny_vit().save_pretrained("model")
+    Path("model/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    images.select(range(30)).to_parquet("data/train.parquet")
+    images.select(range(30, 50)).to_parquet("data/test.parquet")
+    return tmp_path
+
+
+@pytest.fixture
+def run_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Run a recipe in this process, by its path in ``recipes/``; return the lines that it prints, without Trainer's logs."""
+
+    def run(name: str, *arguments: str) -> list[str]:
+        script = Path(__file__).parents[1] / "recipes" / name
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        monkeypatch.syspath_prepend(str(script.parent))
+        capsys.readouterr()
+        runpy.run_path(str(script), run_name="__main__")
+        return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
+
+    return run

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .drawing import BLUE, GREEN, GREY, ORANGE, Picture, add_legend
-from .text import duration, is_share, over_time_words, size_words
+from .text import duration, is_share, over_time_words, size_words, time_unit
 
 __all__ = ["draw_runs", "pictures_of"]
 
@@ -103,7 +103,7 @@ def _cost(figures: Figures, figure: Any) -> None:
     rates.set_ylabel("images/s")
 
     last = max(epoch["cumulative_seconds"] for epoch in epochs)
-    factor, unit = _unit(last)
+    factor, unit = time_unit(last)
     # What entering a stage took stands at its beginning, as a step.
     line, before = [(0.0, 0.0)], 0.0
     for epoch in epochs:
@@ -122,16 +122,11 @@ def _cost(figures: Figures, figure: Any) -> None:
     add_legend(figure, (total,))
 
 
-def _unit(seconds: float) -> tuple[int, str]:
-    """Return seconds in a unit of time, and its name, for axes that end at some second."""
-    return (1, "s") if seconds < 600 else (60, "min") if seconds < 2 * 3600 else (3600, "h")
-
-
 def _race(figures: Figures, figure: Any) -> None:
     found, axes = figures["comparison"]["over_time"], figure.subplots()
     name, curves = found["metric"], [found["mine"], found["theirs"]]
     last = max(points[-1][0] for points in curves)
-    (factor, unit), percent = _unit(last), 100 if name is not None and is_share(name) else 1
+    (factor, unit), percent = time_unit(last), 100 if name is not None and is_share(name) else 1
     cost, before = figures["cost"], 0.0
     timed = cost["preflight_seconds"] + (cost["seconds"] or 0.0)
     rest = max((cost["whole_seconds"] or 0.0) - timed, 0.0)  # spread evenly, as by `run_clock`
@@ -169,11 +164,12 @@ def _race_picture(figures: Figures) -> Picture | None:
         if figures["baseline"].get("timed_by_epoch")
         else " The baseline has one time for all; its points are spread evenly over it."
     )
+    built = any(stage["cache"] == "built" for stage in figures["stages"])
     dots = " Dotted: a run that has ended." if _ends_differ(figures) else ""
     return Picture(
         "over_time",
         f"{name[:1].upper()}{name[1:]} over time, beside the baseline".replace("_", " "),
-        f"{words} Time has the checks before the first step, building (shaded) and saving in it, and no evaluation.{even}{dots} "
+        f"{words} Time has the checks before the first step, building{' (shaded)' if built else ''} and saving in it, and no evaluation.{even}{dots} "
         "Before a run ends its learning rate is still on its way down.",
         f"Curves of {name} over seconds, of this run and of the baseline. {words}",
         3.3,

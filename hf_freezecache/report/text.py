@@ -26,6 +26,7 @@ __all__ = [
     "spread_words",
     "stage_account",
     "time_cost",
+    "time_unit",
     "when_not_to_use",
 ]
 
@@ -44,6 +45,11 @@ def duration(seconds: float) -> str:
     if seconds < 600:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+
+
+def time_unit(last: float) -> tuple[int, str]:
+    """Return the seconds in a unit of time, and its name, for figures side by side of which the largest is so many seconds."""
+    return (1, "s") if last < 600 else (60, "min") if last < 2 * 3600 else (3600, "h")
 
 
 def size_words(num_bytes: float) -> str:
@@ -317,23 +323,30 @@ def over_time_words(figures: Figures) -> str | None:
     if not found:
         return None
     name, spans = found["metric"], found["spans"]
-    first = f"The first score of this run is there after {duration(found['mine'][0][0])}, of the baseline after "
-    text = f"{first}{duration(found['theirs'][0][0])}."
+    factor, unit = time_unit(max(found["mine"][-1][0], found["theirs"][-1][0]))
+
+    def after(seconds: float) -> str:
+        return f"{seconds / factor:.3g} {unit}"
+
+    text = (
+        f"The first score of this run is there after {after(found['mine'][0][0])}, of the baseline after "
+        f"{after(found['theirs'][0][0])}."
+    )
     if not spans:
         return f"{text} Whether a higher {name} is better is not known."
     if len(spans) == 1:
-        text += f" From {duration(spans[0][0])} on this run is {_STANDINGS[spans[0][2]]} throughout."
+        text += f" From {after(spans[0][0])} on this run is {_STANDINGS[spans[0][2]]} throughout."
     elif len(spans) <= 4:
-        words = [f"{_STANDINGS[standing]} from {duration(start)}" for start, _, standing in spans]
+        words = [f"{_STANDINGS[standing]} from {after(start)}" for start, _, standing in spans]
         text += f" This run is {', '.join(words[:-1])} and {words[-1]}."
     else:
-        text += f" Since {duration(spans[0][0])} the lead has changed {len(spans) - 1} times; this run ends {_STANDINGS[spans[-1][2]]}."
+        text += f" Since {after(spans[0][0])} the lead has changed {len(spans) - 1} times; this run ends {_STANDINGS[spans[-1][2]]}."
     target = f"{found['target']:.4f}" if name is None else metric(name, found["target"])
     what = f"what the baseline ended at, {'a loss of ' if name is None else ''}{target}"
-    took = duration(found["baseline_reached"])
+    took = after(found["baseline_reached"])
     if found["reached"] is None:
         return f"{text} It never had {what}; the baseline had it after {took}."
-    return f"{text} It had {what}, after {duration(found['reached'])}, the baseline after {took}."
+    return f"{text} It had {what}, after {after(found['reached'])}, the baseline after {took}."
 
 
 def _caveats(compared: Figures) -> str:

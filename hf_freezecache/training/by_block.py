@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils import DynamoBackend
-
 __all__ = ["compile_settings", "compiling_by_block"]
 
 
@@ -21,7 +19,7 @@ def compile_settings(accelerator: Any) -> dict[str, Any] | None:
         accelerator: accelerate's ``Accelerator``.
     """
     plugin = accelerator.state.dynamo_plugin
-    if plugin.backend == DynamoBackend.NO:
+    if plugin.backend == _none(plugin):
         return None
     settings: dict[str, Any] = plugin.to_kwargs()
     # accelerate's own, which says how it would wrap modules.
@@ -33,8 +31,13 @@ def compile_settings(accelerator: Any) -> dict[str, Any] | None:
 def compiling_by_block(accelerator: Any) -> Iterator[None]:
     """While active, accelerate compiles no model that it prepares."""
     plugin = accelerator.state.dynamo_plugin
-    backend, plugin.backend = plugin.backend, DynamoBackend.NO
+    backend, plugin.backend = plugin.backend, _none(plugin)
     try:
         yield
     finally:
         plugin.backend = backend
+
+
+def _none(plugin: Any) -> Any:
+    """Return accelerate's word for no compiler."""
+    return type(plugin.backend)("NO")

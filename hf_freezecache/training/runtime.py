@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -114,7 +113,7 @@ class Runtime:
             batch: See ``parameters_without_gradient``.
         """
         if not is_replicated(self.accelerator):
-            return self.model if is_compiled_module(wrapped) else wrapped
+            return getattr(wrapped, "_orig_mod", wrapped)  # what a compiler has wrapped
         inner = unwrapped(self.accelerator, wrapped)
         handler = getattr(self.accelerator, "ddp_handler", None)
         if handler is None or self.args.ddp_find_unused_parameters is not None:

@@ -47,11 +47,12 @@ def line_of(arm: Arm) -> str:
         return "full fine-tuning" if arm.decay == 1 else "full, layer-wise decay"
     if arm.kind == "ours":
         return "linear probe, cached" if probe else "cached (ours)"
+    decays = "" if arm.decay == 1 else ", layer-wise decay"
     names = {
         "lora": "LoRA",
         "live": "linear probe" if probe else "frozen, no cache",
         "naive": "naive cache",
-        "auto": "schedule='auto', LoRA" if arm.rank else "schedule='auto'",
+        "auto": "schedule='auto', LoRA" if arm.rank else f"schedule='auto'{decays}",
     }
     return names[arm.kind]
 
@@ -149,7 +150,7 @@ def cost_to_reach(points: Sequence[Point], accuracy: float, joined: bool) -> flo
 
 
 #: Lines of ours, without the linear probe.
-OURS = ("cached (ours)", "schedule='auto'", "schedule='auto', LoRA")
+OURS = ("cached (ours)", "schedule='auto'", "schedule='auto', layer-wise decay", "schedule='auto', LoRA")
 
 
 def groups_of(points: dict[str, Point]) -> tuple[list[Point], list[Point]]:
@@ -250,6 +251,7 @@ def print_fronts(points: dict[str, Point]) -> None:
 LINES = {
     "cached (ours)": ("#0072b2", "o", "-"),
     "schedule='auto'": ("#0072b2", "*", ":"),
+    "schedule='auto', layer-wise decay": ("#0072b2", "D", "-."),
     "schedule='auto', LoRA": ("#0072b2", "P", "--"),
     "full, layer-wise decay": ("#6b6b6b", "s", "-"),
     "full fine-tuning": ("#6b6b6b", "s", "--"),

@@ -73,7 +73,9 @@ def test_auto_takes_the_rate_of_what_trains_the_same_weights_without_freezing() 
     assert rate_source(auto, known) == known[0]
     assert rate_source(adapters, known) == known[2]  # of the nearest number of epochs
     assert rate_source(known[1], known) is None
-    assert [line_of(arm) for arm in (auto, adapters)] == ["schedule='auto'", "schedule='auto', LoRA"]
+    plain = Arm.parse("auto/epochs=3/budget=0.5")
+    lines = ["schedule='auto'", "schedule='auto', layer-wise decay", "schedule='auto', LoRA"]
+    assert [line_of(arm) for arm in (plain, auto, adapters)] == lines
 
 
 def test_the_grid_grows_where_the_best_rate_lies_on_its_edge() -> None:

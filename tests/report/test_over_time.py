@@ -86,7 +86,7 @@ def test_words(tmp_path) -> None:
     assert over_time_words(figures_of(record())) is None
     swaying = [eval_log(epoch / 10, 0.5 + 0.2 * (epoch % 2), 1.0) for epoch in range(21, 41)]
     known = record(log_history=[*swaying, log_history()[-1]])
-    assert "Since 26 s the lead has changed" in over_time_words(figures_of(known, baseline))
+    assert "Since 25.5 s the lead has changed" in over_time_words(figures_of(known, baseline))
 
 
 def test_the_page_draws_both_runs_and_says_who_was_ahead(tmp_path) -> None:
