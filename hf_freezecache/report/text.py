@@ -93,8 +93,7 @@ def seeds_words(figures: Figures) -> str | None:
     spread = figures["seeds"]
     if not spread or not spread["metric"]:
         return None
-    name = spread["metric"]
-    found = spread["metrics"][name]
+    name, found = spread["metric"], spread["metrics"][spread["metric"]]
     return (
         f"{name} {spread_words(name, spread)} (mean and standard deviation) over {runs_words(spread)}, from "
         f"{metric(name, found['lowest'])} to {metric(name, found['highest'])}."
@@ -277,19 +276,17 @@ def accuracy_cost(figures: Figures) -> str:
         f"({metric(name, result['value'])} against {metric(name, theirs['value'])}), one run each."
     )
     if (means := compared["means"]) and means["metric"] == name:
-        mine, others = figures["seeds"], baseline["spread"]
-        text = (
+        mine, others, unit = figures["seeds"], baseline["spread"], " points" if is_share(name) else ""
+        error = means["standard_error"] * (100 if unit else 1)
+        return (
             f"{points(name, means['difference'])} of {name} against the baseline '{baseline['run']}' without freezing, of the "
             f"means: {spread_words(name, mine)} over {runs_words(mine)}, against {spread_words(name, others)} over "
-            f"{runs_words(others)} (mean and standard deviation)."
+            f"{runs_words(others)} (mean and standard deviation). By that spread, the difference has a standard error of "
+            f"{error:.2g}{unit}.{_caveats(compared)}"
         )
-        error = means["standard_error"] * (100 if is_share(name) else 1)
-        return f"{text} By that spread, the difference has a standard error of {error:.2g}{' points' if is_share(name) else ''}.{_caveats(compared)}"
     if compared["standard_error"]:
-        error = 100 * compared["standard_error"]
-        text += (
-            f" With {result['images']:,} evaluation images, differences below about {2 * error:.1f} points say little."
-        )
+        least = f"{200 * compared['standard_error']:.1f} points"
+        text += f" With {result['images']:,} evaluation images, differences below about {least} say little."
     return text + _caveats(compared)
 
 
