@@ -12,6 +12,7 @@ from hf_freezecache.cli.plan import Plan, Prediction, table_cells
 LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
 AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
 EVALUATING = "evaluating--deit-tiny--cpu.json"
+READING = "reading--cpu.json"
 SWEEPING = "sweeping--deit-tiny--cpu.json"
 DEMO, UNSEEN = "demo.json", "demo--unseen-digits.json"
 FAULTS = "faults.json"
@@ -49,6 +50,31 @@ def epochs() -> str:
         f"`auto` {link(AUTO)}, made by `recipes/benchmarks/epoch_cost.py`.",
     ]
     return "\n".join(lines)
+
+
+def readings() -> str:
+    """Return how fast caches are read, by threads, beside the limit of each part."""
+    record = load(READING)
+    config, machine, counts = record["config"], record["machine"], record["config"]["threads"]
+    parts = {"files": "files", "zstd": "zstd", "files_zstd_unpacking": "files, zstd, unpacking", "copying": "copying"}
+    by_threads = " | ".join(f"{count} thread{'' if count == 1 else 's'}" for count in counts)
+    alone = " | ".join(f"{name} alone" for name in parts.values())
+    lines = [f"| cache | KiB an image | {by_threads} | {alone} |", "|---" * (2 + len(counts) + len(parts)) + "|"]
+    for name, result in record["results"].items():
+        rates = result["images_per_second"]
+        cells = [f"{rates[key]['median']:,.0f}" for key in (*(f"threads_{count}" for count in counts), *parts)]
+        lines.append(
+            f"| {name.replace('hidden=', 'width ').replace(f' chunk={32}', ',')} | {result['stored_bytes_per_image'] / 1024:.1f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Images per second, medians of {config['rounds']} rounds, on made-up states of {config['tokens']} tokens; batches of "
+            f"{config['batch_size']} are copied by one thread more, the one that trains. {machine['processor']}, {machine['cores']} cores. "
+            f"{link(READING)}, made by `recipes/benchmarks/reading.py`.",
+        ]
+    )
 
 
 def evaluations() -> str:
