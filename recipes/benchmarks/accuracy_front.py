@@ -319,7 +319,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.set_xticks([], minor=True)
         handles, labels = found[0].get_legend_handles_labels()
-        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2)
+        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=1)
 
     best = max(points.values(), key=lambda point: point.accuracy)
     picture = Picture(
@@ -327,7 +327,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         title="Accuracy over cost",
         caption=names,
         alt=f"Accuracy over cost on {names}, one line an arm; the best is {best.accuracy:.1f}% at a cost of {best.cost:.1f}.",
-        height=3.2 * len(panels) + 1.2,
+        height=3.0 * len(panels) + 0.2 * len({line_of(point.arm) for point in points.values()}) + 0.2,
         draw=paint,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
