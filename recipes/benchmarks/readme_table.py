@@ -11,7 +11,7 @@ from typing import Any
 
 from accuracy_front import best_within, line_of, points_of
 from records import RESULTS, ROOT, link, load
-from speed_tables import demos, epochs, evaluations, faults, plans, readings, sweeps
+from speed_tables import decisions, demos, epochs, evaluations, faults, plans, readings, sweeps
 
 RATES = "rate_distortion--deit-tiny--cpu.json"
 ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
@@ -272,6 +272,7 @@ SECTIONS = {
     "sweeps": ("docs/schedules.md", sweeps),
     "demos": ("docs/quick_start.md", demos),
     "readings": ("docs/benchmarks.md", readings),
+    "decisions": ("docs/benchmarks.md", decisions),
     "codecs": ("docs/compression.md", codecs),
     "views": ("docs/augmented_views.md", views),
     "faults": ("docs/several_processes.md", faults),

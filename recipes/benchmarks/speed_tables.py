@@ -13,6 +13,7 @@ LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
 AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
 EVALUATING = "evaluating--deit-tiny--cpu.json"
 READING = "reading--cpu.json"
+DECIDING = "deciding--deit-tiny--cpu.json"
 SWEEPING = "sweeping--deit-tiny--cpu.json"
 DEMO, UNSEEN = "demo.json", "demo--unseen-digits.json"
 FAULTS = "faults.json"
@@ -73,6 +74,32 @@ def readings() -> str:
             f"Images per second, medians of {config['rounds']} rounds, on made-up states of {config['tokens']} tokens; batches of "
             f"{config['batch_size']} are copied by one thread more, the one that trains. {machine['processor']}, {machine['cores']} cores. "
             f"{link(READING)}, made by `recipes/benchmarks/reading.py`.",
+        ]
+    )
+
+
+def decisions() -> str:
+    """Return what ``mode="auto"`` decided, and what that took beside the better of both."""
+    record = load(DECIDING)
+    config, machine = record["config"], record["machine"]
+    lines = [
+        "| case | from a cache, s | without, s | `auto`, s | of the better | decided |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in record["results"].items():
+        seconds = [f"{result[f'{mode}_seconds']['median']:.1f}" for mode in ("always", "never", "auto")]
+        over = result["auto_over_better"]
+        decided = ", ".join(sorted({{"none": "without"}.get(one, "cache") for one in result["decided"]}))
+        lines.append(
+            f"| {name} | {' | '.join(seconds)} | {over['median']:.2f} ({over['min']:.2f}-{over['max']:.2f}) | {decided} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Medians (extremes) of {config['rounds']} rounds, all modes in turn; seconds of `train()`, checks and building included. "
+            f"Short runs pay for the measuring. DeiT-Tiny, {config['size']} px, {machine['processor']}, {machine['cores']} cores. "
+            f"{link(DECIDING)}, made by `recipes/benchmarks/deciding.py`.",
         ]
     )
 
