@@ -91,23 +91,26 @@ class ChunkSamples(Sequence[dict[str, Tensor]]):
         arrays = {id(chunk): chunk[name] for chunk, _ in self._places if name in chunk}
         shapes = {array.shape[1:] for array in arrays.values()}
         if len(shapes) > 1:
-            raise ValueError(f"Samples of a batch have {name!r} of different shapes: {sorted(map(tuple, shapes))}.")
+            raise ValueError(
+                f"Samples of a batch have {name!r} of different shapes: {sorted(map(tuple, shapes))}; expected one. Check the "
+                "cache with hf-freezecache verify, and pad what the collator gives."
+            )
         shape, axis = list(shapes.pop()), self._token_axes.get(name)
         if axis is not None and self._positions is not None:
             shape[axis - 1] = len(self._positions[0])
         # A chunk whose numbers are small may have a narrower type than another.
         dtype = functools.reduce(torch.promote_types, {array.dtype for array in arrays.values()})
         stacked = torch.zeros(len(self), *shape, dtype=dtype)
-        sources = {key: _as_numpy(array.to(dtype)) for key, array in arrays.items()}
+        sources = {key: _as_numpy(array) for key, array in arrays.items() if array.dtype == dtype}
         target = _as_numpy(stacked)
         for place, (chunk, row) in enumerate(self._places):
-            source = sources.get(id(chunk))
-            if source is None:
+            if name not in chunk:
                 continue
+            # Of a chunk of another type only the rows of this batch are converted.
+            source = sources[id(chunk)][row] if id(chunk) in sources else _as_numpy(chunk[name][row].to(dtype))
             if axis is None or self._positions is None:
-                target[place] = source[row]
+                target[place] = source
             else:
                 # NumPy takes along the last axis some five times faster than torch. Positions are in range: no need to look.
-                kept = self._positions[place].numpy()
-                np.take(source[row], kept, axis=axis - 1, out=target[place, ...], mode="clip")
+                np.take(source, self._positions[place].numpy(), axis=axis - 1, out=target[place, ...], mode="clip")
         return stacked

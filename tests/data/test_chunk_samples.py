@@ -45,9 +45,11 @@ def test_a_batch_is_the_stack_of_its_samples(data, dtype, some_tokens, packed) -
     assert torch.equal(samples[-1]["labels"], samples[len(samples) - 1 :][0]["labels"])
 
 
-def test_chunks_of_small_numbers_have_a_narrower_type() -> None:
+@pytest.mark.parametrize("kept", [None, [torch.tensor([0, 4]), torch.tensor([1, 2])]])
+def test_chunks_of_small_numbers_have_a_narrower_type(kept) -> None:
     narrow, wide = chunk_of(torch.int8, 2, 0, False), chunk_of(torch.int16, 2, 1, False)
-    samples = ChunkSamples([(narrow, 1), (wide, 0)], {})
+    wide["packed.values"] += 1000
+    samples = ChunkSamples([(narrow, 1), (wide, 0)], {"packed.values": 2}, kept)
     assert collate_cached(samples)["packed.values"].dtype == torch.int16
     assert_same_batch(collate_cached(samples), collate_cached(list(samples)))
 
