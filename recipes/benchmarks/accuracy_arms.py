@@ -8,7 +8,7 @@ An arm is written as text without blanks, ``KIND/NAME=VALUE/...``, e.g. ``full/e
 * ``live``: the frozen blocks run in every step; every epoch draws new views. With ``k=all`` it is a linear probe.
 * ``naive``: what a user would write: hidden states of one view by ``datasets.map`` as Arrow floats, the rest under ``Trainer``.
 * ``ours``: from a cache. With ``k=all`` it is a cached linear probe.
-* ``auto``: ``FreezeConfig(schedule="auto")``.
+* ``auto``: ``FreezeConfig(schedule="auto")``. What ``views``, ``keep``, ``decay`` and ``scale`` give is settled, the rest is chosen.
 
 ``k=9`` is short for ``schedule=0:9``. In a schedule ``all`` stands for the number of blocks: ``schedule=0:all,5:6`` trains the
 head alone for five epochs, then all behind block 6. ``head`` is what the learning rate is multiplied by while the head trains
@@ -215,6 +215,12 @@ GROUPS: dict[str, list[str]] = {
     ],
     "auto": [*_arms("auto/epochs=8/budget={b}", b=(0.1, 0.2, 0.33, 0.5)), *_arms("auto/epochs={e}", e=(4, 8, 16))],
     # ---- One lever at a time ----
+    "levers": [
+        *_arms("auto/epochs=1/budget=1/keep={s}", s=(0.25, 0.5, 0.75, 0.99)),
+        *"auto/epochs=1/budget=1/views=2",
+        "auto/epochs=1/budget=1/scale=1",
+        "ours/schedule=0:all,2:6,4:0/epochs=5/keep=0.5/scale=12:4,6:0.6,0:0.5",
+    ],
     "keep": [
         *_arms("ours/k=9/epochs=8/views=2/keep={s}/" + DECAY, s=(0.25, 0.5, 0.75, 1)),
         *_arms("ours/k=6/epochs=8/views=2/keep={s}/" + DECAY, s=(0.25, 0.5, 0.75, 1)),

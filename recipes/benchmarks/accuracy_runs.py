@@ -326,7 +326,10 @@ class Runner:
         arm = self.arm
         live = arm.kind == "live"
         automatic = arm.kind == "auto"
-        settings: dict[str, Any] = {} if automatic else {"num_views": 0 if live else arm.views}
+        # One view is what ``auto`` is free to replace.
+        settings: dict[str, Any] = {"num_views": 0 if live else arm.views}
+        if automatic and arm.views == 1:
+            del settings["num_views"]
         model = with_lora(self.model, arm.rank) if arm.rank else self.model
         trainer = FreezeCacheTrainer(
             model,
