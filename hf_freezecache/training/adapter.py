@@ -270,7 +270,8 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
         raise UnsupportedSetupError("No stage of the schedule freezes a block; give build_cache a split_point.")
     # It is built for runs of more epochs, too.
     trainer._run = run = start_run(trainer, stages, max(num_epochs, first.start_epoch + 1), None)
-    check_steps(run, trainer.model)
+    with run.runtime.in_its_precision():
+        check_steps(run, trainer.model)
     # As `train` does, which trains the others from images.
     first = next((one for one in run.stages if one.split_point and one.split_point not in run.refusals), None)
     if first is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Sampler
 
 from ..distributed.ddp import is_replicated, unused_parameters, unwrapped
@@ -29,6 +31,10 @@ def args_without_workers(args: Any) -> Any:
     if hasattr(args, "dataloader_multiprocessing_context"):  # absent from early 5.x
         args.dataloader_multiprocessing_context = None
     return args
+
+
+def _as_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,29 @@ class Runtime:
                 return function(**inputs)
         finally:
             self.model.train(training)
+
+    @contextmanager
+    def in_its_precision(self) -> Iterator[None]:
+        """Let the model's forward compute as training will have it, before ``Trainer`` has prepared the model for it.
+
+        ``Accelerator.prepare_model`` wraps the forward for good, under these names: in the run's autocast, with outputs of fp32.
+        """
+        model = self.model
+        if str(self.accelerator.mixed_precision) == "no" or "forward" in vars(model):
+            yield
+            return
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def in_autocast(*args: Any, **kwargs: Any) -> Any:
+            with self.autocast(), self.accelerator.autocast():
+                return pytree.tree_map(_as_fp32, forward(*args, **kwargs))
+
+        model.forward, model._original_forward = in_autocast, forward  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del model.forward, model._original_forward
 
     def parameters_without_gradient(self, batch: dict[str, Tensor]) -> list[str] | None:
         """Return the names of trainable parameters on which the loss of a batch does not depend.

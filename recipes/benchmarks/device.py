@@ -30,7 +30,7 @@ from typing import Any
 import datasets
 import torch
 from accuracy_runs import with_lora
-from epoch_cost import SHAPES, Bench
+from epoch_cost import AUGMENT, SHAPES, Bench
 from record import save, spread
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace, bench: Bench, arm: str, folder: str) -> dict
         remove_unused_columns=False,
         disable_tqdm=True,
     )
-    rows = bench.views.dataset
+    rows = bench.rows.with_transform(AUGMENT)
     common = {"model": bench.model, "args": settings, "train_dataset": rows, "callbacks": [watching]}
     trainer: Trainer
     if arm == "full":
@@ -218,7 +218,7 @@ def main() -> None:
     subjects += [(shape, None, shape) for shape in args.shapes]
     config = {name: str(value) for name, value in vars(args).items() if name not in ("json", "model", "data")}
     config |= {"model": Path(args.model).name if args.model else None, "data": Path(args.data).name}
-    args.token_keep = 1.0
+    args.token_keep, args.views = 1.0, 1
     results: dict[str, Any] = {}
     # All models first at the first split point: what is reached says something of each.
     for share, (name, model, shape) in itertools.product(args.splits, subjects):

@@ -3,6 +3,7 @@
     python recipes/benchmarks/epoch_cost.py --model DIR --data DIR --split-points 3,6,9,11 --json FILE
     python recipes/benchmarks/epoch_cost.py --shape deit-base --data DIR --split-points 6,9,11 --json FILE
     python recipes/benchmarks/epoch_cost.py --model DIR --data DIR --split-points 6,9 --token-keep 0.5 --json FILE
+    python recipes/benchmarks/epoch_cost.py --model DIR --data DIR --codec auto --views 4 --json FILE
 
 All arms run in one process, in turn, several rounds; figures are medians of images/s over rounds, and ratios are taken
 round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory; ``decode`` only reads the
@@ -10,16 +11,17 @@ cache, through its sampler, and restores hidden states. ``full`` and ``frozen`` 
 twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
 the image pipeline out. With ``--token-keep``, ``cached_kept`` is ``cached`` with that share of the patch tokens, and its ratio to
 ``cached`` is what fewer tokens gain. Peak memory of each arm is that of a process of its own. Building is compared with rendering
-the same views and running the bare prefix on them, each measured before and after; calibrating is not part of it.
+the same views and running the bare prefix on them, each measured before and after; calibrating is not part of it. Lossy codecs are
+those that ``FreezeCacheTrainer`` chooses for these rows and views. The record is written after each split point.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import multiprocessing
-import random
 import resource
 import statistics
 import tempfile
@@ -30,30 +32,27 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from PIL import Image
 from record import save, spread
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForImageClassification, set_seed
-
-from hf_freezecache import (
-    CachedDataset,
-    split_model,
+from transformers import (
+    AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    TrainingArguments,
+    set_seed,
 )
+
+from hf_freezecache import CacheConfig, CachedDataset, FreezeCacheTrainer, FreezeConfig, split_model
 from hf_freezecache.cache.fingerprint import Fingerprint
 from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.cache.rendering import ViewRenderer
 from hf_freezecache.cache.shard_writer import CachePlan
 from hf_freezecache.cache.writer import build_cache
-from hf_freezecache.codecs import (
-    Codec,
-    make_codec,
-)
+from hf_freezecache.codecs import ViewCodec, make_codec
 from hf_freezecache.codecs.array_names import KEPT, is_packed
-from hf_freezecache.compression.distortion import DistortionMeter
-from hf_freezecache.compression.step_search import calibrate, fit_codec
-from hf_freezecache.config import DEFAULT_MAX_DISTORTION
 from hf_freezecache.data.collators import CheckedCollator, collate_cached, split_packed
+from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.data.kept_tokens import EpochKeys, TokenSubset
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
@@ -69,23 +68,10 @@ SHAPES = {  # width, heads, blocks; patches of 16 pixels
     "mini": (16, 2, 2),  # to try a script
 }
 SEED = 0
-
-
-class Augment:
-    """Random resized crop (.35-1) and flip to 224 pixels, normalised; PIL only."""
-
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {"pixel_values": [self.render(image) for image in rows["image"]], "labels": rows["label"]}
-
-    def render(self, image: Image.Image) -> torch.Tensor:
-        image = image.convert("RGB")
-        scale = random.uniform(0.35, 1) ** 0.5
-        width, height = image.width * scale, image.height * scale
-        left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
-        image = image.resize((224, 224), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
-        if random.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+#: Random resized crop and flip to 224 pixels, and the whole image.
+AUGMENT, PLAIN = (
+    ImageTransform(size=224, train=train, scale=(0.35, 1.0), mean=[0.5] * 3, std=[0.5] * 3) for train in (True, False)
+)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -111,9 +97,9 @@ class Bench:
         self.model = model.to(self.device)
         files = {"train": str(Path(args.data) / "train*.parquet")}
         rows = datasets.load_dataset("parquet", data_files=files)["train"].shuffle(seed=SEED).select(range(args.images))
-        self.views = ViewDataset(rows.with_transform(Augment()), SEED)
+        self.rows, self.views = rows, ViewDataset(rows, SEED, AUGMENT, PLAIN)
         self.layout = ChunkLayout(len(rows), 32, SEED)
-        self.sampler = ChunkSampler([self.layout], SEED, SEED, 1, 8)
+        self.sampler = ChunkSampler([self.layout], SEED, SEED, args.views, 8)
         self.split = split_model(self.model, split_point)
         if split_point:
             freeze(self.split)
@@ -129,41 +115,45 @@ class Bench:
             return self.split.prefix(pixel_values.to(self.device))
 
     def plan(self) -> CachePlan:
-        identity = Fingerprint({"benchmark": f"{self.split_point}"})
-        return CachePlan(identity, self.split_point, (3, 224, 224), 1, self.layout, 32, self.codec)
+        identity, codecs = Fingerprint({"benchmark": f"{self.split_point}"}), self.codecs
+        shape, views = (3, 224, 224), self.args.views
+        return CachePlan(identity, self.split_point, shape, views, self.layout, 32, codecs.base, copies=codecs.copies)
 
     @functools.cached_property
-    def codec(self) -> Codec:
-        """The codec; fitted, for ``auto`` to the default distortion, on 128 images and measured on 128 others."""
+    def codecs(self) -> ViewCodec:
+        """The codecs of all views; lossy ones are fitted and calibrated."""
         codec = make_codec("transform" if self.args.codec == "auto" else self.args.codec)
         if codec.lossless:
-            return codec
-        batches = itertools.islice(self.endless(self.loader(self.views, collate)), 256 // self.args.batch_size)
-        states = torch.cat([self.prefix(batch["pixel_values"]).cpu() for batch in batches])
-        middle = len(states) // 2
-
-        def outputs(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with torch.no_grad(), self.autocast():
-                parts = [
-                    self.split.logits_and_features(part.to(self.device)) for part in states.split(self.args.batch_size)
-                ]
-            return torch.cat([a.cpu() for a, _ in parts]), torch.cat([b.cpu() for _, b in parts])
-
-        grid = token_grid(states.shape[1], (3, 224, 224), self.model.config)
-        codec = fit_codec(codec, states[:middle], *grid)
-        budget = DEFAULT_MAX_DISTORTION if self.args.codec == "auto" else None
-        return calibrate(codec, DistortionMeter(states[middle:], outputs), middle, chunk_size=32, budget=budget)[0]
+            return ViewCodec(codec)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = FreezeCacheTrainer(
+                copy.deepcopy(self.model),
+                TrainingArguments(
+                    f"{folder}/out",
+                    per_device_train_batch_size=self.args.batch_size,
+                    bf16=not self.args.fp32,
+                    use_cpu=self.device.type == "cpu",
+                    remove_unused_columns=False,
+                    report_to="none",
+                    disable_tqdm=True,
+                ),
+                data_collator=collate,
+                train_dataset=self.rows,
+                train_transform=AUGMENT,
+                eval_transform=PLAIN,
+                freeze_config=FreezeConfig(schedule=f"0:{self.split_point}"),
+                cache_config=CacheConfig(
+                    cache_dir=f"{folder}/caches", codec=self.args.codec, num_views=self.args.views, chunk_size=32
+                ),
+            )
+            return trainer.build_cache(self.split_point).reader.views
 
     def build(self, folder: Path) -> Any:
-        return build_cache(
-            folder,
-            self.plan(),
-            self.views,
-            CheckedCollator(collate),
-            self.prefix,
-            batch_size=self.args.batch_size,
-            num_workers=self.args.workers,
-        )
+        views, collator = self.views, CheckedCollator(collate)
+        if self.codecs.copies is not None:
+            views, collator = views.with_geometry(), collator.with_geometry()
+        settings = {"batch_size": self.args.batch_size, "num_workers": self.args.workers}
+        return build_cache(folder, self.plan(), views, collator, self.prefix, **settings)
 
     def loader(
         self, dataset: Any, collator: Callable[..., Any], with_epochs: bool = False, workers: int | None = None
@@ -242,9 +232,13 @@ class Bench:
         return steps * self.args.batch_size / (time.perf_counter() - started)
 
     def render(self) -> float:
-        """Render all views; return seconds."""
+        """Render all views, of each row one after the other, as a build does; return seconds."""
         started = time.perf_counter()
-        for _ in self.loader(self.views, collate):
+        renderer = ViewRenderer(
+            self.views, CheckedCollator(collate), self.plan(), self.args.batch_size, self.args.workers
+        )
+        units = list(itertools.product(range(self.args.views), range(self.plan().num_shards)))
+        for _ in renderer.render(renderer.together(sorted(units, key=lambda unit: unit[::-1]))):
             pass
         return time.perf_counter() - started
 
@@ -254,7 +248,7 @@ class Bench:
         self.prefix(batch)
         self.finish()
         started = time.perf_counter()
-        for _ in range(len(self.views) // self.args.batch_size):
+        for _ in range(self.args.views * len(self.views) // self.args.batch_size):
             self.prefix(batch).to("cpu")
         return time.perf_counter() - started
 
@@ -301,6 +295,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps per arm and round")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--views", type=int, default=1, help="stored views of each image")
     parser.add_argument("--codec", default="lossless", help="name of a codec, or auto")
     parser.add_argument(
         "--token-keep", type=float, default=1.0, help="share of the patch tokens of the arm cached_kept"
@@ -311,20 +306,18 @@ def main() -> None:
     args.threads = torch.get_num_threads()
     datasets.disable_progress_bars()
     results: dict[str, Any] = {}
-    for split_point in map(int, args.split_points.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            results[f"k={split_point}"] = measure(args, split_point, folder)
     config = {name: str(value) for name, value in vars(args).items() if name != "json"} | {"seed": SEED}
     # Names, not where they lie on this machine.
     config |= {name: Path(value).name for name, value in (("model", args.model), ("data", args.data)) if value}
-    save(args.json, "epoch_cost", config, results)
+    for split_point in map(int, args.split_points.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            results[f"k={split_point}"] = measure(args, split_point, folder)
+        save(args.json, "epoch_cost", config, results)
 
 
 def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str, Any]:
     frozen, full = Bench(args, split_point, folder), Bench(args, 0, folder)
-    started = time.perf_counter()
-    _ = frozen.codec
-    calibration_seconds = time.perf_counter() - started
+    _ = frozen.codecs  # chosen before anything is timed
     builds: list[tuple[float, float, float]] = []
     # Rendering and prefix before and after each build: the machine's speed drifts.
     around = [(frozen.render(), frozen.run_prefix())]
@@ -378,13 +371,13 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         "build_seconds": spread([build for build, _, _ in builds]),
         "render_seconds": spread([render for _, render, _ in builds]),
         "prefix_seconds": spread([prefix for _, _, prefix in builds]),
-        "calibration_seconds": round(calibration_seconds, 2),
-        "codec": frozen.codec.to_dict(),
+        "codec": frozen.codecs.base.to_dict(),
+        "copies": None if frozen.codecs.copies is None else frozen.codecs.copies.to_dict(),
         "build_ratio": spread([build / (render + prefix) for build, render, prefix in builds]),
         "cache_bytes_per_image": sum(
             path.stat().st_size for path in (Path(folder) / frozen.plan().name).rglob("*") if path.is_file()
         )
-        / args.images,
+        / (args.images * args.views),
     }
     label = f"k={split_point}:"
     print(label, "images/s", {arm: round(statistics.median(values), 1) for arm, values in rates.items()})

@@ -95,6 +95,17 @@ def test_without_freeze_config_the_numbers_are_those_of_trainer(train_dataset, e
     assert_same(parameters_of(ours.model), parameters_of(theirs.model))
 
 
+@pytest.mark.parametrize("freeze", [{}, {"token_keep": 0.5}])
+def test_a_cache_that_was_built_before_is_that_of_a_bf16_run(train_dataset, freeze) -> None:
+    """Nobody has prepared the model for autocast then."""
+    settings = {"schedule": "0:2", "bf16": True, "freeze": freeze}
+    built = make_trainer(tiny_vit(), train_dataset, **settings)
+    built.build_cache()
+    assert "forward" not in vars(built.model)
+    trainer = run(train_dataset, "always", **settings, cache={"num_views": 1})
+    assert [one.cache for one in trainer._record.decisions] == ["found"]
+
+
 def test_prefix_does_not_move_and_suffix_does(train_dataset) -> None:
     model = tiny_vit()
     before = parameters_of(copy.deepcopy(model))
