@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,12 +46,10 @@ from .shard_file import (
     write_shard_header,
 )
 
-__all__ = ["BaseShard", "CachePlan", "FreshBase", "ShardWriter", "cache_name", "give_way"]
+__all__ = ["BaseShard", "CachePlan", "FreshBase", "ShardWriter", "cache_name"]
 
 #: zstd level of labels and other extras; they are small and mostly compressible.
 _EXTRA_LEVEL = 3
-#: Of encoders' threads; 0 is that of others, 19 the least.
-_ENCODER_NICENESS = 10
 
 
 def cache_name(split_point: int, fingerprint: Fingerprint) -> str:
@@ -113,16 +107,6 @@ class CachePlan:
         """Sample indices of a shard in stored order, int64."""
         per_shard = self.shard_chunks * self.layout.chunk_size
         return self.layout.order[shard * per_shard : (shard + 1) * per_shard]
-
-
-def give_way() -> None:
-    """Let this thread run where others leave room, if the system knows priorities of threads.
-
-    An encoder that competed with the prefix would hold up all of its threads. While images are rendered, cores are idle.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError):  # a container may forbid it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _ENCODER_NICENESS)
 
 
 def _specs(extras: dict[str, Tensor]) -> list[ExtraSpec]:

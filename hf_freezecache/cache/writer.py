@@ -42,7 +42,6 @@ from .shard_writer import (
     CachePlan,
     FreshBase,
     ShardWriter,
-    give_way,
 )
 
 __all__ = ["BuildReport", "build_cache", "build_caches"]
@@ -263,7 +262,7 @@ class _Pass:
         datasets.disable_progress_bars()
         try:
             with bar, ExitStack() as stack:
-                executors = [stack.enter_context(ThreadPoolExecutor(1, initializer=give_way)) for _ in self.builds]
+                executors = [stack.enter_context(ThreadPoolExecutor(1)) for _ in self.builds]
                 for shard, views in groups:
                     self._build_group((shard, views), rendered, executors, bar)
                     if self.consume is not None and last_views[shard] in views:
