@@ -4,18 +4,15 @@
 # `HfArgumentParser` takes `Optional[X]`, not `X | None`, on Python 3.10; of three types it parses with the second.
 # ruff: noqa: UP007, UP045
 
-import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, TypedDict, TypeVar, Union, get_args, get_type_hints
-
-from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, Union
 
 from .errors import UnsupportedSetupError
+from .field_checks import above, at_least, between, check_values, schema_of
 from .schedules import parse_lr_scale, parse_schedule
 
 __all__ = ["ADVANCED", "DEFAULT_MAX_DISTORTION", "CacheConfig", "FreezeConfig"]
@@ -35,23 +32,28 @@ def _documented(config: _Config) -> _Config:
     return config
 
 
-def _between(least: float, most: float, *, above: bool = False) -> Callable[[Any], None]:
-    """Return a check of a number that may be ``None``. With ``above``, ``least`` itself is refused."""
-    interval = f"{'above' if above else 'of at least'} {least}{'' if most == float('inf') else f' and at most {most}'}"
-
-    def check(value: Any) -> None:
-        if value is not None and (not least <= value <= most or value == float("inf") or (above and value == least)):
-            raise ValueError(f"expected a number {interval}, got {value!r}")
-
-    return check
-
-
-_at_least = functools.partial(_between, most=float("inf"))
-_above = functools.partial(_between, most=float("inf"), above=True)
-
-
 class _Views(int):
     """A number of views that no caller has typed: ``schedule="auto"`` may choose another. ``replace`` passes it on."""
+
+
+def _check_views(value: Any) -> None:
+    """Check a number of views, or ``"auto"``."""
+    if value != "auto":
+        at_least(0)(value)
+
+
+if TYPE_CHECKING:
+    _NumberOrAuto = Any
+else:
+
+    class _NumberOrAuto:
+        """What ``HfArgumentParser`` parses ``--num_views`` with: a union would be parsed as one of its types."""
+
+        #: What a value is checked by.
+        hint = Annotated[Union[int, Literal["auto"]], _check_views]
+
+        def __new__(cls, text: str) -> Union[int, str]:
+            return text if text == "auto" else int(text)
 
 
 _ONE_VIEW = _Views(1)
@@ -86,14 +88,14 @@ class FreezeConfig:
             "views, tokens and learning rates; with --budget the epochs as well. In Python a dict works too.",
         },
     )
-    budget: Annotated[Optional[float], _between(0, 1, above=True)] = field(
+    budget: Annotated[Optional[float], between(0, 1, above=True)] = field(
         default=None,
         metadata={
             "help": "For schedule='auto', which then chooses the number of epochs, too: what the run may cost, in passes through "
             "blocks, as a share of training without freezing for --num_train_epochs, above 0 and at most 1."
         },
     )
-    layer_decay: Annotated[Optional[float], _between(0, 1, above=True)] = field(
+    layer_decay: Annotated[Optional[float], between(0, 1, above=True)] = field(
         default=None,
         metadata={
             "help": "Learning rate of a layer as a share of that of the next, above 0 and at most 1: with 0.75 and n blocks, what "
@@ -110,7 +112,7 @@ class FreezeConfig:
             "the higher the rates."
         },
     )
-    token_keep: Annotated[Optional[float], _between(0, 1, above=True)] = field(
+    token_keep: Annotated[Optional[float], between(0, 1, above=True)] = field(
         default=None,
         metadata={
             "help": "Share of the patch tokens that a training step sees behind frozen blocks: the step trains on CLS, "
@@ -128,7 +130,7 @@ class FreezeConfig:
             parse_schedule(self.schedule)
         if type(self.lr_scale) in (int, float):
             self.lr_scale = str(self.lr_scale)
-        _check_values(self)
+        check_values(self, _SCHEMAS)
         if isinstance(self.lr_scale, str):
             parse_lr_scale(self.lr_scale)
         if self.budget is not None and not self.is_auto:
@@ -166,10 +168,11 @@ class CacheConfig:
             "images tell, and where the cache can be written. 'never': the frozen prefix runs in every step."
         },
     )
-    num_views: Annotated[int, _at_least(0)] = field(
+    num_views: _NumberOrAuto = field(
         default=_ONE_VIEW,
         metadata={
-            "help": "Stored augmented renderings of each image, the base view included. Default: 1, or what schedule='auto' "
+            "help": "Stored augmented renderings of each image, the base view included. 'auto': 1 where blocks are frozen for up "
+            "to 3 epochs in a row, 2 for up to 7, else 4; and 1 where views do not differ. Default: 1, or what schedule='auto' "
             "chooses. 0 draws a new view in every epoch, with mode='never' only."
         },
     )
@@ -180,7 +183,7 @@ class CacheConfig:
             "'int8', 'int4', 'bf16' or 'fp16'; or a pipeline as a JSON list of steps. All but 'lossless' are lossy."
         },
     )
-    max_distortion: Annotated[float, _above(0)] = field(
+    max_distortion: Annotated[float, above(0)] = field(
         default=DEFAULT_MAX_DISTORTION,
         metadata={
             "help": "Distortion budget of codec='auto': how far decoded states may lead the suffix astray on held-out images. The "
@@ -250,36 +253,36 @@ class CacheConfig:
             "memory of its own. They come back for what runs on images, and when the stage ends. Not with torch_compile."
         },
     )
-    gradient_weight: Annotated[float, _between(0, 1)] = field(
+    gradient_weight: Annotated[float, between(0, 1)] = field(
         default=0.0,
         metadata={
             "help": f"{ADVANCED}for codec='auto' and 'transform': how much a direction counts by its effect, from 0 to 1."
         },
     )
-    calibration_samples: Annotated[int, _at_least(4)] = field(
+    calibration_samples: Annotated[int, at_least(4)] = field(
         default=256,
         metadata={"help": f"{ADVANCED}images on which a lossy codec is calibrated: half to fit it, half to measure."},
     )
-    chunk_size: Annotated[int, _at_least(1)] = field(
+    chunk_size: Annotated[int, at_least(1)] = field(
         default=32,
         metadata={"help": f"{ADVANCED}samples encoded together: the unit of reading and of shuffling."},
     )
-    shard_chunks: Annotated[int, _at_least(1)] = field(
+    shard_chunks: Annotated[int, at_least(1)] = field(
         default=32,
         metadata={"help": f"{ADVANCED}chunks in one shard file: the unit of writing and of resuming a build."},
     )
-    shuffle_window: Annotated[int, _at_least(1)] = field(
+    shuffle_window: Annotated[int, at_least(1)] = field(
         default=8,
         metadata={"help": f"{ADVANCED}chunks whose samples are mixed while training; all are held in memory."},
     )
-    build_batch_size: Annotated[Optional[int], _at_least(1)] = field(
+    build_batch_size: Annotated[Optional[int], at_least(1)] = field(
         default=None,
         metadata={
             "help": f"{ADVANCED}images per forward of the prefix while building. Default: per_device_train_batch_size, which makes "
             "cached and uncached training agree to the bit on a CPU."
         },
     )
-    build_num_workers: Annotated[Optional[int], _at_least(0)] = field(
+    build_num_workers: Annotated[Optional[int], at_least(0)] = field(
         default=None,
         metadata={"help": f"{ADVANCED}processes that render images while building. Default: dataloader_num_workers."},
     )
@@ -304,7 +307,7 @@ class CacheConfig:
             "no datasets.Dataset. Change it whenever the data change."
         },
     )
-    lock_timeout: Annotated[float, _at_least(0)] = field(
+    lock_timeout: Annotated[float, at_least(0)] = field(
         default=30.0,
         metadata={"help": f"{ADVANCED}seconds to wait for another run that writes the same cache, before giving up."},
     )
@@ -315,7 +318,7 @@ class CacheConfig:
         self.freezecache_dir = _settle_folder(cache_dir, self.freezecache_dir)
         if isinstance(self.bits_per_element, (int, float)):
             self.bits_per_element = str(self.bits_per_element)
-        _check_values(self)
+        check_values(self, _SCHEMAS)
         for name in ("feature_augmentation", "offload_prefix"):
             if (value := getattr(self, name)) not in (None, False) and self.mode == "never":
                 raise UnsupportedSetupError(
@@ -328,14 +331,14 @@ class CacheConfig:
 
     @property
     def chooses_views(self) -> bool:
-        """Whether the number of views was left to ``schedule="auto"``."""
-        return type(self.num_views) is _Views
+        """Whether the number of views is left to ``schedule="auto"``."""
+        return self.num_views == "auto" or type(self.num_views) is _Views
 
     @property
     def copies_apart(self) -> bool:
         """Whether views beyond the first have a codec of their own."""
         apart = self.copies in ("residual", "sensitive") or (self.copies == "auto" and self.codec == "auto")
-        return apart and self.num_views > 1
+        return apart and bool(self.num_views == "auto" or self.num_views > 1)
 
 
 # Only now: in the class body it would be the default of the argument.
@@ -364,37 +367,5 @@ def _settle_folder(cache_dir: Any, freezecache_dir: Any) -> _Folder:
     return _Folder(folders.pop())
 
 
-def _check_values(config: Any) -> None:
-    """Check every field by its type and by the check beside it.
-
-    Raises:
-        UnsupportedSetupError: The message names the field, what was found and what was expected.
-    """
-    types, schema = next(found for kind, found in _SCHEMAS.items() if isinstance(config, kind))
-    for name, hint in types.items():
-        value = getattr(config, name)
-        known = _types_in(hint)
-        if type(value) is int and float in known and int not in known:
-            setattr(config, name, float(value))
-        if type(value) is bool and int in known and bool not in known:  # not every version of the library refuses it
-            raise UnsupportedSetupError(
-                f"{type(config).__name__}: field '{name}' expected int, got bool (value: {value})."
-            )
-    try:
-        validate_typed_dict(schema, vars(config))
-    except StrictDataclassFieldValidationError as error:
-        raise UnsupportedSetupError(f"{type(config).__name__}: {' '.join(str(error).split())}.") from error
-
-
-def _types_in(hint: Any) -> list[Any]:
-    """Return the types that a hint names."""
-    return [hint, *get_args(hint), *(part for each in get_args(hint) for part in get_args(each))]
-
-
-def _schema_of(config: type) -> tuple[dict[str, Any], Any]:
-    types = {name: hint for name, hint in get_type_hints(config, include_extras=True).items() if name != "cache_dir"}
-    return types, TypedDict(f"_{config.__name__}", types)  # type: ignore[operator]
-
-
 # Taken here once: `HfArgumentParser` rewrites the types that it finds in a dataclass.
-_SCHEMAS = {kind: _schema_of(kind) for kind in (FreezeConfig, CacheConfig)}
+_SCHEMAS = {kind: schema_of(kind) for kind in (FreezeConfig, CacheConfig)}

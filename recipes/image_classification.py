@@ -224,7 +224,7 @@ def main() -> None:
     freezes = freeze_config.schedule is not None
     augmented, plain = (make_transform(processor, data_args, train) for train in (True, False))
     transforms = {}
-    if freezes and cache_config.num_views > 1:
+    if freezes and cache_config.num_views not in (0, 1):
         # View 0 is then the evaluation's rendering, and what was drawn for the others is known.
         transforms = {"train_transform": augmented, "eval_transform": plain}
     elif train_dataset is not None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_freezecache.auto_schedule import RECIPES, choose
+from hf_freezecache.auto_schedule import RECIPES, choose, views_for
 from hf_freezecache.errors import ScheduleError
 
 
@@ -116,6 +116,12 @@ def test_the_rule_is_in_order() -> None:
         numbers = [getattr(recipe, name) for recipe in RECIPES]
         assert numbers == sorted(numbers)
     assert len({recipe.head_epochs for recipe in RECIPES}) == 1
+
+
+def test_few_views_for_few_epochs() -> None:
+    """One rule: the epochs and views are those of the recipes."""
+    assert [views_for(epochs) for epochs in (0, 1, 3, 4, 7, 8, 16, 100)] == [1, 1, 1, 2, 2, 4, 4, 4]
+    assert all(views_for(recipe.least_epochs) == recipe.num_views for recipe in RECIPES)
 
 
 def test_a_model_of_one_block_has_nothing_to_freeze() -> None:

@@ -85,6 +85,7 @@ def test_a_config_can_be_changed_and_copied() -> None:
         ({"num_views": True}, "expected int"),
         ({"num_views": 2.0}, "expected int"),
         ({"num_views": "2"}, "expected int"),
+        ({"num_views": "some"}, "auto"),
         ({"chunk_size": 0}, "of at least 1"),
         ({"shard_chunks": 0}, "of at least 1"),
         ({"shuffle_window": 0}, "of at least 1"),
@@ -151,6 +152,7 @@ def test_when_views_are_stored_apart() -> None:
     assert apart(codec="int8", copies="sensitive")
     assert not apart(codec="auto", copies="full")
     assert not apart(codec="auto", num_views=1)
+    assert apart(codec="auto", num_views="auto")
     assert not apart(codec="transform")
     assert not apart(codec="lossless")
 
@@ -384,6 +386,9 @@ def test_every_field_is_a_flag() -> None:
     flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     (parsed,) = HfArgumentParser(CacheConfig).parse_args_into_dataclasses(flags)
     assert dataclasses.asdict(parsed) == arguments
+    (parsed,) = HfArgumentParser(CacheConfig).parse_args_into_dataclasses(["--num_views", "auto"])
+    assert parsed == CacheConfig(num_views="auto") != CacheConfig()
+    assert parsed.chooses_views
     # A parser rewrites the types that it finds in a dataclass; values are checked as before.
     assert CacheConfig(build_batch_size=None, bits_per_element=2.5, build_num_workers=None).bits_per_element == "2.5"
     with pytest.raises(UnsupportedSetupError, match="build_batch_size"):

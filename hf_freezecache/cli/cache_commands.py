@@ -117,7 +117,13 @@ def plan(
         ),
     ] = None,
     split: Split = "train",
-    views: Views = 1,
+    views: Annotated[
+        str,
+        typer.Option(
+            metavar="INTEGER|auto",
+            help="Renderings of each image; all but the first are augmented. 'auto': as CacheConfig chooses for each schedule.",
+        ),
+    ] = "1",
     token_keep: Annotated[float, typer.Option(min=0.01, max=1, help="As of FreezeConfig.")] = 1.0,
     consume_previous_cache: Annotated[
         bool, typer.Option("--consume-previous-cache", help="As of CacheConfig.")
@@ -145,6 +151,8 @@ def plan(
         points = [int(point) for point in (split_points or "").split(",") if point]
     except ValueError:
         raise typer.BadParameter(f"--split-points {split_points}: expected numbers such as '3,6,9'.") from None
+    if views != "auto" and not (views.isdecimal() and int(views) > 0):
+        raise typer.BadParameter(f"--views {views}: expected a whole number of at least 1, or auto.")
     with one_line_errors(debug):
         from .given_rates import GivenRates, read_rates
         from .plan import PlanSettings, check_schedules, table_lines
@@ -161,7 +169,7 @@ def plan(
             dataset=dataset,
             split_point=1,
             split=split,
-            num_views=views,
+            num_views=1 if views == "auto" else int(views),
             cache_dir=str(cache_dir),
             image_column=image_column,
             label_column=label_column,
@@ -170,7 +178,8 @@ def plan(
             revision=revision,
             show_progress=False,
         )
-        found = predict(settings, PlanSettings(epochs, schedules, rows, token_keep, consume_previous_cache, given))
+        asked = PlanSettings(epochs, schedules, rows, token_keep, consume_previous_cache, given, views == "auto")
+        found = predict(settings, asked)
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(table_lines(found)))
 
 

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
+from ..auto_schedule import views_for
 from ..config import CacheConfig
 from ..errors import UnsupportedSetupError
 from ..hub.client import quiet_libraries
 from ..model.probe import find_blocks
 from ..schedules import Auto, Stage, parse_schedule, plan_stages, thawed_to
 from ..training.adapter import start_run
-from ..training.planner import epochs_of, states_at
+from ..training.planner import epochs_of, most_views, states_at
 from ..training.preflight import check_steps
 from ..training.stage_costs import Rates, build_seconds, epoch_seconds, measure_rates
 from .build import BuildSettings, make_trainer
@@ -34,6 +35,7 @@ class PlanSettings:
         rows: Images of the data set; default those that it has.
         token_keep: Share of the patch tokens that steps see behind the frozen blocks.
         consume_previous_cache: As of ``CacheConfig``.
+        chooses_views: Store as many views as ``num_views="auto"`` chooses for each schedule, in place of those of the settings.
         given: Rates of another machine, in place of what is measured.
     """
 
@@ -43,6 +45,7 @@ class PlanSettings:
     token_keep: float = 1.0
     consume_previous_cache: bool = False
     given: GivenRates = field(default_factory=GivenRates)
+    chooses_views: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Prediction:
         cached_seconds: Seconds of all epochs from them, building included.
         live_seconds: Seconds of all epochs with the blocks frozen and no cache.
         full_seconds: Seconds of all epochs with all blocks trained.
+        num_views: Views of each image, where they were chosen for this schedule.
     """
 
     schedule: str
@@ -70,6 +74,7 @@ class Prediction:
     cached_seconds: float
     live_seconds: float
     full_seconds: float
+    num_views: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Plan:
         machine: What was said of the machine; ``None`` if it is this one.
         rows: Images.
         epochs: Epochs.
-        num_views: Views of each image that are stored.
+        num_views: Views of each image that are stored; the most of all schedules, where they were chosen.
         devices: Devices that train.
         processes: Processes of each device that render.
         rates: See ``shown_rates``.
@@ -129,7 +134,10 @@ def plan(settings: BuildSettings, asked: PlanSettings) -> Plan:
     check_schedules(asked.schedules)
     given = asked.given
     with quiet_libraries(settings.show_progress), tempfile.TemporaryDirectory(prefix="hf-freezecache-") as scratch:
-        trainer = make_trainer(replace(settings, split_point=1), scratch)
+        measuring = replace(settings, split_point=1)
+        if asked.chooses_views:  # those that a run of so many epochs might store
+            measuring = replace(measuring, num_views=views_for(asked.epochs))
+        trainer = make_trainer(measuring, scratch)
         num_blocks = len(find_blocks(trainer.model)[1])
         quarters = {max(num_blocks * part // 4, 1) for part in (1, 2, 3)} | {max(num_blocks - 1, 1)}
         schedules = asked.schedules or [f"0:{point}" for point in sorted(quarters)]
@@ -153,7 +161,7 @@ def plan(settings: BuildSettings, asked: PlanSettings) -> Plan:
         machine=given.name,
         rows=rows,
         epochs=asked.epochs,
-        num_views=settings.num_views,
+        num_views=measuring.num_views,
         devices=given.devices,
         processes=processes[1],
         rates=shown_rates(given, rates[points[len(points) // 2]]),
@@ -192,8 +200,11 @@ def predict(
         asked: What to predict.
         processes: Of each device: those that render while building, and those that prepare data while training.
     """
-    one = next(iter(rates.values()))
     share, num_views = rows / asked.given.devices, config.num_views
+    if asked.chooses_views:
+        most, num_views = num_views, most_views(stages, asked.epochs)[0]
+        rates = {point: _of_views(rate, num_views, most) for point, rate in rates.items()}
+    one = next(iter(rates.values()))
     sizes = {point: rows * num_views * rate.stored_bytes for point, rate in rates.items()}
     shard = min(rows, asked.given.devices * config.chunk_size * config.shard_chunks) / rows
     build = cached = live = written = held = peak = 0.0
@@ -227,7 +238,14 @@ def predict(
         cached_seconds=share * (build + cached),
         live_seconds=share * live,
         full_seconds=share * asked.epochs * epoch_seconds(one, 0, num_blocks, 1.0, processes[1])[1],
+        num_views=num_views if asked.chooses_views else None,
     )
+
+
+def _of_views(rates: Rates, num_views: int, measured: int) -> Rates:
+    """Return rates with a row rendered in fewer views than were measured: what the views share counts once."""
+    further = (rates.render_all - rates.render) / max(measured - 1, 1)
+    return replace(rates, render_all=rates.render + further * (num_views - 1))
 
 
 #: Name of a rate -> its unit in the table.
@@ -253,7 +271,9 @@ def table_lines(found: Plan) -> list[str]:
         ]
         if rates:
             lines.append(f"{'Given' if source == 'given' else 'Measured here'}: {', '.join(rates)}.")
-    lines.append(f"{found.rows:,} images, {_counted(found.num_views, 'view')}, {_counted(found.epochs, 'epoch')}:")
+    chosen = any(one.num_views is not None for one in found.predictions)
+    views = "views as num_views='auto' chooses" if chosen else _counted(found.num_views, "view")
+    lines.append(f"{found.rows:,} images, {views}, {_counted(found.epochs, 'epoch')}:")
     rows = table_cells(found)
     width = max(len(row[0]) for row in rows)
     return [*lines, *(" ".join([f"{row[0]:>{width}}", *(f"{cell:>10}" for cell in row[1:])]) for row in rows)]
@@ -269,8 +289,9 @@ def table_cells(found: Plan) -> list[list[str]]:
 
 
 def _name(one: Prediction) -> str:
-    """Return a schedule as the table has it: its only split point, or all of it."""
-    return one.schedule.removeprefix("0:") if len(one.split_points) == 1 else one.schedule
+    """Return a schedule as the table has it: its only split point, or all of it; and its views, where they were chosen."""
+    name = one.schedule.removeprefix("0:") if len(one.split_points) == 1 else one.schedule
+    return name if one.num_views is None else f"{name}, {_counted(one.num_views, 'view')}"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -25,7 +25,7 @@ from ..model.split import find_blocks
 from ..report.callback import ReportCallback, describe_run, write_card
 from ..report.seeds import Folders
 from ..schedules import Stage
-from .auto import settle_auto
+from .auto import settle_auto, settle_views
 from .by_block import compile_settings
 from .checkpoints import announce_stage, find_checkpoint, load_stage, take_over_progress
 from .data_checks import num_classes, with_columns_removed
@@ -97,7 +97,9 @@ def check_setup(trainer: Any, base: type) -> None:
     stages, num_epochs = plan_stages_of(trainer)
     if trainer.freeze_config.is_auto:
         settle_auto(trainer, num_epochs)
-        config, stages = trainer.cache_config, plan_stages_of(trainer)[0]
+        stages, num_epochs = plan_stages_of(trainer)
+    settle_views(trainer, stages, num_epochs)
+    config = trainer.cache_config
     if config.mode != "never":
         check_cache_dir(Path(config.freezecache_dir), Path(trainer.args.output_dir))
     for stage in stages:

@@ -1,10 +1,10 @@
-"""Puts what ``schedule="auto"`` chooses in the place of what the user left open."""
+"""Puts what ``schedule="auto"`` and ``num_views="auto"`` choose in the place of what the user left open."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
 from ..model.probe import find_blocks
 from ..report.text import counted
-from ..schedules import MOST_LR_SCALE
+from ..schedules import MOST_LR_SCALE, Stage
 from .lr_rule import budget_scale, lr_scale
+from .planner import most_views
 
-__all__ = ["LAYER_DECAY", "settle_auto"]
+__all__ = ["LAYER_DECAY", "settle_auto", "settle_views"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         )
     blocks = find_blocks(trainer.model)[1]
     adapters = _only_adapters_train(blocks)
-    free = caching.chooses_views and caching.mode != "never"
+    # Without caches a number of views costs nothing to leave as it is, unless the user asks for the rule.
+    free = caching.chooses_views and (caching.mode != "never" or caching.num_views == "auto")
     settled = {
         "head_first": _head_trains(trainer.model, blocks),
         "token_keep": freezing.token_keep,
@@ -98,6 +100,26 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     trainer._record.chosen = _described(choice, trainer)
     for line in trainer._record.chosen.split(": ", 1):
         logger.info("%s", line)
+
+
+def settle_views(trainer: Any, stages: Sequence[Stage], num_epochs: int) -> None:
+    """Settle ``num_views="auto"`` of a trainer whose schedule is written out. Another number of views stays.
+
+    The number depends on the stages, the epochs, and whether views differ, alone.
+
+    Args:
+        trainer: The user's trainer. Its ``cache_config`` is replaced.
+        stages: The stages, in order.
+        num_epochs: Epochs of the run.
+    """
+    if trainer.cache_config.num_views != "auto":
+        return
+    num_views, epochs = most_views(stages, num_epochs)
+    reason = f"blocks are frozen for {counted(epochs, 'epoch')} in a row" if epochs else "no block is frozen"
+    if num_views > 1 and not _views_differ(trainer):
+        num_views, reason = 1, "the transform gives the same image in every view"
+    trainer.cache_config = replace(trainer.cache_config, num_views=num_views)
+    logger.info("num_views='auto': %s of each image, since %s.", counted(num_views, "view"), reason)
 
 
 def _head_trains(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..auto_schedule import views_for
 from ..config import CacheConfig, FreezeConfig
 from ..data.layout import ChunkLayout
 from ..data.sampler import ChunkSampler
@@ -27,6 +28,7 @@ __all__ = [
     "Outlook",
     "epochs_of",
     "make_sampler",
+    "most_views",
     "plan_run",
     "predict_passes",
     "shuffle_seed",
@@ -157,6 +159,22 @@ def epochs_of(stage: Stage, stages: Sequence[Stage], num_epochs: int) -> int:
     """
     following = [later.start_epoch for later in stages if later.index > stage.index]
     return max(min([num_epochs, *following]) - stage.start_epoch, 0)
+
+
+def most_views(stages: Sequence[Stage], num_epochs: int) -> tuple[int, int]:
+    """Return how many views a run should store, and for how many epochs in a row blocks are frozen, at most; 1 and 0 without any.
+
+    Stages in a row share their views: the cache of one is computed from that of the one before, or on the way to it.
+
+    Args:
+        stages: All stages of the run, in order.
+        num_epochs: Epochs of the run.
+    """
+    longest = epochs = 0
+    for stage in stages:
+        epochs = epochs + epochs_of(stage, stages, num_epochs) if stage.split_point > 0 else 0
+        longest = max(longest, epochs)
+    return views_for(longest), longest
 
 
 def states_at(stage: Stage, stages: Sequence[Stage], config: CacheConfig) -> int:

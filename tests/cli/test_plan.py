@@ -58,6 +58,31 @@ def test_predictions_follow_from_what_was_measured(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_views_can_be_chosen_for_each_schedule(monkeypatch) -> None:
+    measured_with = []
+
+    def measure(cache, split):
+        measured_with.append(cache.config.num_views)
+        return measured(cache, split)
+
+    monkeypatch.setattr(plan_module, "measure_rates", measure)
+    command = ("plan", "model", "data", "--epochs", 10, "--views", "auto", "--rows", 4)
+    schedules = ("--schedule", "0:2", "--schedule", "0:2,6:0", "--schedule", "0:2,2:0")
+    found = json.loads(call(*command, *schedules, "--json")[1])
+    assert measured_with == [4]
+    assert [one["num_views"] for one in found["predictions"]] == [4, 2, 1]
+    for one, views in zip(found["predictions"], (4, 2, 1), strict=True):
+        assert one["cache_bytes"] == 4 * views * 2**20
+        render = 1 + (2 - 1) * (views - 1) / 3  # what the views of a row share is paid for once
+        assert one["build_seconds"] == pytest.approx(4 * (render + views * 2 * 0.5 + views * 0.25))
+    lines = call(*command, *schedules)[1].splitlines()
+    assert lines[2] == "4 images, views as num_views='auto' chooses, 10 epochs:"
+    assert [line.partition("view")[0].strip() for line in lines[4:]] == ["2, 4", "0:2,6:0, 2", "0:2,2:0, 1"]
+    for wrong in ("0", "-1", "some", "1.5"):
+        assert call("plan", "model", "data", "--epochs", 10, "--views", wrong)[0] == 2
+
+
+@pytest.mark.usefixtures("folder")
 def test_given_rates_take_the_place_of_measured_ones(monkeypatch) -> None:
     monkeypatch.setattr(plan_module, "measure_rates", measured)
     rates = {

@@ -113,6 +113,52 @@ def test_one_view_where_views_are_alike(images) -> None:
     assert kept.cache_config.num_views == 3
 
 
+# ---- num_views="auto" with a schedule that is written out ----
+
+
+def views_of(rows: Any, schedule: str, epochs: int, mode: str = "always", **settings: Any) -> Any:
+    caching = {"num_views": "auto", "mode": mode}
+    trainer = make_trainer(tiny_vit(), rows, schedule=schedule, num_train_epochs=epochs, cache=caching, **settings)
+    return trainer.cache_config.num_views
+
+
+def test_the_epochs_with_frozen_blocks_choose_the_number_of_views(train_dataset, images, caplog) -> None:
+    caplog.set_level(logging.INFO, "hf_freezecache")
+    assert views_of(train_dataset, "0:1,2:3", 12) == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "num_views='auto': 4 views of each image, since blocks are frozen for 12 epochs in a row."
+    ]
+    assert views_of(train_dataset, "0:1,2:3", 6) == 2
+    assert views_of(train_dataset, "0:1,3:0,6:3", 9) == 1  # twice three epochs: the second cache is built anew
+    assert views_of(train_dataset, "0:1,5:0", 12) == 2  # epochs without frozen blocks store nothing
+    assert views_of(train_dataset, "0:1,3:2,6:3", 9) == 4  # each cache is computed from the one before
+    assert views_of(train_dataset, "linear(0.0,0.5,0.5)", 12) == 4
+    assert views_of(train_dataset, "0:0", 12) == 1
+    assert views_of(train_dataset, "0:2", 12, "never") == 4  # as with a cache: the same views are seen
+    assert views_of(train_dataset, "0:2", 12, max_steps=20) == 2  # four epochs
+    assert views_of(images.with_transform(TinyTransform(augment=False)), "0:2", 12) == 1
+    assert (
+        caplog.records[-1]
+        .getMessage()
+        .endswith("one view of each image, since the transform gives the same image in every view.")
+    )
+    for mode in ("always", "never"):
+        trainer = auto_trainer(train_dataset, num_train_epochs=12, cache={"num_views": "auto", "mode": mode})
+        assert trainer.cache_config.num_views == choose(4, 12).num_views
+
+
+def test_a_run_stores_the_views_that_were_chosen_and_a_resumed_one_finds_them(train_dataset) -> None:
+    settings = {"schedule": "0:1,3:3", "num_train_epochs": 5, "cache": {"num_views": "auto"}}
+    whole = make_trainer(tiny_vit(), train_dataset, save_strategy="epoch", **settings)
+    whole.train()
+    assert [made.num_views for made in whole._record.decisions] == [2, 2]
+    assert whole._record.cache["num_views"] == 2
+    resumed = make_trainer(tiny_vit(), train_dataset, output_dir="again", **settings)
+    resumed.train(resume_from_checkpoint="out/checkpoint-20")
+    assert_same(parameters_of(whole.model), parameters_of(resumed.model))
+    assert [made.num_views for made in resumed._record.decisions] == [2, 2]
+
+
 @pytest.mark.slow
 def test_a_head_that_does_not_train_is_not_trained_first(train_dataset) -> None:
     model = tiny_vit()
