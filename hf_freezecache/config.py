@@ -11,9 +11,10 @@ from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, Union
 
+from .by_split_point import parse_lr_scale
 from .errors import UnsupportedSetupError
 from .field_checks import above, at_least, between, check_values, schema_of
-from .schedules import parse_lr_scale, parse_schedule
+from .schedules import parse_schedule
 
 __all__ = ["ADVANCED", "DEFAULT_MAX_DISTORTION", "CacheConfig", "FreezeConfig"]
 
@@ -84,7 +85,7 @@ class FreezeConfig:
             "decimal point and below 1, a fraction of training ('0.5:9'). Split points may fall: '0:12,2:6' trains the head of a "
             "model of 12 blocks alone for two epochs, then thaws the last six blocks. Or a policy: 'linear(0.0,0.5,0.75)' freezes at a "
             "constant pace from the first to the second fraction of training, up to the third fraction of the blocks; "
-            "'linear' alone takes these numbers. 'auto' trains the head first, unless adapters train, for epochs on top of yours; it chooses split point, "
+            "'linear' alone takes these numbers. 'autofreeze(50)' freezes blocks whose gradients have settled, as training goes on. 'auto' trains the head first, unless adapters train, for epochs on top of yours; it chooses split point, "
             "views, tokens and learning rates; with --budget the epochs as well. In Python a dict works too.",
         },
     )

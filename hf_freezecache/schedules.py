@@ -15,7 +15,8 @@ A policy turns the number of epochs and of blocks into stages. To add one, write
 
     POLICIES = {..., "halves": Halves}
 
-``FreezeConfig(schedule="halves(share=0.25)")`` then uses it. A script of a user adds it by ``POLICIES["halves"] = Halves``.
+``FreezeConfig(schedule="halves(share=0.25)")`` then uses it. A script of a user adds it by ``POLICIES["halves"] = Halves``. Policies
+that look at the run before they decide are in ``adaptive_policies``.
 """
 
 from __future__ import annotations
@@ -27,24 +28,25 @@ import logging
 import math
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .adaptive_policies import AdaptivePolicy, AutoFreeze
 from .auto_schedule import choose
-from .errors import ScheduleError, UnsupportedSetupError
+from .errors import ScheduleError
+from .stages import Stage, number_stages, stage_at, thawed_to
 
 __all__ = [
-    "MOST_LR_SCALE",
     "POLICIES",
     "Auto",
     "Linear",
     "Pairs",
     "Policy",
     "Stage",
+    "adaptive_policy",
+    "foreseen_stages",
     "number_stages",
-    "parse_by_split_point",
-    "parse_lr_scale",
     "parse_schedule",
     "plan_stages",
     "stage_at",
@@ -52,26 +54,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-#: Largest number in ``lr_scale``.
-MOST_LR_SCALE = 1000
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of epochs with one split point.
-
-    Two stages may have the same split point: the index tells them apart.
-
-    Attributes:
-        index: Position of the stage in the run, counted from 0.
-        start_epoch: First epoch of the stage, counted from 0.
-        split_point: Number of leading blocks that are frozen in it.
-    """
-
-    index: int
-    start_epoch: int
-    split_point: int
 
 
 class Policy(Protocol):
@@ -90,11 +72,6 @@ class Policy(Protocol):
         Raises:
             ScheduleError: The policy cannot be applied to such a run.
         """
-
-
-def number_stages(pairs: Iterable[tuple[int, int]]) -> list[Stage]:
-    """Return the stages of (start epoch, split point) pairs, numbered from 0."""
-    return [Stage(index, *pair) for index, pair in enumerate(pairs)]
 
 
 @dataclass(frozen=True)
@@ -219,7 +196,7 @@ class Auto:
 
 
 #: Extension point: name in a schedule -> policy. The module's docstring shows how to add one.
-POLICIES: dict[str, type[Policy]] = {"auto": Auto, "linear": Linear}
+POLICIES: dict[str, type[Policy]] = {"auto": Auto, "autofreeze": AutoFreeze, "linear": Linear}
 
 
 def parse_schedule(schedule: str) -> Policy:
@@ -323,64 +300,29 @@ def plan_stages(schedule: str | None, num_epochs: int, num_blocks: int) -> list[
     return stages
 
 
-def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
-    """Return the stage in force in ``epoch``."""
-    return max((stage for stage in stages if stage.start_epoch <= epoch), key=lambda stage: stage.start_epoch)
+def adaptive_policy(schedule: str | None) -> AdaptivePolicy | None:
+    """Return the policy of a schedule that decides while training; ``None`` if all stages are known before.
+
+    Raises:
+        ScheduleError: The schedule cannot be read.
+    """
+    policy = None if schedule is None else parse_schedule(schedule)
+    return policy if isinstance(policy, AdaptivePolicy) else None
 
 
-def thawed_to(stage: Stage, stages: Sequence[Stage]) -> list[int]:
-    """Return the lower split points, in rising order, of later stages before whose blocks nothing is trained until then."""
-    points = [stage.split_point]
-    for later in stages[stage.index + 1 :]:
-        if later.split_point < points[-1]:
-            points.append(later.split_point)
-    return sorted(point for point in points[1:] if point > 0)
-
-
-# ---- Numbers by split point ----
-
-
-def parse_by_split_point(
-    name: str, text: str, most: float, expected: str, first: int = 0
-) -> Sequence[tuple[int, float]]:
-    """Read ``"2.5"``, or ``"0:4.0,6:2.5"``: from which split point on which number.
+def foreseen_stages(schedule: str | None, stages: Sequence[Stage], num_blocks: int) -> list[Stage]:
+    """Return the stages that a run must be prepared for: those that are known, and one for each split point that may be decided.
 
     Args:
-        name: Name of the setting.
-        text: Its value.
-        most: The largest number.
-        expected: What is expected, in words, with an example.
-        first: From which split point on a number alone holds.
+        schedule: The user's schedule.
+        stages: The stages that are known, in order.
+        num_blocks: Blocks of the model.
 
     Raises:
-        UnsupportedSetupError: The text cannot be read; the message says why.
+        ScheduleError: The schedule cannot be read.
     """
-    pairs = []
-    for entry in text.split(","):
-        start, _, number = entry.rpartition(":") if entry != text or ":" in entry else (str(first), "", entry)
-        try:
-            pair = (int(start), float(number))
-        except ValueError:
-            pair = (-1, -1.0)
-        if pair[0] < 0 or not 0 < pair[1] <= most:
-            raise UnsupportedSetupError(f"{name}={text!r} has the entry {entry!r}; expected {expected}.")
-        pairs.append(pair)
-    starts = [start for start, _ in pairs]
-    if starts != sorted(set(starts)):
-        raise UnsupportedSetupError(f"{name}={text!r} must name rising split points, each once.")
-    return pairs
-
-
-def parse_lr_scale(lr_scale: str) -> Sequence[tuple[int, float]] | None:
-    """Read ``"2.5"``, ``"6:1.5,9:2.5"`` or ``"auto"``: from which split point on learning rates are multiplied by what.
-
-    Returns:
-        The pairs; ``None`` for ``"auto"``. A number alone holds from split point 1 on.
-
-    Raises:
-        UnsupportedSetupError: The text cannot be read; the message says why.
-    """
-    if lr_scale == "auto":
-        return None
-    expected = "'auto', one number above 0 and up to 1000, e.g. '2.5', or split_point:number pairs, e.g. '6:1.5,9:2.5'"
-    return parse_by_split_point("lr_scale", lr_scale, MOST_LR_SCALE, expected, first=1)
+    policy, known = adaptive_policy(schedule), list(stages)
+    if policy is None:
+        return known
+    points = policy.split_points(num_blocks)
+    return known + [Stage(len(known) + place, policy.first_epoch, point) for place, point in enumerate(points)]

@@ -18,7 +18,7 @@ from .config import CacheConfig, FreezeConfig
 from .dataset import CachedDataset
 from .distributed.process_group import ProcessGroup
 from .errors import UnsupportedSetupError
-from .report.record import RunRecord, progress_to_dict
+from .report.record import RunRecord
 from .report.stopwatch import Stopwatch
 from .training.adapter import (
     augmenter_of,
@@ -26,25 +26,22 @@ from .training.adapter import (
     build_cache_of,
     check_setup,
     check_train_arguments,
-    describe,
     find_process_groups,
-    install_callbacks,
     optimizer_ready,
     plan_stages_of,
     prepare_optimizer,
-    report_callbacks,
     restore_weights_of,
     resume_weights_of,
     start_run,
-    write_model_card,
 )
 from .training.by_block import compiling_by_block
-from .training.checkpoints import SavedStage, move_scheduler, move_to_world_size, save_stage
+from .training.checkpoints import move_scheduler, move_to_world_size
 from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
 from .training.learning_rates import begin_after
 from .training.planner import shuffle_seed
 from .training.preflight import check_pushed, check_steps
+from .training.reporting import describe, install_callbacks, report_callbacks, write_model_card
 from .training.sharing import push_cache
 from .training.stage import StageRunner
 
@@ -303,9 +300,7 @@ class FreezeCacheTrainer(Trainer):
             if logs := self._run.cost_logs(self.state):
                 self.log(logs)
             if self.args.should_save:
-                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-                stage, progress = self._run.active.stage, progress_to_dict(self._record)
-                save_stage(folder, SavedStage(stage, self.args.world_size, progress))
+                self._run.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

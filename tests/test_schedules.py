@@ -223,7 +223,7 @@ def test_a_policy_of_the_users_own_takes_parameters(monkeypatch) -> None:
         "steps(4.0)": "every must be of type int, got 4.0",
         "steps(4, name=5)": "name must be of type str, got 5",
         "steps(4, late=1)": "late must be of type bool, got 1",
-        "cubic": r"known are \['auto', 'linear', 'steps'\]",
+        "cubic": r"known are \['auto', 'autofreeze', 'linear', 'steps'\]",
     }.items():
         with pytest.raises(ScheduleError, match=words):
             plan_stages(schedule, 10, 12)

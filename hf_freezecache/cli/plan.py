@@ -13,7 +13,7 @@ from ..config import CacheConfig
 from ..errors import UnsupportedSetupError
 from ..hub.client import quiet_libraries
 from ..model.probe import find_blocks
-from ..schedules import Auto, Stage, parse_schedule, plan_stages, thawed_to
+from ..schedules import Auto, Stage, adaptive_policy, parse_schedule, plan_stages, thawed_to
 from ..training.adapter import start_run
 from ..training.planner import epochs_of, most_views, states_at
 from ..training.preflight import check_steps
@@ -111,9 +111,14 @@ def check_schedules(schedules: Sequence[str]) -> None:
 
     Raises:
         ScheduleError: One cannot be read.
-        UnsupportedSetupError: One is ``"auto"``.
+        UnsupportedSetupError: One is ``"auto"``, or decides while training.
     """
     for schedule in schedules:
+        if adaptive_policy(schedule) is not None:
+            raise UnsupportedSetupError(
+                f"schedule={schedule!r} decides while it trains how many blocks to freeze, so what it takes is not known before. Plan "
+                "schedules that are written out, such as '0:0,2:3,4:6'."
+            )
         if isinstance(parse_schedule(schedule), Auto):
             raise UnsupportedSetupError(
                 "schedule='auto' chooses epochs, views and tokens, too. Plan a schedule that is written out, such as '0:12,2:6'."

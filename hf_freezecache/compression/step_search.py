@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..by_split_point import parse_by_split_point
 from ..codecs import PRESETS, Codec
 from ..errors import UnsupportedSetupError
-from ..schedules import parse_by_split_point
 from .distortion import DistortionMeter
 
 __all__ = ["Calibration", "calibrate", "fit_codec", "rate_at", "roundtrip"]

@@ -17,14 +17,12 @@ from ..compression.base_view import requested_codec
 from ..data.feature_augmenter import FeatureAugmenter
 from ..dataset import CachedDataset
 from ..distributed.ddp import check_parallelism
-from ..distributed.jit_checkpoint import SynchronizedJITCheckpoint
 from ..distributed.process_group import ProcessGroup, find_process_group
 from ..errors import DataError, UnsupportedSetupError
 from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
-from ..report.callback import ReportCallback, describe_run, write_card
-from ..report.seeds import Folders
-from ..schedules import Stage
+from ..schedules import Stage, adaptive_policy, foreseen_stages
+from .adaptive import AdaptiveStages
 from .auto import settle_auto, settle_views
 from .by_block import compile_settings
 from .checkpoints import announce_stage, find_checkpoint, load_stage, take_over_progress
@@ -44,7 +42,6 @@ __all__ = [
     "begin_from",
     "build_cache_of",
     "check_setup",
-    "describe",
     "find_process_groups",
     "optimizer_ready",
     "plan_stages_of",
@@ -98,6 +95,7 @@ def check_setup(trainer: Any, base: type) -> None:
     if trainer.freeze_config.is_auto:
         settle_auto(trainer, num_epochs)
         stages, num_epochs = plan_stages_of(trainer)
+    stages = foreseen_of(trainer, stages, num_epochs)
     settle_views(trainer, stages, num_epochs)
     config = trainer.cache_config
     if config.mode != "never":
@@ -150,6 +148,26 @@ def plan_stages_of(trainer: Any) -> tuple[list[Stage], int]:
     return plan_run(trainer.freeze_config, args, len(find_blocks(trainer.model)[1]), sampler)
 
 
+def foreseen_of(trainer: Any, stages: list[Stage], num_epochs: int) -> list[Stage]:
+    """Return the stages that a trainer's run must be prepared for, see ``foreseen_stages``; it may reach all of them.
+
+    Args:
+        trainer: The user's trainer.
+        stages: The stages that are known, in order.
+        num_epochs: Epochs of the run.
+    """
+    schedule = trainer.freeze_config.schedule
+    policy, found = adaptive_policy(schedule), foreseen_stages(schedule, stages, len(find_blocks(trainer.model)[1]))
+    if policy is not None and policy.first_epoch >= num_epochs:
+        logger.warning(
+            "%s decides first at the beginning of epoch %d, from 0, and the run has %d: nothing will be frozen.",
+            schedule,
+            policy.first_epoch,
+            num_epochs,
+        )
+    return [stage for stage in found if stage.start_epoch < num_epochs]  # others are planned, but never reached
+
+
 def augmenter_of(trainer: Any, base: type) -> FeatureAugmenter | None:
     """Return what augments a trainer's cached batches, or ``None``; see ``make_augmenter`` for errors."""
     own_loss = "compute_loss_func" if trainer.compute_loss_func is not None else None
@@ -198,10 +216,11 @@ def start_run(
         autocast=trainer.compute_loss_context_manager,
         compile_settings=compile_settings(trainer.accelerator),
     )
+    foreseen = foreseen_of(trainer, stages, num_epochs) if base is not None else ()
     run = prepare_run(
         runtime,
         trainer.cache_config,
-        [stage for stage in stages if stage.start_epoch < num_epochs],  # others are planned, but never reached
+        [stage for stage in stages if stage.start_epoch < num_epochs],
         num_epochs,
         with_columns_removed(trainer),
         trainer._transforms,
@@ -209,8 +228,11 @@ def start_run(
         trainer._record,
         augmenter,
         try_evaluation,
+        foreseen,
     )
     if base is not None:  # a run that only builds takes no step
+        policy, num_blocks = adaptive_policy(trainer.freeze_config.schedule), run.splits.num_blocks
+        run.adaptive = None if policy is None else AdaptiveStages(policy, num_blocks, everyone, list(run.stages))
         run.rates = LearningRates.of(trainer.freeze_config)
         run.token_keep = trainer.freeze_config.token_keep or 1.0
     run.lenient = bool(trainer._record.chosen)
@@ -230,6 +252,9 @@ def begin_from(run: StageRunner, checkpoint: str | None) -> int:
     left = run.stages
     if checkpoint is not None:
         saved = load_stage(Path(checkpoint))
+        if run.adaptive is not None:
+            run.adaptive.restore(Path(checkpoint), saved.adaptive)
+            left = run.stages = run.adaptive.stages
         if saved.stage is not None:
             take_over_progress(run.record, saved.progress, run.stages)
         run.saved, run.frozen_before = saved.stage, saved.split_point
@@ -238,16 +263,6 @@ def begin_from(run: StageRunner, checkpoint: str | None) -> int:
     else:
         run.frozen_before = run.stages[0].split_point
     return min([run.frozen_before, *(stage.split_point for stage in left)])
-
-
-def describe(trainer: Any) -> None:
-    """Write into a trainer's record what is known before the first step."""
-    record, num_blocks = trainer._record, len(find_blocks(trainer.model)[1])
-    describe_run(record, trainer.args, trainer.model, num_blocks, trainer.freeze_config, trainer.cache_config)
-    record.planned_stages = [vars(stage) for stage in plan_stages_of(trainer)[0]]
-    if trainer._run is not None:
-        data = trainer._run.data
-        record.data = {"train_images": len(data.views), "image_shape": list(data.image_shape)}
 
 
 def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
@@ -361,41 +376,3 @@ def optimizer_ready(trainer: Any, checkpoint: str | None) -> Iterator[None]:
     prepare_optimizer(trainer)
     with run.rates.restoring(checkpoint, trainer.optimizer):
         yield
-
-
-def report_callbacks(trainer: Any) -> list[ReportCallback]:
-    """Return the callbacks of a trainer that write its record and its report."""
-    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ReportCallback)]
-
-
-def install_callbacks(trainer: Any) -> None:
-    """Let a trainer write its record and report, and let all its processes save a checkpoint in the same step."""
-    everyone, callbacks = trainer._process_groups[0], trainer.callback_handler.callbacks
-    jit = next((callback for callback in callbacks if getattr(callback, "jit_manager", None) is not None), None)
-    if everyone.size > 1 and jit is not None:
-        callbacks.insert(callbacks.index(jit), SynchronizedJITCheckpoint(jit, everyone))
-    if not report_callbacks(trainer):
-        trainer.add_callback(ReportCallback())
-    for callback in report_callbacks(trainer):
-        callback.record = trainer._record
-
-
-def write_model_card(trainer: Any, arguments: dict[str, Any], baseline: Folders | None, seeds: Folders) -> None:
-    """Write the model card of a trainer's run, its record and the picture it shows into ``output_dir``.
-
-    Args:
-        trainer: The user's trainer.
-        arguments: Those of ``Trainer.create_model_card``, by name.
-        baseline: ``output_dir`` of a run without freezing, or of several.
-        seeds: ``output_dir`` of runs that differ in the seed only.
-
-    Raises:
-        RunError: As ``write_card``.
-        OSError: A file cannot be written.
-    """
-    record = trainer._record
-    if not record.model:
-        describe(trainer)
-    record.log_history, record.global_step = list(trainer.state.log_history), trainer.state.global_step
-    arguments = {**arguments, "model_id": trainer.args.hub_model_id}
-    write_card(Path(trainer.args.output_dir), record, trainer.model, arguments, baseline, seeds)

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from ..auto_schedule import Choice, choose
+from ..by_split_point import MOST_LR_SCALE
 from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
 from ..model.probe import find_blocks
 from ..report.text import counted
-from ..schedules import MOST_LR_SCALE, Stage
+from ..schedules import Stage
 from .lr_rule import budget_scale, lr_scale
 from .planner import most_views
 

@@ -51,11 +51,13 @@ class SavedStage:
         stage: The stage that was being trained; ``None`` for a checkpoint of plain ``Trainer``.
         world_size: Number of processes; ``None`` if the checkpoint does not say.
         progress: Decisions and epochs of the record, see ``report.record``.
+        adaptive: What a schedule that decides while training goes by, see ``AdaptiveStages.save``; else empty.
     """
 
     stage: Stage | None = None
     world_size: int | None = None
     progress: dict[str, Any] = field(default_factory=dict)
+    adaptive: dict[str, Any] = field(default_factory=dict)
 
     @property
     def split_point(self) -> int:
@@ -184,7 +186,8 @@ def load_stage(checkpoint: Path) -> SavedStage:
         state = json.loads(path.read_bytes())
         if state["format_version"] != _FORMAT_VERSION:
             raise ValueError(f"format version {state['format_version']}, expected {_FORMAT_VERSION}")
-        return SavedStage(Stage(**state["stage"]), int(state["world_size"]), dict(state["progress"]))
+        adaptive = dict(state.get("adaptive", {}))  # checkpoints of 0.1.0 have none
+        return SavedStage(Stage(**state["stage"]), int(state["world_size"]), dict(state["progress"]), adaptive)
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedSetupError(
             f"{path} cannot be read ({error!r}). Resume from another checkpoint, or start anew."

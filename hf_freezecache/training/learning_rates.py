@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..by_split_point import parse_lr_scale
 from ..config import FreezeConfig
 from ..errors import UnsupportedSetupError
 from ..model.split import Splits
-from ..schedules import parse_lr_scale
 from . import lr_rule
 from .freezer import Freezer
 

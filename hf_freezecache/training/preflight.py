@@ -217,6 +217,7 @@ def prepare_run(
     record: RunRecord,
     augmenter: FeatureAugmenter | None = None,
     try_evaluation: Callable[[], None] = lambda: None,
+    foreseen: Sequence[Stage] = (),
 ) -> StageRunner:
     """Check data, split and folder, and return what runs the stages. Collective; nothing is built.
 
@@ -231,13 +232,15 @@ def prepare_run(
         record: The record of the run.
         augmenter: Augments cached batches.
         try_evaluation: Tries an evaluation, once the training data are known to be fine.
+        foreseen: The stages to prepare for, where more than ``stages`` may be decided while training.
 
     Raises:
         FreezeCacheError: See ``prepare_data``, ``check_augmenter`` and ``StageCache.check_settings``.
     """
     sampler = make_sampler(len(dataset), config, runtime.args, runtime.cache_group, runtime.batch_size)
     layout = sampler.layouts[runtime.cache_group.group_index]
-    split_points = tuple(stage.split_point for stage in stages)
+    foreseen = foreseen or stages
+    split_points = tuple(stage.split_point for stage in foreseen)
     cached = config.mode != "never" and any(split_points)
     model = runtime.model
     with one_thread_if_small(model):
@@ -268,7 +271,10 @@ def prepare_run(
         cache.check_settings()
         if transforms[0] is not None and config.num_views == 1:
             logger.warning("num_views=1 stores the eval rendering only: train_transform is not used in cached stages.")
-    return StageRunner(runtime, config, stages, num_epochs, data, splits, sampler, augmenter, cache, freezer, record)
+    cache.split_points = tuple(stage.split_point for stage in stages)  # others are not known yet, as after a resume
+    return StageRunner(
+        runtime, config, stages, num_epochs, data, splits, sampler, augmenter, cache, freezer, record, foreseen
+    )
 
 
 def check_steps(run: StageRunner, wrapped: nn.Module) -> None:
@@ -284,7 +290,7 @@ def check_steps(run: StageRunner, wrapped: nn.Module) -> None:
     started = time.perf_counter()
     with one_thread_if_small(run.runtime.model):
         rehearse(run, wrapped)
-    points = [stage.split_point for stage in run.stages if stage.split_point not in run.refusals]
+    points = [stage.split_point for stage in run.foreseen if stage.split_point not in run.refusals]
     if run.config.mode != "never" and any(points):
         check_folder(run.cache, run.splits, points)
     run.record.preflight_seconds = round(run.record.preflight_seconds + time.perf_counter() - started, 3)

@@ -356,7 +356,7 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
     refusals: dict[int, str] = {}
     with run.runtime.rehearsing() as trainer:
         rehearsal = _Rehearsal(trainer, model, wrapped, run.runtime.prepare_inputs(dict(batch)), may_grow)
-        for stage in sorted(run.stages, key=lambda stage: stage.split_point):
+        for stage in sorted(run.foreseen, key=lambda stage: stage.split_point):
             if stage.split_point < frozen or stage.split_point in refusals:
                 continue
             changes = freeze(run.splits.at(stage.split_point))
@@ -367,7 +367,7 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
                     reason = _why_not_cached(rehearsal, run, stage.split_point)
                     if reason is not None:
                         refusals[stage.split_point] = reason
-                elif stage is run.stages[0] or rehearsal.tokens is not None:
+                elif stage == run.stages[0] or rehearsal.tokens is not None:
                     rehearsal.live(run.splits.at(stage.split_point), 0)
             finally:
                 rehearsal.keep(None)

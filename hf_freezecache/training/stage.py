@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,16 @@ from ..data.kept_tokens import TokenSubset
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
 from ..distributed.ddp import is_replicated, wrap_again
-from ..errors import CacheWriteError, UnsupportedSetupError
+from ..errors import UnsupportedSetupError
 from ..hub.provenance import keep_provenance
 from ..model.compiled import CompiledBlocks
 from ..model.split import Split, Splits
-from ..report.record import Decision, RunRecord
+from ..report.record import Decision, RunRecord, progress_to_dict
 from ..report.run_log import decision_logs, epoch_logs
 from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at, thawed_to
-from .checkpoints import last_complete
+from .adaptive import AdaptiveStages
+from .checkpoints import SavedStage, save_stage
 from .decisions import describe_cache
 from .evaluation_cache import EvaluationCache
 from .freezer import Freezer
@@ -39,6 +38,7 @@ from .sharing import provenance_of
 from .stage_batches import cached_batches, live_batches
 from .stage_cache import OpenedCache, StageCache
 from .stage_costs import predict_costs
+from .stage_opening import open_for
 from .transform_watch import TransformWatch
 
 __all__ = ["ActiveStage", "StageRunner"]
@@ -72,7 +72,7 @@ class StageRunner:
     Attributes:
         runtime: The trainer.
         config: The user's settings of caches.
-        stages: All stages of the run, in order.
+        stages: All stages of the run, in order, as far as they are known.
         num_epochs: Epochs of the run.
         data: The training data.
         splits: The splits of the model.
@@ -81,6 +81,8 @@ class StageRunner:
         cache: Finds and builds caches; it is not used under ``mode="never"``.
         freezer: What the trainer has frozen.
         record: The record of the run.
+        foreseen: The stages that the run is prepared for: ``stages``, or more where they are decided while training.
+        adaptive: Decides stages while training; ``None`` if all are known.
         frozen: Blocks that are frozen now; ``None`` before the first stage.
         frozen_before: Blocks that were frozen where the run begins: in its first stage, or in that of the checkpoint.
         saved: Stage of the checkpoint that the run goes on from, if any.
@@ -109,6 +111,8 @@ class StageRunner:
     cache: StageCache
     freezer: Freezer
     record: RunRecord
+    foreseen: Sequence[Stage]
+    adaptive: AdaptiveStages | None = None
     frozen: int | None = None
     frozen_before: int = 0
     saved: Stage | None = None
@@ -197,7 +201,10 @@ class StageRunner:
             self.freezer.freeze(self.splits.at(stage.split_point))
 
     def begins(self, epoch: int) -> Stage | None:
-        """Return the stage that begins in an epoch, or with which a resumed run begins; ``None`` if none does."""
+        """Return the stage that begins in an epoch, or with which a resumed run begins; ``None`` if none does. Collective."""
+        if self.adaptive is not None:
+            self.stages = self.adaptive.begin_epoch(epoch)
+            self.cache.split_points = tuple(stage.split_point for stage in self.stages)
         stage = stage_at(self.stages, epoch)
         return None if self.active is not None and self.active.stage == stage else stage
 
@@ -274,7 +281,7 @@ class StageRunner:
             decision.reason = reason
         else:
             decision.reason = f"mode={self.config.mode!r} trains a stage with frozen blocks from a cache."
-            opened = self._open(stage, decision)
+            opened = open_for(self, stage, decision)
         if opened is None:
             logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
             self.watch = self.frozen_weights = None
@@ -287,37 +294,13 @@ class StageRunner:
                 self.runtime, self.config, self.sampler, split, opened.reader, self.augmenter, tokens
             )
             step = self.freezer.offloading(step, self.runtime, self.config.offload_prefix)
+        if self.adaptive is not None:
+            decision.reason = f"{self.adaptive.reasons[stage.index]} {decision.reason}".strip()
         self.active = ActiveStage(stage, split, loader, step, decision)
         # Before the record adds what a run that was interrupted in this stage had built.
         self.stage_logs = decision_logs(decision)
         self.record.keep_decision(decision)
         return model
-
-    def _open(self, stage: Stage, decision: Decision) -> OpenedCache | None:
-        """Find or build a stage's cache; ``None`` if it cannot be written and ``mode="auto"`` takes that."""
-        several, started = self.runtime.cache_group.num_groups > 1, time.perf_counter()
-        points = self.built_ahead(stage)
-        try:
-            with self.runtime.everyone.fail_together() if several else nullcontext():
-                return self.open_cache(self.splits.at(stage.split_point), [self.splits.at(point) for point in points])
-        except CacheWriteError as error:
-            if self.config.mode == "auto":
-                # The record goes to the Hub: the message with the user's folders is for the log alone.
-                cause = error.__cause__
-                why = cause.strerror if isinstance(cause, OSError) and cause.strerror else "see the log of the run"
-                decision.reason = f"The cache could not be written: {why}."
-                decision.build_seconds = round(time.perf_counter() - started, 3)
-                logger.warning("mode='auto': training on without a cache. %s", error)
-                return None
-            last = last_complete(Path(self.runtime.args.output_dir))
-            raise CacheWriteError(
-                f"{error} "
-                + (
-                    f"To go on from {last.name}, call trainer.train(resume_from_checkpoint=True)."
-                    if last is not None
-                    else "No checkpoint was saved yet: trainer.train() begins anew, with the finished shards."
-                )
-            ) from error
 
     def built_ahead(self, stage: Stage) -> list[int]:
         """Return the split points of later stages whose caches are built together with that of a stage, in rising order."""
@@ -366,9 +349,13 @@ class StageRunner:
         """
         with self._compiled.running(self.frozen or 0):
             if self.step is None:
-                return training_step(model, inputs, *args, **kwargs)
-            self.watch_transform()
-            return self.step(training_step, global_step, model, inputs, *args, **kwargs)
+                loss = training_step(model, inputs, *args, **kwargs)
+            else:
+                self.watch_transform()
+                loss = self.step(training_step, global_step, model, inputs, *args, **kwargs)
+        if self.adaptive is not None:
+            self.adaptive.note_step(self.splits.blocks, self.runtime.accelerator)
+        return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate a batch, see ``EvaluationCache.predict``. Blocks that train run compiled there, too."""
@@ -385,6 +372,19 @@ class StageRunner:
             self.frozen_weights.look(self.sampler.epoch)
         if self.watch is not None and self.runtime.everyone.is_main_process:
             self.watch.look(self.sampler.epoch)
+
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint what a resumed run needs of its stages.
+
+        Args:
+            folder: The folder of the checkpoint, which is made if need be.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        adaptive = {} if self.adaptive is None else self.adaptive.save(folder)
+        progress, world_size = progress_to_dict(self.record), self.runtime.args.world_size
+        save_stage(folder, SavedStage(self.current.stage, world_size, progress, adaptive))
 
     def cost_logs(self, state: Any) -> dict[str, float]:
         """Record what training has cost since this was called last, and return what to log of it.

@@ -81,7 +81,7 @@ class StageCache:
         mixed_precision: The run's autocast: ``"no"``, ``"bf16"`` or ``"fp16"``.
         num_workers: Processes that render images.
         show_progress: Whether to show progress bars.
-        split_points: Split points of all stages of the run.
+        split_points: Split points of all stages of the run, as far as they are known.
         process_group: Processes that share the folder of caches.
         current: The cache that was opened last, if any.
     """

@@ -179,7 +179,13 @@ def test_a_table_and_wrong_usage(monkeypatch) -> None:
 
     monkeypatch.setattr(build_module, "load_images", load)
     assert call("plan", "model", "data", "--epochs", 3, "--split-points", "1,x")[0] == 2
-    for schedule, words in (("0:6,x", "'x'"), ("3", "'3'"), ("auto", "'0:12,2:6'"), ("0:-1", "-1")):
+    for schedule, words in (
+        ("0:6,x", "'x'"),
+        ("3", "'3'"),
+        ("auto", "'0:12,2:6'"),
+        ("0:-1", "-1"),
+        ("autofreeze(75)", "'autofreeze(75)' decides"),
+    ):
         status, _, err = call("plan", "model", "data", "--epochs", 3, "--schedule", schedule)
         assert (status, words in err) == (1, True)
         assert_one_line(err)

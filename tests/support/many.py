@@ -134,20 +134,25 @@ def run(resume: str | bool | None = None, **settings: Any) -> dict[str, Any]:
     }
 
 
-def parity(*steps: str) -> dict[str, Any]:
+def parity(*steps: str, **settings: Any) -> dict[str, Any]:
     """Train with a cache and without, and go on from the checkpoints of these steps, or from all."""
-    found = {"never": run(cache={"mode": "never"}, save_strategy="no")}
+    found = {"never": run(cache={"mode": "never"}, save_strategy="no", **settings)}
     # By default the run that is compared is the one that saves: all steps have one apart, which finds the caches.
-    saving = {"save_strategy": "steps", "save_steps": 5, "output_dir": "saved"}
-    found["always"] = run(cache={"mode": "always"}, **(saving if steps else {"save_strategy": "no"}))
+    saving = {"save_strategy": "steps", "save_steps": 5, "output_dir": "saved", **settings}
+    found["always"] = run(cache={"mode": "always"}, **(saving if steps else {"save_strategy": "no", **settings}))
     saved = found["always"] if steps else run(**saving)
     if dist.is_initialized():
         dist.barrier()  # the first process is the last to save
     checkpoints = sorted(Path("saved").glob("checkpoint-*"))
     if steps:
         checkpoints = [path for path in checkpoints if path.name.partition("-")[2] in steps]
-    resumed = {path.name: run(str(path), output_dir="resumed") for path in checkpoints}
+    resumed = {path.name: run(str(path), **{**settings, "output_dir": "resumed"}) for path in checkpoints}
     return {**found, "saved": saved, "resumed": resumed}
+
+
+def adaptive(*steps: str) -> dict[str, Any]:
+    """Blocks are frozen as their gradients settle."""
+    return parity(*steps, schedule="autofreeze(percentile=60)", learning_rate=2e-2, save_steps=4)
 
 
 def at_every_checkpoint(name: str, **settings: Any) -> dict[str, Any]:
