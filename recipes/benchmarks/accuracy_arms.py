@@ -11,7 +11,8 @@ An arm is written as text without blanks, ``KIND/NAME=VALUE/...``, e.g. ``full/e
 * ``auto``: ``FreezeConfig(schedule="auto")``. What ``views``, ``keep``, ``decay`` and ``scale`` give is settled, the rest is chosen.
 
 ``k=9`` is short for ``schedule=0:9``. In a schedule ``all`` stands for the number of blocks: ``schedule=0:all,5:6`` trains the
-head alone for five epochs, then all behind block 6. ``head`` is what the learning rate is multiplied by while the head trains
+head alone for five epochs, then all behind block 6. It may be a policy: ``ours/schedule=autofreeze(75)/epochs=8``, whose stages, and so
+its cost, are known once it has run. ``head`` is what the learning rate is multiplied by while the head trains
 alone. With ``rank=16`` blocks train by LoRA of that rank, as those of ``lora`` do; a budget of ``auto`` is then a
 share of the cost of LoRA. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
 ``decay ** (N - i)``, the embeddings have ``decay ** (N + 1)``.
@@ -27,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_freezecache.schedules import plan_stages
+from hf_freezecache.schedules import adaptive_policy, plan_stages
 
 KINDS = ("full", "lora", "live", "naive", "ours", "auto")
 #: A backward pass through a block counts as two forward passes: one for gradients of inputs, one for those of weights.
@@ -64,6 +65,10 @@ class Arm:
             if not equals or name not in defaults or name == "kind":
                 raise SystemExit(f"{text}: {setting!r} is no NAME=VALUE with k or one of {', '.join(defaults)}.")
             found[name] = type(defaults[name])(value)
+        if kind == "naive" and adaptive_policy(found.get("schedule")) is not None:
+            raise SystemExit(
+                f"{text}: a naive cache is of one split point, k=9; {found['schedule']} decides while training."
+            )
         if kind in ("naive", "live", "ours") and "schedule" not in found:
             raise SystemExit(f"{text}: say how many blocks are frozen, k=9 or schedule=0:6,4:9.")
         return cls(kind, **found)
@@ -81,7 +86,7 @@ class Arm:
         return "/".join(parts)
 
     def stages(self, num_blocks: int) -> list[tuple[int, float, int]]:
-        """Return (start epoch, epochs, split point) of each stage, epochs before the first one included."""
+        """Return (start epoch, epochs, split point) of each stage that is planned, epochs before the first one included."""
         if self.kind in ("full", "lora", "auto"):
             return [(0, self.epochs, 0)]
         pairs = plan_stages(self.schedule.replace("all", str(num_blocks)), math.ceil(self.epochs), num_blocks)
@@ -99,6 +104,8 @@ class Arm:
     def several_caches(self) -> bool:
         """Whether it writes caches behind trained blocks, which are of no use to another run."""
         points = [point for _, _, point in self.stages(10**6)]
+        if self.kind == "ours" and adaptive_policy(self.schedule) is not None:
+            return True
         return self.kind == "auto" or (self.kind == "ours" and points != sorted(points, reverse=True))
 
 

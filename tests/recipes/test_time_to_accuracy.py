@@ -49,6 +49,23 @@ def test_the_cost_counts_passes_of_builds_and_steps(text: str, cost: float) -> N
     assert count_passes(Arm.parse(text), 12, 196).epochs(12)["cost"] == pytest.approx(cost, abs=1e-4)
 
 
+def test_a_policy_that_decides_while_training_is_an_arm() -> None:
+    from accuracy_arms import Arm, count_passes
+
+    for kind in ("ours", "live"):
+        text = f"{kind}/schedule=autofreeze(percentile=75,every=2)/epochs=8/decay=0.75"
+        arm = Arm.parse(text)
+        assert (arm.name, arm.schedule) == (text, "autofreeze(percentile=75,every=2)")
+        assert count_passes(arm, 12, 196).epochs(12)["cost"] == 8  # as far as it is known before
+        assert arm.several_caches == (kind == "ours")  # behind trained blocks
+    done = [{"epochs": 4, "split_point": 0, "cached": False, "views": 0, "keep": 1.0}]
+    done += [{"epochs": 2, "split_point": point, "cached": True, "views": 2, "keep": 1.0} for point in (3, 7)]
+    cost = 4 + (2 * 3 + 27 * 2 + 2 * 4 + 15 * 2) / 36
+    assert count_passes(Arm.parse(text), 12, 196, done).epochs(12)["cost"] == pytest.approx(cost, abs=1e-4)
+    with pytest.raises(SystemExit, match="decides while training"):
+        Arm.parse("naive/schedule=autofreeze/epochs=3")
+
+
 def test_an_arm_has_one_name_and_bad_ones_are_refused() -> None:
     from accuracy_arms import GROUPS, Arm, chosen_arms
 
