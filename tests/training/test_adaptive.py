@@ -102,7 +102,7 @@ def test_cached_equals_live(whole, module_rows) -> None:
     assert_same(parameters_of(live.model), parameters_of(cached.model))
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("step", [12, 15, 3, 6, 9, 18, 21, 24, 25])
 def test_a_resumed_run_is_the_same_to_the_bit(whole, module_rows, step) -> None:
     """Within an interval, and at the end of one, where the decision is still to be made."""
@@ -222,6 +222,7 @@ def test_there_is_no_cache_to_build_before_anything_is_decided(train_dataset) ->
     assert trainer.build_cache(2).reader.index.split_point == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_schedule(whole, module_rows, caplog, tmp_path) -> None:
     _, folder = whole
     checkpoint = folder / "out" / "checkpoint-18"
@@ -236,6 +237,7 @@ def test_a_checkpoint_of_another_schedule(whole, module_rows, caplog, tmp_path) 
         trained(module_rows, resume=str(checkpoint), schedule="0:0")
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_refused(whole, module_rows, tmp_path) -> None:
     _, folder = whole
     for number, damage in enumerate(
