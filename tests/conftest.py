@@ -153,11 +153,14 @@ def _session() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seed the test and give it a folder."""
+    """Seed the test, give it a folder, and let it know nothing of the tests before."""
     import datasets
     import torch
     import transformers
 
+    from hf_freezecache.training.remembered import forget_all
+
+    forget_all()
     monkeypatch.chdir(tmp_path)
     transformers.set_seed(0)
     torch.set_num_threads(1)

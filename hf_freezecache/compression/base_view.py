@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,22 +241,21 @@ class CodecChooser:
 
         return DistortionMeter(sample.states[start:], outputs, self.data.has_classes)
 
-    def measure(self, split: Split, reader: CacheReader, most: int | None = None) -> dict[str, float | None]:
-        """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
+    def pairs(self, split: Split, reader: CacheReader, most: int | None = None) -> dict[str, tuple[Sample, Tensor]]:
+        """Return exact and stored states of the images that calibration measures on.
+
+        They depend on the prefix and on the cache, not on the suffix.
 
         Args:
             split: The model, split where the cache was made.
             reader: The cache.
-            most: Measure on at most so many images; default all that calibration measures on.
+            most: At most so many images; default all that calibration measures on.
 
         Returns:
-            ``distortion``, ``agreement`` and ``relative_error``, on the images that calibration measures on; and the same of
-            views beyond the first, under ``copy_...``, if these have a codec of their own.
-
-        Raises:
-            DataError: The model's output is not finite.
+            The images with their exact states, and what is stored of them, (samples, tokens, hidden), under ``""``; and of views
+            beyond the first under ``"copy_"``, if these have a codec of their own.
         """
-        found: dict[str, float | None] = {}
+        found: dict[str, tuple[Sample, Tensor]] = {}
         dataset, position = CachedDataset(reader), reader.layout.position
         for prefix, copies in (("", False), ("copy_", True)) if self.config.copies_apart else (("", False),):
             keys = self.keys(copies=copies)
@@ -264,6 +263,24 @@ class CodecChooser:
             keys = sorted(keys[len(keys) // 2 :][:most], key=lambda key: (key[1], position[key[0]]))
             sample = self.sample(split, keys)
             stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
+            found[prefix] = sample, stored
+        return found
+
+    def measure(self, split: Split, pairs: Mapping[str, tuple[Sample, Tensor]]) -> dict[str, float | None]:
+        """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
+
+        Args:
+            split: The model, split where the cache was made.
+            pairs: What ``pairs`` returned.
+
+        Returns:
+            ``distortion``, ``agreement`` and ``relative_error``, with the prefixes of ``pairs``.
+
+        Raises:
+            DataError: The model's output is not finite.
+        """
+        found: dict[str, float | None] = {}
+        for prefix, (sample, stored) in pairs.items():
             meter = self.meter(split, sample, 0)
             distortion, agreement = meter(stored)
             own = {"distortion": distortion, "agreement": agreement, "relative_error": meter.relative_error(stored)}

@@ -14,7 +14,16 @@ from torch.utils import _pytree as pytree
 from ..errors import UnsupportedModelError
 from .withheld import blank_images, first_tensor, outer_parameters, shapes_of
 
-__all__ = ["Blocks", "Trace", "call_of_blank_image", "find_blocks", "first_input", "first_row", "trace_model"]
+__all__ = [
+    "Blocks",
+    "Trace",
+    "call_of_blank_image",
+    "find_blocks",
+    "first_input",
+    "first_row",
+    "other_images",
+    "trace_model",
+]
 
 Blocks = tuple[str, nn.ModuleList | nn.Sequential]
 
@@ -49,6 +58,11 @@ def first_row(call: Mapping[str, Any]) -> dict[str, Any]:
         name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows else value
         for name, value in call.items()
     }
+
+
+def other_images(images: Tensor) -> Tensor:
+    """Return images of the same shape and dtype that show something else."""
+    return 0.37 - images.flip(-1) if images.is_floating_point() else images.flip(-1)
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from ..cache.index import CODEC_NAME, COPIES_NAME, atomic_write
 from ..cache.reader import CacheReader
-from ..compression.base_view import CodecChooser
+from ..compression.base_view import CodecChooser, Sample
 from ..data.collators import collate_cached
 from ..data.seeding import preserved_random_state
 from ..dataset import CachedDataset
@@ -22,19 +22,27 @@ from ..errors import CacheMismatchError
 from ..model.hashing import hash_suffix
 from ..model.split import Split
 from ..model.threads import one_thread_if_small
+from .remembered import Remembered
 
-__all__ = ["keep_measured", "measure_distortion", "spot_check"]
+__all__ = ["content_name", "keep_measured", "measure_distortion", "spot_check"]
 
 logger = logging.getLogger(__name__)
 
 #: A cache calibrated with another suffix may exceed its budget by this factor before a warning.
 _BUDGET_MARGIN = 1.5
-#: Images that it is measured on first; all of them only where these would give a warning.
-_FEW = 16
+#: Images of each codec that it is measured on first; all of them only where these would give a warning.
+_FEW = 8
 #: What a measurement gives.
 _FIGURES = ("distortion", "agreement", "relative_error")
 #: Suffixes whose measurement is kept beside a cache.
 _KEPT = 64
+#: Rows that are computed again of a cache, and of one that this process has checked before.
+_ROWS, _ROWS_AGAIN = 4, 1
+#: Most bytes of states that stay in memory for other suffixes over the same cache.
+_PAIRS_BYTES = 2**26
+
+_CHECKED: Remembered[bool] = Remembered(64)
+_PAIRS: Remembered[dict[str, tuple[Sample, torch.Tensor]]] = Remembered(2)
 
 
 def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader) -> dict[str, float | None]:
@@ -58,9 +66,9 @@ def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader)
     measured = _notes(reader).get(_name_of(split, reader, chooser), {})
     if not all(prefix + figure in measured for prefix, report in reports.items() if report for figure in _FIGURES):
         with preserved_random_state():
-            measured = chooser.measure(split, reader, _FEW)
+            measured = chooser.measure(split, _pairs(chooser, split, reader))
             if any(_excess(measured, prefix, report) > _BUDGET_MARGIN for prefix, report in reports.items()):
-                measured = chooser.measure(split, reader)
+                measured = chooser.measure(split, chooser.pairs(split, reader))
         keep_measured(chooser, split, reader, measured)
     for prefix, report in reports.items():
         if not report:
@@ -84,6 +92,24 @@ def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader)
                 budget,
             )
     return measured
+
+
+def _pairs(chooser: CodecChooser, split: Split, reader: CacheReader) -> dict[str, tuple[Sample, torch.Tensor]]:
+    """Return what the first images are measured by. Trainers of a sweep have heads of their own, but these are the same."""
+    name = content_name(reader), chooser.config.calibration_samples, chooser.config.num_views
+    pairs = _PAIRS.get(name)
+    if pairs is None:
+        pairs = chooser.pairs(split, reader, _FEW)
+        if sum(sample.states.nbytes + stored.nbytes for sample, stored in pairs.values()) <= _PAIRS_BYTES:
+            _PAIRS.keep(name, pairs)
+    return pairs
+
+
+def content_name(reader: CacheReader) -> str:
+    """Return a name of a cache's folder, fingerprint and bytes."""
+    index = reader.index
+    files = sorted((name, record.sha256) for name, record in index.files.items())
+    return hashlib.sha256(repr((str(reader.directory), sorted(index.fingerprint.items()), files)).encode()).hexdigest()
 
 
 def keep_measured(chooser: CodecChooser, split: Split, reader: CacheReader, measured: dict[str, float | None]) -> None:
@@ -134,25 +160,27 @@ def _notes(reader: CacheReader) -> dict[str, dict[str, float | None]]:
 
 
 def spot_check(
-    chooser: CodecChooser, split: Split, reader: CacheReader, mixed_precision: str, num_samples: int = 4
+    chooser: CodecChooser, split: Split, reader: CacheReader, mixed_precision: str, num_samples: int | None = None
 ) -> None:
     """Compute a few samples of a cache again: the fingerprint cannot see all that data pass through.
 
-    The rows are drawn anew in each run, so that what one run misses the next may find. The main process calls this.
+    The rows are drawn anew each time, so that what one run misses the next may find. The main process calls this.
 
     Args:
         chooser: Gives the data, and runs the prefix.
         split: The model, split where the cache was made.
         reader: The cache.
         mixed_precision: The run's autocast: ``"no"``, ``"bf16"`` or ``"fp16"``.
-        num_samples: Samples to compute, in the views in turn.
+        num_samples: Samples to compute, in the views in turn. Default: 4, and 1 of a cache that this process has checked before.
 
     Raises:
         CacheMismatchError: The cache does not hold what its rows give now.
     """
-    data, available = chooser.data, reader.available_rows()
+    data, available, name = chooser.data, reader.available_rows(), content_name(reader)
     if not len(available):
         return
+    if num_samples is None:
+        num_samples = _ROWS_AGAIN if _CHECKED.get(name) else _ROWS
     # Seeded by the operating system: neither the run's seeds nor its random states may decide.
     generator, views = np.random.default_rng(), reader.selection.chosen_views(reader.index)
     rows = generator.choice(available, min(num_samples, len(available)), replace=False).tolist()
@@ -184,3 +212,4 @@ def spot_check(
             "Code of the transform, the data set or the model has changed. Use another freezecache_dir, or delete the "
             "folder to rebuild."
         )
+    _CHECKED.keep(name, True)

@@ -18,7 +18,7 @@ from ..model.split import Split
 from ..model.tokens import take_tokens, token_grid
 from ..model.withheld import Withheld
 
-__all__ = ["CachedStep", "train_on_states"]
+__all__ = ["CachedStep", "predict_on_states", "train_on_states"]
 
 _NO_IMAGE = (
     "frozen blocks ran on the images before, once for each view. Augment in the data set's transform, or by "
@@ -69,6 +69,37 @@ def train_on_states(
             f"blocks, which do not exist while training from a cache: {_NO_IMAGE}"
         )
     return loss
+
+
+def predict_on_states(
+    split: Split,
+    hidden_states: Tensor,
+    batch: Mapping[str, Any],
+    prediction_step: Callable[..., Any],
+    model: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run ``prediction_step(model, batch, ...)`` with hidden states at the split and no images.
+
+    Args:
+        split: The model, split where the hidden states enter.
+        hidden_states: (batch, tokens, hidden), on the training device.
+        batch: The rest of the batch.
+        prediction_step: ``Trainer.prediction_step``.
+        model: The model, wrapped or not.
+        args: As for ``prediction_step``.
+        kwargs: As for ``prediction_step``.
+
+    Returns:
+        What ``prediction_step`` returns.
+
+    Raises:
+        UnsupportedSetupError: Model or loss use the images.
+    """
+    images = Withheld.of(split.placeholder(len(hidden_states)), "pixel_values", _NO_IMAGE)
+    with split.injecting(hidden_states):
+        return prediction_step(model, {**batch, "pixel_values": images}, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -169,9 +200,7 @@ class CachedStep:
         packed, rest = split_packed(inputs)
         with torch.no_grad():
             hidden_states = self.decoder.dequantize(self.prepare_inputs(packed), self.dtype, self.compute_dtype)
-        images = Withheld.of(self.split.placeholder(len(hidden_states)), "pixel_values", _NO_IMAGE)
-        with self.split.injecting(hidden_states):
-            return prediction_step(model, {**rest, "pixel_values": images}, *args, **kwargs)
+        return predict_on_states(self.split, hidden_states, rest, prediction_step, model, *args, **kwargs)
 
     @property
     def soft_loss(self) -> Callable[..., Tensor] | None:

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, Dataset, IterableDataset, SequentialSampler, Subset
 
 from ..codecs.array_names import is_packed
@@ -38,11 +37,11 @@ from ..errors import (
     FreezeCacheError,
     UnsupportedSetupError,
 )
-from ..model.probe import evaluating
 from ..model.split import Splits
-from ..model.withheld import Withheld
 from .cached_step import CachedStep
-from .data_checks import prepare_data
+from .data_checks import name_of_checks, prepare_data
+from .evaluation_comparison import EvaluationStep, compare_evaluations
+from .remembered import Remembered
 from .runtime import Runtime
 from .stage_cache import StageCache
 
@@ -54,8 +53,8 @@ logger = logging.getLogger(__name__)
 _CHUNKS = 2
 #: Evaluation sets that are remembered.
 _SETS = 8
-#: Relative difference of outputs on devices whose kernels need not be deterministic; as ``Split.verify`` has it.
-_TOLERANCE = 1e-3
+#: Evaluation sets whose transform was seen to draw nothing.
+_STILL: Remembered[bool] = Remembered(64)
 _OF_CACHES = (CacheWriteError, CacheLockedError, CacheMismatchError, CacheCorruptError)
 
 
@@ -106,7 +105,7 @@ class EvaluationCache:
     """
 
     config: CacheConfig
-    step: CachedStep | None = None
+    step: EvaluationStep | None = None
     _images: Any = None
     _sets: list[_EvaluationSet] = field(default_factory=list)
     _refused: set[str] = field(default_factory=set)
@@ -142,14 +141,16 @@ class EvaluationCache:
             if not all(everyone.gather(opened is not None)) or opened is None:
                 return images
             reader = opened.reader
-            self.step = CachedStep(
+            step = CachedStep(
                 split, reader.views, reader.dtype, None, None, runtime.prepare_inputs, reader.index.hidden_shape[0]
             )
             cached = _InOrder(CachedDataset(reader, _CHUNKS, packed=True, keep_read=True), reader.layout.order)
             if split_point not in known.tried:
                 with everyone.fail_together():
-                    self._compare(trainer, images, cached)
+                    inputs = known.data.prefix_inputs
+                    compare_evaluations(trainer, images, cached, step, inputs, runtime, self._use)
                 known.tried.add(split_point)
+            self.step = step
             self._images = images
             return self._reading(cached, images, runtime)
         except FreezeCacheError as error:
@@ -183,6 +184,9 @@ class EvaluationCache:
         if self._images is not None:  # not while the first rows are compared
             trainer.callback_handler.eval_dataloader = self._images
         return self.step.predict(prediction_step, model, inputs, *args, **kwargs)
+
+    def _use(self, step: EvaluationStep) -> None:
+        self.step = step
 
     def _reading(self, cached: _InOrder, images: Any, runtime: Runtime) -> Any:
         """Return a loader of a cache. It leaves the global random states as one of images does."""
@@ -239,16 +243,20 @@ class EvaluationCache:
         rows = layout.position
         ordered = dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows.tolist())
         data = prepare_data(runtime, config, ordered, (None, None), layout, config.view_seed)
-        if views_differ(data.views):
+        walks = data.code.walks() if config.transform_id is None else {}
+        name_of_draws = name_of_checks(dataset, walks, "draws", config.view_seed)
+        still = bool(_STILL.get(name_of_draws))
+        if not still and views_differ(data.views):
             raise UnsupportedSetupError(
                 "The evaluation set's transform draws at random: each evaluation sees other images, and a cache would not. Give "
                 "the evaluation set a transform without random parts."
             )
-        if runtime.args.dataloader_num_workers == 0 and _draws(images):
+        if not still and runtime.args.dataloader_num_workers == 0 and _draws(images):
             raise UnsupportedSetupError(
                 "The evaluation set's transform draws random numbers, if to no effect: training would go on with others if it were "
                 "left out. Give the evaluation set a transform without random parts."
             )
+        _STILL.keep(name_of_draws if runtime.args.dataloader_num_workers == 0 else None, True)
         if data.image_shape != splits.image_shape:
             raise UnsupportedSetupError(
                 f"Images of the evaluation set have shape {data.image_shape}, those of the training set {splits.image_shape}."
@@ -275,29 +283,6 @@ class EvaluationCache:
                 "unseen. Pass a datasets.Dataset with a transform whose state can be hashed as eval_dataset."
             ) from error
         return _EvaluationSet(name, splits, data.code.hashes(config), data, cache)
-
-    def _compare(self, trainer: Any, images: Any, cached: _InOrder) -> None:
-        """Evaluate the first rows from images and from the cache.
-
-        Raises:
-            UnsupportedSetupError: The cache gives something else, or fails.
-        """
-        model, rows = trainer.model, range(min(trainer.args.eval_batch_size, len(cached)))
-        with preserved_random_state(), evaluating(model, parameter_gradients=None), trainer.accelerator.autocast():
-            batch = images.collate_fn([images.dataset[row] for row in rows])
-            expected = trainer.prediction_step(model, batch, False)
-            try:
-                found = trainer.prediction_step(model, collate_cached(cached.__getitems__(list(rows))), False)
-            except Exception as error:
-                raise UnsupportedSetupError(
-                    f"{type(model).__name__} cannot be evaluated without images: {type(error).__name__}: {error}"
-                ) from error
-        outputs = pytree.tree_leaves(expected), pytree.tree_leaves(found)
-        if len(outputs[0]) != len(outputs[1]) or not all(map(_same, *outputs)):
-            raise UnsupportedSetupError(
-                f"{type(model).__name__} gives another result when it is evaluated without images: its outputs depend on them, or "
-                "show what frozen blocks gave."
-            )
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -364,13 +349,3 @@ def _draws(images: Any) -> bool:
         before = random_states()
         images.collate_fn([images.dataset[0]])
         return random_states() != before
-
-
-def _same(exact: Any, found: Any) -> bool:
-    if not isinstance(exact, Tensor):
-        return bool(exact == found)
-    if not isinstance(found, Tensor) or isinstance(found, Withheld) or exact.shape != found.shape:
-        return False
-    if exact.device.type == "cpu" or not exact.is_floating_point():
-        return torch.equal(exact, found)
-    return bool((exact - found).abs().max() <= _TOLERANCE * exact.abs().max())

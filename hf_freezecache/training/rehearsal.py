@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..data.kept_tokens import KEPT_TOKENS, TokenSubset
 from ..errors import DataError, FreezeCacheError, UnsupportedModelError
 from ..model.freeze import freeze
-from ..model.probe import first_row
+from ..model.probe import first_row, other_images
 from ..model.split import Split
 from ..model.tokens import take_tokens
 from .cached_step import train_on_states
@@ -239,10 +239,6 @@ def _described(batch: Mapping[str, Tensor]) -> str:
 # ---- Comparing ----
 
 
-def _other_images(images: Tensor) -> Tensor:
-    return 0.37 - images.flip(-1) if images.is_floating_point() else images.flip(-1)
-
-
 def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | None:
     """Return why a stage cannot be trained from a cache; ``None`` if it can.
 
@@ -279,7 +275,7 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
         if rehearsal.positions is not None:
             hidden_states = take_tokens(hidden_states, rehearsal.positions)
         # A module or a hook may keep what it saw: then a step from the cache finds what the prefix saw last.
-        other = first_row({**inputs, "pixel_values": _other_images(inputs["pixel_values"])})
+        other = first_row({**inputs, "pixel_values": other_images(inputs["pixel_values"])})
         runtime.run_frozen(split.prefix, **other)
         narrow = str(runtime.accelerator.mixed_precision) != "no" or hidden_states.dtype.itemsize < 4
         kind = "cpu" if hidden_states.device.type == "cpu" else "16 bits" if narrow else "other"

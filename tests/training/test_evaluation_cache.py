@@ -14,7 +14,7 @@ import torch
 from support import many
 from support.children import run_group
 from support.tiny import Recorder, Rows, TinyTransform, make_trainer, tiny_vit
-from transformers import TrainerCallback
+from transformers import TrainerCallback, ViTForImageClassification
 
 from hf_freezecache import FreezeCacheTrainer
 from hf_freezecache.errors import CacheWriteError
@@ -332,3 +332,50 @@ def test_workers_that_stay(train_dataset, eval_dataset) -> None:
         assert (run._run.evaluation.step is not None) == cache_eval
         runs.append([run.losses, *evaluations(run)])
     assert runs[0] == runs[1]
+
+
+class PeekingForImageClassification(ViTForImageClassification):
+    """Adds to its logits what the images say, where it is told to, and not in training."""
+
+    peeks = False
+
+    def forward(self, pixel_values, **kwargs):
+        output = super().forward(pixel_values, **kwargs)
+        if self.peeks and not self.training:
+            output.logits = output.logits + pixel_values.float().mean((1, 2, 3))[:, None]
+        return output
+
+
+def peeking(head: int, peeks: bool = False) -> PeekingForImageClassification:
+    """Return models of one class, with the same blocks and heads of their own."""
+    model = tiny_vit()
+    other = PeekingForImageClassification(model.config)
+    other.load_state_dict(model.state_dict())
+    torch.nn.init.normal_(other.classifier.weight, generator=torch.Generator().manual_seed(head))
+    other.peeks = peeks
+    return other
+
+
+def test_later_trainers_over_a_cache_try_two_rows_of_their_own_model(train_dataset, eval_dataset, caplog) -> None:
+    settings = {"schedule": "0:2", "eval_strategy": "epoch", "num_train_epochs": 1, "per_device_eval_batch_size": 8}
+    seen: list[int] = []
+
+    def evaluated(model, cache_eval: bool = True):
+        # What the blocks behind the split see in eval mode, gradients off: evaluations, and what is tried before.
+        model.vit.layers[3].register_forward_hook(
+            lambda block, args, output: None if model.training else seen.append(len(args[0]))
+        )
+        cache = {"cache_eval": cache_eval, "num_views": 1}
+        trainer = make_trainer(model, train_dataset, eval_dataset, cache=cache, **settings)
+        seen.clear()
+        trainer.train()
+        return evaluations(trainer)
+
+    assert evaluated(peeking(1)) == evaluated(peeking(1), False)
+    evaluated(peeking(1))
+    # Twice the first two rows before training; then twice two rows, and 8, 8 and 4 from the cache.
+    assert seen[-5:] == [2, 2, 8, 8, 4]
+    assert evaluated(peeking(2)) == evaluated(peeking(2), False)
+    assert "cache_eval" not in caplog.text
+    assert evaluated(peeking(2, peeks=True)) == evaluated(peeking(2, peeks=True), False)
+    assert "PeekingForImageClassification gives another result when it is evaluated without images" in caplog.text
