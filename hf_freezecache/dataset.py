@@ -20,7 +20,7 @@ from .cache.transfer import copy_cache
 from .data.chunk_samples import Chunk, ChunkSamples
 from .data.geometry import GEOMETRY_NAME
 from .data.kept_tokens import EpochKey, TokenSubset
-from .data.read_ahead import ReadAhead
+from .data.read_ahead import ReadAhead, ReadingOrder
 from .data.sampler import ChunkKey, ChunkSampler, OpenedSampler
 from .data.task import IMAGE_CLASSIFICATION, task_of
 from .data.views import ViewKey
@@ -287,7 +287,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         """Leave decoded chunks behind when copied into a worker process."""
         return {**self.__dict__, "_chunks": OrderedDict(), "_unread": {}, "_ahead": None}
 
-    def read_ahead(self, sampler: ChunkSampler, rank: int = 0, threads: int = 1) -> None:
+    def read_ahead(self, sampler: ReadingOrder, rank: int = 0, threads: int = 1) -> None:
         """Read chunks in threads before they are needed, as far as ``max_chunks`` leaves room. In worker processes it has no effect.
 
         Args:

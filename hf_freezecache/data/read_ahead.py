@@ -6,13 +6,49 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from .sampler import ChunkKey, ChunkSampler
+from .sampler import ChunkKey
 
-__all__ = ["ReadAhead"]
+__all__ = ["ReadAhead", "ReadingOrder", "StoredOrder"]
 
 Chunk = TypeVar("Chunk")
+
+
+class ReadingOrder(Protocol):
+    """Says in which order chunks are read, as a ``ChunkSampler`` does."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch. Another one has another order."""
+
+    def windows(self, rank: int = 0) -> list[list[ChunkKey]]:
+        """Return the chunks that a process reads, window by window; within a window any may come first."""
+
+
+@dataclass(frozen=True)
+class StoredOrder:
+    """View 0 of a cache, read once from the first chunk to the last, in batches that are dealt to processes in turn.
+
+    Attributes:
+        num_samples: Samples of the cache.
+        chunk_size: Samples per chunk, a multiple of ``batch_size``.
+        batch_size: Samples per batch.
+        processes: Processes that read.
+        epoch: Always 0.
+    """
+
+    num_samples: int
+    chunk_size: int
+    batch_size: int
+    processes: int = 1
+    epoch: int = 0
+
+    def windows(self, rank: int = 0) -> list[list[ChunkKey]]:
+        """Return the chunks in which a process has a batch, one by one."""
+        starts = range(rank * self.batch_size, self.num_samples, self.processes * self.batch_size)
+        return [[(0, chunk)] for chunk in dict.fromkeys(start // self.chunk_size for start in starts)]
 
 
 class ReadAhead(Generic[Chunk]):
@@ -28,7 +64,7 @@ class ReadAhead(Generic[Chunk]):
         threads: Threads that read, at least one.
     """
 
-    def __init__(self, read: Callable[[ChunkKey], Chunk], sampler: ChunkSampler, rank: int, threads: int) -> None:
+    def __init__(self, read: Callable[[ChunkKey], Chunk], sampler: ReadingOrder, rank: int, threads: int) -> None:
         self.read = read
         self.sampler = sampler
         self.rank = rank

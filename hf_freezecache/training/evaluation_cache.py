@@ -25,6 +25,7 @@ from ..config import CacheConfig
 from ..data.chunk_samples import ChunkSamples
 from ..data.collators import collate_cached
 from ..data.layout import ChunkLayout
+from ..data.read_ahead import StoredOrder
 from ..data.seeding import preserved_random_state, random_states
 from ..data.training_data import TrainingData
 from ..data.views import views_differ
@@ -43,13 +44,14 @@ from .data_checks import name_of_checks, prepare_data
 from .evaluation_comparison import EvaluationStep, compare_evaluations
 from .remembered import Remembered
 from .runtime import Runtime
+from .stage_batches import reading_threads
 from .stage_cache import StageCache
 
 __all__ = ["EvaluationCache"]
 
 logger = logging.getLogger(__name__)
 
-#: Decoded chunks in memory. Batches follow the stored order, and one may span two chunks.
+#: Decoded chunks in memory, beside one for each thread that reads ahead: the one whose rows are evaluated, and the next.
 _CHUNKS = 2
 #: Evaluation sets that are remembered.
 _SETS = 8
@@ -144,14 +146,19 @@ class EvaluationCache:
             step = CachedStep(
                 split, reader.views, reader.dtype, None, None, runtime.prepare_inputs, reader.index.hidden_shape[0]
             )
-            cached = _InOrder(CachedDataset(reader, _CHUNKS, packed=True, keep_read=True), reader.layout.order)
+            threads = reading_threads(runtime)
+            dataset = CachedDataset(reader, _CHUNKS + threads, packed=True, keep_read=True)
+            cached = _InOrder(dataset, reader.layout.order)
             if split_point not in known.tried:
                 with everyone.fail_together():
                     inputs = known.data.prefix_inputs
                     compare_evaluations(trainer, images, cached, step, inputs, runtime, self._use)
                 known.tried.add(split_point)
-            self.step = step
-            self._images = images
+            self.step, self._images = step, images
+            # Not before: rows that were compared are read once more.
+            layout, batch_size = reader.layout, runtime.args.eval_batch_size
+            order = StoredOrder(layout.num_samples, layout.chunk_size, batch_size, everyone.size)
+            dataset.read_ahead(order, everyone.rank, threads)
             return self._reading(cached, images, runtime)
         except FreezeCacheError as error:
             if isinstance(error, CacheWriteError) and known is not None:

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler
 
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.data.layout import ChunkLayout
+from hf_freezecache.data.read_ahead import StoredOrder
 from hf_freezecache.data.sampler import ChunkSampler, OpenedSampler
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import CacheCorruptError
@@ -184,3 +185,40 @@ def test_workers_of_the_user_become_threads_and_each_chunk_is_decoded_once(train
     trainer.train()
     assert len(decoded) == 7  # 50 rows in chunks of 8
     assert set(decoded.values()) == {2}
+
+
+@given(rows=st.integers(1, 60), batch=st.integers(1, 7), batches=st.integers(1, 4), processes=st.integers(1, 4))
+def test_an_evaluation_reads_the_chunks_of_its_batches_in_order(rows, batch, batches, processes) -> None:
+    order, chunk_size = StoredOrder(rows, batch * batches, batch, processes), batch * batches
+    dealt = list(BatchSampler(range(rows), batch, False))
+    for rank in range(processes):
+        needed = sorted({row // chunk_size for keys in dealt[rank::processes] for row in keys})
+        assert order.windows(rank) == [[(0, chunk)] for chunk in needed]
+
+
+def test_chunks_of_an_evaluation_are_decoded_once_and_ahead_of_it(train_dataset, eval_dataset, monkeypatch) -> None:
+    decoded: Counter[tuple[str, int]] = Counter()
+    most: list[int] = []
+    decode, get = CacheReader.entropy_decode_chunk, CachedDataset.__getitems__
+
+    def counted(self, view, chunk):
+        if self.layout.num_samples == 20:
+            decoded[threading.current_thread().name[:16], chunk] += 1
+        return decode(self, view, chunk)
+
+    def watched(self, keys):
+        samples = get(self, keys)
+        if self.packed and len(self) == 20:
+            most.append(len(self._chunks) + len(self._ahead or ()))
+        return samples
+
+    monkeypatch.setattr(CacheReader, "entropy_decode_chunk", counted)
+    monkeypatch.setattr(CachedDataset, "__getitems__", watched)
+    settings = {"schedule": "0:2", "eval_strategy": "epoch", "num_train_epochs": 2, "per_device_eval_batch_size": 2}
+    cache = {"num_views": 1, "chunk_size": 2, "shard_chunks": 4, "cache_eval": True, "build_num_workers": 0}
+    trainer = make_trainer(tiny_vit(), train_dataset, eval_dataset, cache=cache, **settings)
+    trainer.args.dataloader_num_workers = 2
+    trainer.train()
+    ahead = {chunk: times for (name, chunk), times in decoded.items() if name == "freezecache-read"}
+    assert ahead == dict.fromkeys(range(10), 2) | {0: ahead[0]}
+    assert max(most) == 4  # two, and one for each thread
