@@ -168,6 +168,12 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def always_paying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``mode="auto"`` take every cache for one that pays."""
+    monkeypatch.setattr("hf_freezecache.training.stage.predict_costs", lambda *args: {})
+
+
+@pytest.fixture
 def drawing(_session: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs draw their report."""
     from hf_freezecache.report.callback import ReportCallback

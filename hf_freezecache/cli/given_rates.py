@@ -85,9 +85,9 @@ class GivenRates:
             several = measured.render_all / measured.render if measured.render > 0 else 1.0
             rates = replace(rates, render=1 / rendered, render_all=several / rendered)
         if (passes := self.block_passes_per_second) is not None:
-            rates = replace(rates, block=1 / passes)
+            rates = replace(rates, block=1 / passes, embed=0.0, cores=0)
         if (images := self.full_training_images_per_second) is not None:
-            rates = replace(rates, block=1 / images / passes_of_step(num_blocks, 0))
+            rates = replace(rates, block=1 / images / passes_of_step(num_blocks, 0), embed=0.0, cores=0)
         # Devices take turns at one disk.
         for name, sharing in (("encode", 1), ("decode", 1), ("write", self.devices), ("read", self.devices)):
             rate = getattr(self, f"{name}_mb_per_second")

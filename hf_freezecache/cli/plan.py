@@ -158,7 +158,8 @@ def plan(settings: BuildSettings, asked: PlanSettings) -> Plan:
         processes = (given.processes, given.processes)
     # Images and blocks are the same for all of them: what one measurement was held up by must not favour another.
     common = {
-        name: median(getattr(one, name) for one in measured.values()) for name in ("render", "render_all", "block")
+        name: median(getattr(one, name) for one in measured.values())
+        for name in ("render", "render_all", "block", "embed", "waiting")
     }
     rates = {point: given.applied(replace(one, **common), num_blocks) for point, one in measured.items()}
 

@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+#: A cache that takes more than this share of what training without one does is not made: a tie goes to what needs no disk.
+_TIE = 0.97
+
+
 def shuffle_seed(args: Any) -> int:
     """Return the seed of the order of samples, as ``Trainer`` chooses it."""
     return int(args.seed if args.data_seed is None else args.data_seed)
@@ -238,9 +242,16 @@ def _too_many_views(outlook: Outlook) -> str | None:
     )
 
 
+def _little_to_save(outlook: Outlook) -> str | None:
+    seconds = outlook.costs.get("frozen_seconds")
+    if seconds is None:
+        return None
+    return f"mode='auto': images and frozen blocks take about {seconds:,.2g} s in the whole stage, and a cache would save less."
+
+
 def _does_not_pay(outlook: Outlook) -> str | None:
     costs = outlook.costs
-    if "cached_seconds" not in costs or costs["cached_seconds"] < costs["live_seconds"]:
+    if "cached_seconds" not in costs or costs["cached_seconds"] < _TIE * costs["live_seconds"]:
         return None
     return (
         f"mode='auto' measured a few images: with a cache the stage would take {costs['cached_seconds']:,.3g} s, without "
@@ -254,6 +265,7 @@ PLANNER_RULES: list[Callable[[Outlook], str | None]] = [
     _never,
     _refused,
     _too_many_views,
+    _little_to_save,
     _does_not_pay,
 ]
 

@@ -5,11 +5,13 @@ With ``N`` rows, ``V`` views, ``E`` epochs and no worker processes, a stage take
     N (render all views + V prefix + V encode) + E N (decode + suffix)      with a cache,
     E N (render + prefix + suffix)                                          without one.
 
-Worker processes render, or decode, while the model computes. Evaluating, saving and entering the stage cost the same both ways.
+Worker processes render, or decode, while the model computes; where it computes on the same cores, only what they wait is overlapped.
+Evaluating, saving and entering the stage cost the same both ways.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
@@ -33,12 +35,20 @@ from .stage_cache import StageCache
 
 __all__ = ["Rates", "build_seconds", "epoch_seconds", "measure_rates", "predict_costs", "stage_seconds"]
 
-#: Images that are run through the frozen blocks, and the most that are rendered.
+#: Images that are run through the blocks, and the most that are rendered.
 _ROWS = 8
+#: Measuring may take so much of what a stage without a cache takes, or one image.
+_SHARE = 0.02
+#: The same of running images through the blocks, each as often as a step of training takes passes for one forward.
+_SHARE_OF_BLOCKS = 0.025
 #: No further image is rendered after this. What is measured must cost far less than what it decides about.
 _RENDER_SECONDS = 0.2
-#: Where images and frozen blocks take less than this in a whole stage, there is nothing to save: a cache is made, for later runs.
-LEAST_SECONDS = 2.0
+#: Where images and frozen blocks take less than this in a whole stage, there is next to nothing to save.
+LEAST_SECONDS = 0.5
+#: What a build takes beside its rows: locks, tables, the commit, and opening what was built.
+#: Source: builds of 16 rows of a model of four narrow blocks take 0.07 s of one core.
+_BUILD_SECONDS = 0.1
+_PREDICTED = ("cached_seconds", "live_seconds", "cached_views", "live_views", "frozen_seconds")
 #: Encoding with a fitted codec takes so many times what encoding without loss does. Source: building is 1.2 and 1.5 times rendering
 #: and prefix (recipes/benchmarks/epoch_cost.py).
 _LOSSY_ENCODING = 2.5
@@ -53,12 +63,15 @@ class Rates:
     Attributes:
         render: Reading and rendering one view.
         render_all: Reading a row and rendering all views that are stored.
-        block: A forward pass through one frozen block.
+        block: A forward pass through one block.
         encode: Encoding one view.
         decode: Decoding one view.
         stored_bytes: Bytes of one view, stored without loss; not seconds.
         write: Writing one view to disk.
         read: Reading one view from disk, which worker processes do not share out; 0 where files stay in memory.
+        embed: A forward pass through what stands before the blocks.
+        cores: Cores of a CPU that the model computes on, and worker processes as well; 0 beside an accelerator. No seconds.
+        waiting: Share of rendering that takes no core, as where images are fetched; no seconds.
     """
 
     render: float
@@ -69,56 +82,104 @@ class Rates:
     stored_bytes: float = 0.0
     write: float = 0.0
     read: float = 0.0
+    embed: float = 0.0
+    cores: int = 0
+    waiting: float = 0.0
+
+    def prefix(self, split_point: int, start: int = 0) -> float:
+        """Return the seconds from the images, or from the block ``start``, to a split point."""
+        return self.block * (split_point - start) + (self.embed if start == 0 else 0.0)
+
+    def together(self, ahead: float, computing: float, workers: int, waiting: float = 0.0) -> float:
+        """Return what a step takes whose data worker processes prepare while the one before computes.
+
+        Args:
+            ahead: Seconds in which one process prepares the data.
+            computing: Seconds of computing, on all cores.
+            workers: Processes that prepare data.
+            waiting: Share of ``ahead`` that takes no core.
+        """
+        if workers == 0:
+            return ahead + computing
+        busy = ahead * (1 - waiting) / self.cores if self.cores else 0.0
+        return max(ahead / workers, computing + busy)
 
 
-def measure_rates(cache: StageCache, split: Split) -> Rates:
-    """Render a few rows, run them through the frozen blocks, and encode, write and decode what comes out.
+def measure_rates(cache: StageCache, split: Split, images: float = math.inf) -> Rates:
+    """Render a few rows, run them through the model, and encode, write and decode what comes out at the split.
 
     Args:
         cache: Of the stage that is to come.
         split: The model, split where the cache would be made.
+        images: Images that the stage trains on without a cache, those of all epochs: few of them allow little measuring.
 
     Raises:
         FreezeCacheError: A row cannot be rendered, or the frozen blocks fail.
     """
     chooser, config = cache.chooser, cache.config
-    data = chooser.data
-    rows, num_views = data.layout.order[:_ROWS].tolist(), config.num_views
+    data, num_views = chooser.data, config.num_views
+    most = _at_most(_SHARE * images / (1 + num_views / 2), 1)
+    rows = data.layout.order[:most].tolist()
+    extra_inputs = sorted(data.prefix_inputs)
+    device = next(split.model.parameters()).device.type
     with preserved_random_state():
-        views = data.views.reading_once()
+        views, busy = data.views.reading_once(), time.process_time()
         render, examples = _per_row(lambda row: views[row, 1 if num_views > 1 else 0], rows)
+        busy = (time.process_time() - busy) / len(examples)
         render_all = render
         if num_views > 1:
             render_all, _ = _per_row(lambda row: views.render_views(row, range(num_views)), rows)
-        batch = data.collate(examples)
-        inputs = {name: batch[name] for name in ("pixel_values", *sorted(data.prefix_inputs))}
+        count = len(examples)
+        # Images that are there cost nothing more: of more rows a block takes less for each.
+        repeated = _at_most(_SHARE_OF_BLOCKS * images, count)
+        batch = data.collate((examples * repeated)[:repeated])
+        inputs = {name: batch[name] for name in ("pixel_values", *extra_inputs)}
+        extras = {name: batch[name] for name in extra_inputs}
 
         def prefix() -> Tensor:
             return chooser.run(split.prefix, **inputs).cpu()  # type: ignore[no-any-return]
 
-        if next(split.model.parameters()).device.type != "cpu":
-            prefix()  # the first call compiles and allocates
-        forward, states = _timed(prefix)
-        lossless = make_codec("lossless")
-        encode, frames = _timed(lambda: lossless.encode(states))
-        write, _ = _timed(lambda: _write(frames, Path(config.freezecache_dir)))
-        decode, _ = _timed(lambda: lossless.decode(frames, states.shape, states.dtype))
+        def suffix() -> Tensor:
+            return chooser.run(split.logits_and_features, hidden_states=states, **extras)[0].cpu()  # type: ignore[no-any-return]
+
+        behind, trained = split.num_blocks - split.split_point, 0.0
+        for _ in range(1 if device == "cpu" else 2):  # there the first call compiles and allocates
+            frozen, states = _timed(prefix)
+            if behind:
+                trained, _ = _timed(suffix)
+        lossless, stored = make_codec("lossless"), states[:count]
+        encode, frames = _timed(lambda: lossless.encode(stored))
+        copies = _ROWS // count
+        write, _ = _timed(lambda: _write(frames * copies, Path(config.freezecache_dir)))
+        decode, _ = _timed(lambda: lossless.decode(frames, stored.shape, stored.dtype))
     if not requested_codec(config, split.split_point)[0].lossless:
         encode, write = encode * _LOSSY_ENCODING, write * _LOSSY_ENCODING
-    count = len(examples)
+    # The longer run tells of a block: the shorter one may be mostly what stands before the blocks, or behind them.
+    block = (trained / behind if behind >= split.split_point else frozen / split.split_point) / repeated
     return Rates(
         render=render,
         render_all=render_all,
-        block=forward / count / split.split_point,
+        block=block,
         encode=encode / count,
         decode=decode / count,
         stored_bytes=sum(map(len, frames)) / count,
-        write=write / count,
+        write=write / count / copies,
+        embed=max(frozen / repeated - block * split.split_point, 0.0),
+        cores=_cores() if device == "cpu" else 0,
+        waiting=min(max(1 - busy / render, 0.0), 1.0) if render > 0 else 0.0,
     )
 
 
+def _at_most(images: float, least: int) -> int:
+    return int(min(max(images, least), _ROWS))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _per_row(render: Callable[[int], Any], rows: Sequence[int]) -> tuple[float, list[Any]]:
-    """Render rows, at least two, for a short while; return the median of the seconds that one took, and what was rendered."""
+    """Render rows, at least two if so many are given, for a short while; return the median of the seconds that one took, and what was rendered."""
     seconds: list[float] = []
     rendered = []
     for row in rows:
@@ -146,11 +207,6 @@ def _write(frames: list[bytes], folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _together(ahead: float, computing: float, workers: int) -> float:
-    """Return what a step takes whose data worker processes prepare while the one before computes."""
-    return ahead + computing if workers == 0 else max(ahead / workers, computing)
-
-
 def build_seconds(
     rates: Rates, split_point: int, built_from: int, num_views: int, num_caches: int, workers: int
 ) -> float:
@@ -164,10 +220,11 @@ def build_seconds(
         num_caches: How many caches are written.
         workers: Processes that render.
     """
-    prefix = rates.block * (split_point - built_from)
+    prefix = rates.prefix(split_point, built_from)
     reading = rates.render_all if built_from == 0 else (rates.decode + rates.read) * num_views
     writing = num_views * (rates.encode + rates.write) * num_caches
-    return _together(reading, num_views * prefix, workers) + writing
+    waiting = rates.waiting if built_from == 0 else 0.0
+    return rates.together(reading, num_views * prefix, workers, waiting) + writing
 
 
 def epoch_seconds(
@@ -183,9 +240,9 @@ def epoch_seconds(
         workers: Processes, or threads, that prepare data.
     """
     suffix = rates.block * passes_of_step(num_blocks, split_point, token_keep)
-    live = _together(rates.render, rates.block * split_point + suffix, workers)
+    live = rates.together(rates.render, rates.prefix(split_point) + suffix, workers, rates.waiting)
     # Threads share one disk.
-    cached = _together(rates.decode, suffix, workers)
+    cached = rates.together(rates.decode, suffix, workers)
     return max(cached, rates.read) if workers else cached + rates.read, live
 
 
@@ -231,17 +288,16 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
 
     Returns:
         ``cached_seconds``, building included, and ``live_seconds``, of training alone, as the main process measured. Where a cache
-        cannot pay, ``cached_views`` and ``live_views``: as many views of each image would be rendered for it as without it. Empty
-        where it does not matter: the cache is there, an earlier part of the run has decided for one, or the stage is short.
+        cannot pay, ``cached_views`` and ``live_views``: as many views of each image would be rendered for it as without it. Where
+        there is little that it could save, ``frozen_seconds``, of images and frozen blocks without one. Empty where the cache is
+        there, or an earlier part of the run has decided for one.
 
     Raises:
         FreezeCacheError: See ``measure_rates``.
     """
     earlier = next((one for one in run.record.decisions if one.stage == stage.index), None)
     if earlier is not None:  # the run was resumed in this stage, and goes on as it was
-        return {
-            name: earlier.predicted[name] for name in ("cached_seconds", "live_seconds") if name in earlier.predicted
-        }
+        return {name: earlier.predicted[name] for name in _PREDICTED if name in earlier.predicted}
     cache, split = run.cache, run.splits.at(stage.split_point)
 
     def predict() -> dict[str, float]:
@@ -258,11 +314,11 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
         views = {"cached_views": run.config.num_views, "live_views": sum(epochs for epochs, _ in served)}
         if not there and views["cached_views"] >= views["live_views"]:
             return views
-        rates = measure_rates(cache, split)
         rows = cache.chooser.data.layout.total_samples / run.runtime.everyone.size
-        frozen = rows * sum(epochs * (rates.render + point * rates.block) for epochs, point in served)
+        rates = measure_rates(cache, split, rows * views["live_views"])
+        frozen = rows * sum(epochs * (rates.render + rates.prefix(point)) for epochs, point in served)
         if frozen < LEAST_SECONDS:
-            return {}
+            return {"frozen_seconds": round(frozen, 3)}
         workers = (cache.num_workers, run.runtime.args.dataloader_num_workers)
         cached, live = stage_seconds(
             rates,
@@ -276,8 +332,9 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
         calibration = 0.0
         if not requested_codec(run.config, stage.split_point)[0].lossless:
             suffix = rates.block * (run.splits.num_blocks - stage.split_point)
-            forward = rates.render + rates.block * stage.split_point + _CALIBRATION_PASSES * suffix
+            forward = rates.render + rates.prefix(stage.split_point) + _CALIBRATION_PASSES * suffix
             calibration = forward * min(run.config.calibration_samples, rows)
-        return {"cached_seconds": round(rows * cached + calibration, 3), "live_seconds": round(rows * live, 3)}
+        cached = rows * cached + calibration + _BUILD_SECONDS * len(served)
+        return {"cached_seconds": round(cached, 3), "live_seconds": round(rows * live, 3)}
 
     return run.runtime.everyone.on_main_process(predict)  # type: ignore[no-any-return]

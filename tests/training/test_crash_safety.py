@@ -31,7 +31,6 @@ from hf_freezecache.errors import (
 )
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.page import write_report
-from hf_freezecache.training import stage as stage_module
 from hf_freezecache.training.checkpoints import (
     check_complete,
     last_complete,
@@ -207,12 +206,6 @@ def test_a_full_disk_stops_with_what_to_do_and_keeps_what_is_complete(saved, sma
     assert_same(parameters(again), expected)
     assert lost.is_file()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-
-
-@pytest.fixture
-def always_paying(monkeypatch) -> None:
-    """Let ``mode="auto"`` take every cache for one that pays."""
-    monkeypatch.setattr(stage_module, "predict_costs", lambda *args: {})
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from support.tiny import make_trainer, tiny_vit
 
 from hf_freezecache.training.planner import PLANNER_RULES, Outlook
 
 
+@pytest.mark.usefixtures("always_paying")
 def test_a_rule_decides_that_a_stage_is_trained_without_a_cache(train_dataset, monkeypatch) -> None:
     def too_short(outlook: Outlook) -> str | None:
         short = outlook.config.mode == "auto" and outlook.passes["cached_passes"] > outlook.passes["live_passes"]

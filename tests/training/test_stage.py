@@ -120,6 +120,7 @@ def test_finding_a_cache_takes_time_that_is_told(train_dataset) -> None:
         ({"mode": "never"}, "images", "mode='never'"),
     ],
 )
+@pytest.mark.usefixtures("always_paying")
 @pytest.mark.by_default(2)
 def test_a_decision_says_what_a_stage_did_and_why(train_dataset, settings, trained_from, reason) -> None:
     trainer = make_trainer(tiny_vit(), train_dataset, cache=settings, schedule="0:0,1:2", num_train_epochs=3)

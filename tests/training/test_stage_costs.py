@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from support import many
 from support.children import run_group
 from support.parity import assert_same, parameters_of
-from support.tiny import SlowTransform, make_trainer, tiny_vit
+from support.tiny import SlowTransform, TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache.training import stage_costs
 from hf_freezecache.training.stage_costs import Rates, stage_seconds
@@ -37,7 +38,7 @@ def test_a_cache_where_it_pays(images, deciding) -> None:
 
 def test_no_cache_where_it_does_not_pay(train_dataset, monkeypatch) -> None:
     rates = Rates(render=1.0, render_all=2.0, block=0.0, encode=1.0, decode=0.5)
-    monkeypatch.setattr(stage_costs, "measure_rates", lambda cache, split: rates)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: rates)
     for epochs, views, says in (
         (3, 2, "mode='auto' measured a few images: with a cache the stage would take 275 s, without 150 s."),
         (1, 2, "mode='auto': for a cache 2 views of each image would be rendered, and without one 1."),
@@ -63,7 +64,7 @@ def test_what_is_measured(images, monkeypatch) -> None:
 @pytest.mark.slow
 def test_what_acts_on_cached_states_is_not_left_out_to_save_time(images, monkeypatch) -> None:
     rates = Rates(render=1.0, render_all=4.0, block=0.0, encode=9.0, decode=0.5)
-    monkeypatch.setattr(stage_costs, "measure_rates", lambda cache, split: rates)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: rates)
     for augmentation, cache in ((None, "none"), ("mixup:0.2", "built")):
         settings = {"num_views": 4, "feature_augmentation": augmentation}
         assert trained(images, num_train_epochs=1, cache=settings)._record.decisions[0].cache == cache
@@ -72,7 +73,7 @@ def test_what_acts_on_cached_states_is_not_left_out_to_save_time(images, monkeyp
 @pytest.mark.slow
 def test_the_choice_changes_no_number_and_a_resume_keeps_it(images, monkeypatch) -> None:
     rates = Rates(render=1.0, render_all=4.0, block=0.0, encode=9.0, decode=0.5)
-    monkeypatch.setattr(stage_costs, "measure_rates", lambda cache, split: rates)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: rates)
     settings = {"num_train_epochs": 6, "cache": {"num_views": 4}, "save_strategy": "steps", "save_steps": 3}
     auto = trained(images, **settings)
     assert auto._record.decisions[0].cache == "none"
@@ -88,11 +89,71 @@ def test_the_choice_changes_no_number_and_a_resume_keeps_it(images, monkeypatch)
     assert "cached_seconds" not in found._record.decisions[0].predicted
 
 
-def test_short_stages_are_not_measured(train_dataset, monkeypatch) -> None:
+def test_a_tie_goes_to_what_needs_no_disk(train_dataset, monkeypatch) -> None:
+    # 50 rows: 50 s of rendering and 100 s of decoding with a cache, and 150 s of rendering without.
+    for encode, cache in ((0.0, "none"), (-0.1, "built")):
+        rates = Rates(render=1.0, render_all=1.0, block=0.0, encode=encode, decode=2 / 3)
+        monkeypatch.setattr(stage_costs, "measure_rates", lambda *args, rates=rates: rates)
+        settings = {"cache": {"mode": "auto", "num_views": 1}, "num_train_epochs": 3}
+        trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2", **settings)
+        trainer.train()
+        assert trainer._record.decisions[0].cache == cache
+
+
+def test_a_short_stage_needs_no_disk(train_dataset, monkeypatch) -> None:
+    monkeypatch.setattr(stage_costs, "LEAST_SECONDS", 1e3)
     trainer = make_trainer(tiny_vit(), train_dataset, None, "0:1", {"mode": "auto", "num_views": 2}, num_train_epochs=3)
     trainer.train()
-    assert trainer._record.decisions[0].cache == "built"
-    assert "cached_seconds" not in trainer._record.decisions[0].predicted
+    decision = trainer._record.decisions[0]
+    assert (decision.cache, decision.trained_from) == ("none", "images")
+    assert decision.predicted["frozen_seconds"] > 0
+    assert decision.reason.startswith("mode='auto': images and frozen blocks take about ")
+
+
+@pytest.mark.parametrize(("epochs", "rendered"), [(2, 1), (40, 8)])
+def test_measuring_takes_a_small_share_of_the_stage(images, monkeypatch, epochs, rendered) -> None:
+    begun, found = [], []
+    measure = stage_costs.measure_rates
+    images = images.with_transform(lambda batch: found.append(len(batch["image"])) or TinyTransform(True)(batch))
+
+    def measured(*args):
+        begun.append(len(found))
+        rates = measure(*args)
+        begun.append(len(found))
+        raise Measured(rates)
+
+    monkeypatch.setattr(stage_costs, "measure_rates", measured)
+    cache = {"mode": "auto", "num_views": 1, "transform_id": "tiny"}
+    with pytest.raises(Measured):
+        make_trainer(tiny_vit(), images, schedule="0:2", cache=cache, num_train_epochs=epochs).train()
+    assert sum(found[slice(*begun)]) == rendered
+
+
+class Measured(Exception):
+    """Ends a run when it has measured."""
+
+
+def test_what_stands_before_the_blocks_is_no_part_of_a_block(train_dataset, monkeypatch) -> None:
+    """With one frozen block it would count for each block behind, too."""
+    model, took = tiny_vit(), {}
+    model.vit.embeddings.register_forward_hook(lambda *args: time.sleep(0.05))
+    measure = stage_costs.measure_rates
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: took.setdefault("rates", measure(*args)))
+    cache = {"mode": "auto", "num_views": 1}
+    make_trainer(model, train_dataset, schedule="0:1", cache=cache, num_train_epochs=8).train()
+    rates = took["rates"]
+    assert rates.embed > 0.9 * 0.05 / 8
+    assert rates.block < 0.5 * rates.embed
+
+
+def test_waiting_takes_no_core(images, monkeypatch) -> None:
+    took = {}
+    measure = stage_costs.measure_rates
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: took.setdefault("rates", measure(*args)))
+    rows = images.with_transform(SlowTransform(True))
+    cache = {"mode": "auto", "num_views": 1}
+    make_trainer(tiny_vit(), rows, schedule="0:1", cache=cache, num_train_epochs=2).train()
+    assert took["rates"].waiting > 0.5
 
 
 def test_what_is_counted() -> None:
@@ -105,6 +166,16 @@ def test_what_is_counted() -> None:
     cached, live = stage_seconds(rates, [(4, 6)], 12, 0, 2, 0.5, (2, 2))
     assert cached == pytest.approx(12 + 1 + 4 * 9)
     assert live == pytest.approx(4 * 15)
+    # On two cores that rendering shares with the model, but for what it waits.
+    shared = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25, cores=2, waiting=0.6)
+    assert stage_seconds(shared, [(4, 6)], 12, 0, 2, 0.5, (2, 2))[1] == pytest.approx(4 * (15 + 3 * 0.4 / 2))
+    assert stage_seconds(shared, [(4, 6)], 12, 0, 2, 0.5, (0, 0))[1] == pytest.approx(4 * (3 + 6 + 9))
+    # What stands before the blocks runs where images are, and is not trained.
+    before = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25, embed=0.75)
+    assert stage_seconds(before, [(4, 6)], 12, 0, 2, 0.5, (0, 0)) == (
+        pytest.approx(5 + 2 * 6.75 + 2 * 0.5 + 4 * (0.25 + 9)),
+        pytest.approx(4 * (3 + 6.75 + 9)),
+    )
     # From the cache of block 3; and the head's cache gives that of block 6 as well.
     assert stage_seconds(rates, [(1, 6)], 12, 3, 1, 1.0, (0, 0))[0] == pytest.approx(0.25 + 3 + 0.5 + 0.25 + 18)
     cached, live = stage_seconds(rates, [(2, 12), (1, 6)], 12, 0, 1, 1.0, (0, 0))
