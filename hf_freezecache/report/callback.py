@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
 import logging
@@ -47,6 +48,7 @@ _TRAINING = (
 _PRIVATE = ("freezecache_dir", "transform_id", "dataset_id")
 
 
+@functools.cache  # looking for them takes a while
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -85,7 +87,7 @@ def describe_run(
         "load_best_model_at_end": args.load_best_model_at_end,
         "metric_for_best_model": args.metric_for_best_model,
     }
-    record.versions = _versions()
+    record.versions = dict(_versions())
     on_gpu = args.device.type == "cuda"
     record.device = torch.cuda.get_device_name(args.device) if on_gpu else f"{args.device.type} {platform.machine()}"
     threads = torch.get_num_threads()
