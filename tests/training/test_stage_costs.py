@@ -135,14 +135,18 @@ class Measured(Exception):
 
 def test_what_stands_before_the_blocks_is_no_part_of_a_block(train_dataset, monkeypatch) -> None:
     """With one frozen block it would count for each block behind, too."""
-    model, took = tiny_vit(), {}
-    model.vit.embeddings.register_forward_hook(lambda *args: time.sleep(0.05))
-    measure = stage_costs.measure_rates
-    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: took.setdefault("rates", measure(*args)))
+    model, measure = tiny_vit(), stage_costs.measure_rates
+
+    def measured(*args):
+        model.vit.embeddings.register_forward_hook(lambda *args: time.sleep(0.4))
+        raise Measured(measure(*args))
+
+    monkeypatch.setattr(stage_costs, "measure_rates", measured)
     cache = {"mode": "auto", "num_views": 1}
-    make_trainer(model, train_dataset, schedule="0:1", cache=cache, num_train_epochs=8).train()
-    rates = took["rates"]
-    assert rates.embed > 0.9 * 0.05 / 8
+    with pytest.raises(Measured) as raised:
+        make_trainer(model, train_dataset, schedule="0:1", cache=cache, num_train_epochs=8).train()
+    (rates,) = raised.value.args
+    assert rates.embed > 0.5 * 0.4 / 8  # of eight images together
     assert rates.block < 0.5 * rates.embed
 
 
