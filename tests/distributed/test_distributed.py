@@ -25,6 +25,20 @@ def launch(folder: Path, processes: int, *scenarios: str) -> list[dict[str, Any]
     return found_in(folder, processes)
 
 
+def torchrun(folder: Path, *scenarios: str) -> list[dict[str, Any]]:
+    """Run scenarios of ``many.py`` in two processes that torchrun starts; return what each process found."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--nnodes", "1"),
+        *("--master_addr", "127.0.0.1", "--master_port", str(free_port()), many.__file__, *scenarios),
+    ]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return found_in(folder, 2)
+
+
 def found_in(folder: Path, processes: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"found-{rank}-of-{processes}.json").read_text()) for rank in range(processes)]
 
@@ -110,16 +124,23 @@ def test_resuming_with_rates_by_layer_and_stage_is_the_same_to_the_bit(all_of_tw
 
 @pytest.mark.slow
 def test_torchrun_gives_what_the_forked_processes_of_these_tests_give(two, tmp_path: Path) -> None:
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--nnodes", "1"),
-        *("--master_addr", "127.0.0.1", "--master_port", str(free_port()), many.__file__, "parity:10"),
-    ]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert [found["parity:10"] for found in found_in(tmp_path, 2)] == [found["parity:10"] for found in two]
+    assert [found["parity:10"] for found in torchrun(tmp_path, "parity:10")] == [found["parity:10"] for found in two]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_from_a_cache_as_live_to_the_bit(tmp_path: Path) -> None:
+    """In processes of torchrun, since a compiler's state and its threads are not to come from a fork."""
+    found = torchrun(tmp_path, "compiled")
+    for runs in (each["compiled"] for each in found):
+        cached, live, plain = runs["always"], runs["never"], runs["plain"]
+        assert cached["built"] == [8, 8]
+        assert cached["losses"] == live["losses"]
+        assert cached["digest"] == live["digest"] == found[0]["compiled"]["always"]["digest"]
+        assert [stage["reduced"] for stage in cached["stages"]] == list(TRAINABLE.values())
+        assert cached["graphs"] >= 1
+        assert live["graphs"] >= 1
+        assert plain["graphs"] == 0
+        assert cached["losses"] == pytest.approx(plain["losses"], rel=1e-4)
 
 
 def test_each_chunk_is_decoded_by_one_process_in_an_epoch(two) -> None:

@@ -229,6 +229,26 @@ def one_node_is_full() -> dict[str, Any]:
         stage_cache.build_cache = build
 
 
+def compiled() -> dict[str, Any]:
+    """``torch_compile``, from a cache and live, and the graphs of both; and the same without a compiler."""
+    from torch._dynamo.utils import counters
+
+    found = {}
+    compiling = {"torch_compile": True, "torch_compile_backend": "aot_eager", "num_train_epochs": 3}
+    for name, mode, settings in (
+        ("always", "always", compiling),
+        ("never", "never", compiling),
+        ("plain", "never", {}),
+    ):
+        torch._dynamo.reset()
+        counters.clear()
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # `TrainingArguments` sets it, and leaves it
+        found[name] = run(cache={"mode": mode, "cache_dir": "compiled"}, **{"num_train_epochs": 3, **settings})
+        found[name]["graphs"] = counters["stats"]["unique_graphs"]
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
+    return found
+
+
 def deciding() -> dict[str, Any]:
     """``mode="auto"``, where a cache pays and where it does not."""
     stage_costs.LEAST_SECONDS = 0.1
