@@ -281,13 +281,17 @@ def same_examples(a: Any, b: Any) -> bool:
 _ROWS = 8
 
 
-def views_differ(views: ViewDataset) -> bool:
+def views_differ(views: ViewDataset, num_rows: int = _ROWS) -> bool:
     """Return whether two augmented views of a row may differ: a transform that draws nothing gives one image over and over.
+
+    Args:
+        views: Renders the views.
+        num_rows: How many rows are compared, from row 0 on. Of a transform that draws nothing each is rendered four times.
 
     Raises:
         DataError: A row could not be read or transformed.
     """
-    rows = range(min(_ROWS, len(views)))
+    rows = range(min(num_rows, len(views)))
     return any(not same_examples(views[row, 1], views[row, view]) for row in rows for view in (2, 3))
 
 

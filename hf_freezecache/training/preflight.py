@@ -16,6 +16,7 @@ from ..config import CacheConfig
 from ..data.feature_augmentation import parse_feature_augmentation, step_generator
 from ..data.feature_augmenter import FeatureAugmenter
 from ..data.task import IMAGE_CLASSIFICATION, task_of
+from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
 from ..model.freeze import check_checkpointing
 from ..model.split import Split, Splits, first_tensor
@@ -42,6 +43,7 @@ __all__ = [
     "check_steps",
     "make_augmenter",
     "prepare_run",
+    "warn_of_one_view",
 ]
 
 
@@ -245,6 +247,8 @@ def prepare_run(
     model = runtime.model
     with one_thread_if_small(model):
         data = prepare_data(runtime, config, dataset, transforms, layout, config.view_seed, cached)
+        if config.num_views == 1 and config.chooses_views and transforms[0] is None:
+            warn_of_one_view(data.views, stages, num_epochs)
     splits = Splits(model, data.image_shape, data.call, strict=config.mode == "always")
     deepest = splits.at(max(split_points))
     device = next(model.parameters()).device
@@ -275,6 +279,33 @@ def prepare_run(
     return StageRunner(
         runtime, config, stages, num_epochs, data, splits, sampler, augmenter, cache, freezer, record, foreseen
     )
+
+
+#: Rows whose views are compared before a warning: a flip alone leaves three views of four rows alike once in 256 times.
+_ROWS_COMPARED = 4
+
+
+def warn_of_one_view(views: ViewDataset, stages: Sequence[Stage], num_epochs: float) -> None:
+    """Log that a random transform is drawn once for all frozen epochs, where the user has not said how many views to store.
+
+    Args:
+        views: Renders the rows.
+        stages: The stages, in order.
+        num_epochs: Epochs of the run.
+
+    Raises:
+        DataError: A row could not be read or transformed.
+    """
+    ends = [*(stage.start_epoch for stage in stages[1:]), num_epochs]
+    lengths = [min(end, num_epochs) - stage.start_epoch for stage, end in zip(stages, ends, strict=True)]
+    frozen = sum(length for stage, length in zip(stages, lengths, strict=True) if stage.split_point > 0)
+    if frozen > 1 and views_differ(views, _ROWS_COMPARED):
+        logger.warning(
+            "The training transform is random, and num_views is 1, the default: in stages with frozen blocks an image looks the "
+            "same in all of the %g epochs, with one draw of crop and flip. CacheConfig(num_views='auto') stores more where that "
+            "is worth it (docs/augmented_views.md); CacheConfig(num_views=1) says that one will do.",
+            frozen,
+        )
 
 
 def check_steps(run: StageRunner, wrapped: nn.Module) -> None:

@@ -30,7 +30,6 @@ def test_where_steps_are_counted_the_head_takes_none_on_top(train_dataset) -> No
 
 
 def test_a_budget_chooses_epochs_views_tokens_and_rates(train_dataset, caplog) -> None:
-    caplog.set_level(logging.INFO, "hf_freezecache")
     trainer = auto_trainer(train_dataset, freeze={"budget": 0.5}, num_train_epochs=3)
     freezing, caching = trainer.freeze_config, trainer.cache_config
     choice = choose(4, 3, 0.5)

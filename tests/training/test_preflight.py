@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import make_trainer
+from support.tiny import TinyTransform, make_trainer, tiny_vit
 from torch import nn
 
+from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.errors import UnsupportedModelError
+from hf_freezecache.schedules import plan_stages
+from hf_freezecache.training.preflight import warn_of_one_view
 
 
 class GridBlock(nn.Module):
@@ -51,3 +54,23 @@ def test_hidden_states_in_a_grid(train_dataset) -> None:
     live = make_trainer(GridModel(), train_dataset, schedule="0:2", num_train_epochs=1, cache={"mode": "never"})
     live.train()
     assert live.state.global_step == 5
+
+
+PINNED = "an image looks the same in all of the"
+
+
+@pytest.mark.parametrize(("cache", "warned"), [({}, True), ({"num_views": 1}, False), ({"num_views": 2}, False)])
+def test_one_draw_for_all_epochs_is_told_unless_it_was_asked_for(train_dataset, caplog, cache, warned) -> None:
+    make_trainer(tiny_vit(), train_dataset, schedule="0:4", num_train_epochs=2, cache=cache).train()
+    assert caplog.text.count(PINNED) == warned
+
+
+@pytest.mark.parametrize(
+    ("schedule", "augment", "epochs"),
+    [("0:1,2:3", True, 4), ("0:0,3:2", True, 0), ("0:3", False, 0), ("0:0,2:2", True, 2)],
+)
+def test_epochs_with_one_draw(images, caplog, schedule, augment, epochs) -> None:
+    views = ViewDataset(images.with_transform(TinyTransform(augment=augment)), seed=0)
+    warn_of_one_view(views, plan_stages(schedule, 4, 4), 4)
+    assert (f"{PINNED} {epochs} epochs" in caplog.text) == (epochs > 0)
+    assert (PINNED in caplog.text) == (epochs > 0)
