@@ -131,9 +131,11 @@ def _session() -> Iterator[Callable[..., None]]:
     only tests with the fixture ``drawing`` need.
     """
     import torch
+    from support.image_processors import name_without_torchvision
 
     from hf_freezecache.report.callback import ReportCallback
 
+    name_without_torchvision()  # for recipes
     gc.collect()
     gc.freeze()  # accelerate asks for collections: they would spend most of the time on what imports made
     torch.set_num_threads(1)  # bits depend on it, those of fixtures that come before the first test as well

@@ -20,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 from support.tiny import PROCESSOR, tiny_vit
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_freezecache.codecs import make_codec
 

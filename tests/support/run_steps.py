@@ -24,6 +24,7 @@ import torch
 import transformers  # noqa: F401  (before warnings are errors)
 
 from hf_freezecache.cli.app import app
+from support.image_processors import name_without_torchvision
 
 #: Of the HTTP client, about how huggingface_hub uploads; of data loaders, where there is no accelerator.
 IGNORED = [("Use 'content=", DeprecationWarning), ("'pin_memory'", UserWarning)]
@@ -74,6 +75,7 @@ def run_step(step: dict[str, str], namespace: dict[str, Any]) -> None:
 
 def main() -> None:
     steps, found = json.loads(Path(sys.argv[1]).read_text()), {}
+    name_without_torchvision()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     for message, category in IGNORED:
