@@ -158,13 +158,13 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed the test, give it a folder, and let it know nothing of the tests before."""
     import datasets
     import torch
-    import transformers
+    from support.seeds import seed_all
 
     from hf_freezecache.training.remembered import forget_all
 
     forget_all()
     monkeypatch.chdir(tmp_path)
-    transformers.set_seed(0)
+    seed_all()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
 

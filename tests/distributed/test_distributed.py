@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import many
-from support.children import free_port, run_group
+from support import hold_lock, many, tiny_cache
+from support.children import Child, free_port, run_group
+
+from hf_freezecache.errors import CacheLockedError
 
 #: Parameters of the tiny model behind 0, 1 and 3 frozen blocks.
 TRAINABLE = {0: 10068, 1: 6772, 3: 2324}
@@ -317,3 +320,34 @@ def test_each_machine_builds_and_reads_its_own_rows(tmp_path: Path) -> None:
         assert each["rows"][0] == each["rows"][1]
     assert found[0]["always"]["digest"] == found[1]["always"]["digest"]
     assert sorted(found[0]["rows"][0] + found[1]["rows"][0]) == list(range(50))
+
+
+# ---- Locks ----
+# Here since another file that starts a child by default would import all again, for a server of its own.
+
+
+def hold(folder: Path, seconds: float) -> Child:
+    mark = folder / "held"
+    child = Child(hold_lock.hold, folder, mark, seconds)
+    child.wait_for(mark)
+    return child
+
+
+def test_a_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> None:
+    with hold(tmp_path, 600) as child:
+        with pytest.raises(
+            CacheLockedError, match="being written by another live process, for which this one waited 0 s"
+        ):
+            tiny_cache.build(tmp_path, tiny_cache.make_plan())
+        child.kill()
+        assert child.status == -signal.SIGKILL
+    assert list(tmp_path.glob(".*.lock"))  # the file is still there; the lock is not
+    assert tiny_cache.build(tmp_path, tiny_cache.make_plan()).built_shards == 4
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_another_to_finish(tmp_path: Path, caplog) -> None:
+    with hold(tmp_path, 1.0):
+        report = tiny_cache.build(tmp_path, tiny_cache.make_plan(), lock_timeout=60.0)
+    assert report.built_shards == 4
+    assert "waiting up to 60 s" in caplog.text

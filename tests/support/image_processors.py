@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import transformers
 from packaging.version import Version
 from transformers.utils import is_torchvision_available
@@ -16,4 +18,5 @@ def name_without_torchvision() -> None:
     if Version(transformers.__version__) < Version("5.19") and not is_torchvision_available():
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        transformers.AutoImageProcessor = AutoImageProcessor
+        # What was imported first may be another object: transformers takes its own place.
+        sys.modules["transformers"].AutoImageProcessor = AutoImageProcessor

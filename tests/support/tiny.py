@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TrainingArguments
 
 from hf_freezecache import (
     CacheConfig,
     FreezeCacheTrainer,
     FreezeConfig,
 )
+from support.seeds import seed_all
 
 IMAGE_SIZE = 16
 NUM_CLASSES = 4
@@ -68,7 +69,7 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
         config.pooler_output_size = 16
         config.architectures = ["DeiTForImageClassification"]
     config.num_labels = NUM_CLASSES
-    set_seed(0)
+    seed_all()
     model = AutoModelForImageClassification.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

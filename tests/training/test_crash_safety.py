@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,8 +15,7 @@ import filelock
 import pytest
 import torch
 from conftest import make_images
-from support import hold_lock, tiny_cache
-from support.children import Child
+from support import tiny_cache
 from support.tiny import TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache import CacheConfig
@@ -110,33 +108,6 @@ def test_without_a_complete_checkpoint_resuming_is_refused(tmp_path: Path) -> No
 
 
 # ---- Locks ----
-
-
-def hold(folder: Path, seconds: float) -> Child:
-    mark = folder / "held"
-    child = Child(hold_lock.hold, folder, mark, seconds)
-    child.wait_for(mark)
-    return child
-
-
-def test_a_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> None:
-    with hold(tmp_path, 600) as child:
-        with pytest.raises(
-            CacheLockedError, match="being written by another live process, for which this one waited 0 s"
-        ):
-            tiny_cache.build(tmp_path, tiny_cache.make_plan())
-        child.kill()
-        assert child.status == -signal.SIGKILL
-    assert list(tmp_path.glob(".*.lock"))  # the file is still there; the lock is not
-    assert tiny_cache.build(tmp_path, tiny_cache.make_plan()).built_shards == 4
-
-
-@pytest.mark.slow
-def test_a_run_waits_for_another_to_finish(tmp_path: Path, caplog) -> None:
-    with hold(tmp_path, 1.0):
-        report = tiny_cache.build(tmp_path, tiny_cache.make_plan(), lock_timeout=60.0)
-    assert report.built_shards == 4
-    assert "waiting up to 60 s" in caplog.text
 
 
 def test_the_second_of_two_runs_uses_what_the_first_has_built(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.parity import assert_same, parameters_of
@@ -14,8 +16,10 @@ from torch import nn
 from transformers import TrainerCallback, ViTForImageClassification, ViTModel
 
 from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache.data.seeding import random_states
 from hf_freezecache.errors import DataError, FreezeCacheError, UnsupportedModelError, UnsupportedSetupError
 from hf_freezecache.model.split import find_blocks, first_tensor
+from hf_freezecache.training.draws import drawing
 from hf_freezecache.training.frozen_weights import _sum_of_bits
 
 
@@ -590,3 +594,17 @@ def test_weights_of_another_class_of_tensors_are_summed_without_their_bits() -> 
     assert torch.equal(_sum_of_bits(weights), _sum_of_bits(weights.clone()))
     assert not torch.equal(_sum_of_bits(weights), _sum_of_bits(weights + 1))
     assert not torch.equal(_sum_of_bits(torch.ones(2)), _sum_of_bits(torch.tensor([1.0, 1.0000001])))
+
+
+def test_a_rehearsal_draws_what_the_libraries_own_seeds_give_and_leaves_the_generators_as_they_were() -> None:
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    before = random_states()
+    with drawing(3):
+        found = draws()
+    assert random_states() == before
+    random.seed(3)
+    np.random.seed(3)
+    torch.manual_seed(3)
+    assert found == draws()
