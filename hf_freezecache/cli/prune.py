@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 
 from ..errors import CacheCorruptError, CacheLockedError, FreezeCacheError
-from ..report.text import size_words
+from ..report.text import counted, size_words
 from .describe import is_cache_name
 
 __all__ = ["FoundCache", "caches_of", "delete"]
@@ -78,7 +78,8 @@ def _found(path: Path) -> FoundCache:
             problem = str(error)
         else:
             split_point = index.split_point
-            content = f"{split_point} blocks, {index.num_samples:,} samples, {index.num_views} views"
+            blocks, views = counted(index.split_point, "block"), counted(index.num_views, "view")
+            content = f"{blocks}, {index.num_samples:,} samples, {views}"
     elif is_cache_name(path.name):
         split_point = int(path.name[1:].partition("-")[0])
     modified = max((file.stat().st_mtime for file in [*files, *notes]), default=path.stat().st_mtime)
