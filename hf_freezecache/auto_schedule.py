@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from .errors import ScheduleError
 from .passes import ADAPTER_STEP_PASSES, STEP_PASSES, passes_of_step
 
-__all__ = ["ADAPTER_RECIPES", "RECIPES", "Choice", "Recipe", "choose", "views_for"]
+__all__ = ["ADAPTER_RECIPES", "RECIPES", "Choice", "Recipe", "choose", "counted_epochs", "views_for"]
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,11 @@ def views_for(num_epochs: int) -> int:
     return max((recipe.num_views for recipe in RECIPES if recipe.least_epochs <= num_epochs), default=1)
 
 
+def counted_epochs(number: float, words: str) -> str:
+    """Return ``1.5 epochs of full fine-tuning``, ``1 epoch of full fine-tuning``; ``words`` begin with ``epochs``."""
+    return f"{number:.3g} {words if f'{number:.3g}' != '1' else words.replace('epochs', 'epoch', 1)}"
+
+
 def choose(
     num_blocks: int,
     num_epochs: int,
@@ -253,12 +258,12 @@ def choose(
         if pair is None:
             least, split_point = min((chosen.of(point, 1) / whole, point) for point in range(1, num_blocks))
             raise ScheduleError(
-                f"budget={budget:g} of {num_epochs} epochs is {cost:.3g} {epoch_words}, but one epoch behind "
+                f"budget={budget:g} of {num_epochs} epochs is {counted_epochs(cost, epoch_words)}, but one epoch behind "
                 f"{split_point} frozen blocks takes {least:.3g}, caching included. Set budget to at least "
                 f"{math.ceil(1000 * least / num_epochs) / 1000:g}."
             )
         split_point, epochs = pair
-        reason = f"schedule='auto' may spend {cost:.3g} {epoch_words} (budget={budget:g} of {num_epochs})"
+        reason = f"schedule='auto' may spend {counted_epochs(cost, epoch_words)} (budget={budget:g} of {num_epochs})"
     views = min(chosen.recipe.num_views, math.ceil(epochs)) if num_views is None else num_views
     keep, total = chosen.recipe.token_keep, chosen.of(split_point, epochs, views)
     if budget is not None and token_keep is None:

@@ -127,3 +127,8 @@ def test_few_views_for_few_epochs() -> None:
 def test_a_model_of_one_block_has_nothing_to_freeze() -> None:
     with pytest.raises(ScheduleError, match="the model has one"):
         choose(1, 3)
+
+
+def test_one_epoch_is_one_epoch() -> None:
+    assert choose(4, 2, 0.5).reason.startswith("schedule='auto' may spend 1 epoch of full fine-tuning (")
+    assert choose(4, 3, 0.5).reason.startswith("schedule='auto' may spend 1.5 epochs of full fine-tuning (")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..auto_schedule import Choice, choose
+from ..auto_schedule import Choice, choose, counted_epochs
 from ..by_split_point import MOST_LR_SCALE
 from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
@@ -184,5 +184,5 @@ def _described(choice: Choice, trainer: Any) -> str:
     return (
         f"{choice.reason}: {_epochs(choice)} behind {counted(choice.split_point, 'frozen block')}, num_views="
         f"{int(trainer.cache_config.num_views)}, {', '.join([f'token_keep={freezing.token_keep:g}', *rates])}; that is "
-        f"{choice.cost:.3g} {choice.epoch_words}, counted in passes through blocks."
+        f"{counted_epochs(choice.cost, choice.epoch_words)}, counted in passes through blocks."
     )
