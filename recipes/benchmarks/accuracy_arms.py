@@ -65,7 +65,7 @@ class Arm:
             if not equals or name not in defaults or name == "kind":
                 raise SystemExit(f"{text}: {setting!r} is no NAME=VALUE with k or one of {', '.join(defaults)}.")
             found[name] = type(defaults[name])(value)
-        if kind == "naive" and adaptive_policy(found.get("schedule")) is not None:
+        if kind == "naive" and adaptive_policy(found.get("schedule", "").replace("all", "0") or None) is not None:
             raise SystemExit(
                 f"{text}: a naive cache is of one split point, k=9; {found['schedule']} decides while training."
             )
@@ -104,7 +104,7 @@ class Arm:
     def several_caches(self) -> bool:
         """Whether it writes caches behind trained blocks, which are of no use to another run."""
         points = [point for _, _, point in self.stages(10**6)]
-        if self.kind == "ours" and adaptive_policy(self.schedule) is not None:
+        if self.kind == "ours" and adaptive_policy(self.schedule.replace("all", "0")) is not None:
             return True
         return self.kind == "auto" or (self.kind == "ours" and points != sorted(points, reverse=True))
 

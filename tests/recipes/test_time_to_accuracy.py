@@ -76,6 +76,9 @@ def test_an_arm_has_one_name_and_bad_ones_are_refused() -> None:
         "full/epochs=2",
         "naive/k=11/epochs=6/decay=0.75",
     ]
+    caches = {"schedule=0:all,2:6": False, "schedule=0:6,1:all": True, "schedule=autofreeze()": True}
+    assert {text: Arm.parse(f"ours/{text}/epochs=3").several_caches for text in caches} == caches
+    assert Arm.parse("naive/k=all").name == "naive/k=all/epochs=1"
     for text in ("none/epochs=1", "full/epoch=1", "full/epochs", "ours/epochs=3"):
         with pytest.raises(SystemExit, match=text):
             Arm.parse(text)
