@@ -9,24 +9,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_freezecache.report.drawing import save_png
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.model_card import render_card
 from hf_freezecache.report.page import PLOT_NAME
-from hf_freezecache.report.plots import (
-    pictures_of,
-    save_png,
-)
-from hf_freezecache.report.record import (
-    RUN_NAME,
-    read_run,
-)
+from hf_freezecache.report.plots import pictures_of
+from hf_freezecache.report.record import RUN_NAME, read_run
 
 HERE = Path(__file__).parent
 
 
-def main() -> None:
-    """Render all of them."""
-    for path in sorted(HERE.glob(f"*/{RUN_NAME}")):
+def main(folder: Path = HERE) -> None:
+    """Render all cards of a folder."""
+    for path in sorted(folder.glob(f"*/{RUN_NAME}")):
         record = read_run(path.parent)
         figures = figures_of(record)
         plot = path.parent / PLOT_NAME

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -315,6 +317,14 @@ def test_committed_cards_are_what_the_code_renders(name) -> None:
     files = {str(path.relative_to(CARDS / name)) for path in (CARDS / name).rglob("*") if path.is_file()}
     assert files == {"README.md", PLOT_NAME, RUN_NAME}
     assert not re.search(r"/(tmp|home|root|work)/", (CARDS / name / RUN_NAME).read_text())
+
+
+def test_the_script_renders_committed_cards(tmp_path) -> None:
+    name = COMMITTED[0]
+    shutil.copytree(CARDS / name, tmp_path / name, ignore=shutil.ignore_patterns("README.md", "*.png"))
+    runpy.run_path(str(CARDS / "render.py"))["main"](tmp_path)
+    assert (tmp_path / name / "README.md").read_text() == (CARDS / name / "README.md").read_text()
+    assert (tmp_path / name / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
 
 
 @needs_validation
