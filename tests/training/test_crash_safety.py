@@ -322,10 +322,10 @@ def test_an_interrupted_giving_way_goes_on(monkeypatch) -> None:
 
     plain = trainer_on(cache={"cache_dir": "plain"}, output_dir="plain-out", **SAVING)
     plain.train()
-    consumer = caching.StageCache._consumer
+    consumer = caching.consumer
 
-    def breaking(self, source):
-        consume, seen = consumer(self, source), []
+    def breaking(source, process_group):
+        consume, seen = consumer(source, process_group), []
 
         def stop(shard: int) -> None:
             seen.append(shard)
@@ -337,7 +337,7 @@ def test_an_interrupted_giving_way_goes_on(monkeypatch) -> None:
 
     trainer = trainer_on(cache={"consume_previous_cache": True}, **SAVING)
     with monkeypatch.context() as patched:
-        patched.setattr(caching.StageCache, "_consumer", breaking)
+        patched.setattr(caching, "consumer", breaking)
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
     (source,) = Path("caches").glob("k01*")

@@ -177,9 +177,10 @@ def test_a_cache_is_measured_once_with_each_head(images, monkeypatch) -> None:
     measured = []
     measure = CodecChooser.measure
 
-    def counted(self, split, reader, most=None):
-        measured.append(most)
-        return measure(self, split, reader, most)
+    def counted(self, split, pairs):
+        (_, stored) = pairs[""]
+        measured.append(len(stored))
+        return measure(self, split, pairs)
 
     monkeypatch.setattr(CodecChooser, "measure", counted)
     settings = {"schedule": "0:2", "num_train_epochs": 1, "cache": {"max_distortion": 0.5}}
