@@ -471,5 +471,5 @@ def test_restoring_can_be_compiled_in_one_graph(images, codec) -> None:
 def test_integers_travel_to_the_training_device(images) -> None:
     trainer = lossy_run(images, schedule="0:2", num_train_epochs=1)
     batch = next(iter(trainer._run.current.loader))
-    assert batch[main_array(BASE)].dtype == torch.int16
+    assert batch[main_array(BASE)].dtype in (torch.int8, torch.int16)  # whichever holds the values
     assert "hidden_states" not in batch
