@@ -37,12 +37,9 @@ _FEW = 16
 _FIGURES = ("distortion", "agreement", "relative_error")
 #: Suffixes whose measurement is kept beside a cache.
 _KEPT = 64
-#: Rows that are computed again of a cache, and of one that this process has checked before.
-_ROWS, _ROWS_AGAIN = 4, 1
 #: Most bytes of states that stay in memory for other suffixes over the same cache.
 _PAIRS_BYTES = 2**26
 
-_CHECKED: Remembered[bool] = Remembered(64)
 _PAIRS: Remembered[dict[str, tuple[Sample, torch.Tensor]]] = Remembered(2)
 
 
@@ -161,7 +158,7 @@ def _notes(reader: CacheReader) -> dict[str, dict[str, float | None]]:
 
 
 def spot_check(
-    chooser: CodecChooser, split: Split, reader: CacheReader, mixed_precision: str, num_samples: int | None = None
+    chooser: CodecChooser, split: Split, reader: CacheReader, mixed_precision: str, num_samples: int = 4
 ) -> None:
     """Compute a few samples of a cache again: the fingerprint cannot see all that data pass through.
 
@@ -172,16 +169,14 @@ def spot_check(
         split: The model, split where the cache was made.
         reader: The cache.
         mixed_precision: The run's autocast: ``"no"``, ``"bf16"`` or ``"fp16"``.
-        num_samples: Samples to compute, in the views in turn. Default: 4, and 1 of a cache that this process has checked before.
+        num_samples: Samples to compute, in the views in turn.
 
     Raises:
         CacheMismatchError: The cache does not hold what its rows give now.
     """
-    data, available, name = chooser.data, reader.available_rows(), content_name(reader)
+    data, available = chooser.data, reader.available_rows()
     if not len(available):
         return
-    if num_samples is None:
-        num_samples = _ROWS_AGAIN if _CHECKED.get(name) else _ROWS
     # Seeded by the operating system: neither the run's seeds nor its random states may decide.
     generator, views = np.random.default_rng(), reader.selection.chosen_views(reader.index)
     rows = generator.choice(available, min(num_samples, len(available)), replace=False).tolist()
@@ -213,4 +208,3 @@ def spot_check(
             "Code of the transform, the data set or the model has changed. Use another freezecache_dir, or delete the "
             "folder to rebuild."
         )
-    _CHECKED.keep(name, True)
