@@ -28,7 +28,7 @@ from ..schedules import Stage
 from .cache_folder import check_folder
 from .data_checks import num_classes, prepare_data
 from .freezer import Freezer
-from .planner import make_sampler, shuffle_seed
+from .planner import epochs_of, make_sampler, shuffle_seed
 from .rehearsal import rehearse
 from .runtime import Runtime
 from .stage import StageRunner
@@ -285,7 +285,7 @@ def prepare_run(
 _ROWS_COMPARED = 4
 
 
-def warn_of_one_view(views: ViewDataset, stages: Sequence[Stage], num_epochs: float) -> None:
+def warn_of_one_view(views: ViewDataset, stages: Sequence[Stage], num_epochs: int) -> None:
     """Log that a random transform is drawn once for all frozen epochs, where the user has not said how many views to store.
 
     Args:
@@ -296,13 +296,11 @@ def warn_of_one_view(views: ViewDataset, stages: Sequence[Stage], num_epochs: fl
     Raises:
         DataError: A row could not be read or transformed.
     """
-    ends = [*(stage.start_epoch for stage in stages[1:]), num_epochs]
-    lengths = [min(end, num_epochs) - stage.start_epoch for stage, end in zip(stages, ends, strict=True)]
-    frozen = sum(length for stage, length in zip(stages, lengths, strict=True) if stage.split_point > 0)
+    frozen = sum(epochs_of(stage, stages, num_epochs) for stage in stages if stage.split_point > 0)
     if frozen > 1 and views_differ(views, _ROWS_COMPARED):
         logger.warning(
             "The training transform is random, and num_views is 1, the default: in stages with frozen blocks an image looks the "
-            "same in all of the %g epochs, with one draw of crop and flip. CacheConfig(num_views='auto') stores more where that "
+            "same in all of the %d epochs, with one draw of crop and flip. CacheConfig(num_views='auto') stores more where that "
             "is worth it (docs/augmented_views.md); CacheConfig(num_views=1) says that one will do.",
             frozen,
         )
