@@ -113,6 +113,9 @@ def run_group(
                 **{"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
                 **{"LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local), "GROUP_RANK": str(rank // local)},
                 "GLOO_SOCKET_IFNAME": "lo",
+                # As torchrun sets it. Without, accelerate lets a lone process on a machine have all cores, whatever torch was
+                # told before, and the bits of some processors' kernels depend on the number of threads.
+                "OMP_NUM_THREADS": "1",
             }
             children.append(Child(function, *arguments, folder=folder, variables=variables))
         deadline = time.monotonic() + timeout
