@@ -22,3 +22,4 @@ suppress_warnings = ["toc.not_included", "myst.header"]
 html_theme = "furo"
 html_title = "hf_freezecache"
 html_copy_source = False
+html_show_copyright = False

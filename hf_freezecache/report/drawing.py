@@ -52,6 +52,7 @@ class Picture:
         alt: The same for those who do not see it, with figures.
         height: Inches.
         draw: Draws it into a matplotlib figure.
+        width: Inches; by default as wide as a phone.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Picture:
     alt: str
     height: float
     draw: Callable[[Any], None]
+    width: float = _WIDTH
 
 
 def _figure(picture: Picture) -> Any:
@@ -68,7 +70,7 @@ def _figure(picture: Picture) -> Any:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     engine = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
-    figure = Figure(figsize=(_WIDTH, picture.height), layout=engine, facecolor="none")
+    figure = Figure(figsize=(picture.width, picture.height), layout=engine, facecolor="none")
     FigureCanvasAgg(figure)
     picture.draw(figure)
     for axes in figure.axes:

@@ -1,19 +1,15 @@
-"""The tables and the plot of ``time_to_accuracy.py``, from its records."""
+"""What ``time_to_accuracy.py`` found: the points of its records, the best of them for a cost, and tables of both."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from accuracy_arms import Arm
-
-from hf_freezecache.report.drawing import Picture, save_png, to_svg
 
 #: Costs at which the fronts are compared, in epochs of full fine-tuning.
 BUDGETS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 16)
@@ -38,6 +34,11 @@ class Point:
     @property
     def accuracy(self) -> float:
         return statistics.mean(self.accuracies)
+
+    @property
+    def words(self) -> str:
+        """``85.7 ± 0.3``, which no line of a table breaks."""
+        return f"{self.accuracy:.1f}\u00a0±\u00a0{self.error:.1f}"
 
 
 def line_of(arm: Arm) -> str:
@@ -149,6 +150,20 @@ def cost_to_reach(points: Sequence[Point], accuracy: float, joined: bool) -> flo
     return None
 
 
+#: In the order of tables and legends.
+LINES = (
+    "cached (ours)",
+    "schedule='auto'",
+    "schedule='auto', layer-wise decay",
+    "schedule='auto', LoRA",
+    "full, layer-wise decay",
+    "full fine-tuning",
+    "LoRA",
+    "frozen, no cache",
+    "linear probe",
+    "linear probe, cached",
+    "naive cache",
+)
 #: Lines of ours, without the linear probe.
 OURS = ("cached (ours)", "schedule='auto'", "schedule='auto', layer-wise decay", "schedule='auto', LoRA")
 
@@ -199,7 +214,7 @@ def print_arms(points: dict[str, Point]) -> None:
         "cache MiB",
     ]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for point in sorted(points.values(), key=lambda one: (list(LINES).index(line_of(one.arm)), one.cost)):
+    for point in sorted(points.values(), key=lambda one: (LINES.index(line_of(one.arm)), one.cost)):
         same = accuracy_at(full, point.cost)
         cells = [
             point.arm.name,
@@ -243,97 +258,3 @@ def print_fronts(points: dict[str, Point]) -> None:
             print(
                 f"full fine-tuning's best ({ceiling:.2f}) less {below:g} points: full {theirs:.2f} epochs, ours {ratio}"
             )
-
-
-# ---- Plot ----
-
-#: Line -> colour, marker, whether it is dashed. Colours of the package's pictures, which a dark page sets anew.
-LINES = {
-    "cached (ours)": ("#0072b2", "o", "-"),
-    "schedule='auto'": ("#0072b2", "*", ":"),
-    "schedule='auto', layer-wise decay": ("#0072b2", "D", "-."),
-    "schedule='auto', LoRA": ("#0072b2", "P", "--"),
-    "full, layer-wise decay": ("#6b6b6b", "s", "-"),
-    "full fine-tuning": ("#6b6b6b", "s", "--"),
-    "LoRA": ("#d55e00", "^", "-"),
-    "frozen, no cache": ("#009e73", "v", "-"),
-    "linear probe": ("#009e73", "d", "--"),
-    "linear probe, cached": ("#cc79a7", "d", "-"),
-    "naive cache": ("#d55e00", "x", ":"),
-}
-#: The colours of a picture by itself, light and dark, as on the report's page.
-_STYLE = """<style>
-svg { color: #1b1b1b; --blue: #0072b2; --orange: #c65200; --green: #007d5b; --grey: #6b6b6b; --grid: #dadada;
-  font-family: system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) {
-  svg { color: #e8eaed; --blue: #5ab4ec; --orange: #f09a58; --green: #41c79c; --grey: #a3a9b1; --grid: #343a42; }
-}
-text { fill: currentColor; }
-</style>"""
-
-
-def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy over cost, and over wall-clock where it was measured; one line an arm, its front only.
-
-    Args:
-        records: Of several data sets means are drawn, of the arms that all have.
-        path: An SVG that stands by itself, or a PNG.
-    """
-    sets = [points_of(record) for record in records]
-    points = mean_points(sets) if len(sets) > 1 else sets[0]
-    timed = sum(point.seconds is not None for point in points.values()) > 1
-    names = ", ".join(f"{record['config']['data']} at {record['config']['image_size']} px" for record in records)
-    panels: list[tuple[str, str]] = [("cost", "cost with building, epochs of full fine-tuning")]
-    if timed:
-        panels.append(("seconds", "wall-clock with building, s"))
-
-    def paint(figure: Any) -> None:
-        found = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        for axes, (key, label) in zip(found, panels, strict=True):
-            for line, (color, marker, style) in LINES.items():
-                own = [point for point in points.values() if line_of(point.arm) == line]
-                own = [point for point in own if getattr(point, key) is not None]
-                best = front(own, key)
-                if not best:
-                    continue
-                axes.errorbar(
-                    [getattr(point, key) for point in best],
-                    [point.accuracy for point in best],
-                    yerr=[0 if math.isnan(point.error) else point.error for point in best],
-                    color=color,
-                    marker=marker,
-                    linestyle=style,
-                    linewidth=1.6,
-                    markersize=4,
-                    elinewidth=0.8,
-                    label=line,
-                )
-            axes.set_xscale("log")
-            axes.set_xlabel(label)
-            axes.set_ylabel("accuracy, %")
-            axes.grid(axis="y", linewidth=0.6)
-            axes.set_axisbelow(True)
-            low, high = axes.get_xlim()
-            ticks = [tick for power in range(-2, 6) for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)]
-            ticks = [tick for tick in ticks if low <= tick <= high]
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.set_xticks([], minor=True)
-        handles, labels = found[0].get_legend_handles_labels()
-        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=1)
-
-    best = max(points.values(), key=lambda point: point.accuracy)
-    picture = Picture(
-        name="time-to-accuracy",
-        title="Accuracy over cost",
-        caption=names,
-        alt=f"Accuracy over cost on {names}, one line an arm; the best is {best.accuracy:.1f}% at a cost of {best.cost:.1f}.",
-        height=3.0 * len(panels) + 0.2 * len({line_of(point.arm) for point in points.values()}) + 0.2,
-        draw=paint,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        save_png(picture, path)
-    else:
-        text = to_svg(picture).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-        path.write_text(re.sub(r"(<svg [^>]*>)", lambda match: match[1] + _STYLE, text, count=1))
-    print(f"picture: {path}")

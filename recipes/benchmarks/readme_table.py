@@ -178,8 +178,8 @@ def fronts() -> str:
         part = f", {config['train']} training images" if config["train"] else ""
         for point in rows:
             lines.append(
-                f"| {config['data']}, {config['image_size']} px{part} | {line_of(point.arm)}: `{point.arm.name}` "
-                f"| {point.accuracy:.1f} ± {point.error:.1f} | {point.cost:.2f} | {len(point.accuracies)} |"
+                f"| {config['data']}, {config['image_size']}\u00a0px{part} | {line_of(point.arm)}: `{point.arm.name}` "
+                f"| {point.words} | {point.cost:.2f} | {len(point.accuracies)} |"
             )
         records.append(link(path.name))
     lines += [
@@ -216,12 +216,12 @@ def summary() -> str:
                 continue
             shown = used
             top = max(point.accuracy for point in best if point is not None)
-            texts = ["" if point is None else f"{point.accuracy:.1f} ± {point.error:.1f}" for point in best]
+            texts = ["" if point is None else point.words for point in best]
             cells = [
                 f"**{text}**" if point is not None and point.accuracy == top else text
                 for point, text in zip(best, texts, strict=True)
             ]
-            lines.append(f"| {config['data']}, {config['image_size']} px | {budget} | {' | '.join(cells)} |")
+            lines.append(f"| {config['data']}, {config['image_size']}\u00a0px | {budget} | {' | '.join(cells)} |")
     lines += [
         "",
         "Test accuracy of DeiT-Tiny within the cost of so many epochs of full fine-tuning, counted in passes through blocks, building "

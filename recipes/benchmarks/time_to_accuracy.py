@@ -47,7 +47,8 @@ import datasets
 import numpy as np
 import torch
 from accuracy_arms import GRID, GROUPS, Arm, chosen_arms, rate_source, rates_to_try
-from accuracy_front import draw, print_tables
+from accuracy_front import print_tables
+from accuracy_picture import draw
 from accuracy_runs import RECIPE, Task, run_arm
 from filelock import FileLock
 from PIL import Image
