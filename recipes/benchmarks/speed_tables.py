@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 from records import interval, link, load
@@ -159,9 +160,15 @@ def sweeps() -> str:
         f"{results[arm]['run_seconds']['median']:.0f} s, and {counted(len(results['runs'][arm]), 'was', 'were')} timed)"
         for arm, name in words.items()
     ]
+    seconds = [run["seconds"] for run in runs]
+    of_eight = [
+        f"{sum(seconds[:8]) / (8 * results[arm]['run_seconds']['median']):.3f} of {name}" for arm, name in words.items()
+    ]
     return (
         f"{len(runs)} runs of {config['epochs']} epochs over one cache, learning rates times heads, {config['split_point']} blocks "
         f"frozen, {config['token_keep']:g} of the patches: {results['sweep_seconds']:.0f} s with the build, {' and '.join(against)}. "
+        f"The first 8 take {sum(seconds[:8]):.0f} s: {', '.join(of_eight)}. A run that finds its cache takes "
+        f"{statistics.median(seconds[1:]):.1f} s. "
         f"DeiT-Tiny, 224 px, {config['train_images']} training and {config['test_images']} test images; each run is "
         f"evaluated once, those of the sweep from a cache; {machine['processor']}, {machine['cores']} cores. {link(SWEEPING)}, made by "
         "`recipes/benchmarks/sweeping.py` around `recipes/sweep.py`."
