@@ -127,9 +127,9 @@ def _tried(name: str, folder: Path, function: Callable[[Path], object], words: s
 
 
 def _caches(folder: Path) -> Iterator[Finding]:
-    from .prune import caches_of
+    from .prune import caches_of, others_in
 
-    caches = caches_of(folder)
+    caches, others = caches_of(folder), others_in(folder)
     whole = sum(cache.bytes for cache in caches)
     yield Finding("caches", True, f"{len(caches)}, {size_words(whole)}")
     for cache in caches:
@@ -138,3 +138,12 @@ def _caches(folder: Path) -> Iterator[Finding]:
     if left:
         words = f"{size_words(left)} of unfinished builds: the runs that began them go on with them, or "
         yield Finding("could be deleted", True, f"{words}hf-freezecache prune {folder} --unfinished --yes")
+    damaged = sum(cache.bytes for cache in caches if cache.problem is not None)
+    if damaged:
+        words = f"{size_words(damaged)} of caches that cannot be opened, see above: delete their folders"
+        yield Finding("could be deleted", True, words)
+    if others:
+        files = (file for path in others for file in ([path] if path.is_file() else path.rglob("*")))
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        names = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
+        yield Finding("no caches", True, f"{size_words(size)} of other files, which prune leaves alone: {names}")

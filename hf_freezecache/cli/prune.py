@@ -1,7 +1,12 @@
-"""What ``hf-freezecache prune`` does: finds the caches of a folder, finished or not, and deletes those that are asked for."""
+"""What ``hf-freezecache prune`` does: finds the caches of a folder, finished or not, and deletes those that are asked for.
+
+A folder is taken for a cache only if all that it holds is what this library writes into one.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -13,9 +18,13 @@ from ..errors import CacheCorruptError, CacheLockedError, FreezeCacheError
 from ..report.text import counted, size_words
 from .describe import is_cache_name
 
-__all__ = ["FoundCache", "caches_of", "delete"]
+__all__ = ["FoundCache", "caches_of", "delete", "others_in"]
 
 DAY = 86400
+#: Files of a cache beside those that its index lists: while it is built, consumed, pulled or pushed.
+_BESIDE = r"index\.json|index\.consumed\.json|provenance\.json|README\.md|LICENSE|\.gitattributes"
+#: A file that is being written, and folders that builds, copies and downloads leave when they are killed.
+_PENDING, _SCRATCH = r"(\.[0-9a-f]{12}\.tmp)?", r"\.(build|cache|freezecache-pull|\d+\.tmp)/.*"
 
 
 @dataclass(frozen=True)
@@ -52,17 +61,42 @@ class FoundCache:
 
 
 def caches_of(folder: Path) -> list[FoundCache]:
-    """Return the caches right below a folder, sorted by name.
+    """Return the caches right below a folder, sorted by name. A folder with anything else in it is none.
 
     Raises:
         CacheCorruptError: It is no folder.
     """
-    from ..cache.index import INDEX_NAME
-
     if not folder.is_dir():
         raise CacheCorruptError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}.")
-    folders = sorted(child for child in folder.iterdir() if child.is_dir() and not child.is_symlink())
-    return [_found(child) for child in folders if is_cache_name(child.name) or (child / INDEX_NAME).is_file()]
+    return [_found(child) for child in sorted(folder.iterdir()) if _is_cache(child)]
+
+
+def others_in(folder: Path) -> list[Path]:
+    """Return what lies right below a folder and is neither a cache nor a lock or note of one, sorted by name."""
+    return [
+        child
+        for child in sorted(folder.iterdir())
+        if not _is_cache(child) and not (child.name.startswith(".") and child.suffix in (".lock", ".json"))
+    ]
+
+
+def _is_cache(path: Path) -> bool:
+    """Say whether a folder is a cache, finished or not: by its name or its index, and by all that is in it."""
+    from ..cache.index import INDEX_NAME
+    from ..cache.schema import FILE_NAME
+    from ..cache.shard_file import FORMAT
+
+    if not path.is_dir() or path.is_symlink():
+        return False
+    if not is_cache_name(path.name):
+        try:
+            if json.loads((path / INDEX_NAME).read_bytes())["format"] != FORMAT:
+                return False
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+    own = re.compile(f"({FILE_NAME.pattern}|{_BESIDE}){_PENDING}|{_SCRATCH}", re.DOTALL)
+    files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    return all(own.fullmatch(name) for name in files)
 
 
 def _found(path: Path) -> FoundCache:

@@ -77,12 +77,15 @@ def unfrozen_rate(record: RunRecord) -> Rate | None:
 def unfrozen_seconds(record: RunRecord, rate: Rate) -> list[float]:
     """Return cumulative seconds at the end of each epoch, had nothing been frozen.
 
-    Epochs that were unfrozen took what they took, unless the rate is that of another run.
+    Epochs that were unfrozen took what they took, unless the rate is that of another run. Where ``schedule="auto"`` chose another
+    number of epochs, a run of the number that was asked for is spread over these: at the end it has taken what that run takes.
     """
-    total, seconds = 0.0, []
+    total, seconds, share = 0.0, [], 1.0
+    if record.asked_epochs and (chosen := record.training.get("num_train_epochs")):
+        share = record.asked_epochs / chosen
     for epoch in record.epochs:
         is_unfrozen = record.decision_of(epoch).split_point == 0 and not rate.measured
-        total += epoch.seconds if is_unfrozen else epoch.images / rate.images_per_second
+        total += share * (epoch.seconds if is_unfrozen else epoch.images / rate.images_per_second)
         seconds.append(total)
     return seconds
 

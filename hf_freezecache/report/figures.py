@@ -22,7 +22,7 @@ from .record import (
     read_run,
 )
 from .spread import run_of, spread_of
-from .text import is_share
+from .text import counted, is_share
 
 __all__ = ["comparison", "figures_of", "read_baseline", "standard_error"]
 
@@ -164,7 +164,8 @@ def read_baseline(folder: Path) -> Figures:
     """Return the figures of a run without freezing, by plain ``Trainer`` or by ours.
 
     Args:
-        folder: Its ``output_dir``. ``trainer_state.json`` there, or in its last checkpoint, is enough.
+        folder: Its ``output_dir``. ``trainer_state.json`` there is enough: ``trainer.save_state()`` writes it, after ``train()``. That of
+            its last checkpoint has scores, but no time.
 
     Raises:
         RunError: The folder holds no run, or one that cannot be read.
@@ -205,6 +206,8 @@ def comparison(figures: Mapping[str, Any]) -> Figures | None:
         caveats.append(f"the baseline froze up to {baseline['frozen_blocks']} blocks itself")
     if figures["epochs_done"] and baseline["epochs"] and abs(figures["epochs_done"] - baseline["epochs"]) > 0.01:
         caveats.append(f"the baseline trained {baseline['epochs']:g} epochs, this run {figures['epochs_done']:g}")
+    if baseline["seconds"] is None:
+        caveats.append("the baseline's record has no time (trainer.save_state() after train() keeps it)")
     images = figures["data"].get("train_images")
     if images and baseline["train_images"] and abs(images - baseline["train_images"]) > 0.01 * images:
         caveats.append(f"the baseline trained on {baseline['train_images']:,} images, this run on {images:,}")
@@ -320,6 +323,7 @@ def figures_of(
     else:
         rate = unfrozen_rate(record)
     unfrozen = unfrozen_seconds(record, rate) if rate else [None] * len(epochs)
+    asked = f", for the {counted(record.asked_epochs, 'epoch')} asked for" if record.asked_epochs else ""
     whole = _whole_seconds(record)
     last = next((entry["epoch"] for entry in reversed(record.log_history) if "epoch" in entry), None)
     figures: Figures = {
@@ -363,7 +367,8 @@ def figures_of(
             "no_freezing_seconds": unfrozen[-1] if epochs and unfrozen[-1] is not None else None,
             "no_freezing_images_per_second": round(rate.images_per_second, 3) if rate else None,
             "no_freezing_basis": rate.basis if rate else None,
-            "no_freezing_text": rate.text if rate else None,
+            "no_freezing_text": rate.text + asked if rate else None,
+            "no_freezing_epochs": record.asked_epochs,
             "no_freezing_measured": bool(rate and rate.measured),
         },
         "training": record.training,

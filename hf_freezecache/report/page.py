@@ -13,6 +13,7 @@ from .drawing import save_png, to_svg
 from .plots import pictures_of
 from .text import (
     accuracy_cost,
+    counted,
     describe_schedule,
     distortion_of,
     duration,
@@ -86,8 +87,9 @@ def _tiles(figures: Figures) -> list[tuple[str, str, str]]:
         entering = f"{duration(cost['entering_seconds'])} of it for caches" if cost["entering_seconds"] else ""
         tiles.append((duration(cost["seconds"]), "training, caches included", entering))
     if cost["no_freezing_seconds"] is not None:
-        kind = "measured in the baseline" if cost["no_freezing_measured"] else "estimated, not measured"
-        tiles.append((duration(cost["no_freezing_seconds"]), "without freezing", kind))
+        kind = "at the images/s of the baseline" if cost["no_freezing_measured"] else "estimated, not measured"
+        asked = f", {counted(cost['no_freezing_epochs'], 'epoch')}" if cost["no_freezing_epochs"] else ""
+        tiles.append((duration(cost["no_freezing_seconds"]), f"without freezing{asked}", kind))
     # Stages of one split point may share a cache.
     caches = list({stage["split_point"]: stage for stage in figures["stages"] if stage["has_cache"]}.values())
     if caches:

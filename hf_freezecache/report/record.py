@@ -110,10 +110,7 @@ class Decision:
         return self.split_point > 0 and self.trained_from == "images"
 
     def add_earlier(self, earlier: "Decision") -> None:
-        """Add what this run did for the stage before it was interrupted and resumed.
-
-        A cache that this run built earlier and finds now counts as built.
-        """
+        """Add what this run did for the stage before it was resumed; a cache that it built then, and finds now, counts as built."""
         self.build_seconds += earlier.build_seconds
         self.built_shards += earlier.built_shards
         # A resumed run makes its optimizer for what trains alone: it has nothing to release.
@@ -162,6 +159,7 @@ class RunRecord:
         data: ``train_images``, ``image_shape``.
         freezing: ``FreezeConfig``.
         chosen: What ``schedule="auto"`` chose, and why; empty if the schedule was written out.
+        asked_epochs: Epochs that the user asked for, where ``schedule="auto"`` chose another number.
         cache: ``CacheConfig`` without its folder and names.
         planned_stages: ``index``, ``start_epoch`` and ``split_point`` of each.
         decisions: What each stage did that was entered, in order.
@@ -186,6 +184,7 @@ class RunRecord:
     data: dict[str, Any] = field(default_factory=dict)
     freezing: dict[str, Any] = field(default_factory=dict)
     chosen: str = ""
+    asked_epochs: Number | None = None
     cache: dict[str, Any] = field(default_factory=dict)
     planned_stages: list[dict[str, int]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)

@@ -158,7 +158,7 @@ def _learning_rates(figures: Figures) -> str:
     return words
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: float, noun: str) -> str:
     """Return ``one view``, ``2 views``."""
     return f"one {noun}" if number == 1 else f"{number} {noun}s"
 

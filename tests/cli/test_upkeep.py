@@ -140,6 +140,30 @@ def test_all_conditions_must_hold(folder, options, left) -> None:
     assert bool(list(folder.glob(".*.measured.json"))) == (2 in left)
 
 
+def test_only_what_a_build_writes_is_a_cache(folder) -> None:
+    """Not another's ``index.json``, not a folder of the right name, and not a cache with something in it that is the user's."""
+    (folder / "website").mkdir()
+    (folder / "website" / "index.json").write_text("{}")
+    (folder / "k05-0123456789abcdef").mkdir()
+    (folder / "k05-0123456789abcdef" / "thesis.txt").write_text("mine")
+    renamed = finished_in(folder).rename(folder / "of-the-whole-team")
+    (renamed / "view-00" / "mine.txt").write_text("mine")
+    before = sorted(folder.rglob("*"))
+    assert call("prune", folder, "--all")[1].count("would delete") == 1
+    _, out, _ = call("doctor", folder)
+    (line,) = [line for line in out.splitlines() if "which prune leaves alone" in line]
+    assert "k05-0123456789abcdef, notes, of-the-whole-team, ..." in line
+    (renamed / "view-00" / "mine.txt").unlink()
+    for scratch in (".build", ".1234.tmp"):  # of a build and of a copy that were killed
+        (renamed / scratch).mkdir()
+        (renamed / scratch / "view-00.arrow").write_text("")
+    (renamed / "view-00" / f"shard-00000.safetensors.{'0' * 12}.tmp").write_text("")
+    assert call("prune", folder, "--all", "--yes")[0] == 0
+    left = sorted(folder.rglob("*"))
+    gone = {path.relative_to(folder).parts[0] for path in before} - {path.relative_to(folder).parts[0] for path in left}
+    assert {name for name in gone if not name.startswith(".")} == {"k04-0123456789abcdef", "of-the-whole-team"}
+
+
 def test_old_caches_go(folder) -> None:
     finished = finished_in(folder)
     long_ago = time.time() - 10 * DAY

@@ -28,6 +28,15 @@ def test_unfrozen_epochs_took_what_they_took() -> None:
     assert unfrozen_seconds(known, Rate(4.0, "baseline", "")) == [25, 50, 75]
 
 
+def test_no_freezing_is_that_of_the_epochs_asked_for() -> None:
+    """``schedule="auto"`` chose four epochs where two were asked for."""
+    known = record(training={"num_train_epochs": 4.0}, asked_epochs=2)
+    assert unfrozen_seconds(known, unfrozen_rate(known)) == [5, 10, 15, 20]
+    cost = figures_of(known)["cost"]
+    assert cost["no_freezing_seconds"] == 20
+    assert cost["no_freezing_text"].endswith("unfrozen epochs, for the 2 epochs asked for")
+
+
 @pytest.mark.parametrize(("cached", "share"), [(True, 27 / 36), (False, 30 / 36)])
 @pytest.mark.parametrize("mode", ["always", "auto", "never"])
 def test_no_freezing_is_counted_where_no_epoch_was_unfrozen(cached, share, mode) -> None:

@@ -99,6 +99,16 @@ def test_a_baseline_is_compared_by_measured_figures(tmp_path) -> None:
     assert "estimate" not in time_cost(figures)
 
 
+def test_a_checkpoint_of_a_baseline_has_no_time_and_the_report_says_so(tmp_path) -> None:
+    folder = write_plain_run(tmp_path / "plain")
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if "train_runtime" not in entry]
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    figures = figures_of(record(), read_baseline(folder))
+    assert figures["comparison"]["speedup"] is None
+    assert "trainer.save_state() after train() keeps it" in accuracy_cost(figures)
+
+
 def test_a_run_in_pieces_is_compared_by_the_rate_of_the_baseline(tmp_path) -> None:
     known = record(log_history=log_history()[:-1], complete=False)
     text = time_cost(figures_of(known, read_baseline(write_plain_run(tmp_path / "plain"))))
