@@ -89,7 +89,7 @@ def report(
         except ImportError as error:
             raise UnsupportedSetupError(
                 f"The report needs matplotlib, which cannot be imported ({error}). Install it with pip install "
-                "'hf-freezecache[demo]', or print the figures with --json."
+                "'hf-freezecache[report]', or print the figures with --json."
             ) from error
         for name, words in (
             ("schedule", describe_schedule(figures)),

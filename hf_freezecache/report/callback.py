@@ -147,7 +147,7 @@ def write_card(
             save_png(picture, output_dir / PLOT_NAME)
     except ImportError as error:
         picture = None
-        logger.warning("The model card shows no plot (%s): pip install 'hf-freezecache[demo]'.", error)
+        logger.warning("The model card shows no plot (%s): pip install 'hf-freezecache[report]'.", error)
     path.write_text(render_card(figures, record.card, PLOT_NAME if picture is not None else None), encoding="utf-8")
 
 
@@ -215,7 +215,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             page = write_report(figures_of(self.record), output_dir)
         except ImportError as error:
             logger.warning(
-                "No report was drawn (%s). After pip install 'hf-freezecache[demo]': hf-freezecache report %s",
+                "No report was drawn (%s). After pip install 'hf-freezecache[report]': hf-freezecache report %s",
                 error,
                 output_dir,
             )

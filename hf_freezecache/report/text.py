@@ -32,6 +32,7 @@ __all__ = [
 
 Figures = Mapping[str, Any]
 
+_UNTOLD = " Whether the learning rate of either was tuned is not recorded."
 _STANDINGS = {"ahead": "ahead", "behind": "behind", "level": "level with the baseline"}
 
 #: Metrics that are shares of 1, and are shown in per cent.
@@ -267,13 +268,12 @@ def accuracy_cost(figures: Figures) -> str:
     compared, result = figures["comparison"], figures["result"]
     if compared is None:
         return "Not measured: no run without freezing was recorded to compare with. It may be lower than such a run's."
-    baseline = figures["baseline"]
     if compared["difference"] is None:
-        return f"Not measured: this run and the baseline '{baseline['run']}' have no metric in common."
-    name, theirs = compared["metric"], baseline["result"]
+        return f"Not measured: this run and the baseline '{figures['baseline']['run']}' have no metric in common."
+    baseline, name = figures["baseline"], compared["metric"]
     text = (
         f"{points(name, compared['difference'])} of {name} against the baseline '{baseline['run']}' without freezing "
-        f"({metric(name, result['value'])} against {metric(name, theirs['value'])}), one run each."
+        f"({metric(name, result['value'])} against {metric(name, baseline['result']['value'])}), one run each."
     )
     if (means := compared["means"]) and means["metric"] == name:
         mine, others, unit = figures["seeds"], baseline["spread"], " points" if is_share(name) else ""
@@ -282,12 +282,12 @@ def accuracy_cost(figures: Figures) -> str:
             f"{points(name, means['difference'])} of {name} against the baseline '{baseline['run']}' without freezing, of the "
             f"means: {spread_words(name, mine)} over {runs_words(mine)}, against {spread_words(name, others)} over "
             f"{runs_words(others)} (mean and standard deviation). By that spread, the difference has a standard error of "
-            f"{error:.2g}{unit}.{_caveats(compared)}"
+            f"{error:.2g}{unit}.{_UNTOLD}{_caveats(compared)}"
         )
     if compared["standard_error"]:
         least = f"{200 * compared['standard_error']:.1f} points"
         text += f" With {result['images']:,} evaluation images, differences below about {least} say little."
-    return text + _caveats(compared)
+    return text + _UNTOLD + _caveats(compared)
 
 
 def time_cost(figures: Figures) -> str:

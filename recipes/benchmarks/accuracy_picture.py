@@ -34,7 +34,8 @@ LOOKS = {
     "linear probe, cached": (PINK, "d", "-"),
     "naive cache": (ORANGE, "x", ":"),
 }
-#: The same where arms that differ in their layer-wise decay are one line: the better of them counts.
+#: The same where full fine-tuning is one line, with and without layer-wise decay: the better of them counts. Of ``auto`` all is at
+#: its default.
 FEW_LOOKS = {
     "schedule='auto'": (BLUE, "o", "-"),
     "schedule='auto', LoRA": (BLUE, "P", "--"),
@@ -55,11 +56,9 @@ text { fill: currentColor; }
 
 
 def few_lines(arm: Arm) -> str:
-    """Return the name of the line that an arm belongs to, whatever its layer-wise decay."""
+    """Return the name of the line that an arm belongs to; of full fine-tuning and of linear probes there is one."""
     name = line_of(arm)
-    return {"full, layer-wise decay": "full fine-tuning", "linear probe, cached": "linear probe"}.get(
-        name, name.removesuffix(", layer-wise decay")
-    )
+    return {"full, layer-wise decay": "full fine-tuning", "linear probe, cached": "linear probe"}.get(name, name)
 
 
 def paint_panel(

@@ -418,7 +418,7 @@ def test_without_matplotlib_training_finishes_and_says_how_to_get_the_report(
         monkeypatch.setitem(sys.modules, module, None)
     make_trainer(tiny_vit(), train_dataset, num_train_epochs=1, save_strategy="epoch").train()
     assert "hf-freezecache report out" in caplog.text
-    assert "pip install 'hf-freezecache[demo]'" in caplog.text
+    assert "pip install 'hf-freezecache[report]'" in caplog.text
     assert read_run(Path("out")).complete
 
 
@@ -499,7 +499,7 @@ def test_report_prints_json_and_draws_nothing(run_dir, monkeypatch) -> None:
     status, out, err = call("report", run_dir)
     assert (status, out) == (1, "")
     assert_one_line(err)
-    assert "pip install 'hf-freezecache[demo]'" in err
+    assert "pip install 'hf-freezecache[report]'" in err
 
 
 def test_report_without_a_run_is_one_line(run_dir, tmp_path) -> None:
