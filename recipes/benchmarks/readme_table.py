@@ -226,7 +226,8 @@ def summary() -> str:
         "",
         "Test accuracy of DeiT-Tiny within the cost of so many epochs of full fine-tuning, counted in passes through blocks, building "
         "included; means and standard errors of three seeds, learning rates tuned on other images. Full fine-tuning is the better of "
-        'that with and that without layer-wise decay; `schedule="auto"` has all its defaults, and the rate of that without. '
+        'that with and that without layer-wise decay; `schedule="auto"` has all its defaults, and the rate of that without. The '
+        "first panel of the picture is by the clock: the first seed of each arm, evaluation left out, on two threads. "
         "[All arms](docs/schedules.md#what-was-measured)",
     ]
     return "\n".join(lines)
