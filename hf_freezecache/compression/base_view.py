@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -226,66 +227,25 @@ class CodecChooser:
         for start in range(0, len(items), self.batch_size):
             yield slice(start, start + self.batch_size)
 
+    def outputs(self, split: Split, states: Tensor, extras: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the suffix makes of states: (outputs, features), (samples, ...), on the CPU.
+
+        Args:
+            split: The model, split where the states are.
+            states: (samples, tokens, hidden).
+            extras: Further inputs of the model, (samples, ...).
+        """
+        found = [
+            self.run(split.logits_and_features, hidden_states=states[part], **{n: v[part] for n, v in extras.items()})
+            for part in self._batches(range(len(states)))
+        ]
+        return torch.cat([f[0].cpu() for f in found]), torch.cat([f[1].cpu() for f in found])
+
     def meter(self, split: Split, sample: Sample, start: int) -> DistortionMeter:
         """Return the meter of the images of a sample from ``start`` on."""
         extras = {name: value[start:] for name, value in sample.extras.items()}
-
-        def outputs(states: Tensor) -> tuple[Tensor, Tensor]:
-            found = [
-                self.run(
-                    split.logits_and_features, hidden_states=states[part], **{n: v[part] for n, v in extras.items()}
-                )
-                for part in self._batches(range(len(states)))
-            ]
-            return torch.cat([f[0].cpu() for f in found]), torch.cat([f[1].cpu() for f in found])
-
-        return DistortionMeter(sample.states[start:], outputs, self.data.has_classes)
-
-    def pairs(self, split: Split, reader: CacheReader, most: int | None = None) -> dict[str, tuple[Sample, Tensor]]:
-        """Return exact and stored states of the images that calibration measures on.
-
-        They depend on the prefix and on the cache, not on the suffix.
-
-        Args:
-            split: The model, split where the cache was made.
-            reader: The cache.
-            most: At most so many images; default all that calibration measures on.
-
-        Returns:
-            The images with their exact states, and what is stored of them, (samples, tokens, hidden), under ``""``; and of views
-            beyond the first under ``"copy_"``, if these have a codec of their own.
-        """
-        found: dict[str, tuple[Sample, Tensor]] = {}
-        dataset, position = CachedDataset(reader), reader.layout.position
-        for prefix, copies in (("", False), ("copy_", True)) if self.config.copies_apart else (("", False),):
-            keys = self.keys(copies=copies)
-            # In stored order, each chunk is decoded once.
-            keys = sorted(keys[len(keys) // 2 :][:most], key=lambda key: (key[1], position[key[0]]))
-            sample = self.sample(split, keys)
-            stored = torch.cat([collate_cached(dataset.__getitems__([key]))["hidden_states"] for key in sample.keys])
-            found[prefix] = sample, stored
-        return found
-
-    def measure(self, split: Split, pairs: Mapping[str, tuple[Sample, Tensor]]) -> dict[str, float | None]:
-        """Measure a cache with today's suffix, which may not be the one that its codec was calibrated with.
-
-        Args:
-            split: The model, split where the cache was made.
-            pairs: What ``pairs`` returned.
-
-        Returns:
-            ``distortion``, ``agreement`` and ``relative_error``, with the prefixes of ``pairs``.
-
-        Raises:
-            DataError: The model's output is not finite.
-        """
-        found: dict[str, float | None] = {}
-        for prefix, (sample, stored) in pairs.items():
-            meter = self.meter(split, sample, 0)
-            distortion, agreement = meter(stored)
-            own = {"distortion": distortion, "agreement": agreement, "relative_error": meter.relative_error(stored)}
-            found |= {prefix + name: value for name, value in own.items()}
-        return found
+        run = partial(self.outputs, split, extras=extras)
+        return DistortionMeter(sample.states[start:], run, self.data.has_classes)
 
     def sample(self, split: Split, keys: list[ViewKey], views: ViewDataset | None = None) -> Sample:
         """Compute the exact states of images; of ``views``, if given, in place of the data's own."""

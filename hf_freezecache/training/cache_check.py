@@ -6,20 +6,23 @@ import hashlib
 import json
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ..cache.index import CODEC_NAME, COPIES_NAME, atomic_write
 from ..cache.reader import CacheReader
-from ..compression.base_view import CodecChooser, Sample
+from ..compression.base_view import CodecChooser
+from ..compression.remeasure import Looks, Pairs, look, measure, read_pairs
 from ..data.collators import collate_cached
 from ..data.seeding import preserved_random_state
 from ..dataset import CachedDataset
 from ..errors import CacheMismatchError
-from ..model.hashing import hash_suffix
+from ..model.hashing import hash_config, hash_suffix, hash_tensors
 from ..model.split import Split
 from ..model.threads import one_thread_if_small
 from .remembered import Remembered
@@ -40,7 +43,7 @@ _KEPT = 64
 #: Most bytes of states that stay in memory for other suffixes over the same cache.
 _PAIRS_BYTES = 2**26
 
-_PAIRS: Remembered[dict[str, tuple[Sample, torch.Tensor]]] = Remembered(2)
+_PAIRS: Remembered[Pairs] = Remembered(2)
 
 
 def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader) -> dict[str, float | None]:
@@ -64,9 +67,11 @@ def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader)
     measured = _notes(reader).get(_name_of(split, reader, chooser), {})
     if not all(prefix + figure in measured for prefix, report in reports.items() if report for figure in _FIGURES):
         with preserved_random_state():
-            measured = chooser.measure(split, _pairs(chooser, split, reader))
+            pairs = _pairs(chooser, split, reader)
+            measured = measure(pairs, _looks(chooser, split, reader, pairs), chooser.data.has_classes)
             if any(_excess(measured, prefix, report) > _BUDGET_MARGIN for prefix, report in reports.items()):
-                measured = chooser.measure(split, chooser.pairs(split, reader))
+                pairs = read_pairs(chooser, split, reader)
+                measured = measure(pairs, look(chooser, split, pairs), chooser.data.has_classes)
         keep_measured(chooser, split, reader, measured)
     for prefix, report in reports.items():
         if not report:
@@ -92,15 +97,77 @@ def measure_distortion(chooser: CodecChooser, split: Split, reader: CacheReader)
     return measured
 
 
-def _pairs(chooser: CodecChooser, split: Split, reader: CacheReader) -> dict[str, tuple[Sample, torch.Tensor]]:
+def _pairs(chooser: CodecChooser, split: Split, reader: CacheReader) -> Pairs:
     """Return what the first images are measured by. Trainers of a sweep have heads of their own, but these are the same."""
     name = content_name(reader), chooser.config.calibration_samples, chooser.config.num_views
     pairs = _PAIRS.get(name)
     if pairs is None:
-        pairs = chooser.pairs(split, reader, _FEW)
+        pairs = read_pairs(chooser, split, reader, _FEW)
         if sum(sample.states.nbytes + stored.nbytes for sample, stored in pairs.values()) <= _PAIRS_BYTES:
             _PAIRS.keep(name, pairs)
     return pairs
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the blocks behind a split make of the first images.
+
+    Attributes:
+        head: Name of the ``nn.Linear`` that makes outputs of features.
+        beside: A name of all that the features depend on, see ``_beside``.
+        features: Of exact and of stored states, as ``Looks`` names them.
+    """
+
+    head: str
+    beside: str
+    features: dict[str, tuple[Tensor, Tensor]]
+
+
+_SEEN: Remembered[_Seen] = Remembered(2)
+
+
+def _looks(chooser: CodecChooser, split: Split, reader: CacheReader, pairs: Pairs) -> Looks:
+    """Return what the suffix makes of the first images. Of trainers whose heads alone differ, the blocks run for the first."""
+    name = content_name(reader), chooser.config.calibration_samples, chooser.config.num_views
+    seen, modules = _SEEN.get(name), dict(split.model.named_modules())
+    if seen is not None and seen.beside == _beside(split, seen.head):
+        head = modules[seen.head]
+        return {
+            key: ((_through(chooser, head, exact), exact), (_through(chooser, head, stored), stored))
+            for key, (exact, stored) in seen.features.items()
+        }
+    looks = look(chooser, split, pairs)
+    first, features = next(iter(looks.values()))[0]
+    inside = {module for part in (*split.stem, *split.blocks) for module in part.modules()}
+    for head_name, module in modules.items():
+        fits = isinstance(module, nn.Linear) and (module.in_features, module.out_features) == (
+            features.shape[-1],
+            first.shape[-1],
+        )
+        if not fits or module in inside or features.dim() != 2:
+            continue
+        # Found by trying: what else comes behind the features, a scale or a second head say, would show.
+        if torch.allclose(_through(chooser, module, features), first, rtol=1e-4, atol=1e-5):
+            kept = {key: (exact[1], stored[1]) for key, (exact, stored) in looks.items()}
+            _SEEN.keep(name, _Seen(head_name, _beside(split, head_name), kept))
+    return looks
+
+
+def _through(chooser: CodecChooser, head: nn.Module, features: Tensor) -> Tensor:
+    return chooser.run(head, input=features).cpu()  # type: ignore[no-any-return]
+
+
+def _beside(split: Split, head: str) -> str:
+    """Return a name of what the features behind a split depend on, but for the states: all weights there but those of the head.
+
+    The precision of the run is in the fingerprint of the cache.
+    """
+    model = split.model
+    prefix = split.prefix_parameters().keys() | split.prefix_buffers().keys()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    others = {key: value for key, value in named.items() if key not in prefix and not key.startswith(f"{head}.")}
+    parts = [type(model), hash_config(getattr(model, "config", None)), hash_tensors(others)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def content_name(reader: CacheReader) -> str:

@@ -26,6 +26,8 @@ from hf_freezecache.errors import (
     DataError,
     UnsupportedSetupError,
 )
+from hf_freezecache.training import cache_check
+from hf_freezecache.training.remembered import forget_all
 
 PIPELINE = json.dumps(
     [
@@ -175,14 +177,14 @@ def test_a_cache_is_measured_again_with_the_suffix_of_the_run_that_reuses_it(ima
 @pytest.mark.slow
 def test_a_cache_is_measured_once_with_each_head(images, monkeypatch) -> None:
     measured = []
-    measure = CodecChooser.measure
+    measure = cache_check.measure
 
-    def counted(self, split, pairs):
+    def counted(pairs, looks, classes):
         (_, stored) = pairs[""]
         measured.append(len(stored))
-        return measure(self, split, pairs)
+        return measure(pairs, looks, classes)
 
-    monkeypatch.setattr(CodecChooser, "measure", counted)
+    monkeypatch.setattr(cache_check, "measure", counted)
     settings = {"schedule": "0:2", "num_train_epochs": 1, "cache": {"max_distortion": 0.5}}
     first, again = (stages(lossy_run(images, **settings))[0] for _ in range(2))
     assert measured == []  # calibration has measured it
@@ -193,6 +195,46 @@ def test_a_cache_is_measured_once_with_each_head(images, monkeypatch) -> None:
         notes.write_text(content)
         assert 0 < stages(lossy_run(images, **settings))[0]["distortion"] <= 0.75
     assert measured == [16] * 4  # few images do, within the budget
+
+
+def test_blocks_are_measured_once_for_all_heads_behind_them(images, monkeypatch) -> None:
+    """As in a sweep. What is measured is what the suffix gives, and other blocks behind the split are measured anew."""
+    outputs, measure, looked, seen = CodecChooser.outputs, cache_check.measure, [], []
+
+    def counted(self, split, states, extras):
+        looked.append(len(states))
+        return outputs(self, split, states, extras)
+
+    def kept(pairs, looks, classes):
+        seen.append([tensor for both in looks.values() for look in both for tensor in look])
+        return measure(pairs, looks, classes)
+
+    def run(head: float, blocks: float = 1.0) -> list[int]:
+        """Return how often the suffix ran on states."""
+        model = tiny_vit()
+        with torch.no_grad():
+            model.classifier.weight *= head
+            for name, parameter in model.named_parameters():
+                if ".3." in name:  # block 3, in old and new names
+                    parameter *= blocks
+        cache = {"codec": "auto", "num_views": 2, "transform_id": "tiny", "max_distortion": 10.0}
+        dataset = images.with_transform(TinyTransform(augment=True))
+        looked.clear()
+        make_trainer(model, dataset, schedule="0:2", cache=cache, num_train_epochs=1).train()
+        return list(looked)
+
+    monkeypatch.setattr(CodecChooser, "outputs", counted)
+    monkeypatch.setattr(cache_check, "measure", kept)
+    run(1.0)
+    assert run(2.0) == [16] * 4  # exact and stored states, of the base view and of the other
+    assert run(40.0) == []
+    forget_all()
+    for notes in Path("caches").glob(".k02-*.measured.json"):
+        notes.unlink()
+    assert run(40.0) == [16] * 4
+    for remembered, anew in zip(*seen[-2:], strict=True):
+        torch.testing.assert_close(remembered, anew)
+    assert run(40.0, blocks=1.5) == [16] * 4
 
 
 @pytest.mark.slow
