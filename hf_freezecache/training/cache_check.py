@@ -130,27 +130,36 @@ def _looks(chooser: CodecChooser, split: Split, reader: CacheReader, pairs: Pair
     """Return what the suffix makes of the first images. Of trainers whose heads alone differ, the blocks run for the first."""
     name = content_name(reader), chooser.config.calibration_samples, chooser.config.num_views
     seen, modules = _SEEN.get(name), dict(split.model.named_modules())
-    if seen is not None and seen.beside == _beside(split, seen.head):
-        head = modules[seen.head]
+    head = None if seen is None else modules.get(seen.head)
+    if seen is not None and isinstance(head, nn.Linear) and seen.beside == _beside(split, seen.head):
         return {
             key: ((_through(chooser, head, exact), exact), (_through(chooser, head, stored), stored))
             for key, (exact, stored) in seen.features.items()
         }
     looks = look(chooser, split, pairs)
-    first, features = next(iter(looks.values()))[0]
-    inside = {module for part in (*split.stem, *split.blocks) for module in part.modules()}
-    for head_name, module in modules.items():
-        fits = isinstance(module, nn.Linear) and (module.in_features, module.out_features) == (
-            features.shape[-1],
-            first.shape[-1],
-        )
-        if not fits or module in inside or features.dim() != 2:
-            continue
-        # Found by trying: what else comes behind the features, a scale or a second head say, would show.
-        if torch.allclose(_through(chooser, module, features), first, rtol=1e-4, atol=1e-5):
-            kept = {key: (exact[1], stored[1]) for key, (exact, stored) in looks.items()}
-            _SEEN.keep(name, _Seen(head_name, _beside(split, head_name), kept))
+    found = _head_of(chooser, split, *next(iter(looks.values()))[0])
+    if found is not None:
+        features = {key: (exact[1], stored[1]) for key, (exact, stored) in looks.items()}
+        _SEEN.keep(name, _Seen(found, _beside(split, found), features))
     return looks
+
+
+def _head_of(chooser: CodecChooser, split: Split, outputs: Tensor, features: Tensor) -> str | None:
+    """Return the name of the ``nn.Linear`` that makes these outputs of these features; ``None`` if no single one does.
+
+    It is found by trying: what else comes behind the features, a scale or a second head say, would show.
+    """
+    inside = {module for part in (*split.stem, *split.blocks) for module in part.modules()}
+    sizes = features.shape[-1], outputs.shape[-1]
+    for name, module in split.model.named_modules():
+        if (
+            isinstance(module, nn.Linear)
+            and module not in inside
+            and (module.in_features, module.out_features) == sizes
+            and torch.allclose(_through(chooser, module, features), outputs, rtol=1e-4, atol=1e-5)
+        ):
+            return name
+    return None
 
 
 def _through(chooser: CodecChooser, head: nn.Module, features: Tensor) -> Tensor:
