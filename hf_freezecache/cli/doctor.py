@@ -129,7 +129,8 @@ def _tried(name: str, folder: Path, function: Callable[[Path], object], words: s
 def _caches(folder: Path) -> Iterator[Finding]:
     from .prune import caches_of, others_in
 
-    caches, others = caches_of(folder), others_in(folder)
+    caches = caches_of(folder)
+    others = others_in(folder, caches)
     whole = sum(cache.bytes for cache in caches)
     yield Finding("caches", True, f"{len(caches)}, {size_words(whole)}")
     for cache in caches:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from .describe import is_cache_name
 __all__ = ["FoundCache", "caches_of", "delete", "others_in"]
 
 DAY = 86400
-#: Files of a cache beside those that its index lists: while it is built, consumed, pulled or pushed.
-_BESIDE = r"index\.json|index\.consumed\.json|provenance\.json|README\.md|LICENSE|\.gitattributes"
-#: A file that is being written, and folders that builds, copies and downloads leave when they are killed.
-_PENDING, _SCRATCH = r"(\.[0-9a-f]{12}\.tmp)?", r"\.(build|cache|freezecache-pull|\d+\.tmp)/.*"
+#: What comes to a cache with a repository of the Hub.
+_OF_THE_HUB = ("README.md", "LICENSE", ".gitattributes")
+#: A file that is being written, and folders that copies and downloads leave when they are killed.
+_PENDING, _SCRATCH = r"(\.[0-9a-f]{12}\.tmp)?", r"\.(cache|freezecache-pull|\d+\.tmp)/.*"
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,20 @@ def caches_of(folder: Path) -> list[FoundCache]:
     return [_found(child) for child in sorted(folder.iterdir()) if _is_cache(child)]
 
 
-def others_in(folder: Path) -> list[Path]:
-    """Return what lies right below a folder and is neither a cache nor a lock or note of one, sorted by name."""
+def others_in(folder: Path, caches: Iterable[FoundCache]) -> list[Path]:
+    """Return what lies right below a folder and is neither one of its caches nor a lock or note of one, sorted by name."""
+    known = {cache.path for cache in caches}
     return [
         child
         for child in sorted(folder.iterdir())
-        if not _is_cache(child) and not (child.name.startswith(".") and child.suffix in (".lock", ".json"))
+        if child not in known and not (child.name.startswith(".") and child.suffix in (".lock", ".json"))
     ]
 
 
 def _is_cache(path: Path) -> bool:
     """Say whether a folder is a cache, finished or not: by its name or its index, and by all that is in it."""
-    from ..cache.index import INDEX_NAME
+    from ..cache.commit import SCRATCH
+    from ..cache.index import CONSUMED_NAME, INDEX_NAME, PROVENANCE_NAME
     from ..cache.schema import FILE_NAME
     from ..cache.shard_file import FORMAT
 
@@ -94,7 +97,9 @@ def _is_cache(path: Path) -> bool:
                 return False
         except (OSError, ValueError, LookupError, TypeError):
             return False
-    own = re.compile(f"({FILE_NAME.pattern}|{_BESIDE}){_PENDING}|{_SCRATCH}", re.DOTALL)
+    beside = "|".join(map(re.escape, (INDEX_NAME, CONSUMED_NAME, PROVENANCE_NAME, *_OF_THE_HUB)))
+    scratch = f"{re.escape(SCRATCH)}/.*|{_SCRATCH}"
+    own = re.compile(f"({FILE_NAME.pattern}|{beside}){_PENDING}|{scratch}", re.DOTALL)
     files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
     return all(own.fullmatch(name) for name in files)
 

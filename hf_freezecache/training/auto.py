@@ -99,7 +99,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         more = args.num_train_epochs + choice.head_epochs  # perhaps a part of an epoch
         trainer.args.num_train_epochs = float(more if freezing.budget is None else choice.num_epochs)
         asked = args.num_train_epochs
-        trainer._record.asked_epochs = int(asked) if asked == int(asked) else asked
+        if asked != trainer.args.num_train_epochs:
+            trainer._record.asked_epochs = int(asked) if asked == int(asked) else asked
     trainer._record.chosen = _described(choice, trainer)
     # Seen without setting up logging: epochs and rates are no longer those that the user's script says.
     level = logging.WARNING if trainer.is_world_process_zero() else logging.DEBUG

@@ -191,7 +191,7 @@ def demos() -> str:
         "",
         "The cost counts passes through blocks. On the way, the frozen and cached runs had "
         + " and ".join(f"{accuracy:.1%} after {seconds:.1f} s" for seconds, accuracy in best)
-        + ": where a head alone does, thawing blocks at first loses some of it.",
+        + ".",
         f"One seed, {images[0]} and {images[1]} held-out images: differences of less than 3 points say little. Seconds are wall-clock of "
         f"one thread, building included. {link(DEMO)}, {link(UNSEEN)}, made by `hf-freezecache demo` and `hf-freezecache demo "
         "--unseen-digits`.",

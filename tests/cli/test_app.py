@@ -468,6 +468,28 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "DemoSettings", lambda: TINY)
 
 
+def test_the_demo_tells_who_is_ahead_when(tmp_path) -> None:
+    """A head alone may have more than what comes of it: that is told, and when each first had what ours ends at."""
+    curves = {
+        demo.FULL: [[4.0, 0.5], [8.0, 0.8], [12.0, 0.9]],
+        demo.SHORT: [[5.0, 0.6]],
+        demo.CACHED: [[1.0, 0.85], [3.0, 0.7], [9.0, 0.75]],
+    }
+    runs = [
+        {"run": name, "accuracy": curve[-1][1], "seconds": curve[-1][0], "accuracy_after_seconds": curve, "chosen": "x"}
+        for name, curve in curves.items()
+    ]
+    figures = {"test_images": 100, "runs": runs, "picture": "p", "caches": ["c"], "total_seconds": 30.0}
+    told = "\n".join(demo._summary(figures, tmp_path))
+    assert "is 15.0 points above full fine-tuning, and takes 9.0 s against 5.0 s." in told
+    assert "after 9.0 s it has 75.0%; the long run had 80.0%. On the way it had 85.0%, after 1.0 s." in told
+    assert "it first has 75.0% after 1.0 s; full fine-tuning reaches that after 8.0 s." in told
+    runs[2] |= {"accuracy": 0.95, "seconds": 2.0, "accuracy_after_seconds": [[2.0, 0.95]]}
+    told = "\n".join(demo._summary(figures, tmp_path))
+    assert "the long run had no epoch done.\n" in told
+    assert "full fine-tuning never reaches that." in told
+
+
 def check_demo(folder: Path, out: str, figures: dict, epochs: int) -> None:
     names = [demo.FULL, demo.SHORT, demo.CACHED]
     lines = out.splitlines()

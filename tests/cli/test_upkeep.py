@@ -79,6 +79,7 @@ def test_doctor_names_a_damaged_cache(folder) -> None:
     assert status == 1
     (bad,) = [line for line in out.splitlines() if line.startswith("BAD")]
     assert index.parent.name in bad
+    assert "of caches that cannot be opened, see above: delete their folders" in out
 
 
 def test_doctor_names_a_wrong_and_a_missing_package(monkeypatch, tmp_path) -> None:

@@ -208,3 +208,33 @@ def test_every_kind_of_arm_runs_and_ours_is_timed_twice(tmp_path) -> None:
     assert second["stages"][0]["cache"] == "found"
     assert first["cost"] == second["cost"]
     assert min(first["peak_memory_bytes"], first["images_per_second"]) > 0
+
+
+def test_readmes_picture_shows_each_way_at_its_best_and_auto_at_its_defaults(tmp_path: Path) -> None:
+    """From the committed records: a panel for each data set, and those by the clock where more than one arm was timed."""
+    import accuracy_picture
+    from accuracy_arms import Arm
+    from matplotlib.figure import Figure
+    from records import RESULTS, load
+
+    records = [load(path.name) for path in sorted(RESULTS.glob("time_to_accuracy--*.json"))]
+    drawn: list[Figure] = []
+    subplots = Figure.subplots
+
+    def kept(self, *args, **kwargs):
+        drawn.append(self)
+        return subplots(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "subplots", kept)
+        accuracy_picture.draw_summary(records, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    shown = [axes for axes in drawn[0].axes if axes.axison]
+    titles = [accuracy_picture.title_of(record) for record in records]
+    assert [axes.get_title(loc="left") for axes in shown] == [titles[0], *titles]
+    assert shown[0].get_xlabel() == accuracy_picture.SECONDS
+    for axes in shown:
+        assert {"full fine-tuning", "schedule='auto'"} <= set(axes.get_legend_handles_labels()[1])
+    few = accuracy_picture.few_lines
+    assert few(Arm.parse("full/epochs=1")) == few(Arm.parse("full/epochs=1/decay=0.75")) == "full fine-tuning"
+    assert few(Arm.parse("auto/epochs=1/decay=0.75/budget=1")) not in accuracy_picture.FEW_LOOKS
