@@ -5,6 +5,7 @@ flat dict, beside the labels of a batch. Only this module knows how their names 
 
 ==============================  =======================================================================================
 ``packed.<view>.values``        What the last array step gave, (samples, ...).
+``packed.<view>.high``          High bytes of these at the first positions, int8, if any does not fit into a byte.
 ``packed.<view>.<step>.<name>`` What the array step at position ``<step>`` put beside it, (samples, ...).
 ``packed.geometry``             Where base view and view lie in their image, (samples, 2, 5) float32.
 ``packed.is_copy``              Whether the sample is a view beyond the first, (samples,) bool.
@@ -29,6 +30,7 @@ __all__ = [
     "GEOMETRY",
     "IS_COPY",
     "KEPT",
+    "high_bytes",
     "is_packed",
     "join_groups",
     "main_array",
@@ -52,6 +54,11 @@ def is_packed(name: str) -> bool:
 def main_array(view: str) -> str:
     """Return the name of the array that the last array step gave."""
     return f"{_PACKED}{view}.values"
+
+
+def high_bytes(view: str) -> str:
+    """Return the name of the high bytes of the main array, see ``base.join_bytes``."""
+    return f"{_PACKED}{view}.high"
 
 
 def side_array(view: str, step: int, name: str) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "check_tensors",
     "digest",
     "dtype_name",
+    "join_bytes",
     "largest_of_samples",
     "largest_value",
 ]
@@ -86,6 +87,21 @@ def largest_of_samples(array: Tensor) -> Tensor:
     if array.numel() == 0:
         return torch.zeros(len(array), dtype=torch.float64)
     return array.flatten(1).abs().amax(1).double()
+
+
+def join_bytes(low: Tensor, high: Tensor) -> Tensor:
+    """Return integers from their bytes: ``low + 256 * high``, on the device where they lie.
+
+    Args:
+        low: Low bytes, (samples, ..., positions) int8, signed; also int16, where some were never taken apart.
+        high: High bytes of the first positions, (samples, ..., first positions) int8; those of further positions are 0.
+
+    Returns:
+        (samples, ..., positions) int16.
+    """
+    whole = low.to(torch.int16, copy=True)
+    whole[..., : high.shape[-1]] += high.to(torch.int16) * 256
+    return whole
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -320,3 +336,11 @@ class BytesStep(Step):
         Raises:
             ValueError: The buffers do not hold such an array.
         """
+
+    def decode_bytes(self, buffers: Sequence[Buffer], spec: ArraySpec) -> tuple[Tensor, Tensor | None]:
+        """Return the array as low bytes and, where there are any, high bytes; see ``join_bytes``. Override it where that takes less.
+
+        Raises:
+            ValueError: As ``decode``.
+        """
+        return self.decode(buffers, spec), None

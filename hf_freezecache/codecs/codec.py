@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model.tokens import take_tokens
-from .array_names import BASE, join_groups, main_array, side_array, side_arrays
+from .array_names import BASE, high_bytes, join_groups, main_array, side_array, side_arrays
 from .base import (
     FLOATS,
     FRAMES,
@@ -22,6 +22,7 @@ from .base import (
     Buffer,
     BytesStep,
     Step,
+    join_bytes,
     largest_of_samples,
     largest_value,
 )
@@ -253,15 +254,18 @@ class Codec:
         if len(frames) != count:
             raise ValueError(f"{len(frames)} frames, expected {count}")
         remaining = iter(frames)
-        decoded = iter(
-            [
-                step.decode([self._zstd.decode(next(remaining), size) for size in sizes], array)
-                for step, array, sizes in expected
-            ]
-        )
+
+        def buffers(sizes: Sequence[int]) -> list[Buffer]:
+            return [self._zstd.decode(next(remaining), size) for size in sizes]
+
+        (serializer, spec_of_main, sizes_of_main), *others = expected
+        # Bytes are taken apart by position, which must not be taken token by token then.
+        whole = not self.token_axes(view)
+        decode = serializer.decode_bytes if whole else lambda *given: (serializer.decode(*given), None)
+        main, high = decode(buffers(sizes_of_main), spec_of_main)
+        decoded = iter([step.decode(buffers(sizes), array) for step, array, sizes in others])
         inputs, outputs = self._specs(spec)
-        main = next(decoded)
-        arrays: dict[str, Tensor] = {}
+        arrays: dict[str, Tensor] = {} if high is None else {high_bytes(view): high}
         for position, (step, taken, specs) in enumerate(zip(self._array_steps, inputs, outputs, strict=False)):
             sides = {name: next(decoded) for name in specs if name != "values"}
             collated = step.collatable({"values": main, **sides}, taken)
@@ -312,6 +316,8 @@ class Codec:
             (batch, tokens, hidden), or (batch, kept, hidden).
         """
         array, dtypes = arrays[main_array(view)], self._input_dtypes(dtype)
+        if high_bytes(view) in arrays:
+            array = join_bytes(array, arrays[high_bytes(view)])
         taken = positions is None or bool(self.token_axes(view))
         for position, step in reversed(list(enumerate(self._array_steps))):
             named = {"values": array, **side_arrays(arrays, view, position)}
@@ -344,7 +350,10 @@ class Codec:
         Returns:
             The bound; infinity or NaN if the codec knows none.
         """
-        largest, dtypes = largest_value(arrays[main_array(view)]), self._input_dtypes(dtype)
+        array, high = arrays[main_array(view)], arrays.get(high_bytes(view))
+        largest, dtypes = largest_value(array), self._input_dtypes(dtype)
+        if high is not None:
+            largest = max(largest, largest_value(join_bytes(array[..., : high.shape[-1]], high)))
         for position, step in reversed(list(enumerate(self._array_steps))):
             largest = step.abs_bound(side_arrays(arrays, view, position), largest)
             if not largest < torch.finfo(dtypes[position]).max:

@@ -25,8 +25,8 @@ from hf_freezecache.codecs import (
     codec_from_dict,
     make_codec,
 )
-from hf_freezecache.codecs.array_names import BASE, main_array, side_array
-from hf_freezecache.codecs.base import ArraySpec
+from hf_freezecache.codecs.array_names import BASE, high_bytes, main_array, side_array
+from hf_freezecache.codecs.base import ArraySpec, join_bytes
 from hf_freezecache.codecs.dct import (
     dct_matrix,
     frequency_order,
@@ -35,7 +35,7 @@ from hf_freezecache.data.collators import collate_cached
 from hf_freezecache.errors import UnsupportedSetupError
 
 TOKENS, HIDDEN = 10, 8
-VALUES, PREFIX = main_array(BASE), side_array(BASE, 0, "prefix")
+VALUES, HIGH, PREFIX = main_array(BASE), high_bytes(BASE), side_array(BASE, 0, "prefix")
 
 
 def smooth_states(samples: int, seed: int = 0, grid: int = 3, hidden: int = HIDDEN, prefix: int = 1) -> torch.Tensor:
@@ -328,6 +328,56 @@ def test_pack_keeps_every_integer_in_the_declared_sizes(array, zones) -> None:
     assert torch.equal(decoded.to(array.dtype), array)
 
 
+@given(
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 300),
+    st.lists(st.tuples(st.integers(0, 2**30), st.integers(-32768, 32767)), max_size=6),
+    st.integers(0, 2**32 - 1),
+)
+def test_pack_gives_rare_large_integers_as_bytes(samples, components, positions, large, seed) -> None:
+    array = torch.from_numpy(np.random.default_rng(seed).integers(-40, 41, (samples, components, positions), np.int16))
+    first = min(32, positions // 4)
+    for place, value in large:  # of each second one among the lowest positions
+        row, position = divmod(place, first if first and place % 2 else positions)
+        array[row % samples, row % components, position % positions] = value
+    low, high = Pack().decode_bytes(Pack().encode(array), ArraySpec(tuple(array.shape), array.dtype))
+    is_large = (array < -128) | (array > 127)
+    inside = not is_large[..., first:].any() and bool((array <= 32639).all())
+    if high is None:
+        assert low.dtype == unpacked_dtype(array)
+        assert not is_large.any() or not inside
+        assert torch.equal(low.to(array.dtype), array)
+    else:
+        assert low.dtype == high.dtype == torch.int8
+        assert high.shape == (samples, components, first)
+        assert is_large.any()
+        assert inside
+        assert torch.equal(join_bytes(low, high), array)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16, torch.float16, torch.float64])
+def test_states_from_bytes_are_those_from_int16(compute_dtype, monkeypatch) -> None:
+    """Also in a batch with chunks without high bytes and of int16: to the bit, and no bound is passed."""
+    codec = pipeline(Transform(step=1.0).fit(smooth_states(40, grid=12), 1, (12, 12)))
+    states = torch.cat([scale * smooth_states(4, seed=2, grid=12) for scale in (1.0, 0.2, 4.0)])
+    states[8:] += 30 * torch.sin(torch.arange(states.shape[1]))[:, None]  # at a high frequency
+    chunks = [codec.entropy_decode(codec.encode(part), part.shape, part.dtype) for part in states.split(4)]
+    found = [(chunk[VALUES].dtype, HIGH in chunk) for chunk in chunks]
+    assert found == [(torch.int8, True), (torch.int8, False), (torch.int16, False)]
+    monkeypatch.setattr("hf_freezecache.codecs.pack._HIGH_POSITIONS", 0)
+    whole = codec.entropy_decode(codec.encode(states[:4]), states[:4].shape, states.dtype)
+    assert whole[VALUES].dtype == torch.int16
+    expected = codec.dequantize(whole, torch.float32, compute_dtype)
+    assert torch.equal(codec.dequantize(chunks[0], torch.float32, compute_dtype), expected)
+    assert codec.abs_bound(chunks[0], torch.float32) == codec.abs_bound(whole, torch.float32)
+    for other in chunks[1:]:
+        pair = [{name: array[1] for name, array in chunk.items()} for chunk in (chunks[0], other)]
+        pair_of_int16 = [{name: array[1] for name, array in chunk.items()} for chunk in (whole, other)]
+        mixed = codec.dequantize(collate_cached(pair), torch.float32, compute_dtype)
+        assert torch.equal(mixed, codec.dequantize(collate_cached(pair_of_int16), torch.float32, compute_dtype))
+
+
 @pytest.mark.by_default(18)
 @pytest.mark.parametrize(
     "value", [-32768, -32767, -129, -128, -8, -7, -2, -1, 0, 1, 2, 7, 8, 127, 128, 255, 256, 32767]
@@ -462,7 +512,7 @@ def test_transform_of_any_hidden_size_stays_in_its_bound(hidden, samples, gradie
         states = smooth_states(5, seed=7, hidden=hidden)
         # The encoder checks the bound too, and keeps what breaks it: nothing does. With the largest weights a component
         # reaches 515, and three by three of them outgrow 16 bits of the small step from 324 on.
-        kept = codec.entropy_decode(codec.encode(states), states.shape, states.dtype).keys() - {VALUES, PREFIX}
+        kept = codec.entropy_decode(codec.encode(states), states.shape, states.dtype).keys() - {VALUES, HIGH, PREFIX}
         assert not kept or (gradient_weight == 1.0 and step == 0.03)
         assert bool((rms(decode(codec, states) - states) <= codec.error_bound(states)).all())
 
