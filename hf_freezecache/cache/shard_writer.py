@@ -22,6 +22,7 @@ from ..codecs import (
     ViewCodec,
     dtype_name,
 )
+from ..codecs.base import all_finite
 from ..codecs.entropy import compress_frame
 from ..data.geometry import GEOMETRY_NAME
 from ..data.layout import ChunkLayout
@@ -205,8 +206,8 @@ class ShardWriter:
     def _check_finite(self, hidden_states: Tensor) -> None:
         if hidden_states.dtype not in DTYPES.values():
             raise DataError(f"Hidden states of dtype {hidden_states.dtype} cannot be stored; expected a float dtype.")
-        finite = torch.isfinite(hidden_states).flatten(1).all(dim=1)
-        if not bool(finite.all()):
+        if not all_finite(hidden_states):
+            finite = torch.isfinite(hidden_states).flatten(1).all(dim=1)
             rows = self.plan.rows(self.shard)[self.samples :][: len(finite)][~finite.numpy()].tolist()
             raise DataError(
                 f"The frozen prefix gave NaN or infinite hidden states for rows {rows[:5]} (view {self.view}). Check these "

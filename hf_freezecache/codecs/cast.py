@@ -15,6 +15,7 @@ from .base import (
     FLOATS,
     ArraySpec,
     ArrayStep,
+    all_finite,
     largest_of_samples,
 )
 
@@ -27,9 +28,8 @@ def check_finite(array: Tensor) -> None:
     Raises:
         ValueError: The array has NaN or infinite values; the message names their samples and channels.
     """
-    finite = torch.isfinite(array)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero()
+    if not all_finite(array):
+        bad = (~torch.isfinite(array)).nonzero()
         samples = sorted({int(row) for row in bad[:, 0]})[:5]
         channels = sorted({int(row) for row in bad[:, -1]})[:5]
         raise ValueError(
@@ -71,7 +71,7 @@ class Cast(ArrayStep):
         check_finite(array)
         values = array.to(DTYPES[self.dtype])
         # Rounding up may leave the range of either: bf16 makes 65536 of fp16's 65504.
-        if not bool(torch.isfinite(values.to(array.dtype)).all()):
+        if not all_finite(values.to(array.dtype)):
             raise ValueError(
                 f"values up to {float(array.abs().max()):.5g} do not fit in {self.dtype}, whose largest is "
                 f"{torch.finfo(values.dtype).max:.5g}, and back in {array.dtype}. Use another dtype, or codec='lossless'"
