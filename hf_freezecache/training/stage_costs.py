@@ -37,10 +37,9 @@ __all__ = ["Rates", "build_seconds", "epoch_seconds", "measure_rates", "predict_
 
 #: Images that are run through the blocks, and the most that are rendered.
 _ROWS = 8
-#: Measuring may take so much of what a stage without a cache takes, or one image.
-_SHARE = 0.02
-#: The same of running images through the blocks, each as often as a step of training takes passes for one forward.
-_SHARE_OF_BLOCKS = 0.025
+#: Measuring may take so much of what a stage without a cache takes, or one image: of rendering, and of running images through the
+#: blocks, where a step of training takes up to three passes for one of these.
+_SHARE, _SHARE_OF_BLOCKS = 0.01, 0.015
 #: No further image is rendered after this. What is measured must cost far less than what it decides about.
 _RENDER_SECONDS = 0.2
 #: Where images and frozen blocks take less than this in a whole stage, there is next to nothing to save.
