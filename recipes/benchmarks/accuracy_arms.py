@@ -226,7 +226,7 @@ GROUPS: dict[str, list[str]] = {
         *_arms("auto/epochs=1/budget=1/keep={s}", s=(0.25, 0.5, 0.75, 0.99)),
         "auto/epochs=1/budget=1/views=2",
         "auto/epochs=1/budget=1/scale=1",
-        "ours/schedule=0:all,2:6,4:0/epochs=5/keep=0.5/scale=12:4,6:0.6,0:0.5",
+        "ours/schedule=0:all,2:6,4:0/epochs=5/keep=0.5/scale=0:0.5,6:0.6,12:4",
     ],
     "keep": [
         *_arms("ours/k=9/epochs=8/views=2/keep={s}/" + DECAY, s=(0.25, 0.5, 0.75, 1)),

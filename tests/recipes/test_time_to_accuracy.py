@@ -69,8 +69,11 @@ def test_a_policy_that_decides_while_training_is_an_arm() -> None:
 def test_an_arm_has_one_name_and_bad_ones_are_refused() -> None:
     from accuracy_arms import GROUPS, Arm, chosen_arms
 
+    from hf_freezecache.by_split_point import parse_lr_scale
+
     for text in GROUPS["all"]:
         assert Arm.parse(Arm.parse(text).name) == Arm.parse(text)
+        parse_lr_scale(Arm.parse(text).scale or "auto")
     assert Arm.parse("ours/decay=0.750/epochs=8/schedule=0:9").name == "ours/k=9/epochs=8/decay=0.75"
     assert [arm.name for arm in chosen_arms(["full/epochs=2", "naive", "full/epochs=2"])][:2] == [
         "full/epochs=2",
