@@ -49,6 +49,8 @@ def line_of(arm: Arm) -> str:
     if arm.kind == "ours":
         return "linear probe, cached" if probe else "cached (ours)"
     decays = "" if arm.decay == 1 else ", layer-wise decay"
+    if arm.kind == "auto" and given_of(arm) not in ((), ("decay",)):
+        return "schedule='auto', a setting given"
     names = {
         "lora": "LoRA",
         "live": "linear probe" if probe else "frozen, no cache",
@@ -56,6 +58,13 @@ def line_of(arm: Arm) -> str:
         "auto": "schedule='auto', LoRA" if arm.rank else f"schedule='auto'{decays}",
     }
     return names[arm.kind]
+
+
+def given_of(arm: Arm) -> tuple[str, ...]:
+    """Return the names of what ``auto`` chooses by itself but was given, that adapters train left out."""
+    fresh = Arm(arm.kind, arm.schedule)
+    names = ("views", "keep", "decay", "head", "scale", "codec")
+    return tuple(name for name in names if getattr(arm, name) != getattr(fresh, name))
 
 
 def points_of(record: dict[str, Any]) -> dict[str, Point]:
@@ -156,6 +165,7 @@ LINES = (
     "schedule='auto'",
     "schedule='auto', layer-wise decay",
     "schedule='auto', LoRA",
+    "schedule='auto', a setting given",
     "full, layer-wise decay",
     "full fine-tuning",
     "LoRA",
@@ -165,7 +175,7 @@ LINES = (
     "naive cache",
 )
 #: Lines of ours, without the linear probe.
-OURS = ("cached (ours)", "schedule='auto'", "schedule='auto', layer-wise decay", "schedule='auto', LoRA")
+OURS = LINES[:5]
 
 
 def groups_of(points: dict[str, Point]) -> tuple[list[Point], list[Point]]:

@@ -27,6 +27,7 @@ LOOKS = {
     "schedule='auto', layer-wise decay": (BLUE, "D", "-."),
     "schedule='auto', LoRA": (BLUE, "P", "--"),
     "full, layer-wise decay": (GREY, "s", "-"),
+    "schedule='auto', a setting given": (BLUE, ".", ":"),
     "full fine-tuning": (GREY, "s", "--"),
     "LoRA": (ORANGE, "^", "-"),
     "frozen, no cache": (GREEN, "v", "-"),

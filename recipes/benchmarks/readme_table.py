@@ -9,7 +9,8 @@ import re
 import statistics
 from typing import Any
 
-from accuracy_front import best_within, line_of, points_of
+from accuracy_arms import Arm
+from accuracy_front import best_within, given_of, line_of, points_of
 from records import RESULTS, ROOT, link, load
 from speed_tables import decisions, demos, epochs, evaluations, faults, plans, readings, sweeps
 
@@ -193,6 +194,50 @@ def fronts() -> str:
     return "\n".join(lines)
 
 
+def levers() -> str:
+    """Return a table of ``auto`` with one setting given, beside ``auto`` with none, on the test rows."""
+    lines = [
+        "| data | given | frozen blocks | views | epochs behind them | of the patches | accuracy | cost |",
+        "|" + "---|" * 8,
+    ]
+    for path in sorted(RESULTS.glob(FRONTS)):
+        record = load(path.name)
+        config, points = record["config"], points_of(record)
+        autos = [point for point in points.values() if point.arm.kind == "auto" and len(point.accuracies) > 1]
+        bases = [point for point in autos if not given_of(point.arm) and not point.arm.rank]
+        for base in sorted(bases, key=lambda point: point.cost):
+            bare = (base.arm.epochs, base.arm.budget, base.arm.rank)
+            others = [
+                point
+                for point in autos
+                if len(given_of(point.arm)) == 1 and (point.arm.epochs, point.arm.budget, point.arm.rank) == bare
+            ]
+            if not others:
+                continue
+            for point in [base, *sorted(others, key=lambda one: given_words(one.arm))]:
+                run = next(
+                    run for run in record["results"]["runs"] if (run["arm"], run["phase"]) == (point.arm.name, "test")
+                )
+                stage = run["stages"][-1]
+                lines.append(
+                    f"| {config['data']}, {config['image_size']}\u00a0px | {given_words(point.arm)} | {stage['split_point']} "
+                    f"| {stage['views']} | {stage['epochs']:g} | {stage['keep']:.0%} | {point.words} | {point.cost:.2f} |"
+                )
+    lines += [
+        "",
+        'Means and standard errors of three seeds on the test images; `schedule="auto"` chooses what is not given. The learning rate is that '
+        "which was best for full fine-tuning with the same decay.",
+    ]
+    return "\n".join(lines)
+
+
+def given_words(arm: Arm) -> str:
+    """Return what ``auto`` was given as a user writes it."""
+    names = {"keep": "token_keep", "decay": "layer_decay", "views": "num_views", "scale": "lr_scale"}
+    settings = [f"`{names[name]}={getattr(arm, name)}`" for name in given_of(arm)]
+    return ", ".join(settings) or "nothing"
+
+
 def summary() -> str:
     """Return a short table: the best that each way reaches within one, two and four epochs' cost of full fine-tuning."""
     ways = {
@@ -275,6 +320,7 @@ SECTIONS = {
     "summary": ("README.md", summary),
     "figures": ("docs/benchmarks.md", epochs),
     "fronts": ("docs/schedules.md", fronts),
+    "levers": ("docs/schedules.md", levers),
     "tried": ("docs/schedules.md", tried),
     "evaluations": ("docs/evaluating.md", evaluations),
     "plans": ("docs/schedules.md", plans),

@@ -77,6 +77,31 @@ def test_where_no_head_trains_first_rates_decay(train_dataset) -> None:
     assert scales[0] == pytest.approx({point: 3 * scale for point, scale in scales[1].items()}, rel=0.01)
 
 
+def head_scale(trainer: Any) -> float:
+    return float(trainer.freeze_config.lr_scale.rpartition(":")[2])
+
+
+def test_a_head_alone_trains_with_a_rate_of_its_own_where_that_of_the_user_is_low(train_dataset) -> None:
+    """Low rates are for blocks that follow a new head."""
+    scales = {rate: head_scale(auto_trainer(train_dataset, learning_rate=rate)) for rate in (1e-2, 1e-4, 1e-5, 0.0)}
+    assert scales == {1e-2: 4.0, 1e-4: 24.0, 1e-5: 240.0, 0.0: 4.0}
+    wide = auto_trainer(train_dataset, tiny_vit(hidden_size=384), learning_rate=1e-4)
+    assert head_scale(wide) == 12.0
+    assert head_scale(auto_trainer(train_dataset, learning_rate=1e-4, optim="sgd")) == 4.0
+    assert head_scale(auto_trainer(train_dataset, learning_rate=1e-4, freeze={"budget": 0.5})) == 24.0
+    model = tiny_vit()
+    own = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    assert (
+        head_scale(auto_trainer(train_dataset, model, learning_rate=1e-4, trainer={"optimizers": (own, None)})) == 4.0
+    )
+
+    class OwnGroups(FreezeCacheTrainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            return super().create_optimizer(*args, **kwargs)
+
+    assert head_scale(auto_trainer(train_dataset, learning_rate=1e-4, cls=OwnGroups)) == 4.0
+
+
 def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dataset) -> None:
     args = training_arguments(num_train_epochs=3)
     trainers = [
