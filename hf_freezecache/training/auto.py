@@ -35,12 +35,15 @@ DECAY_SCALE = 3.0
 #: to 2.4e-3. Source: tuning runs, one seed, of cifar10 (in its record of recipes/benchmarks/time_to_accuracy.py) and Caltech-101, both
 #: at 112 pixels.
 AFTER_HEAD_SCALE = 0.5
-#: A head alone trains with at least this rate of AdamW, for states of up to so many channels; for wider ones the rate falls with the
-#: width, since each step moves every weight by the rate, and logits by their sum. The user's rate says little of it: where all blocks
-#: follow a new head, low rates are best. Source: linear probes of DeiT-Tiny on Caltech-101 and CIFAR-10 have their best rate there, where
-#: full fine-tuning of one epoch has 6e-4 and 1.5e-4 (records of recipes/benchmarks/time_to_accuracy.py). On digits it has 3.75e-5, and a
-#: head that trains with four times that leaves a run with 50% where this rate leaves 72% (record of explorations).
-HEAD_RATE, HEAD_WIDTH = 2.4e-3, 192
+#: Where all blocks follow a new head, low rates are best, and say little of what a head alone wants, or blocks behind a trained one. With
+#: AdamW these have at least such rates: that of the head, and that of blocks, for states of up to so many channels. For wider ones they
+#: fall with the width, since each step moves every weight by the rate, and sums of weights by the sum. Source: linear probes of DeiT-Tiny
+#: on Caltech-101 and CIFAR-10 have their best rate at 2.4e-3, where full fine-tuning of one epoch has 6e-4 and 1.5e-4 (records of
+#: recipes/benchmarks/time_to_accuracy.py). On digits that has 3.75e-5, and what follows from it leaves a run with 50%, head and blocks at
+#: these rates with over 80% (record of explorations).
+LEAST_HEAD_RATE, LEAST_BLOCK_RATE, WIDTH = 2.4e-3, 1.5e-4, 192
+#: But a rate that is low on purpose stays low: no more than so many times that of the user, for a head, and what it would be, for blocks.
+MOST_HEAD_SCALE, MOST_RAISE = 64.0, 4.0
 #: Blocks of which at most this share trains have adapters. LoRA of rank 16 on queries and values is 3% of DeiT-Tiny's blocks.
 MOST_ADAPTERS = 0.25
 
@@ -95,7 +98,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     if decays:
         settings["layer_decay"] = LAYER_DECAY
     if freezing.lr_scale is None and not adapters:
-        settings["lr_scale"] = _rates(stages, len(blocks), freezing.budget, decays, _least_head_scale(trainer))
+        settings["lr_scale"] = _rates(trainer, stages, len(blocks), decays)
     trainer.freeze_config = replace(freezing, **settings)
     if free:
         trainer.cache_config = replace(caching, num_views=choice.num_views)
@@ -167,27 +170,27 @@ def _views_differ(trainer: Any) -> bool:
         return True
 
 
-def _least_head_scale(trainer: Any) -> float:
-    """Return what the user's learning rate is multiplied by at least while the head trains alone; 0 where the optimizer may not be AdamW."""
+def _width(trainer: Any) -> int | None:
+    """Return the channels of the hidden states; ``None`` where they are not known, or the optimizer may not be AdamW."""
     args, width = trainer.args, getattr(getattr(trainer.model, "config", None), "hidden_size", None)
     own = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     own = own or type(trainer).create_optimizer.__module__.partition(".")[0] != "transformers"
     adam = str(getattr(args.optim, "value", args.optim)).startswith(("adamw", "paged_adamw"))
-    if own or not adam or not isinstance(width, int) or args.learning_rate <= 0:
-        return 0.0
-    return float(HEAD_RATE * min(1.0, HEAD_WIDTH / width) / args.learning_rate)
+    return width if adam and not own and isinstance(width, int) and args.learning_rate > 0 else None
 
 
-def _rates(
-    stages: list[tuple[int, int]], num_blocks: int, budget: float | None, decays: bool, least_head: float
-) -> str:
-    """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it; ``least_head``: where the head trains alone."""
+def _rates(trainer: Any, stages: list[tuple[int, int]], num_blocks: int, decays: bool) -> str:
+    """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it."""
     # The user's rate suits the epochs and the decay that the user trains with.
-    least = budget_scale(budget) * (DECAY_SCALE if decays else 1.0)
+    least = budget_scale(trainer.freeze_config.budget) * (DECAY_SCALE if decays else 1.0)
     scales = {point: least * lr_scale(point, num_blocks) for _, point in stages}
     if len(stages) > 1:
-        scales[stages[-1][1]] *= AFTER_HEAD_SCALE
-        scales[num_blocks] = max(scales[num_blocks], least_head)
+        point = stages[-1][1]
+        scales[point] *= AFTER_HEAD_SCALE
+        if (width := _width(trainer)) is not None:
+            unit = min(1.0, WIDTH / width) / trainer.args.learning_rate
+            scales[num_blocks] = max(scales[num_blocks], min(LEAST_HEAD_RATE * unit, MOST_HEAD_SCALE))
+            scales[point] = max(scales[point], min(LEAST_BLOCK_RATE * unit, MOST_RAISE * scales[point]))
     return ",".join(f"{point}:{min(scale, MOST_LR_SCALE):.3g}" for point, scale in sorted(scales.items()))
 
 

@@ -77,29 +77,31 @@ def test_where_no_head_trains_first_rates_decay(train_dataset) -> None:
     assert scales[0] == pytest.approx({point: 3 * scale for point, scale in scales[1].items()}, rel=0.01)
 
 
-def head_scale(trainer: Any) -> float:
-    return float(trainer.freeze_config.lr_scale.rpartition(":")[2])
+def scales_of(trainer: Any) -> list[float]:
+    """What the user's rate is multiplied by: in the stage behind a trained head, and while the head trains alone."""
+    return [float(pair.partition(":")[2]) for pair in trainer.freeze_config.lr_scale.split(",")]
 
 
-def test_a_head_alone_trains_with_a_rate_of_its_own_where_that_of_the_user_is_low(train_dataset) -> None:
-    """Low rates are for blocks that follow a new head."""
-    scales = {rate: head_scale(auto_trainer(train_dataset, learning_rate=rate)) for rate in (1e-2, 1e-4, 1e-5, 0.0)}
-    assert scales == {1e-2: 4.0, 1e-4: 24.0, 1e-5: 240.0, 0.0: 4.0}
-    wide = auto_trainer(train_dataset, tiny_vit(hidden_size=384), learning_rate=1e-4)
-    assert head_scale(wide) == 12.0
-    assert head_scale(auto_trainer(train_dataset, learning_rate=1e-4, optim="sgd")) == 4.0
-    assert head_scale(auto_trainer(train_dataset, learning_rate=1e-4, freeze={"budget": 0.5})) == 24.0
+def test_low_rates_are_raised_for_a_head_alone_and_behind_one_that_was_trained(train_dataset) -> None:
+    """Low rates are for blocks that follow a new head. One that is very low stays low."""
+
+    def scales(rate: float, **settings: Any) -> list[float]:
+        return scales_of(auto_trainer(train_dataset, learning_rate=rate, **settings))
+
+    by_rule = [0.625, 4.0]
+    assert [scales(rate) for rate in (1e-2, 5e-4, 1e-4, 1e-6)] == [by_rule, [0.625, 4.8], [1.5, 24.0], [2.5, 64.0]]
+    assert scales(1e-4, model=tiny_vit(hidden_size=384)) == [0.75, 12.0]
+    assert scales(1e-4, optim="sgd") == scales(0.0) == by_rule
+    assert scales(1e-4, freeze={"budget": 0.5}) == [1.5, 24.0]
     model = tiny_vit()
     own = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    assert (
-        head_scale(auto_trainer(train_dataset, model, learning_rate=1e-4, trainer={"optimizers": (own, None)})) == 4.0
-    )
+    assert scales(1e-4, model=model, trainer={"optimizers": (own, None)}) == by_rule
 
     class OwnGroups(FreezeCacheTrainer):
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             return super().create_optimizer(*args, **kwargs)
 
-    assert head_scale(auto_trainer(train_dataset, learning_rate=1e-4, cls=OwnGroups)) == 4.0
+    assert scales(1e-4, cls=OwnGroups) == by_rule
 
 
 def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dataset) -> None:
