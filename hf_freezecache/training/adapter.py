@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,8 @@ def begin_from(run: StageRunner, checkpoint: str | None) -> int:
         if run.adaptive is not None:
             run.adaptive.restore(Path(checkpoint), saved.adaptive)
             left = run.stages = run.adaptive.stages
+        if run.lenient and saved.lr_scale is not None:  # rates go on from the checkpoint, whatever learning_rate is now
+            run.rates = replace(run.rates, lr_scale=saved.lr_scale)
         if saved.stage is not None:
             take_over_progress(run.record, saved.progress, run.stages)
         run.saved, run.frozen_before = saved.stage, saved.split_point

@@ -52,12 +52,14 @@ class SavedStage:
         world_size: Number of processes; ``None`` if the checkpoint does not say.
         progress: Decisions and epochs of the record, see ``report.record``.
         adaptive: What a schedule that decides while training goes by, see ``AdaptiveStages.save``; else empty.
+        lr_scale: What ``schedule="auto"`` multiplies learning rates by; ``None`` where the user says.
     """
 
     stage: Stage | None = None
     world_size: int | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     adaptive: dict[str, Any] = field(default_factory=dict)
+    lr_scale: str | None = None
 
     @property
     def split_point(self) -> int:
@@ -186,8 +188,12 @@ def load_stage(checkpoint: Path) -> SavedStage:
         state = json.loads(path.read_bytes())
         if state["format_version"] != _FORMAT_VERSION:
             raise ValueError(f"format version {state['format_version']}, expected {_FORMAT_VERSION}")
-        adaptive = dict(state.get("adaptive", {}))  # checkpoints of 0.1.0 have none
-        return SavedStage(Stage(**state["stage"]), int(state["world_size"]), dict(state["progress"]), adaptive)
+        adaptive, lr_scale = dict(state.get("adaptive", {})), state.get("lr_scale")  # older checkpoints have none
+        if not isinstance(lr_scale, str | None):
+            raise TypeError(f"lr_scale={lr_scale!r}, expected a text")
+        return SavedStage(
+            Stage(**state["stage"]), int(state["world_size"]), dict(state["progress"]), adaptive, lr_scale
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedSetupError(
             f"{path} cannot be read ({error!r}). Resume from another checkpoint, or start anew."

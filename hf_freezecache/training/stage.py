@@ -383,8 +383,8 @@ class StageRunner:
             OSError: It cannot be written.
         """
         adaptive = {} if self.adaptive is None else self.adaptive.save(folder)
-        progress, world_size = progress_to_dict(self.record), self.runtime.args.world_size
-        save_stage(folder, SavedStage(self.current.stage, world_size, progress, adaptive))
+        progress, chosen = progress_to_dict(self.record), self.rates.lr_scale if self.lenient else None
+        save_stage(folder, SavedStage(self.current.stage, self.runtime.args.world_size, progress, adaptive, chosen))
 
     def cost_logs(self, state: Any) -> dict[str, float]:
         """Record what training has cost since this was called last, and return what to log of it.

@@ -346,7 +346,7 @@ def test_pack_gives_rare_large_integers_as_bytes(samples, components, positions,
     inside = not is_large[..., first:].any() and bool((array <= 32639).all())
     if high is None:
         assert low.dtype == unpacked_dtype(array)
-        assert not is_large.any() or not inside
+        assert not is_large.any() or not inside or is_large.float().mean() > 0.01
         assert torch.equal(low.to(array.dtype), array)
     else:
         assert low.dtype == high.dtype == torch.int8
@@ -389,6 +389,12 @@ def test_pack_keeps_rare_and_frequent_values(value, share) -> None:
     array[0, 0, 0] = array[-1, -1, -1] = value
     spec = ArraySpec(tuple(array.shape), array.dtype)
     assert torch.equal(Pack().decode(Pack().encode(array), spec), array)
+
+
+def test_pack_takes_more_zones_than_have_positions() -> None:
+    """Edges of zones lie at squares, so that of many the first are empty."""
+    array = torch.arange(-1024, 1024, dtype=torch.int16).reshape(1, 2, 1024)
+    assert torch.equal(Pack(64).decode(Pack(64).encode(array), ArraySpec((1, 2, 1024), torch.int16)), array)
 
 
 def test_pack_takes_every_int8_value() -> None:

@@ -89,10 +89,14 @@ def test_low_rates_are_raised_for_a_head_alone_and_behind_one_that_was_trained(t
         return scales_of(auto_trainer(train_dataset, learning_rate=rate, **settings))
 
     by_rule = [0.625, 4.0]
-    assert [scales(rate) for rate in (1e-2, 5e-4, 1e-4, 1e-6)] == [by_rule, [0.625, 4.8], [1.5, 24.0], [2.5, 64.0]]
-    assert scales(1e-4, model=tiny_vit(hidden_size=384)) == [0.75, 12.0]
+    assert [scales(rate) for rate in (1e-2, 5e-4, 1e-4, 1e-6)] == [by_rule, by_rule, [1.5, 12.0], [2.5, 32.0]]
+    assert scales(1e-4, model=tiny_vit(hidden_size=384)) == [0.75, 6.0]
+    assert scales(1e-4, model=tiny_model("clip")) == [
+        1.5,
+        12.0,
+    ]  # the width stands in a configuration of the vision part
     assert scales(1e-4, optim="sgd") == scales(0.0) == by_rule
-    assert scales(1e-4, freeze={"budget": 0.5}) == [1.5, 24.0]
+    assert scales(1e-4, freeze={"budget": 0.5}) == [1.5, 12.0]
     model = tiny_vit()
     own = torch.optim.AdamW(model.parameters(), lr=1e-4)
     assert scales(1e-4, model=model, trainer={"optimizers": (own, None)}) == by_rule
@@ -101,7 +105,31 @@ def test_low_rates_are_raised_for_a_head_alone_and_behind_one_that_was_trained(t
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             return super().create_optimizer(*args, **kwargs)
 
-    assert scales(1e-4, cls=OwnGroups) == by_rule
+    class OwnOptimizer(FreezeCacheTrainer):
+        def create_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+            return super().create_optimizer_and_scheduler(*args, **kwargs)
+
+    class OwnClass(FreezeCacheTrainer):
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(*args: Any, **kwargs: Any) -> Any:
+            return torch.optim.SGD, {"lr": 1e-4}
+
+    assert [scales(1e-4, cls=cls) for cls in (OwnGroups, OwnOptimizer, OwnClass)] == [by_rule] * 3
+
+
+@pytest.mark.parametrize("other", [1e-2, 1e-5])
+def test_a_run_that_is_resumed_with_another_rate_has_those_of_its_checkpoint(other, train_dataset) -> None:
+    """As under ``Trainer``, whose schedulers come from the checkpoint: rates that were chosen by the old one stay."""
+    settings = {"freeze": {"budget": 0.4}, "num_train_epochs": 3, "save_strategy": "epoch", "learning_rate": 1e-4}
+    whole = auto_trainer(train_dataset, **settings)
+    whole.train()
+    rates = {log["step"]: log["learning_rate"] for log in whole.state.log_history if "learning_rate" in log}
+    for epoch in (1, 2, 3):
+        step = 5 * epoch
+        resumed = auto_trainer(train_dataset, **{**settings, "output_dir": "again", "learning_rate": other})
+        resumed.train(resume_from_checkpoint=f"out/checkpoint-{step}")
+        found = {log["step"]: log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log}
+        assert found == rates
 
 
 def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dataset) -> None:
