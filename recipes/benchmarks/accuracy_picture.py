@@ -155,7 +155,7 @@ def draw_summary(records: Sequence[dict[str, Any]], path: Path) -> None:
     sets = [(title_of(record), points_of(record)) for record in records]
     timed = [one for one in sets if sum(point.seconds is not None for point in one[1].values()) > 1]
     panels = [(*one, "seconds", SECONDS) for one in timed] + [(*one, "cost", COST) for one in sets]
-    rows = math.ceil((len(panels) + 1) / 3)
+    rows = math.ceil(len(panels) / 3)
 
     def paint(figure: Any) -> None:
         cells = figure.subplots(rows, 3, squeeze=False).ravel()
@@ -174,11 +174,15 @@ def draw_summary(records: Sequence[dict[str, Any]], path: Path) -> None:
         for axes in cells[len(panels) :]:
             axes.set_axis_off()
         order = [name for name in FEW_LOOKS if name in labelled]
-        cells[len(panels)].legend([labelled[name] for name in order], order, frameon=False, loc="center")
+        handles = [labelled[name] for name in order]
+        if len(panels) < len(cells):
+            cells[len(panels)].legend(handles, order, frameon=False, loc="center")
+        else:
+            figure.legend(handles, order, frameon=False, loc="outside lower center", ncols=len(order))
 
     names = ", ".join(title for title, _ in sets)
     alt = f"Accuracy over cost on {names}, one line an arm."
-    write(Picture("summary", "Accuracy over cost", names, alt, height=2.9 * rows, draw=paint, width=9.0), path)
+    write(Picture("summary", "Accuracy over cost", names, alt, height=2.9 * rows + 0.3, draw=paint, width=9.0), path)
 
 
 def title_of(record: Mapping[str, Any]) -> str:

@@ -257,16 +257,16 @@ def summary() -> str:
             best = [
                 best_within([point for point in points if line_of(point.arm) in own], budget) for own in ways.values()
             ]
-            # A row for each budget that ours or full fine-tuning makes use of.
-            used = tuple(0.0 if point is None else point.cost for point in best[:2])
-            if None in best[:2] or used == shown:
-                continue
-            shown = used
             # What was never run for that long is left out; a linear probe gains nothing by it.
             best = [
                 point if point is None or point.cost >= LEAST_SHARE * budget or "probe" in own[0] else None
                 for point, own in zip(best, ways.values(), strict=True)
             ]
+            # A row for each budget that ours and full fine-tuning make use of.
+            used = tuple(0.0 if point is None else point.cost for point in best[:2])
+            if None in best[:2] or used == shown:
+                continue
+            shown = used
             top = max(point.accuracy for point in best if point is not None)
             texts = ["" if point is None else point.words for point in best]
             cells = [
