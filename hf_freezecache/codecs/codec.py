@@ -259,10 +259,11 @@ class Codec:
             return [self._zstd.decode(next(remaining), size) for size in sizes]
 
         (serializer, spec_of_main, sizes_of_main), *others = expected
-        # Bytes are taken apart by position, which must not be taken token by token then.
-        whole = not self.token_axes(view)
-        decode = serializer.decode_bytes if whole else lambda *given: (serializer.decode(*given), None)
-        main, high = decode(buffers(sizes_of_main), spec_of_main)
+        main_buffers, high = buffers(sizes_of_main), None
+        if self.token_axes(view):  # samples may lose positions, of which the high bytes know nothing
+            main = serializer.decode(main_buffers, spec_of_main)
+        else:
+            main, high = serializer.decode_bytes(main_buffers, spec_of_main)
         decoded = iter([step.decode(buffers(sizes), array) for step, array, sizes in others])
         inputs, outputs = self._specs(spec)
         arrays: dict[str, Tensor] = {} if high is None else {high_bytes(view): high}

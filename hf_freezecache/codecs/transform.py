@@ -314,9 +314,7 @@ class Transform(ArrayStep):
         components = self._inverse.to(wide) @ centred.transpose(1, 2)
         # A coefficient of a grid of n tokens is at most sqrt(n) times the largest value of its component.
         limit = self.step * _LARGEST / math.sqrt(centred.shape[1]) / 1.01
-        fits = torch.ones(centred.shape[:2], dtype=torch.bool)
-        if array.numel():
-            fits = torch.maximum(components.amax(1), -components.amin(1)) < limit
+        fits = torch.maximum(components.amax(1), -components.amin(1)) < limit
         exact = torch.zeros(array.shape[:2], dtype=torch.bool)
         exact[:, : self.prefix_tokens] = ~torch.isfinite(prefix).all(2)
         exact[:, self.prefix_tokens :] = ~fits
@@ -327,9 +325,7 @@ class Transform(ArrayStep):
         # What arithmetic lost of extreme inputs (1e30 beside 1) must not break the bound, nor values round to infinity. In
         # ordinary samples it stays below the hundredth of the bound that is kept for it.
         peak = torch.finfo(array.dtype).max / 4
-        extreme = array.new_zeros(len(array))
-        if array.numel():
-            extreme = torch.maximum(array.flatten(1).amax(1), -array.flatten(1).amin(1))
+        extreme = largest_of_samples(array)
         reach = extreme.to(wide).clamp_min(float(mean.abs().max()))
         check = ((reach > _ORDINARY * self.step) | (extreme > peak)).nonzero()[:, 0]
         if len(check):

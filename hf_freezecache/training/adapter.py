@@ -234,7 +234,7 @@ def start_run(
     if base is not None:  # a run that only builds takes no step
         policy, num_blocks = adaptive_policy(trainer.freeze_config.schedule), run.splits.num_blocks
         run.adaptive = None if policy is None else AdaptiveStages(policy, num_blocks, everyone, list(run.stages))
-        run.rates = LearningRates.of(trainer.freeze_config)
+        run.rates = LearningRates.of(trainer.freeze_config, trainer._chose_rates)
         run.token_keep = trainer.freeze_config.token_keep or 1.0
     run.lenient = bool(trainer._record.chosen)
     return run
@@ -256,7 +256,9 @@ def begin_from(run: StageRunner, checkpoint: str | None) -> int:
         if run.adaptive is not None:
             run.adaptive.restore(Path(checkpoint), saved.adaptive)
             left = run.stages = run.adaptive.stages
-        if run.lenient and saved.lr_scale is not None:  # rates go on from the checkpoint, whatever learning_rate is now
+        if (
+            run.rates.chosen and saved.lr_scale is not None
+        ):  # rates go on from the checkpoint, whatever learning_rate is now
             run.rates = replace(run.rates, lr_scale=saved.lr_scale)
         if saved.stage is not None:
             take_over_progress(run.record, saved.progress, run.stages)

@@ -100,6 +100,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         settings["layer_decay"] = LAYER_DECAY
     if freezing.lr_scale is None and not adapters:
         settings["lr_scale"] = _rates(trainer, list(blocks), stages, decays)
+        trainer._chose_rates = True
     trainer.freeze_config = replace(freezing, **settings)
     if free:
         trainer.cache_config = replace(caching, num_views=choice.num_views)

@@ -383,7 +383,7 @@ class StageRunner:
             OSError: It cannot be written.
         """
         adaptive = {} if self.adaptive is None else self.adaptive.save(folder)
-        progress, chosen = progress_to_dict(self.record), self.rates.lr_scale if self.lenient else None
+        progress, chosen = progress_to_dict(self.record), self.rates.lr_scale if self.rates.chosen else None
         save_stage(folder, SavedStage(self.current.stage, self.runtime.args.world_size, progress, adaptive, chosen))
 
     def cost_logs(self, state: Any) -> dict[str, float]:

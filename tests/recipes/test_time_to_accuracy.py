@@ -87,6 +87,19 @@ def test_an_arm_has_one_name_and_bad_ones_are_refused() -> None:
             Arm.parse(text)
 
 
+def test_a_line_for_defaults_has_no_arm_with_a_setting_given() -> None:
+    """README says that ``auto`` has all its defaults."""
+    from accuracy_arms import Arm
+    from accuracy_front import LINES, line_of
+
+    base = "auto/epochs=1/budget=1"
+    assert line_of(Arm.parse(base)) == "schedule='auto'"
+    assert line_of(Arm.parse(f"{base}/decay=0.75")) == "schedule='auto', layer-wise decay"
+    for setting in ("keep=0.25", "views=2", "scale=1", "keep=0.5/decay=0.75"):
+        assert line_of(Arm.parse(f"{base}/{setting}")) == "schedule='auto', a setting given"
+        assert line_of(Arm.parse(f"{base}/{setting}")) in LINES
+
+
 def test_auto_takes_the_rate_of_what_trains_the_same_weights_without_freezing() -> None:
     from accuracy_arms import Arm, rate_source
     from accuracy_front import line_of

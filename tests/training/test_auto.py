@@ -132,6 +132,22 @@ def test_a_run_that_is_resumed_with_another_rate_has_those_of_its_checkpoint(oth
         assert found == rates
 
 
+def test_a_scale_that_the_user_gives_anew_holds_from_the_checkpoint_on(train_dataset) -> None:
+    settings = {"num_train_epochs": 3, "save_strategy": "epoch", "learning_rate": 1e-3}
+    first = auto_trainer(train_dataset, freeze={"budget": 0.4, "lr_scale": "2"}, **settings)
+    first.train()
+    again = {**settings, "output_dir": "again", "freeze": {"budget": 0.4, "lr_scale": "4"}}
+    resumed = auto_trainer(train_dataset, **again)
+    resumed.train(resume_from_checkpoint="out/checkpoint-5")
+    rates = [
+        {log["step"]: log["learning_rate"] for log in one.state.log_history if log.get("learning_rate")}
+        for one in (first, resumed)
+    ]
+    later = [step for step in rates[0] if step > 6]
+    assert later
+    assert [rates[1][step] for step in later] == pytest.approx([2 * rates[0][step] for step in later])
+
+
 def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dataset) -> None:
     args = training_arguments(num_train_epochs=3)
     trainers = [
