@@ -256,9 +256,7 @@ def begin_from(run: StageRunner, checkpoint: str | None) -> int:
         if run.adaptive is not None:
             run.adaptive.restore(Path(checkpoint), saved.adaptive)
             left = run.stages = run.adaptive.stages
-        if (
-            run.rates.chosen and saved.lr_scale is not None
-        ):  # rates go on from the checkpoint, whatever learning_rate is now
+        if run.rates.chosen and saved.lr_scale is not None:  # whatever learning_rate is now
             run.rates = replace(run.rates, lr_scale=saved.lr_scale)
         if saved.stage is not None:
             take_over_progress(run.record, saved.progress, run.stages)
