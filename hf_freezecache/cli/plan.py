@@ -151,7 +151,8 @@ def plan(settings: BuildSettings, asked: PlanSettings) -> Plan:
         run = start_run(trainer, [Stage(place, place, point) for place, point in enumerate(points)], len(points), None)
         check_steps(run, trainer.model)
         rows = len(trainer.train_dataset) if asked.rows is None else asked.rows
-        measured = {point: measure_rates(run.cache, run.splits.at(point)) for point in points}
+        size = run.runtime.batch_size
+        measured = {point: measure_rates(run.cache, run.splits, point, size) for point in points}
         processes = (run.cache.num_workers, trainer.args.dataloader_num_workers)
         config = replace(trainer.cache_config, consume_previous_cache=asked.consume_previous_cache)
     if given.processes is not None:

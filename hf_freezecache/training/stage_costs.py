@@ -27,7 +27,7 @@ from torch import Tensor
 from ..codecs import make_codec
 from ..compression.base_view import requested_codec
 from ..data.seeding import preserved_random_state
-from ..model.split import Split
+from ..model.split import Splits
 from ..passes import passes_of_step
 from ..schedules import Stage
 from .planner import epochs_of, states_at
@@ -35,11 +35,13 @@ from .stage_cache import StageCache
 
 __all__ = ["Rates", "build_seconds", "epoch_seconds", "measure_rates", "predict_costs", "stage_seconds"]
 
-#: Images that are run through the blocks, and the most that are rendered.
+#: The most images that are rendered.
 _ROWS = 8
 #: Measuring may take so much of what a stage without a cache takes, or one image: of rendering, and of running images through the
 #: blocks, where a step of training takes up to three passes for one of these.
 _SHARE, _SHARE_OF_BLOCKS = 0.01, 0.015
+#: The most blocks that are timed together: the rest take as long.
+_BLOCKS = 4
 #: No further image is rendered after this. What is measured must cost far less than what it decides about.
 _RENDER_SECONDS = 0.2
 #: Where images and frozen blocks take less than this in a whole stage, there is next to nothing to save.
@@ -104,12 +106,19 @@ class Rates:
         return max(ahead / workers, computing + busy)
 
 
-def measure_rates(cache: StageCache, split: Split, images: float = math.inf) -> Rates:
-    """Render a few rows, run them through the model, and encode, write and decode what comes out at the split.
+def measure_rates(
+    cache: StageCache, splits: Splits, split_point: int, batch_size: int, images: float = math.inf
+) -> Rates:
+    """Render a few rows, encode, write and decode what they are at a split, and run a batch of them through a few blocks.
+
+    The batch is one of training, if so many images are worth it: of fewer, each takes longer, up to three times (DeiT-Tiny, one image at
+    112 pixels, 2 cores).
 
     Args:
         cache: Of the stage that is to come.
-        split: The model, split where the cache would be made.
+        splits: Splits of the model.
+        split_point: Where the cache would be made.
+        batch_size: Images of a batch.
         images: Images that the stage trains on without a cache, those of all epochs: few of them allow little measuring.
 
     Raises:
@@ -117,10 +126,9 @@ def measure_rates(cache: StageCache, split: Split, images: float = math.inf) -> 
     """
     chooser, config = cache.chooser, cache.config
     data, num_views = chooser.data, config.num_views
-    most = _at_most(_SHARE * images / (1 + num_views / 2), 1)
+    most = _at_most(_SHARE * images / (1 + num_views / 2), 1, _ROWS)
     rows = data.layout.order[:most].tolist()
-    extra_inputs = sorted(data.prefix_inputs)
-    device = next(split.model.parameters()).device.type
+    device = next(splits.model.parameters()).device.type
     with preserved_random_state():
         views, busy = data.views.reading_once(), time.process_time()
         render, examples = _per_row(lambda row: views[row, 1 if num_views > 1 else 0], rows)
@@ -129,48 +137,46 @@ def measure_rates(cache: StageCache, split: Split, images: float = math.inf) -> 
         if num_views > 1:
             render_all, _ = _per_row(lambda row: views.render_views(row, range(num_views)), rows)
         count = len(examples)
-        # Images that are there cost nothing more: of more rows a block takes less for each.
-        repeated = _at_most(_SHARE_OF_BLOCKS * images, count)
-        batch = data.collate((examples * repeated)[:repeated])
-        inputs = {name: batch[name] for name in ("pixel_values", *extra_inputs)}
-        extras = {name: batch[name] for name in extra_inputs}
+        # Half for the blocks, half for what stands before them, and for the states that are encoded.
+        passes = _SHARE_OF_BLOCKS * images * splits.num_blocks / 2
+        repeated = _at_most(passes, count, max(batch_size, count))
+        depth = _at_most(passes / repeated, 1, min(_BLOCKS, splits.num_blocks))
 
-        def prefix() -> Tensor:
-            return chooser.run(split.prefix, **inputs).cpu()  # type: ignore[no-any-return]
+        def run(split_point: int, examples: list[Any]) -> Tensor:
+            batch = data.collate(examples)
+            inputs = {name: batch[name] for name in ("pixel_values", *sorted(data.prefix_inputs))}
+            return chooser.run(splits.at(split_point).prefix, **inputs).cpu()  # type: ignore[no-any-return]
 
-        def suffix() -> Tensor:
-            return chooser.run(split.logits_and_features, hidden_states=states, **extras)[0].cpu()  # type: ignore[no-any-return]
-
-        behind, trained = split.num_blocks - split.split_point, 0.0
-        for _ in range(1 if device == "cpu" else 2):  # there the first call compiles and allocates
-            frozen, states = _timed(prefix)
-            if behind:
-                trained, _ = _timed(suffix)
-        lossless, stored = make_codec("lossless"), states[:count]
+        stored = run(split_point, examples)
+        # Images that are there cost nothing more.
+        batch = (examples * math.ceil(repeated / count))[:repeated]
+        # The first call allocates, and may compile.
+        embed, _ = min((_timed(lambda: run(0, batch)) for _ in range(2)), key=lambda timed: timed[0])
+        deep = [_timed(lambda: run(depth, batch))[0] for _ in range(1 if device == "cpu" else 2)][-1]
+        lossless = make_codec("lossless")
         encode, frames = _timed(lambda: lossless.encode(stored))
         copies = _ROWS // count
         write, _ = _timed(lambda: _write(frames * copies, Path(config.freezecache_dir)))
         decode, _ = _timed(lambda: lossless.decode(frames, stored.shape, stored.dtype))
-    if not requested_codec(config, split.split_point)[0].lossless:
+    if not requested_codec(config, split_point)[0].lossless:
         encode, write = encode * _LOSSY_ENCODING, write * _LOSSY_ENCODING
-    # The longer run tells of a block: the shorter one may be mostly what stands before the blocks, or behind them.
-    block = (trained / behind if behind >= split.split_point else frozen / split.split_point) / repeated
     return Rates(
         render=render,
         render_all=render_all,
-        block=block,
+        # Other work on the machine must not leave nothing for the blocks.
+        block=max(deep - embed, deep / 4) / depth / repeated,
         encode=encode / count,
         decode=decode / count,
         stored_bytes=sum(map(len, frames)) / count,
         write=write / count / copies,
-        embed=max(frozen / repeated - block * split.split_point, 0.0),
+        embed=embed / repeated,
         cores=_cores() if device == "cpu" else 0,
         waiting=min(max(1 - busy / render, 0.0), 1.0) if render > 0 else 0.0,
     )
 
 
-def _at_most(images: float, least: int) -> int:
-    return int(min(max(images, least), _ROWS))
+def _at_most(wanted: float, least: int, most: int) -> int:
+    return int(min(max(wanted, least), most))
 
 
 def _cores() -> int:
@@ -314,7 +320,7 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
         if not there and views["cached_views"] >= views["live_views"]:
             return views
         rows = cache.chooser.data.layout.total_samples / run.runtime.everyone.size
-        rates = measure_rates(cache, split, rows * views["live_views"])
+        rates = measure_rates(cache, run.splits, stage.split_point, run.runtime.batch_size, rows * views["live_views"])
         frozen = rows * sum(epochs * (rates.render + rates.prefix(point)) for epochs, point in served)
         if frozen < LEAST_SECONDS:
             return {"frozen_seconds": round(frozen, 3)}

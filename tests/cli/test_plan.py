@@ -26,8 +26,8 @@ def folder(images) -> None:
     images.select(range(12)).to_parquet("data/train.parquet")
 
 
-def measured(cache, split):
-    return Rates(1.0, 2.0, 0.5, 0.125, 0.125 * split.split_point, stored_bytes=2.0**20, write=0.125)
+def measured(cache, splits, split_point, batch_size):
+    return Rates(1.0, 2.0, 0.5, 0.125, 0.125 * split_point, stored_bytes=2.0**20, write=0.125)
 
 
 def stage_by_stage(schedule: str, rates: dict[int, Rates], rows: int = 1, processes=(0, 0), **settings):
@@ -61,9 +61,9 @@ def test_predictions_follow_from_what_was_measured(monkeypatch) -> None:
 def test_views_can_be_chosen_for_each_schedule(monkeypatch) -> None:
     measured_with = []
 
-    def measure(cache, split):
+    def measure(cache, *args):
         measured_with.append(cache.config.num_views)
-        return measured(cache, split)
+        return measured(cache, *args)
 
     monkeypatch.setattr(plan_module, "measure_rates", measure)
     command = ("plan", "model", "data", "--epochs", 10, "--views", "auto", "--rows", 4)

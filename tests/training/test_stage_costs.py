@@ -133,6 +133,21 @@ class Measured(Exception):
     """Ends a run when it has measured."""
 
 
+@pytest.mark.parametrize(("epochs", "rows"), [(2, 3), (40, 16)])
+def test_blocks_are_timed_on_a_batch_of_training_if_that_is_worth_it(train_dataset, monkeypatch, epochs, rows) -> None:
+    model, measure, seen = tiny_vit(), stage_costs.measure_rates, []
+
+    def measured(*args):
+        model.vit.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        raise Measured(measure(*args))
+
+    monkeypatch.setattr(stage_costs, "measure_rates", measured)
+    settings = {"num_train_epochs": epochs, "per_device_train_batch_size": 16}
+    with pytest.raises(Measured):
+        make_trainer(model, train_dataset, None, "0:2", {"mode": "auto", "num_views": 1}, **settings).train()
+    assert max(seen) == rows
+
+
 def test_what_stands_before_the_blocks_is_no_part_of_a_block(train_dataset, monkeypatch) -> None:
     """With one frozen block it would count for each block behind, too."""
     model, measure = tiny_vit(), stage_costs.measure_rates
