@@ -37,7 +37,8 @@ class Recipe:
         most_epochs: Further epochs gain nothing, unless the user asks for that many.
         head_epochs: Epochs before these, in which the head trains alone.
         least_steps: Optimizer steps in place of ``least_epochs``, where it is known how many make an epoch. Epochs need not be whole.
-        most_frozen: With ``least_steps``, more than this share of the blocks is frozen only where an epoch is not paid for otherwise.
+        most_frozen: With ``least_steps``, none is frozen if that leaves so many steps, and more than this share only where an epoch is
+            not paid for otherwise.
     """
 
     most_cost: float
@@ -160,7 +161,9 @@ class _Costs:
         most, most_epochs = passes + 1e-9 * self.num_blocks, max(self.recipe.most_epochs, num_epochs)
         least = self.recipe.least_epochs
         if epoch_steps and self.recipe.least_steps is not None:
-            paid = [(point, self.paid(most, point)) for point in range(1, self.num_blocks)]
+            # Behind no frozen block a step sees all tokens.
+            first = 0 if self.recipe.token_keep == 1 else 1
+            paid = [(point, self.paid(most, point)) for point in range(first, self.num_blocks)]
             few = [pair for pair in paid if pair[0] <= max(1, self.recipe.most_frozen * self.num_blocks)]
             enough, an_epoch = self.recipe.least_steps / epoch_steps, 1
             tried = (few, enough), (few[-1:], an_epoch), (paid, enough), (paid, an_epoch)

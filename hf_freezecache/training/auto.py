@@ -214,8 +214,9 @@ def _described(choice: Choice, trainer: Any) -> str:
     rates = [
         f"{name}={value}" for name in ("layer_decay", "lr_scale") if (value := getattr(freezing, name)) is not None
     ]
+    frozen = f"behind {counted(choice.split_point, 'frozen block')}" if choice.split_point else "without frozen blocks"
     return (
-        f"{choice.reason}: {_epochs(choice)} behind {counted(choice.split_point, 'frozen block')}, num_views="
+        f"{choice.reason}: {_epochs(choice)} {frozen}, num_views="
         f"{int(trainer.cache_config.num_views)}, {', '.join([f'token_keep={freezing.token_keep:g}', *rates])}; that is "
         f"{counted_epochs(choice.cost, choice.epoch_words)}, counted in passes through blocks."
     )

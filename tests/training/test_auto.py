@@ -289,6 +289,17 @@ def test_a_part_of_an_epoch_may_be_chosen(train_dataset) -> None:
     assert trainer.state.epoch == pytest.approx(choice.num_epochs, abs=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_where_steps_are_enough_adapters_of_all_blocks_train(train_dataset) -> None:
+    settings = {"per_device_train_batch_size": 1, "label_names": ["labels"], "num_train_epochs": 3}
+    trainer = auto_trainer(train_dataset, with_lora(), freeze={"budget": 0.5}, **settings)
+    assert trainer.freeze_config.schedule == "0:0"
+    assert ": 1.5 epochs without frozen blocks, " in trainer._record.chosen
+    trainer.train()
+    assert trainer.state.global_step == 75
+    assert [stage["trained_from"] for stage in figures_of(trainer._record)["stages"]] == ["images"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_adapters_that_are_resumed_are_the_same_to_the_bit(train_dataset) -> None:
