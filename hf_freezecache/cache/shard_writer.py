@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from ..codecs.entropy import compress_frame
 from ..data.geometry import GEOMETRY_NAME
 from ..data.layout import ChunkLayout
 from ..errors import CacheCorruptError, DataError
+from .encoder import Encoder
 from .fingerprint import Fingerprint
 from .schema import (
     MAX_CHUNK_BYTES,
@@ -151,7 +152,7 @@ class FreshBase:
 
 @dataclass
 class ShardWriter:
-    """Writes one shard, chunk by chunk. A thread encodes while the next batch is computed.
+    """Writes one shard, chunk by chunk. Where that is faster, a thread encodes while the next batch is computed.
 
     It holds at most one incomplete chunk, one chunk that is being encoded, and one batch.
 
@@ -160,7 +161,7 @@ class ShardWriter:
         plan: What the cache is to hold.
         view: The view.
         shard: The shard's number.
-        executor: Runs the encoder. It has one thread.
+        encoder: Encodes chunks.
         base: (place of a chunk in the shard) -> hidden states and geometry of its base view; for views that are predicted.
         fresh: Takes the chunks of a base view, for views that are predicted and written at once.
     """
@@ -169,7 +170,7 @@ class ShardWriter:
     plan: CachePlan
     view: int
     shard: int
-    executor: ThreadPoolExecutor
+    encoder: Encoder
     base: Callable[[int], tuple[Tensor, Tensor]] | None = None
     fresh: FreshBase | None = None
     hidden: list[Tensor] = field(default_factory=list)
@@ -282,7 +283,7 @@ class ShardWriter:
             self.extras = [{name: value[size:] for name, value in extras.items()}]
         self._flush()
         chunk_extras = {name: value[:size] for name, value in extras.items()}
-        self.pending = self.executor.submit(self._encode, self.chunks, hidden[:size], chunk_extras)
+        self.pending = self.encoder.submit(self._encode, self.chunks, hidden[:size], chunk_extras)
         self.chunks += 1
 
     def _encode(self, chunk: int, hidden_states: Tensor, extras: dict[str, Tensor]) -> list[bytes]:

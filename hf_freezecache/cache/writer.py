@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .commit import (
     BuildReport,
     Unit,
 )
+from .encoder import Encoder
 from .index import (
     atomic_write,
     load_index,
@@ -190,6 +190,7 @@ class _Pass:
     process_group: ProcessGroup
     consume: Callable[[int], None] | None
     renderer: ViewRenderer = field(init=False)
+    encoders: list[Encoder] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Prepare rendering."""
@@ -262,9 +263,9 @@ class _Pass:
         datasets.disable_progress_bars()
         try:
             with bar, ExitStack() as stack:
-                executors = [stack.enter_context(ThreadPoolExecutor(1)) for _ in self.builds]
+                self.encoders = [stack.enter_context(closing(Encoder())) for _ in self.builds]
                 for shard, views in groups:
-                    self._build_group((shard, views), rendered, executors, bar)
+                    self._build_group((shard, views), rendered, bar)
                     if self.consume is not None and last_views[shard] in views:
                         self.consume(shard)
         finally:
@@ -285,22 +286,20 @@ class _Pass:
             disable=not self.show_progress or not process_group.is_main_process,
         )
 
-    def _build_group(
-        self, group: Together, rendered: Iterator[list[Batch]], executors: Sequence[ThreadPoolExecutor], bar: Any
-    ) -> None:
+    def _build_group(self, group: Together, rendered: Iterator[list[Batch]], bar: Any) -> None:
         """Write shards of one number, and their index tables, in every cache that lacks them."""
         shard, views = group
         with ExitStack() as stack:
             # A view that is finished stays, whatever comes of the others.
             files = {view: stack.enter_context(ExitStack()) for view in views}
             writers: dict[int, list[ShardWriter]] = {view: [] for view in views}
-            for build, executor in zip(self.builds, executors, strict=True):
+            for build, encoder in zip(self.builds, self.encoders, strict=True):
                 missing = [view for view in views if (view, shard) in build.missing]
                 predicted = [view for view in missing if build.plan.views.needs_base(view)]
                 fresh = FreshBase(build.plan.codec, len(predicted)) if 0 in missing and predicted else None
                 for view in missing:
                     file = files[view].enter_context(atomic_write(build.directory / shard_name(view, shard)))
-                    writer = ShardWriter(file, build.plan, view, shard, executor)
+                    writer = ShardWriter(file, build.plan, view, shard, encoder)
                     if view in predicted:
                         writer.base = fresh or BaseShard(build.directory, build.plan, shard)
                     elif view == 0:
@@ -396,4 +395,6 @@ class _Pass:
             raise UnsupportedSetupError(
                 f"The prefix gave hidden states of split points {sorted(states)}, expected those of {missing} too."
             )
+        for encoder in self.encoders:
+            encoder.follow(next(iter(states.values())).device)
         return {point: states[point].detach().to("cpu") for point in set(split_points)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support import tiny_cache
 from torch.utils.data import default_collate
 
+from hf_freezecache.cache.encoder import Encoder
 from hf_freezecache.cache.index import load_index
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.schema import TOKEN_POSITIONS
@@ -129,8 +130,8 @@ def test_the_largest_positions_are_taken() -> None:
 
 
 def append(plan: CachePlan, stored_tokens: int, extras: dict[str, torch.Tensor]) -> None:
-    with ThreadPoolExecutor(1) as executor:
-        ShardWriter(io.BytesIO(), plan, 0, 0, executor).append(torch.zeros(2, stored_tokens, 3), extras)
+    with closing(Encoder()) as encoder:
+        ShardWriter(io.BytesIO(), plan, 0, 0, encoder).append(torch.zeros(2, stored_tokens, 3), extras)
 
 
 @pytest.mark.parametrize(

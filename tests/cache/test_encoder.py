@@ -1,0 +1,47 @@
+"""Chunks are encoded beside the blocks, or between them: what is stored is the same."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+
+import pytest
+import torch
+from support.tiny import make_trainer, tiny_vit
+
+from hf_freezecache.cache import encoder as encoder_module
+from hf_freezecache.cache.encoder import Encoder
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "beside"), [("cpu", 1, False), ("cpu", 2, False), ("cpu", 3, True), ("meta", 1, True)]
+)
+def test_a_thread_only_where_blocks_leave_cores(monkeypatch, device, threads, beside) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with closing(Encoder()) as encoder:
+        encoder.follow(torch.device(device))
+        ran_in = encoder.submit(threading.get_ident).result(timeout=5)
+    assert (ran_in != threading.get_ident()) == beside
+
+
+@pytest.mark.parametrize("few", [0, 1024])
+def test_a_job_that_fails_says_so_when_it_is_asked(monkeypatch, few) -> None:
+    monkeypatch.setattr(encoder_module, "_FEW_CORES", few)
+    with closing(Encoder()) as encoder:
+        encoder.follow(torch.device("cpu"))
+        failed, fine = encoder.submit(lambda: 1 // 0), encoder.submit(lambda: 3)
+        assert fine.result() == 3
+        with pytest.raises(ZeroDivisionError):
+            failed.result()
+
+
+@pytest.mark.parametrize("codec", ["lossless", "transform"])
+def test_both_ways_store_the_same_bytes(train_dataset, monkeypatch, tmp_path, codec) -> None:
+    stored = []
+    for few in (0, 1024):
+        monkeypatch.setattr(encoder_module, "_FEW_CORES", few)
+        cache = {"num_views": 2, "chunk_size": 8, "codec": codec, "transform_id": "tiny", "cache_dir": f"caches-{few}"}
+        directory = make_trainer(tiny_vit(), train_dataset, schedule="0:2", cache=cache).build_cache().reader.directory
+        stored.append({path.name: path.read_bytes() for path in sorted(directory.rglob("*.safetensors"))})
+    assert stored[0] == stored[1]
+    assert len(stored[0]) >= 2
