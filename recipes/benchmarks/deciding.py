@@ -3,8 +3,8 @@
     python recipes/benchmarks/deciding.py --model DIR --data DIR --json FILE
 
 Each case is trained in each mode in each round, in turn, with a folder of caches of its own, but for ``there``, whose cache is built
-before. Nothing is remembered from one run to the next: all check data and code. Seconds are those of ``train()``. ``predicted`` is what the decision holds, over what the same way of training took, without
-what comes before the first stage.
+before. Nothing is remembered from one run to the next: all check data and code. Seconds are those of ``train()``. ``predicted`` is what
+the decision holds, over what the same way of training took, without what comes before the first stage.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
 AUTO = "epoch_cost--deit-tiny--cpu--auto.json"
 EVALUATING = "evaluating--deit-tiny--cpu.json"
 READING = "reading--cpu.json"
+GROWTH = "growth--cpu.json"
 DECIDING = "deciding--deit-tiny--cpu.json"
 SWEEPING = "sweeping--deit-tiny--cpu.json"
 DEMO, UNSEEN = "demo.json", "demo--unseen-digits.json"
@@ -31,27 +32,60 @@ def epochs() -> str:
         return f"{value['median']:.2f}x ({value['min']:.2f}-{value['max']:.2f})"
 
     lines = [
-        "| frozen blocks | images/s trained from the cache | over full fine-tuning | over frozen, no cache | of the limit | cache per view, lossless | of the limit, `auto` | cache per view, `auto` |",
-        "|---|---|---|---|---|---|---|---|",
+        "| frozen blocks | images/s trained from the cache | over full fine-tuning | over frozen, no cache | with half of the patches "
+        "| of the limit | building | cache per view | of the limit, `auto` | building, `auto` | cache per view, `auto` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, result in lossless["results"].items():
-        small = auto["results"][name]
-        lines.append(
-            f"| {name.removeprefix('k=')} of 12 | {result['images_per_second']['cached']['median']:.0f} "
-            f"| {ratio(result, 'cached/full')} | {ratio(result, 'cached/frozen')} "
-            f"| {result['ratios']['cached/limit']['median']:.2f} | {result['cache_bytes_per_image'] / 1024:.0f} KiB "
-            f"| {small['ratios']['cached/limit']['median']:.2f} | {small['cache_bytes_per_image'] / 1024:.1f} KiB |"
-        )
+    # Split points are measured in order of worth.
+    for name, result in sorted(lossless["results"].items(), key=lambda pair: int(pair[0].removeprefix("k="))):
+        cells = [f"{name.removeprefix('k=')} of 12", f"{result['images_per_second']['cached']['median']:.0f}"]
+        cells += [ratio(result, one) for one in ("cached/full", "cached/frozen", "cached_kept/cached")]
+        for each in (result, auto["results"][name]):
+            cells += [interval(each["ratios"]["cached/limit"]), interval(each["build_ratio"])]
+            cells.append(f"{each['cache_bytes_per_image'] / 1024:.{0 if each is result else 1}f} KiB")
+        lines.append(f"| {' | '.join(cells)} |")
     config, versions, machine = lossless["config"], lossless["versions"], lossless["machine"]
     lines += [
         "",
         f"DeiT-Tiny, 224 px, bf16, batch {config['batch_size']}, {machine['accelerator'] or machine['processor']}, "
         f"{machine['cores']} cores; medians (extremes) of {config['rounds']} interleaved rounds, images rendered live in "
-        "the uncached arms; building not included. The limit is the same suffix fed from memory. "
+        "the uncached arms; building not included. The limit is the same suffix fed from memory; building is over rendering and running "
+        f"the frozen blocks alone. Lossless: {stored_views(config)}; `auto`: {stored_views(auto['config'])}, most of them stored as what others do "
+        "not predict. "
         f"torch {versions['torch']}, transformers {versions['transformers']}; lossless {link(LOSSLESS)}, "
         f"`auto` {link(AUTO)}, made by `recipes/benchmarks/epoch_cost.py`.",
     ]
     return "\n".join(lines)
+
+
+def stored_views(config: dict[str, Any]) -> str:
+    """Return how many views of how many images were stored."""
+    views = int(config.get("views", 1))
+    return f"{views} view{'s' if views > 1 else ''} of {config['images']} images"
+
+
+def growths() -> str:
+    """Return the exponents of what building, training and storing take."""
+    record = load(GROWTH)
+    config, results, machine = record["config"], record["results"], record["machine"]
+    lines = ["| grows | building | an epoch | bytes | memory added |", "|---|---|---|---|---|"]
+    base = results["cases"]["base"]["peak_memory_bytes"]["median"]
+    for name, exponents in results["exponents"].items():
+        factor = config["grows"][name][-1]
+        added = (results["cases"][f"{name} x{factor}"]["peak_memory_bytes"]["median"] - base) / 2**20
+        figures = [f"{exponents[one]:.2f}" for one in ("build_cpu_seconds", "epoch_cpu_seconds", "cache_bytes")]
+        lines.append(f"| {name} x{factor} | {' | '.join(figures)} | {added:+.0f} MiB |")
+    first = config["base"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Exponents from {first['rows']} rows, {first['views']} view of {round(first['pixels'] ** 0.5)} px and a width of {first['width']} "
+            "to the largest: 1 is linear; with the width, matrices grow by its square. CPU seconds of one thread, medians of "
+            f"{config['rounds']} rounds, {config['blocks']} blocks, {config['split_point']} of them frozen; {machine['processor']}. "
+            f"{link(GROWTH)}, made by `recipes/benchmarks/growth.py`.",
+        ]
+    )
 
 
 def readings() -> str:
@@ -84,21 +118,23 @@ def decisions() -> str:
     record = load(DECIDING)
     config, machine = record["config"], record["machine"]
     lines = [
-        "| case | from a cache, s | without, s | `auto`, s | of the better | decided |",
-        "|---|---|---|---|---|---|",
+        "| case | from a cache, s | without, s | `auto`, s | over the better | decided | predicted over took |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, result in record["results"].items():
-        seconds = [f"{result[f'{mode}_seconds']['median']:.1f}" for mode in ("always", "never", "auto")]
-        over = result["auto_over_better"]
+        took = [result[f"{mode}_seconds"] for mode in ("always", "never", "auto")]
+        seconds = [interval(one, ".1f") for one in took]
+        always, never, auto = (one["median"] for one in took)
+        predicted = [result[f"{name}_predicted_over_outcome"] for name in ("cached", "live")]
+        ratios = ", ".join(f"{one['median']:.2f}" for one in predicted if one)
         decided = ", ".join(sorted({{"none": "without"}.get(one, "cache") for one in result["decided"]}))
-        lines.append(
-            f"| {name} | {' | '.join(seconds)} | {over['median']:.2f} ({over['min']:.2f}-{over['max']:.2f}) | {decided} |"
-        )
+        lines.append(f"| {name} | {' | '.join(seconds)} | {auto / min(always, never):.2f} | {decided} | {ratios} |")
     return "\n".join(
         [
             *lines,
             "",
             f"Medians (extremes) of {config['rounds']} rounds, all modes in turn; seconds of `train()`, checks and building included. "
+            "What was predicted, with a cache and without, where images were measured. "
             f"Short runs pay for the measuring. DeiT-Tiny, {config['size']} px, {machine['processor']}, {machine['cores']} cores. "
             f"{link(DECIDING)}, made by `recipes/benchmarks/deciding.py`.",
         ]
