@@ -12,7 +12,7 @@ from typing import Any
 from accuracy_arms import Arm
 from accuracy_front import best_within, given_of, line_of, points_of
 from records import RESULTS, ROOT, link, load
-from speed_tables import decisions, demos, epochs, evaluations, faults, plans, readings, sweeps
+from speed_tables import decisions, demos, epochs, evaluations, faults, growths, plans, readings, sweeps
 
 RATES = "rate_distortion--deit-tiny--cpu.json"
 ACCURACY = "codec_accuracy--deit-tiny--*--cpu.json"
@@ -328,6 +328,7 @@ SECTIONS = {
     "demos": ("docs/quick_start.md", demos),
     "readings": ("docs/benchmarks.md", readings),
     "decisions": ("docs/benchmarks.md", decisions),
+    "growths": ("docs/benchmarks.md", growths),
     "codecs": ("docs/compression.md", codecs),
     "views": ("docs/augmented_views.md", views),
     "faults": ("docs/several_processes.md", faults),
