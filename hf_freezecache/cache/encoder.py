@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from ..model.threads import available_cores
+
 __all__ = ["Encoder"]
 
 _Result = TypeVar("_Result")
@@ -26,8 +28,9 @@ class Encoder:
         self._beside = True
 
     def follow(self, device: torch.device) -> None:
-        """Choose how later jobs run, by where the blocks do."""
-        self._beside = device.type != "cpu" or torch.get_num_threads() > _FEW_CORES
+        """Choose how later jobs run, by where the blocks do, and whether they leave a core."""
+        threads = torch.get_num_threads()
+        self._beside = device.type != "cpu" or not available_cores() <= threads <= _FEW_CORES
 
     def submit(
         self, job: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs

@@ -1,17 +1,23 @@
-"""Threads for a few rows: those of small models cost more time waiting for each other than they save."""
+"""Cores of a CPU, and threads for a few rows: those of small models cost more time waiting for each other than they save."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-__all__ = ["one_thread_if_small"]
+__all__ = ["available_cores", "one_thread_if_small"]
 
 #: Parameters of the largest model whose forward of two rows is not worth several threads: DeiT-Small's 22 M.
 _SMALL = 30_000_000
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from ..codecs import make_codec
 from ..compression.base_view import requested_codec
 from ..data.seeding import preserved_random_state
 from ..model.split import Splits
+from ..model.threads import available_cores
 from ..passes import passes_of_step
 from ..schedules import Stage
 from .planner import epochs_of, states_at
@@ -170,17 +171,13 @@ def measure_rates(
         stored_bytes=sum(map(len, frames)) / count,
         write=write / count / copies,
         embed=embed / repeated,
-        cores=_cores() if device == "cpu" else 0,
+        cores=available_cores() if device == "cpu" else 0,
         waiting=min(max(1 - busy / render, 0.0), 1.0) if render > 0 else 0.0,
     )
 
 
 def _at_most(wanted: float, least: int, most: int) -> int:
     return int(min(max(wanted, least), most))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _per_row(render: Callable[[int], Any], rows: Sequence[int]) -> tuple[float, list[Any]]:

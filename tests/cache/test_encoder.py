@@ -14,19 +14,33 @@ from hf_freezecache.cache.encoder import Encoder
 
 
 @pytest.mark.parametrize(
-    ("device", "threads", "beside"), [("cpu", 1, False), ("cpu", 2, False), ("cpu", 3, True), ("meta", 1, True)]
+    ("device", "cores", "threads", "beside"),
+    [
+        ("cpu", 1, 1, False),
+        ("cpu", 2, 2, False),
+        ("cpu", 1, 2, False),
+        ("cpu", 2, 1, True),
+        ("cpu", 3, 3, True),
+        ("meta", 1, 1, True),
+    ],
 )
-def test_a_thread_only_where_blocks_leave_cores(monkeypatch, device, threads, beside) -> None:
+def test_a_thread_only_where_blocks_leave_cores(monkeypatch, device, cores, threads, beside) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(encoder_module, "available_cores", lambda: cores)
     with closing(Encoder()) as encoder:
         encoder.follow(torch.device(device))
         ran_in = encoder.submit(threading.get_ident).result(timeout=5)
     assert (ran_in != threading.get_ident()) == beside
 
 
-@pytest.mark.parametrize("few", [0, 1024])
-def test_a_job_that_fails_says_so_when_it_is_asked(monkeypatch, few) -> None:
-    monkeypatch.setattr(encoder_module, "_FEW_CORES", few)
+def encoding_between(monkeypatch, between: bool) -> None:
+    monkeypatch.setattr(encoder_module, "available_cores", lambda: 1)
+    monkeypatch.setattr(encoder_module, "_FEW_CORES", 1024 if between else 0)
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_job_that_fails_says_so_when_it_is_asked(monkeypatch, between) -> None:
+    encoding_between(monkeypatch, between)
     with closing(Encoder()) as encoder:
         encoder.follow(torch.device("cpu"))
         failed, fine = encoder.submit(lambda: 1 // 0), encoder.submit(lambda: 3)
@@ -38,9 +52,15 @@ def test_a_job_that_fails_says_so_when_it_is_asked(monkeypatch, few) -> None:
 @pytest.mark.parametrize("codec", ["lossless", "transform"])
 def test_both_ways_store_the_same_bytes(train_dataset, monkeypatch, tmp_path, codec) -> None:
     stored = []
-    for few in (0, 1024):
-        monkeypatch.setattr(encoder_module, "_FEW_CORES", few)
-        cache = {"num_views": 2, "chunk_size": 8, "codec": codec, "transform_id": "tiny", "cache_dir": f"caches-{few}"}
+    for between in (False, True):
+        encoding_between(monkeypatch, between)
+        cache = {
+            "num_views": 2,
+            "chunk_size": 8,
+            "codec": codec,
+            "transform_id": "tiny",
+            "cache_dir": f"caches-{between}",
+        }
         directory = make_trainer(tiny_vit(), train_dataset, schedule="0:2", cache=cache).build_cache().reader.directory
         stored.append({path.name: path.read_bytes() for path in sorted(directory.rglob("*.safetensors"))})
     assert stored[0] == stored[1]
