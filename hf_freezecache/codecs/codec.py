@@ -84,7 +84,8 @@ class Codec:
             )
 
     @property
-    def _array_steps(self) -> list[ArrayStep]:
+    def array_steps(self) -> list[ArrayStep]:
+        """The steps from arrays to arrays, in the order of encoding."""
         return [step for step in self.steps if isinstance(step, ArrayStep)]
 
     @property
@@ -102,7 +103,7 @@ class Codec:
     @property
     def lossless(self) -> bool:
         """Whether every bit comes back."""
-        return all(step.lossless for step in self._array_steps)
+        return all(step.lossless for step in self.array_steps)
 
     # ---- Fitting ----
 
@@ -113,12 +114,12 @@ class Codec:
     @property
     def needs_fit(self) -> bool:
         """Whether any step has yet to be fitted."""
-        return any(step.needs_fit for step in self._array_steps)
+        return any(step.needs_fit for step in self.array_steps)
 
     @property
     def needs_gradients(self) -> bool:
         """Whether ``fit`` needs gradients."""
-        return any(step.needs_fit and step.needs_gradients for step in self._array_steps)
+        return any(step.needs_fit and step.needs_gradients for step in self.array_steps)
 
     def with_gradient_weight(self, weight: float) -> Codec:
         """Return the codec whose steps that are not fitted yet weigh directions by gradients, where they can."""
@@ -139,7 +140,7 @@ class Codec:
             ValueError: A step cannot be fitted on this sample.
         """
         codec, array = self, sample
-        for position, step in enumerate(self._array_steps):
+        for position, step in enumerate(self.array_steps):
             if not codec.needs_fit:
                 break
             if step.needs_fit:
@@ -152,12 +153,12 @@ class Codec:
     @property
     def has_step_size(self) -> bool:
         """Whether a step has a quantization step size that can be chosen."""
-        return any(step.has_step_size for step in self._array_steps)
+        return any(step.has_step_size for step in self.array_steps)
 
     @property
     def step_size(self) -> float | None:
         """Quantization step size; ``None`` before ``fit``, and of a codec without any."""
-        return next((step.step_size for step in self._array_steps if step.has_step_size), None)
+        return next((step.step_size for step in self.array_steps if step.has_step_size), None)
 
     def with_step_size(self, step_size: float) -> Codec:
         """Return the same fit with another quantization step size.
@@ -180,7 +181,7 @@ class Codec:
         Raises:
             ValueError: It does not fit, or is not finite.
         """
-        for step in self._array_steps:
+        for step in self.array_steps:
             step.check(tokens, hidden)
 
     # ---- Encoding and decoding ----
@@ -188,7 +189,7 @@ class Codec:
     def _specs(self, spec: ArraySpec) -> tuple[list[ArraySpec], list[dict[str, ArraySpec]]]:
         """Return the spec that each array step takes and, last, that of the main array; and what each step gives."""
         inputs, outputs = [spec], []
-        for step in self._array_steps:
+        for step in self.array_steps:
             outputs.append(step.encoded_specs(inputs[-1]))
             inputs.append(outputs[-1]["values"])
         return inputs, outputs
@@ -222,7 +223,7 @@ class Codec:
             ValueError: A lossy codec was given NaN or infinite values, or values out of its range.
         """
         array, sides = hidden_states, []
-        for step in self._array_steps:
+        for step in self.array_steps:
             encoded = step.encode(array)
             array = encoded.pop("values")
             sides += list(encoded.values())
@@ -267,7 +268,7 @@ class Codec:
         decoded = iter([step.decode(buffers(sizes), array) for step, array, sizes in others])
         inputs, outputs = self._specs(spec)
         arrays: dict[str, Tensor] = {} if high is None else {high_bytes(view): high}
-        for position, (step, taken, specs) in enumerate(zip(self._array_steps, inputs, outputs, strict=False)):
+        for position, (step, taken, specs) in enumerate(zip(self.array_steps, inputs, outputs, strict=False)):
             sides = {name: next(decoded) for name in specs if name != "values"}
             collated = step.collatable({"values": main, **sides}, taken)
             arrays |= {side_array(view, position, name): side for name, side in collated.items() if name != "values"}
@@ -276,7 +277,7 @@ class Codec:
     def _input_dtypes(self, dtype: torch.dtype) -> list[torch.dtype]:
         """Return the dtype that each array step takes."""
         dtypes = [dtype]
-        for step in self._array_steps[:-1]:
+        for step in self.array_steps[:-1]:
             dtypes.append(step.encoded_specs(ArraySpec((1, 1, 1), dtypes[-1]))["values"].dtype)
         return dtypes
 
@@ -286,7 +287,7 @@ class Codec:
         Returns:
             Empty if a step needs all tokens: then ``dequantize`` takes all, whichever it is to give.
         """
-        axes, steps = {main_array(view): 1}, self._array_steps
+        axes, steps = {main_array(view): 1}, self.array_steps
         for position, step in enumerate(steps):
             if step.token_axes is None:
                 return {}
@@ -320,7 +321,7 @@ class Codec:
         if high_bytes(view) in arrays:
             array = join_bytes(array, arrays[high_bytes(view)])
         taken = positions is None or bool(self.token_axes(view))
-        for position, step in reversed(list(enumerate(self._array_steps))):
+        for position, step in reversed(list(enumerate(self.array_steps))):
             named = {"values": array, **side_arrays(arrays, view, position)}
             if not taken and positions is not None and self._gives_states(position):
                 array, taken = step.decode_kept(named, positions, dtypes[position], compute_dtype), True
@@ -330,7 +331,7 @@ class Codec:
 
     def _gives_states(self, position: int) -> bool:
         """Say whether a step decodes to (batch, tokens, hidden), of which the steps before it take each token by itself."""
-        return all(step.token_axes == {"values": 1} for step in self._array_steps[:position])
+        return all(step.token_axes == {"values": 1} for step in self.array_steps[:position])
 
     def decode(self, frames: Sequence[Buffer], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Decode a chunk: ``entropy_decode``, then ``dequantize`` on the CPU.
@@ -355,7 +356,7 @@ class Codec:
         largest, dtypes = largest_value(array), self._input_dtypes(dtype)
         if high is not None:
             largest = max(largest, largest_value(join_bytes(array[..., : high.shape[-1]], high)))
-        for position, step in reversed(list(enumerate(self._array_steps))):
+        for position, step in reversed(list(enumerate(self.array_steps))):
             largest = step.abs_bound(side_arrays(arrays, view, position), largest)
             if not largest < torch.finfo(dtypes[position]).max:
                 return math.inf
@@ -367,10 +368,10 @@ class Codec:
         The bounds of several array steps add up, and each step's result is rounded to the dtype that it took.
         """
         inputs = [hidden_states]
-        for step in self._array_steps[:-1]:
+        for step in self.array_steps[:-1]:
             inputs.append(step.encode(inputs[-1])["values"])
         total = torch.zeros(len(hidden_states), dtype=torch.float64)
-        for step, array in zip(reversed(self._array_steps), reversed(inputs), strict=False):
+        for step, array in zip(reversed(self.array_steps), reversed(inputs), strict=False):
             if array is not inputs[-1]:
                 info = torch.finfo(array.dtype)
                 rounding = (largest_of_samples(array) + total) * info.eps / 2 + info.smallest_normal * info.eps / 2

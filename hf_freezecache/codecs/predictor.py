@@ -14,7 +14,7 @@ from ..model.tokens import take_tokens
 from .base import ArraySpec, check_tensors, digest, largest_value
 from .cast import check_finite
 
-__all__ = ["WHOLE", "Predictor", "check_geometry", "move_tokens"]
+__all__ = ["WHOLE", "Predictor", "check_geometry", "move_tokens", "token_maps"]
 
 #: The geometry of a view is five numbers, ``(left, top, right, bottom, flip)``. The first four are the edges of the crop as
 #: fractions of the image: ``left < right`` of its width, ``top < bottom`` of its height, 0 at its left or upper edge and 1 at
@@ -25,6 +25,8 @@ WHOLE = (0.0, 0.0, 1.0, 1.0, 0.0)
 
 #: Ridge of the least squares, relative to the mean variance of the predictors: channels of ViTs are nearly collinear.
 _RIDGE = 1e-2
+
+_NOT_FITTED = "the predictor has not been fitted"
 
 #: Beyond the geometry of any view.
 _FAR = 1e6
@@ -57,11 +59,29 @@ def _ends(geometry: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return torch.where(flipped, end, start), torch.where(flipped, start, end)
 
 
-def move_tokens(patches: Tensor, geometry: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample the patch tokens of base views at the place of other views of the same images.
+def token_maps(geometry: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return how rows and columns of the token grid move from base views to other views of the same images.
 
-    The resampling is bilinear on the token grid, as by ``torch.nn.functional.grid_sample`` with ``padding_mode="border"``. It
-    takes two products, one for rows and one for columns, since crops are upright.
+    The resampling is bilinear on the token grid, as by ``torch.nn.functional.grid_sample`` with ``padding_mode="border"``. Crops
+    are upright, so rows and columns move apart: ``new[i, j] = sum_ab rows[i, a] columns[j, b] old[a, b]``.
+
+    Args:
+        geometry: Geometries of the base view and of the other, (batch, 2, 5); see ``WHOLE``.
+        grid: (height, width) of the patches.
+
+    Returns:
+        (batch, height, height) and (batch, width, width), dtype of ``geometry``.
+    """
+    maps = []
+    for axis, size in ((1, grid[0]), (0, grid[1])):
+        (base_start, base_end), (start, end) = _ends(geometry[:, 0], axis), _ends(geometry[:, 1], axis)
+        span = base_end - base_start
+        maps.append(_interpolation((start - base_start) / span, (end - base_start) / span, size))
+    return maps[0], maps[1]
+
+
+def move_tokens(patches: Tensor, geometry: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample the patch tokens of base views at the place of other views of the same images; see ``token_maps``.
 
     Args:
         patches: Patch tokens row by row, (batch, patches, hidden).
@@ -74,12 +94,7 @@ def move_tokens(patches: Tensor, geometry: Tensor, grid: tuple[int, int]) -> Ten
     height, width = grid
     if height == 1:
         return patches
-    maps = []
-    for axis, size in ((1, height), (0, width)):
-        (base_start, base_end), (start, end) = _ends(geometry[:, 0], axis), _ends(geometry[:, 1], axis)
-        span = base_end - base_start
-        maps.append(_interpolation((start - base_start) / span, (end - base_start) / span, size).to(patches.dtype))
-    rows, columns = maps
+    rows, columns = (axis.to(patches.dtype) for axis in token_maps(geometry, grid))
     batch, _, hidden = patches.shape
     moved = torch.bmm(rows, patches.reshape(batch, height, width * hidden)).reshape(batch * height, width, hidden)
     moved = torch.bmm(columns.repeat_interleave(height, 0), moved)
@@ -229,6 +244,17 @@ class Predictor:
         tensors = {"gains": stored, "scale": scale, "mean": mean.clamp(-limit, limit).to(torch.float16)}
         return dataclasses.replace(bare, state=digest(tensors), **tensors)
 
+    def linear_map(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ``A``, (hidden, hidden).
+
+        Raises:
+            ValueError: The predictor has not been fitted.
+        """
+        if self.gains is None or self.scale is None:
+            raise ValueError(_NOT_FITTED)
+        gains = self.gains.to(device, dtype) * self.scale.to(device, dtype)
+        return gains if self.full else gains[0].diag()
+
     def _apply(self, moved: Tensor, gains: Tensor, scale: Tensor) -> Tensor:
         weights = (gains.to(moved.device, torch.float32) * scale.to(moved.device)).to(moved.dtype)
         return moved @ weights if self.full else moved * weights
@@ -249,7 +275,7 @@ class Predictor:
             ValueError: The predictor has not been fitted.
         """
         if self.gains is None or self.scale is None or self.mean is None:
-            raise ValueError("the predictor has not been fitted")
+            raise ValueError(_NOT_FITTED)
         moved = move_tokens(base[:, self.prefix_tokens :], geometry.float(), self.grid)
         mean = self.mean.to(base.device, base.dtype)
         if positions is not None:

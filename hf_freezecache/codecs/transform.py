@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -95,8 +95,7 @@ class Transform(ArrayStep):
 
     @override
     def configuration(self) -> dict[str, Any]:
-        stored = super().configuration()
-        return {**stored, "grid": None if self.grid is None else list(self.grid)}
+        return {**super().configuration(), "grid": None if self.grid is None else list(self.grid)}
 
     @override
     def tensors(self) -> dict[str, Tensor]:
@@ -203,7 +202,7 @@ class Transform(ArrayStep):
         """(samples, tokens, hidden) -> coefficients (samples, hidden, tokens) from low to high frequency."""
         return to_frequencies(self._inverse.to(centred.dtype) @ centred.transpose(1, 2), self._grid)
 
-    def _constants(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    def constants(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """Return the mean of the tokens, the basis times the step size, and the inverse matrices of the DCT."""
         key = (dtype, device)
         if key not in self._cached_constants:
@@ -229,14 +228,15 @@ class Transform(ArrayStep):
         """Coefficients (samples, hidden, tokens) -> (samples, tokens, hidden), in the dtype of the basis."""
         return to_positions(values, self._grid, basis.dtype, *matrices, kept=kept).transpose(1, 2) @ basis.T
 
+    def mean_coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the mean in the transform domain, (hidden, tokens) from low to high frequency, in steps."""
+        return cast(Tensor, self.mean).to(device, dtype).T / _MEAN_QUANTA
+
     def _mean_tokens(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(tokens, hidden)."""
-        assert self.mean is not None
-        assert self.step is not None
-        wide = torch.promote_types(dtype, torch.float32)
-        coefficients = self.mean.to(device, wide).T[None] * (self.step / _MEAN_QUANTA)
-        matrices = inverse_matrices(self._grid, wide, device)
-        return self._backward(coefficients, self._basis(wide, device), *matrices)[0].to(dtype)
+        wide, step = torch.promote_types(dtype, torch.float32), self.step or 0.0
+        coefficients, matrices = self.mean_coefficients(wide, device) * step, inverse_matrices(self._grid, wide, device)
+        return self._backward(coefficients[None], self._basis(wide, device), *matrices)[0].to(dtype)
 
     # ---- The codec ----
 
@@ -308,7 +308,7 @@ class Transform(ArrayStep):
         check_finite(array)
         assert self.step is not None
         wide = torch.float64 if array.dtype == torch.float64 else torch.float32
-        mean, *maps = self._constants(wide, torch.device("cpu"))
+        mean, *maps = self.constants(wide, torch.device("cpu"))
         prefix = array[:, : self.prefix_tokens].to(torch.float16)
         centred = array[:, self.prefix_tokens :].to(wide) - mean
         components = self._inverse.to(wide) @ centred.transpose(1, 2)
@@ -371,7 +371,7 @@ class Transform(ArrayStep):
     ) -> Tensor:
         values, prefix = arrays["values"], arrays["prefix"]
         wide = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
-        mean, *maps = self._constants(wide, values.device)
+        mean, *maps = self.constants(wide, values.device)
         kept = None if positions is None else positions[:, self.prefix_tokens :] - self.prefix_tokens
         patches = self._backward(values, *maps, kept=kept) + (mean if kept is None else mean[kept])
         states = patches.new_empty((len(values), self.prefix_tokens + patches.shape[1], len(maps[0])), dtype=dtype)

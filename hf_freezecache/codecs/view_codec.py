@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..model.tokens import take_tokens
 from .array_names import BASE, COPY, GEOMETRY, IS_COPY, join_groups, main_array, split_groups
 from .base import Buffer
 from .codec import Codec
+from .predicted_views import PredictedViews
 from .predictor import Predictor
 from .registry import codec_from_dict
 
@@ -132,6 +133,12 @@ class ViewCodec:
 
     base: Codec
     copies: CopyCodec | None = None
+    _together: PredictedViews | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """See whether predicted views are restored together with what they are predicted from."""
+        together = self.copies and PredictedViews.of(self.base, self.copies.codec, self.copies.predictor)
+        object.__setattr__(self, "_together", together)
 
     @property
     def lossless(self) -> bool:
@@ -188,6 +195,8 @@ class ViewCodec:
             self.copies.codec.check(tokens, hidden)
             if self.copies.predictor is not None:
                 self.copies.predictor.check(tokens, hidden)
+        if self._together is not None:
+            self._together.check()
 
     def abs_bound(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """Return a bound of the absolute values that ``dequantize`` gives; see ``Codec.abs_bound``."""
@@ -223,6 +232,8 @@ class ViewCodec:
 
         With ``positions``, arrays that ``token_axes`` names hold only these tokens.
         """
+        if self._together is not None and self._together.takes(arrays):
+            return self._together.decode(arrays, dtype, compute_dtype, positions)
         whole = None if self._predicts else positions
         base = self.base.dequantize(arrays, dtype, compute_dtype, BASE, whole) if main_array(BASE) in arrays else None
         states = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from hf_freezecache.codecs import (
     codec_from_dict,
     make_codec,
 )
-from hf_freezecache.codecs.array_names import GEOMETRY
+from hf_freezecache.codecs.array_names import COPY, GEOMETRY, IS_COPY
 from hf_freezecache.codecs.base import ArraySpec
 from hf_freezecache.codecs.predictor import WHOLE, move_tokens
 from hf_freezecache.compression.step_search import (
@@ -32,7 +33,9 @@ from hf_freezecache.compression.step_search import (
     roundtrip,
 )
 from hf_freezecache.data.collators import collate_cached, split_packed
+from hf_freezecache.data.kept_tokens import TokenSubset
 from hf_freezecache.errors import UnsupportedSetupError
+from hf_freezecache.model.tokens import take_tokens
 
 GRID, PREFIX, HIDDEN = (4, 4), 1, 6
 TOKENS = PREFIX + 16
@@ -405,6 +408,52 @@ def test_a_mixed_batch_restores_each_sample_as_it_would_alone(case, keys, comput
     assert bool(torch.isfinite(together).all())
     tolerance = 1e-5 if compute_dtype is None else 0.02
     torch.testing.assert_close(together, alone, rtol=tolerance, atol=tolerance)
+
+
+def one_after_the_other(codec: ViewCodec, packed: dict[str, Tensor], positions: Tensor | None) -> Tensor:
+    """Base view, move, prediction and residual, each by itself and with all tokens, in fp64."""
+    base = codec.base.dequantize(packed, torch.float64)
+    copies = codec.copies.codec.dequantize(packed, torch.float64, view=COPY)
+    geometry = packed[GEOMETRY].double()
+    geometry[~packed[IS_COPY]] = torch.tensor(WHOLE, dtype=torch.float64)
+    views = copies + codec.copies.predictor(base, geometry)
+    states = torch.where(packed[IS_COPY][:, None, None], views, base)
+    return states if positions is None else take_tokens(states, positions)
+
+
+@given(
+    st.lists(st.tuples(geometries(), geometries(), st.booleans()), min_size=1, max_size=5),
+    st.sampled_from([(4, 4), (2, 6), (5, 3)]),
+    st.booleans(),
+    st.floats(0, 1),
+    st.sampled_from([None, 0.3, 0.7]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_what_is_restored_at_once_is_what_comes_one_after_the_other(places, grid, full, pull, keep, dtype) -> None:
+    geometry = some_geometry(40)
+    base = noise(40, PREFIX + math.prod(grid), HIDDEN) + 3 * torch.arange(HIDDEN)
+    views = base @ MIXTURE + noise(*base.shape, seed=1)
+    predictor = Predictor(pull, full, PREFIX, grid).fit(base, geometry, views)
+    residual = CopyCodec(PRESETS["lossless"], predictor).residual(views, base, geometry)
+    transforms = [Transform(step=0.05).fit(states, PREFIX, grid) for states in (base, residual)]
+    first, second = (Codec((transform, Pack(), Zstd())) for transform in transforms)
+    codec = ViewCodec(first, CopyCodec(second, predictor))
+    count = len(places)
+    geometry = torch.tensor([[one, other] for one, other, _ in places])
+    base, views = base[:count], views[:count]
+    packed = packed_chunk(codec, base, geometry, views, 1)
+    packed[IS_COPY] = torch.tensor([copied for _, _, copied in places])
+    for name in list(packed):  # what a base view does not have is zero
+        if name.startswith("packed.copy") or name == GEOMETRY:
+            packed[name][~packed[IS_COPY]] = 0
+    positions = None
+    if keep is not None:
+        subset = TokenSubset(0, PREFIX, math.prod(grid), keep)
+        positions = torch.stack([subset.positions(row, 0, 0) for row in range(count)])
+    found = codec.dequantize(packed, torch.float64 if dtype == torch.float64 else torch.float32, dtype, positions)
+    expected = one_after_the_other(codec, packed, positions)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance / 2, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)

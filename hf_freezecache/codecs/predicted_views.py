@@ -1,0 +1,182 @@
+"""Restores views that are predicted, with base view, move, prediction and residual taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model.tokens import take_tokens
+from .array_names import BASE, COPY, GEOMETRY, IS_COPY, high_bytes, main_array, side_array, side_arrays
+from .base import join_bytes
+from .codec import Codec
+from .dct import dct_matrix, frequency_order, to_positions
+from .predictor import WHOLE, Predictor, token_maps
+from .transform import Transform
+
+__all__ = ["PredictedViews"]
+
+#: Patches up to which the move and the DCT are one matrix for each sample. It has the square of the patches: with 576, at 384
+#: pixels, a third less than the states of DeiT-Base, and three times those of DeiT-Tiny.
+_MOST_PATCHES = 576
+
+
+class _Constants(NamedTuple):
+    """What is known before any batch; in the dtype of the arithmetic but for ``level``, ``rows`` and ``columns``.
+
+    Attributes:
+        maps: ``B^T`` and ``B^T A``, (2, hidden, hidden).
+        level: The average of ``b`` over the patches, without and with ``A``, (2, 1, hidden).
+        mean: ``b'``, coefficients of what ``level`` leaves of ``b``, (hidden, patches).
+        residual_mean: ``s'``, coefficients of ``m + s``, (hidden, patches).
+        residual_basis: ``S^T``, (hidden, hidden).
+        inverse: ``C^T``, (patches, patches).
+        rows: Inverse DCT of rows at each frequency, (height, patches).
+        columns: Inverse DCT of columns at each frequency, (width, patches).
+    """
+
+    maps: Tensor
+    level: Tensor
+    mean: Tensor
+    residual_mean: Tensor
+    residual_basis: Tensor
+    inverse: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class PredictedViews:
+    """Decodes batches of base views and predicted views whose codecs are both transforms, at once.
+
+    With coefficients ``q`` of the base view and ``r`` of the residual, (patches, hidden) from low to high frequency, inverse DCT
+    ``C``, bases ``B`` and ``S`` times their step sizes, means ``b`` and ``s``, the move ``M`` of the tokens and the prediction
+    ``y A + m``, a view is ``M (C q B^T + b) A + m + C r S^T + s``. Tokens and channels are mixed independently, and all means
+    are coefficients too, so it is ``(M C) (q + b') (B^T A) + C (r + s') S^T``: four products in place of six and the move. ``M C`` is
+    one matrix for each sample. A base view is the same without move, prediction and residual.
+
+    Attributes:
+        base: Transform of base views.
+        residual: Transform of what the prediction leaves.
+        predictor: Predicts views.
+    """
+
+    base: Transform
+    residual: Transform
+    predictor: Predictor
+    _cached_constants: dict[Any, _Constants] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, base: Codec, copies: Codec, predictor: Predictor | None) -> PredictedViews | None:
+        """Return the decoder for these codecs of base views and of copies; ``None`` if there is none."""
+        (first, *_), (second, *_) = base.steps, copies.steps
+        alone = all(len(codec.array_steps) == 1 for codec in (base, copies))
+        if not (alone and predictor and isinstance(first, Transform) and isinstance(second, Transform)):
+            return None
+        height, width = predictor.grid
+        fits = first.grid == second.grid == predictor.grid and height > 1 and height * width <= _MOST_PATCHES
+        return cls(first, second, predictor) if fits else None
+
+    def takes(self, arrays: Mapping[str, Tensor]) -> bool:
+        """Say whether a packed batch can be decoded: it has views beyond the first, and no token is stored as it is."""
+        exact = (side_array(view, 0, "exact") in arrays for view in (BASE, COPY))
+        return IS_COPY in arrays and main_array(BASE) in arrays and not any(exact)
+
+    def check(self) -> None:
+        """Check what was fitted; a file may hold anything.
+
+        Raises:
+            ValueError: The mean that the predictor adds has no coefficients in the residual's basis.
+        """
+        _, basis, _ = self.residual.constants(torch.float64, torch.device("cpu"))
+        if int(torch.linalg.inv_ex(basis).info):
+            raise ValueError("the basis of what copies store cannot be inverted")
+
+    def _constants(self, dtype: torch.dtype, device: torch.device) -> _Constants:
+        key = (dtype, device)
+        if key not in self._cached_constants:
+            # Products in full precision, then rounded once.
+            exact = torch.float64 if device.type == "cpu" else torch.float32
+            height, width = self.predictor.grid
+            _, basis, inverse = self.base.constants(exact, device)
+            _, residual_basis, _ = self.residual.constants(exact, device)
+            weights = self.predictor.linear_map(exact, device)
+            mean = self.base.mean_coefficients(exact, device)
+            # The average over tokens moves nowhere. Apart, it costs bf16 no digits of the rest.
+            level = basis @ mean[:, 0] * inverse[0, 0]
+            mean = torch.cat([torch.zeros_like(mean[:, :1]), mean[:, 1:]], 1)
+            assert self.predictor.mean is not None
+            behind = torch.linalg.solve(residual_basis, (inverse @ self.predictor.mean.to(device, exact)).T)
+            order = frequency_order(height, width)
+            rows, columns = dct_matrix(height)[order // width].T, dct_matrix(width)[order % width].T
+            self._cached_constants[key] = _Constants(
+                torch.stack([basis.T, basis.T @ weights]).to(dtype),
+                torch.stack([level, level @ weights])[:, None].to(torch.promote_types(dtype, torch.float32)),
+                mean.to(dtype),
+                (self.residual.mean_coefficients(exact, device) + behind).to(dtype),
+                residual_basis.T.contiguous().to(dtype),
+                inverse.to(dtype),
+                rows.to(device, torch.float32),
+                columns.to(device, torch.float32),
+            )
+        return self._cached_constants[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without derived tensors, which a worker process computes anew."""
+        return {**self.__dict__, "_cached_constants": {}}
+
+    def decode(
+        self,
+        arrays: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """Turn a packed batch that ``takes`` accepts into hidden states; see ``ViewCodec.dequantize``.
+
+        Nothing asks the device which samples are base views: they take part in all products.
+        """
+        wide = compute_dtype or torch.promote_types(dtype, torch.float32)
+        is_copy, prefix_tokens = arrays[IS_COPY], self.predictor.prefix_tokens
+        constants, which = self._constants(wide, is_copy.device), is_copy.long()
+        kept = None if positions is None else positions[:, prefix_tokens:].to(is_copy.device) - prefix_tokens
+
+        coefficients = _coefficients(arrays, BASE, wide).add_(constants.mean)
+        moved = self._moved(arrays[GEOMETRY], is_copy, constants, kept)
+        patches = torch.bmm(moved, torch.bmm(coefficients.transpose(1, 2), constants.maps.index_select(0, which)))
+        residual = _coefficients(arrays, COPY, wide).addcmul_(is_copy.to(wide)[:, None, None], constants.residual_mean)
+        residual = to_positions(residual, self.predictor.grid, wide, constants.inverse, kept=kept)
+        patches.baddbmm_(residual.transpose(1, 2), constants.residual_basis.expand(len(is_copy), -1, -1))
+
+        states = patches.new_empty((len(is_copy), prefix_tokens + patches.shape[1], patches.shape[2]), dtype=dtype)
+        prefix, base_prefix = (side_arrays(arrays, view, 0)["prefix"] for view in (COPY, BASE))
+        states[:, :prefix_tokens] = torch.where(is_copy[:, None, None], prefix, base_prefix)
+        found, level = states[:, prefix_tokens:], constants.level[which]
+        if dtype.itemsize > wide.itemsize:  # added where less is lost
+            found.copy_(patches).add_(level)
+        else:
+            found.copy_(patches.add_(level))
+        return states
+
+    def _moved(self, geometry: Tensor, is_copy: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
+        """Return ``M C`` of each sample, (batch, patches or kept, patches)."""
+        whole = torch.tensor(WHOLE, device=geometry.device)
+        geometry = torch.where(is_copy[:, None, None], geometry.float(), whole)
+        rows, columns = (
+            (tokens @ frequencies).to(constants.inverse.dtype)
+            for tokens, frequencies in zip(token_maps(geometry, self.predictor.grid), constants[-2:], strict=True)
+        )
+        if kept is None:
+            return (rows[:, :, None] * columns[:, None]).flatten(1, 2)
+        width = self.predictor.grid[1]
+        return take_tokens(rows, kept // width) * take_tokens(columns, kept % width)
+
+
+def _coefficients(arrays: Mapping[str, Tensor], view: str, dtype: torch.dtype) -> Tensor:
+    """Return the integers of a view as numbers that may be changed, (batch, hidden, patches)."""
+    high = arrays.get(high_bytes(view))
+    values = arrays[main_array(view)]
+    return (values if high is None else join_bytes(values, high)).to(dtype)
