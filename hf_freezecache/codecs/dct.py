@@ -46,7 +46,8 @@ def to_frequencies(components: Tensor, grid: tuple[int, int]) -> Tensor:
         return components
     values = components.reshape(*components.shape[:2], height, width)
     rows, columns = dct_matrix(height).to(components.dtype), dct_matrix(width).to(components.dtype)
-    return (rows @ values @ columns.T).flatten(2)[:, :, frequency_order(height, width)]
+    order = frequency_order(height, width).expand(*components.shape[:2], -1)
+    return (rows @ values @ columns.T).flatten(2).gather(2, order)  # an index takes three times as long
 
 
 def inverse_matrices(grid: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:

@@ -259,6 +259,25 @@ class Predictor:
         weights = (gains.to(moved.device, torch.float32) * scale.to(moved.device)).to(moved.dtype)
         return moved @ weights if self.full else moved * weights
 
+    def patches(self, base: Tensor, geometry: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Predict the patch tokens of views from base views; see ``__call__``.
+
+        Returns:
+            (batch, patches, hidden), or those of them that are kept, dtype of ``base``.
+
+        Raises:
+            ValueError: The predictor has not been fitted.
+        """
+        if self.gains is None or self.scale is None or self.mean is None:
+            raise ValueError(_NOT_FITTED)
+        moved = move_tokens(base[:, self.prefix_tokens :], geometry.float(), self.grid)
+        mean = self.mean.to(base.device, base.dtype)
+        if positions is not None:
+            # A token moves to several places: all are moved, and those that are kept go through the map.
+            kept = positions[:, self.prefix_tokens :].to(base.device) - self.prefix_tokens
+            moved, mean = take_tokens(moved, kept), mean[kept]
+        return self._apply(moved, self.gains, self.scale) + mean
+
     def __call__(self, base: Tensor, geometry: Tensor, positions: Tensor | None = None) -> Tensor:
         """Predict views from base views.
 
@@ -274,13 +293,5 @@ class Predictor:
         Raises:
             ValueError: The predictor has not been fitted.
         """
-        if self.gains is None or self.scale is None or self.mean is None:
-            raise ValueError(_NOT_FITTED)
-        moved = move_tokens(base[:, self.prefix_tokens :], geometry.float(), self.grid)
-        mean = self.mean.to(base.device, base.dtype)
-        if positions is not None:
-            # A token moves to several places: all are moved, and those that are kept go through the map.
-            kept = positions[:, self.prefix_tokens :].to(base.device) - self.prefix_tokens
-            moved, mean = take_tokens(moved, kept), mean[kept]
-        patches = self._apply(moved, self.gains, self.scale) + mean
+        patches = self.patches(base, geometry, positions)
         return torch.cat([torch.zeros_like(base[:, : self.prefix_tokens]), patches], 1)

@@ -73,7 +73,9 @@ class CopyCodec:
         assert base is not None
         assert geometry is not None
         wide = torch.promote_types(views.dtype, torch.float32)
-        return (views.to(wide) - self.predictor(base.to(wide), geometry)).to(views.dtype)
+        residual = views.to(wide, copy=True)
+        residual[:, self.predictor.prefix_tokens :].sub_(self.predictor.patches(base.to(wide), geometry))
+        return residual.to(views.dtype)
 
     def encode(self, views: Tensor, base: Tensor | None = None, geometry: Tensor | None = None) -> list[bytes]:
         """Encode a chunk.
