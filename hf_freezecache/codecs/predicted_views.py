@@ -20,12 +20,12 @@ from .transform import Transform
 __all__ = ["PredictedViews"]
 
 #: Patches up to which the move and the DCT are one matrix for each sample. It has the square of the patches: with 576, at 384
-#: pixels, a third less than the states of DeiT-Base, and three times those of DeiT-Tiny.
+#: pixels, three quarters of the states of DeiT-Base, and three times those of DeiT-Tiny.
 _MOST_PATCHES = 576
 
 
 class _Constants(NamedTuple):
-    """What is known before any batch; in the dtype of the arithmetic but for ``level``, ``rows`` and ``columns``.
+    """What is known before any batch; in the dtype of the arithmetic but for ``level``, ``rows``, ``columns`` and ``whole``.
 
     Attributes:
         maps: ``B^T`` and ``B^T A``, (2, hidden, hidden).
@@ -36,6 +36,7 @@ class _Constants(NamedTuple):
         inverse: ``C^T``, (patches, patches).
         rows: Inverse DCT of rows at each frequency, (height, patches).
         columns: Inverse DCT of columns at each frequency, (width, patches).
+        whole: The geometry of base views, for which a batch has none, (5,).
     """
 
     maps: Tensor
@@ -46,6 +47,7 @@ class _Constants(NamedTuple):
     inverse: Tensor
     rows: Tensor
     columns: Tensor
+    whole: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class PredictedViews:
                 inverse.to(dtype),
                 rows.to(device, torch.float32),
                 columns.to(device, torch.float32),
+                torch.tensor(WHOLE, device=device),
             )
         return self._cached_constants[key]
 
@@ -163,11 +166,11 @@ class PredictedViews:
 
     def _moved(self, geometry: Tensor, is_copy: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
         """Return ``M C`` of each sample, (batch, patches or kept, patches)."""
-        whole = torch.tensor(WHOLE, device=geometry.device)
-        geometry = torch.where(is_copy[:, None, None], geometry.float(), whole)
+        geometry = torch.where(is_copy[:, None, None], geometry.float(), constants.whole)
+        axes = constants.rows, constants.columns
         rows, columns = (
             (tokens @ frequencies).to(constants.inverse.dtype)
-            for tokens, frequencies in zip(token_maps(geometry, self.predictor.grid), constants[-2:], strict=True)
+            for tokens, frequencies in zip(token_maps(geometry, self.predictor.grid), axes, strict=True)
         )
         if kept is None:
             return (rows[:, :, None] * columns[:, None]).flatten(1, 2)
