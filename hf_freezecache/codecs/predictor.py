@@ -276,7 +276,7 @@ class Predictor:
             # A token moves to several places: all are moved, and those that are kept go through the map.
             kept = positions[:, self.prefix_tokens :].to(base.device) - self.prefix_tokens
             moved, mean = take_tokens(moved, kept), mean[kept]
-        return self._apply(moved, self.gains, self.scale) + mean
+        return self._apply(moved, self.gains, self.scale).add_(mean)
 
     def __call__(self, base: Tensor, geometry: Tensor, positions: Tensor | None = None) -> Tensor:
         """Predict views from base views.

@@ -321,7 +321,7 @@ class Transform(ArrayStep):
         prefix = prefix.masked_fill(exact[:, : self.prefix_tokens, None], 0)
         if not bool(fits.all()):
             components = components.masked_fill(~fits[:, None], 0)
-        values = torch.round(to_frequencies(components, self._grid) / self.step).to(torch.int16)
+        values = to_frequencies(components, self._grid).div_(self.step).round_().to(torch.int16)  # new pages take time
         # What arithmetic lost of extreme inputs (1e30 beside 1) must not break the bound, nor values round to infinity. In
         # ordinary samples it stays below the hundredth of the bound that is kept for it.
         peak = torch.finfo(array.dtype).max / 4
@@ -373,7 +373,7 @@ class Transform(ArrayStep):
         wide = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
         mean, *maps = self.constants(wide, values.device)
         kept = None if positions is None else positions[:, self.prefix_tokens :] - self.prefix_tokens
-        patches = self._backward(values, *maps, kept=kept) + (mean if kept is None else mean[kept])
+        patches = self._backward(values, *maps, kept=kept).add_(mean if kept is None else mean[kept])
         states = patches.new_empty((len(values), self.prefix_tokens + patches.shape[1], len(maps[0])), dtype=dtype)
         states[:, : self.prefix_tokens] = prefix
         states[:, self.prefix_tokens :] = patches
