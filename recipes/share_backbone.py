@@ -55,7 +55,7 @@ def train(options: argparse.Namespace) -> None:
     cached = CachedDataset.from_pretrained(f"{options.repo_id}-train")
     test = CachedDataset.from_pretrained(f"{options.repo_id}-test", max_chunks=10**6)
     print(f"pulled and checked: {len(cached)} and {len(test)} images", flush=True)
-    count = 1 + max(int(item["labels"]) for item in test)
+    count = 1 + max(int(test[row]["labels"]) for row in range(len(test)))
     for number, (name, relabel) in enumerate(HEADS.items()):
         folder = Path(options.output_dir) / f"head-{number}"
         set_seed(0)  # of the head

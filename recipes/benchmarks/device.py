@@ -174,7 +174,7 @@ def measure(args: argparse.Namespace, split_point: int, folder: str, deadline: f
     result: dict[str, Any] = {
         "images_per_second": {arm: spread(values) for arm, values in rates.items()},
         "cached/limit": spread([cached / limit for cached, limit in pairs]),
-        "codec": frozen.codec.to_dict(),
+        "codec": frozen.codecs.base.to_dict(),
         "trainer": {},
     }
     del streams, benches

@@ -54,7 +54,7 @@ def main() -> None:
 
         def blocks() -> torch.Tensor:
             hidden_states = states
-            for block in splits.blocks[args.start : args.stop]:
+            for block in list(splits.blocks)[args.start : args.stop]:
                 hidden_states = first_tensor(block(hidden_states))
             return hidden_states
 

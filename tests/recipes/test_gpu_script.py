@@ -28,7 +28,6 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_every_step_runs_dry(images) -> None:
     tiny_vit(image_size=224, patch_size=56).save_pretrained("model")
     sizes = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
