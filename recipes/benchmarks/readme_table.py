@@ -280,9 +280,41 @@ def summary() -> str:
         "included; means and standard errors of three seeds, learning rates tuned on other images; empty where no run took "
         f"{LEAST_SHARE:g} of the cost. Full fine-tuning is the better of "
         'that with and that without layer-wise decay; `schedule="auto"` has all its defaults, and the rate of that without. The '
-        "first panel of the picture is by the clock: the first seed of each arm, evaluation left out, on two threads. "
+        "first panels of the picture are by the clock: the first seed of each arm, evaluation left out, on two threads. "
         "[All arms](docs/schedules.md#what-was-measured)",
+        "",
+        "A third of what long runs of full fine-tuning cost, which have layer-wise decay here; otherwise as above:",
+        "",
+        thirds(),
     ]
+    return "\n".join(lines)
+
+
+def thirds() -> str:
+    """Return a table of runs with ``budget=0.33`` and all other defaults, beside full fine-tuning of the same epochs."""
+    lines = [
+        "| data | epochs | full fine-tuning | `budget=0.33` | its cost | by the clock | over its cache |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob(FRONTS)):
+        record = load(path.name)
+        points = points_of(record)
+        for ours in points.values():
+            arm = ours.arm
+            if arm.kind != "auto" or arm.budget != 0.33 or given_of(arm) or arm.rank:
+                continue
+            whole = [point for point in points.values() if point.arm.kind == "full" and point.arm.epochs == arm.epochs]
+            if not whole:
+                continue
+            best = max(whole, key=lambda point: point.accuracy)
+            seconds = [
+                "" if one is None or best.seconds is None else f"{one:.0f} s for {best.seconds:.0f}"
+                for one in (ours.seconds, ours.seconds_again)
+            ]
+            cells = [f"{arm.epochs:g}", best.words, ours.words, f"{ours.cost:.1f}", *seconds]
+            lines.append(
+                f"| {record['config']['data']}, {record['config']['image_size']}\u00a0px | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)
 
 
