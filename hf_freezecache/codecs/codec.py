@@ -29,13 +29,19 @@ from .base import (
 from .entropy import Zstd
 from .planes import Planes
 
-__all__ = ["Codec"]
+__all__ = ["Codec", "integers_of"]
 
 _SIDE_BYTES = Planes()
 
 
 def _words(kinds: frozenset[str]) -> str:
     return " or ".join(sorted(kinds))
+
+
+def integers_of(arrays: Mapping[str, Tensor], view: str) -> Tensor:
+    """Return what the last array step gave of a view, with the high bytes that lie apart."""
+    values, high = arrays[main_array(view)], arrays.get(high_bytes(view))
+    return values if high is None else join_bytes(values, high)
 
 
 @dataclass(frozen=True)
@@ -317,9 +323,7 @@ class Codec:
         Returns:
             (batch, tokens, hidden), or (batch, kept, hidden).
         """
-        array, dtypes = arrays[main_array(view)], self._input_dtypes(dtype)
-        if high_bytes(view) in arrays:
-            array = join_bytes(array, arrays[high_bytes(view)])
+        array, dtypes = integers_of(arrays, view), self._input_dtypes(dtype)
         taken = positions is None or bool(self.token_axes(view))
         for position, step in reversed(list(enumerate(self.array_steps))):
             named = {"values": array, **side_arrays(arrays, view, position)}

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..model.tokens import take_tokens
-from .array_names import BASE, COPY, GEOMETRY, IS_COPY, high_bytes, main_array, side_array, side_arrays
-from .base import join_bytes
-from .codec import Codec
+from .array_names import BASE, COPY, GEOMETRY, IS_COPY, main_array, side_array, side_arrays
+from .codec import Codec, integers_of
 from .dct import dct_matrix, frequency_order, to_positions
 from .predictor import WHOLE, Predictor, token_maps
 from .transform import Transform
@@ -147,10 +146,10 @@ class PredictedViews:
         constants, which = self._constants(wide, is_copy.device), is_copy.long()
         kept = None if positions is None else positions[:, prefix_tokens:].to(is_copy.device) - prefix_tokens
 
-        coefficients = _coefficients(arrays, BASE, wide).add_(constants.mean)
+        coefficients = integers_of(arrays, BASE).to(wide).add_(constants.mean)
         moved = self._moved(arrays[GEOMETRY], is_copy, constants, kept)
         patches = torch.bmm(moved, torch.bmm(coefficients.transpose(1, 2), constants.maps.index_select(0, which)))
-        residual = _coefficients(arrays, COPY, wide).addcmul_(is_copy.to(wide)[:, None, None], constants.residual_mean)
+        residual = integers_of(arrays, COPY).to(wide).addcmul_(is_copy.to(wide)[:, None, None], constants.residual_mean)
         residual = to_positions(residual, self.predictor.grid, wide, constants.inverse, kept=kept)
         patches.baddbmm_(residual.transpose(1, 2), constants.residual_basis.expand(len(is_copy), -1, -1))
 
@@ -176,10 +175,3 @@ class PredictedViews:
             return (rows[:, :, None] * columns[:, None]).flatten(1, 2)
         width = self.predictor.grid[1]
         return take_tokens(rows, kept // width) * take_tokens(columns, kept % width)
-
-
-def _coefficients(arrays: Mapping[str, Tensor], view: str, dtype: torch.dtype) -> Tensor:
-    """Return the integers of a view as numbers that may be changed, (batch, hidden, patches)."""
-    high = arrays.get(high_bytes(view))
-    values = arrays[main_array(view)]
-    return (values if high is None else join_bytes(values, high)).to(dtype)

@@ -26,7 +26,7 @@ from hf_freezecache.codecs import (
     make_codec,
 )
 from hf_freezecache.codecs.array_names import COPY, GEOMETRY, IS_COPY
-from hf_freezecache.codecs.base import ArraySpec
+from hf_freezecache.codecs.base import ArraySpec, digest
 from hf_freezecache.codecs.predictor import WHOLE, move_tokens
 from hf_freezecache.compression.step_search import (
     fit_codec,
@@ -438,6 +438,7 @@ def test_what_is_restored_at_once_is_what_comes_one_after_the_other(places, grid
     transforms = [Transform(step=0.05).fit(states, PREFIX, grid) for states in (base, residual)]
     first, second = (Codec((transform, Pack(), Zstd())) for transform in transforms)
     codec = ViewCodec(first, CopyCodec(second, predictor))
+    assert codec._together is not None  # or both would be the same way
     count = len(places)
     geometry = torch.tensor([[one, other] for one, other, _ in places])
     base, views = base[:count], views[:count]
@@ -454,6 +455,17 @@ def test_what_is_restored_at_once_is_what_comes_one_after_the_other(places, grid
     expected = one_after_the_other(codec, packed, positions)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     torch.testing.assert_close(found.double(), expected, rtol=tolerance / 2, atol=tolerance)
+
+
+def test_a_basis_in_which_the_prediction_cannot_be_written_is_refused() -> None:
+    copies = copy_codec("residual")
+    transform, *rest = copies.codec.steps
+    tensors = {**transform.tensors(), "scale": torch.zeros_like(transform.scale)}
+    flat = dataclasses.replace(transform, state=digest(tensors), **tensors)
+    codec = ViewCodec(base_codec("transform"), dataclasses.replace(copies, codec=Codec((flat, *rest))))
+    ViewCodec(base_codec("transform"), copies).check(TOKENS, HIDDEN)
+    with pytest.raises(ValueError, match="cannot be inverted"):
+        codec.check(TOKENS, HIDDEN)
 
 
 @pytest.mark.parametrize("kind", KINDS)
