@@ -139,19 +139,17 @@ class PredictedViews:
     ) -> Tensor:
         """Turn a packed batch that ``takes`` accepts into hidden states; see ``ViewCodec.dequantize``.
 
-        Nothing asks the device which samples are base views: they take part in all products.
+        Nothing asks an accelerator which samples are base views: there they take part in all products.
         """
         wide = compute_dtype or torch.promote_types(dtype, torch.float32)
         is_copy, prefix_tokens = arrays[IS_COPY], self.predictor.prefix_tokens
         constants, which = self._constants(wide, is_copy.device), is_copy.long()
         kept = None if positions is None else positions[:, prefix_tokens:].to(is_copy.device) - prefix_tokens
 
+        patches = self._residuals(arrays, constants, wide, kept)
         coefficients = integers_of(arrays, BASE).to(wide).add_(constants.mean)
         moved = self._moved(arrays[GEOMETRY], is_copy, constants, kept)
-        patches = torch.bmm(moved, torch.bmm(coefficients.transpose(1, 2), constants.maps.index_select(0, which)))
-        residual = integers_of(arrays, COPY).to(wide).addcmul_(is_copy.to(wide)[:, None, None], constants.residual_mean)
-        residual = to_positions(residual, self.predictor.grid, wide, constants.inverse, kept=kept)
-        patches.baddbmm_(residual.transpose(1, 2), constants.residual_basis.expand(len(is_copy), -1, -1))
+        patches.baddbmm_(moved, torch.bmm(coefficients.transpose(1, 2), constants.maps.index_select(0, which)))
 
         states = patches.new_empty((len(is_copy), prefix_tokens + patches.shape[1], patches.shape[2]), dtype=dtype)
         prefix, base_prefix = (side_arrays(arrays, view, 0)["prefix"] for view in (COPY, BASE))
@@ -162,6 +160,22 @@ class PredictedViews:
         else:
             found.copy_(patches.add_(level))
         return states
+
+    def _residuals(
+        self, arrays: Mapping[str, Tensor], constants: _Constants, dtype: torch.dtype, kept: Tensor | None
+    ) -> Tensor:
+        """Return ``C (r + s') S^T`` of copies and zeros of base views, (batch, patches or kept, hidden)."""
+        is_copy, residual = arrays[IS_COPY], integers_of(arrays, COPY)
+        where = is_copy.nonzero()[:, 0] if is_copy.device.type == "cpu" else None
+        if where is not None:
+            is_copy, residual = is_copy[where], residual[where]
+            kept = None if kept is None else kept[where]
+        residual = residual.to(dtype).addcmul_(is_copy.to(dtype)[:, None, None], constants.residual_mean)
+        residual = to_positions(residual, self.predictor.grid, dtype, constants.inverse, kept=kept)
+        found = torch.bmm(residual.transpose(1, 2), constants.residual_basis.expand(len(residual), -1, -1))
+        if where is None:
+            return found
+        return found.new_zeros((len(arrays[IS_COPY]), *found.shape[1:])).index_copy_(0, where, found)
 
     def _moved(self, geometry: Tensor, is_copy: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
         """Return ``M C`` of each sample, (batch, patches or kept, patches)."""
