@@ -122,6 +122,21 @@ class FreezeConfig:
             "Default: 1, all of them, or what schedule='auto' chooses."
         },
     )
+    unfrozen_token_keep: Annotated[Optional[float], between(0, 1, above=True)] = field(
+        default=None,
+        metadata={
+            "help": "The same in stages without frozen blocks, where the first block sees all tokens, and the others this share of "
+            "the patches. Default: 1, or what schedule='auto' chooses."
+        },
+    )
+    plain_epochs: Annotated[Optional[int], at_least(0)] = field(
+        default=None,
+        metadata={
+            "help": "Last epochs of a run, in which each image is shown as eval_transform renders it, without augmentation; the epochs "
+            "before show augmented views alone, where any are stored. What a model is asked in the end are such images. "
+            "Default: none, or what schedule='auto' chooses."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Turn dicts and numbers into text, and check what can be checked without a model."""
@@ -134,6 +149,11 @@ class FreezeConfig:
         check_values(self, _SCHEMAS)
         if isinstance(self.lr_scale, str):
             parse_lr_scale(self.lr_scale)
+        for name in ("unfrozen_token_keep", "plain_epochs"):
+            if self.schedule is None and (value := getattr(self, name)) not in (None, 0, 1):
+                raise UnsupportedSetupError(
+                    f"{name}={value:g} needs a schedule: without one, training is plain Trainer's. Give a schedule; '0:0' freezes nothing."
+                )
         if self.budget is not None and not self.is_auto:
             raise UnsupportedSetupError(
                 f"budget={self.budget:g} is for schedule='auto', which chooses what fits it, but the schedule is "

@@ -21,7 +21,8 @@ def passes_of_step(num_blocks: int, split_point: int, token_keep: float = 1.0, s
     Args:
         num_blocks: Blocks of the model.
         split_point: Number of frozen blocks.
-        token_keep: Share of the patch tokens that the other blocks see; with fewer tokens a pass counts less.
+        token_keep: Share of the patch tokens that the other blocks see, but for block 0; with fewer tokens a pass counts less.
         step_passes: Passes of a step through one block.
     """
-    return step_passes * (num_blocks - split_point) * token_keep
+    whole = int(split_point == 0)  # the block in front of which no token can be dropped, see `Stage.tokens_point`
+    return step_passes * (whole + (num_blocks - split_point - whole) * token_keep)

@@ -24,6 +24,15 @@ class Stage:
     start_epoch: int
     split_point: int
 
+    @property
+    def tokens_point(self) -> int:
+        """Number of blocks that see all tokens where a step sees a part of them: the frozen ones, but at least the first.
+
+        Where a random half of the patches was left out before block 0, accuracy fell by 2.9 to 4 points (single runs of DeiT-Tiny, 101
+        classes of Caltech-101 at 160 pixels): no token has seen another patch than its own by then.
+        """
+        return max(self.split_point, 1)
+
 
 def number_stages(pairs: Iterable[tuple[int, int]]) -> list[Stage]:
     """Return the stages of (start epoch, split point) pairs, numbered from 0."""

@@ -33,7 +33,7 @@ class PlanSettings:
         schedules: When to freeze how many blocks, as of ``FreezeConfig``. Default: a quarter, half and three quarters of the
             blocks, and all but one, each from the start.
         rows: Images of the data set; default those that it has.
-        token_keep: Share of the patch tokens that steps see behind the frozen blocks.
+        token_keep: As of ``FreezeConfig``.
         consume_previous_cache: As of ``CacheConfig``.
         chooses_views: Store as many views as ``num_views="auto"`` chooses for each schedule, in place of those of the settings.
         given: Rates of another machine, in place of what is measured.

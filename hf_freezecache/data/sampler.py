@@ -43,6 +43,10 @@ class ChunkSampler(Sampler[ViewKey]):
         batch_size: Samples per batch of one process. It matters only with several processes.
         drop_last: Drop the last samples in place of filling up. It matters only with several processes.
 
+    Attributes:
+        plain_from: First epoch of those at the end of a run that show the base view; the epochs before show the others, if there
+            are any. ``None`` where all epochs show all views in turn.
+
     Raises:
         UnsupportedSetupError: A group has fewer chunks than processes, or ``drop_last`` leaves a process without a batch.
     """
@@ -67,6 +71,7 @@ class ChunkSampler(Sampler[ViewKey]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.epoch = 0
+        self.plain_from: int | None = None
         #: Batches per process and epoch; 0 for a single process, whose last batch may be short.
         self.num_batches = self._count_batches() if len(self.group_of_rank) > 1 else 0
 
@@ -144,7 +149,13 @@ class ChunkSampler(Sampler[ViewKey]):
 
     def _view(self, chunk: int) -> int:
         """Return the view that a chunk is read in, in this epoch."""
-        return epoch_view(self.view_seed, self.epoch, chunk, self.num_views)
+        if self.plain_from is None:
+            return epoch_view(self.view_seed, self.epoch, chunk, self.num_views)
+        if self.epoch >= self.plain_from:
+            return 0
+        if self.num_views < 2:
+            return epoch_view(self.view_seed, self.epoch, chunk, self.num_views)
+        return 1 + epoch_view(self.view_seed, self.epoch, chunk, self.num_views - 1)
 
     def _mix(
         self, layout: ChunkLayout, windows: Sequence[npt.NDArray[np.int64]], generator: np.random.Generator

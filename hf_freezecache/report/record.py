@@ -69,7 +69,7 @@ class Decision:
             passes per image, a backward counting two; under ``mode="auto"``, where that decides, what ``predict_costs`` of
             ``training.stage_costs`` gives, in seconds or views.
         build_seconds: Seconds that finding, calibrating and building took.
-        token_keep: Share of the patch tokens that each step saw behind the frozen blocks.
+        token_keep: Share of the patch tokens that each step saw behind the frozen blocks, or behind the first block.
     """
 
     stage: int

@@ -216,7 +216,8 @@ def stage_account(stage: Figures) -> str:
     sentences = [_training_source(stage)]
     if stage["token_keep"] < 1:
         sentences.append(
-            f"Each step saw a random {stage['token_keep']:.0%} of the patch tokens behind the frozen blocks."
+            f"Each step saw a random {stage['token_keep']:.0%} of the patch tokens behind the "
+            f"{'frozen blocks' if stage['split_point'] else 'first block'}."
         )
     if stage["reason"]:
         sentences.append(f"Reason: {stage['reason'].rstrip('.')}.")

@@ -190,8 +190,15 @@ def start_run(
         base: ``FreezeCacheTrainer``, for a run that trains; ``None`` for one that only builds.
 
     Raises:
+        UnsupportedSetupError: There are to be plain epochs, but nothing says how plain images look.
         FreezeCacheError: See ``with_columns_removed``, ``check_evaluation`` and ``prepare_run``.
     """
+    plain_epochs = trainer.freeze_config.plain_epochs or 0
+    if plain_epochs and trainer._transforms[1] is None:
+        raise UnsupportedSetupError(
+            f"plain_epochs={plain_epochs} ends the run with images as eval_transform renders them, but there is none: the data set "
+            "has one transform for all. Give the trainer train_transform and eval_transform, or remove plain_epochs."
+        )
 
     def try_evaluation() -> None:
         if base is not None:
@@ -235,7 +242,9 @@ def start_run(
         policy, num_blocks = adaptive_policy(trainer.freeze_config.schedule), run.splits.num_blocks
         run.adaptive = None if policy is None else AdaptiveStages(policy, num_blocks, everyone, list(run.stages))
         run.rates = LearningRates.of(trainer.freeze_config, trainer._chose_rates)
-        run.token_keep = trainer.freeze_config.token_keep or 1.0
+        freezing = trainer.freeze_config
+        run.token_keep = freezing.token_keep or 1.0, freezing.unfrozen_token_keep or 1.0
+        run.sampler.plain_from = num_epochs - plain_epochs if plain_epochs else None
     run.lenient = bool(trainer._record.chosen)
     return run
 

@@ -36,7 +36,7 @@ class LiveStep:
     """Trains on batches of images that say which tokens each row keeps behind the split; others go to ``Trainer`` as they are.
 
     Attributes:
-        split: The model, split behind the frozen blocks.
+        split: The model, split behind the blocks that see all tokens.
         tokens: What drew the tokens.
         steps: Steps that were taken on some of the tokens.
     """
@@ -73,14 +73,16 @@ class LiveStep:
         return {name: value for name, value in inputs.items() if name != KEPT_TOKENS}
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int | None:
-        """Count 6 operations per trainable parameter and kept token, 2 per other parameter and token; ``None`` as ``CachedStep``."""
+        """Count 6 operations per trainable parameter and token that it sees, 2 per other parameter and token; ``None`` as ``CachedStep``."""
         if KEPT_TOKENS not in inputs:
             return None
         samples, kept = inputs[KEPT_TOKENS].shape
-        sizes = {True: 0, False: 0}
+        whole, count = set(self.split.prefix_parameters().values()), 0
         for parameter in self.split.model.parameters():
-            sizes[parameter.requires_grad] += parameter.numel()
-        return int(samples * (6 * kept * sizes[True] + 2 * self.tokens.num_tokens * sizes[False]))
+            all_tokens = parameter in whole or not parameter.requires_grad
+            tokens = self.tokens.num_tokens if all_tokens else kept
+            count += (6 if parameter.requires_grad else 2) * tokens * parameter.numel()
+        return int(samples * count)
 
 
 def _find_tokens(split: Split, num_tokens: int, token_keep: float, seed: int) -> TokenSubset | None:
@@ -143,7 +145,7 @@ def why_not_fewer_tokens(split: Split, token_keep: float, runtime: Runtime, batc
     a grid fail one or the other.
 
     Args:
-        split: The model, split behind at least one frozen block.
+        split: The model, split behind at least one block, frozen or not.
         token_keep: Share of the patch tokens that is to be kept.
         runtime: The trainer.
         batch: The first rows, collated: name -> (rows, ...).
@@ -163,7 +165,7 @@ def check_fewer_tokens(
     """Return what draws the tokens of a stage.
 
     Args:
-        split: The model, split behind its frozen blocks.
+        split: The model, split behind the blocks that see all tokens.
         token_keep: Share of the patch tokens that is kept.
         seed: Seed of the draws.
         runtime: The trainer.
@@ -232,8 +234,11 @@ def _try_fewer_tokens(
 
 def refusal(split: Split, token_keep: float, reason: str) -> UnsupportedModelError:
     """Return the error that says why a model cannot be trained on some of its patch tokens."""
+    name, where = "token_keep", f"{split.split_point} frozen blocks"
+    if any(parameter.requires_grad for parameter in split.prefix_parameters().values()):
+        name, where = "unfrozen_token_keep", "its first block"
     return UnsupportedModelError(
-        f"{type(split.model).__name__} cannot be trained with token_keep={token_keep:g} behind {split.split_point} frozen blocks: "
-        f"{reason}. Set FreezeConfig(token_keep=1), or use a model whose blocks ignore the order of patches, as ViT, DeiT, "
+        f"{type(split.model).__name__} cannot be trained with {name}={token_keep:g} behind {where}: "
+        f"{reason}. Set FreezeConfig({name}=1), or use a model whose blocks ignore the order of patches, as ViT, DeiT, "
         "DINOv2 and CLIP do."
     )

@@ -24,6 +24,7 @@ from ..model.freeze import freeze
 from ..model.probe import first_row, other_images
 from ..model.split import Split
 from ..model.tokens import take_tokens
+from ..stages import Stage
 from .cached_step import train_on_states
 from .draws import drawing, watching_draws
 from .fewer_tokens import LiveStep, check_fewer_tokens, example_positions, refusal
@@ -358,12 +359,14 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
             changes = freeze(run.splits.at(stage.split_point))
             try:
                 check_something_trains(stage, model)
-                rehearsal.keep(_tokens_of(run, rehearsal, stage.split_point))
+                rehearsal.keep(_tokens_of(run, rehearsal, stage))
                 if run.config.mode != "never" and stage.split_point > 0:
                     reason = _why_not_cached(rehearsal, run, stage.split_point)
                     if reason is not None:
                         refusals[stage.split_point] = reason
-                elif stage == run.stages[0] or rehearsal.tokens is not None:
+                elif rehearsal.tokens is not None:
+                    rehearsal.live(run.splits.at(stage.tokens_point), 0)
+                elif stage == run.stages[0]:
                     rehearsal.live(run.splits.at(stage.split_point), 0)
             finally:
                 rehearsal.keep(None)
@@ -371,19 +374,19 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
     return refusals
 
 
-def _tokens_of(run: Any, rehearsal: _Rehearsal, split_point: int) -> TokenSubset | None:
+def _tokens_of(run: Any, rehearsal: _Rehearsal, stage: Stage) -> TokenSubset | None:
     """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all, as does a head that ``auto`` trains alone.
 
     Raises:
         UnsupportedModelError: The model cannot be trained on some of its tokens, and not ``run.lenient``.
         DataError: A training step on all tokens fails.
     """
-    split = run.splits.at(split_point)
-    if run.token_keep == 1 or split_point == 0 or (run.lenient and split_point == run.splits.num_blocks):
+    split, token_keep = run.splits.at(stage.tokens_point), run.token_keep[stage.split_point == 0]
+    if token_keep == 1 or (run.lenient and stage.split_point == run.splits.num_blocks):
         return None
     rehearsal.live(split, 0)  # what is wrong with all tokens, this tells
     try:
-        tokens = check_fewer_tokens(split, run.token_keep, run.sampler.seed, run.runtime, rehearsal.batch)
+        tokens = check_fewer_tokens(split, token_keep, run.sampler.seed, run.runtime, rehearsal.batch)
         if run.lenient:
             rehearsal.keep(tokens)
             rehearsal.live(split, 0)
@@ -392,5 +395,5 @@ def _tokens_of(run: Any, rehearsal: _Rehearsal, split_point: int) -> TokenSubset
             raise
         logger.warning("schedule='auto' trains on all tokens. %s", error)
         return None
-    run.tokens[split_point] = tokens
+    run.tokens[stage.split_point] = tokens
     return tokens

@@ -90,7 +90,7 @@ class StageRunner:
         stopwatch: Times the epoch that is being trained.
         moved_to: Optimizer step at which a checkpoint of another number of processes goes on.
         refusals: Why no cache is to be made, by split point; see ``rehearsal.rehearse``.
-        token_keep: Share of the patch tokens that steps of stages with frozen blocks see.
+        token_keep: Share of the patch tokens that steps see behind frozen blocks, and behind the first where none is frozen.
         tokens: What draws these tokens, by split point; see ``rehearsal.rehearse``.
         lenient: Whether ``schedule="auto"`` chose: what the model cannot do of it is left out, and the log says so.
         released_bytes: Bytes of optimizer state that the last freezing released.
@@ -120,7 +120,7 @@ class StageRunner:
     stopwatch: Stopwatch | None = None
     moved_to: int | None = None
     refusals: dict[int, str] = field(default_factory=dict)
-    token_keep: float = 1.0
+    token_keep: tuple[float, float] = (1.0, 1.0)
     lenient: bool = False
     tokens: dict[int, TokenSubset] = field(default_factory=dict)
     released_bytes: int = 0
@@ -269,7 +269,7 @@ class StageRunner:
             token_keep=token_keep,
         )
         self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
-        split, opened = self.splits.at(stage.split_point), None
+        split, whole, opened = self.splits.at(stage.split_point), self.splits.at(stage.tokens_point), None
         step: Step | None
         outlook = Outlook(stage, self.config, decision.predicted, self.refusals.get(stage.split_point))
         # Without a cache nothing would augment hidden states: what is trained must not depend on how long it takes.
@@ -285,7 +285,7 @@ class StageRunner:
         if opened is None:
             logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
             self.watch = self.frozen_weights = None
-            loader, step = live_batches(self.runtime, self.data, self.sampler, split, tokens)
+            loader, step = live_batches(self.runtime, self.data, self.sampler, whole, tokens)
         else:
             describe_cache(decision, opened)
             self.watch = TransformWatch(self.data, self.config)

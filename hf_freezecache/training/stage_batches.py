@@ -35,7 +35,7 @@ def live_batches(
         runtime: The trainer.
         data: The training data.
         sampler: Order of the samples.
-        split: The model, split behind the frozen blocks; needed with ``tokens``.
+        split: The model, split behind the blocks that see all tokens; needed with ``tokens``.
         tokens: Draws the tokens that steps see behind the split; ``None`` for all.
 
     Returns:

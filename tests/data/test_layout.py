@@ -137,6 +137,28 @@ def test_each_epoch_has_every_sample_once_in_the_view_of_its_chunk(layout, seed,
     assert list(sampler) == keys
 
 
+@given(LAYOUTS, SEEDS, st.integers(0, 4), st.integers(0, 8))
+def test_plain_epochs_show_the_base_view_and_those_before_the_others(layout, seed, num_views, plain_from) -> None:
+    sampler, shown = ChunkSampler([layout], seed, seed, num_views, 3), []
+    sampler.plain_from = plain_from
+    for epoch in range(plain_from + 3):
+        sampler.set_epoch(epoch)
+        views = dict(sampler)
+        assert views.keys() == set(range(layout.num_samples))
+        windows = {chunk: view for window in sampler.windows() for view, chunk in window}
+        assert all(view == windows[int(layout.position[row]) // layout.chunk_size] for row, view in views.items())
+        shown.append(views)
+    for views in shown[plain_from:]:
+        assert set(views.values()) == {0}
+    for start in range(0, plain_from, max(num_views - 1, 1)):
+        cycle = shown[start : min(start + max(num_views - 1, 1), plain_from)]
+        for row in range(layout.num_samples):
+            views = [views[row] for views in cycle]
+            assert len(set(views)) == len(views)
+            expected = {0} if num_views == 1 else {start + 1} if num_views == 0 else set(range(1, num_views))
+            assert set(views) <= expected
+
+
 @given(LAYOUTS, SEEDS, st.integers(1, 12), st.integers(0, 50), st.integers(1, 64))
 def test_at_any_time_at_most_a_window_of_chunks_is_open(layout, seed, window, epoch, batch_size) -> None:
     """A chunk is open from its first sample to its last. A batch may reach over into the next window."""

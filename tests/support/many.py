@@ -169,7 +169,7 @@ def at_every_checkpoint(name: str, **settings: Any) -> dict[str, Any]:
 
 def fewer_tokens() -> dict[str, Any]:
     """Half of the patch tokens."""
-    return at_every_checkpoint("fewer", freeze={"token_keep": 0.5})
+    return at_every_checkpoint("fewer", freeze={"token_keep": 0.5, "unfrozen_token_keep": 0.5})
 
 
 def offloaded() -> dict[str, Any]:
