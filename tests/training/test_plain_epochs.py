@@ -33,7 +33,7 @@ def trained(*args: Any, resume: Any = None, **settings: Any) -> Any:
 
 
 class Watching(Recorder):
-    """Keeps the images that a loss sees, and how many tokens reach the first block and the last."""
+    """Keeps the images that a loss sees, and how many tokens reach the first two blocks and the last."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         epoch = int(self.state.epoch or 0)
@@ -42,7 +42,7 @@ class Watching(Recorder):
         seen: list[int] = []
         handles = [
             block.register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
-            for block in (blocks[0], blocks[-1])
+            for block in (*blocks[:2], blocks[-1])
         ]
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -75,7 +75,7 @@ def test_cached_equals_live_to_the_bit(images) -> None:
 
 def test_without_frozen_blocks_the_first_block_sees_all_tokens_and_the_others_some(images) -> None:
     run = trained(images, cls=Watching, freeze={"unfrozen_token_keep": 0.5}, num_train_epochs=2, schedule="0:0,1:2")
-    assert run.tokens[0] == {(17, 9)}
+    assert run.tokens[0] == {(17, 9, 9)}
     assert {after[-1] for after in run.tokens[1]} == {17}  # that is for token_keep to say
     assert [decision.token_keep for decision in run._record.decisions] == [0.5, 1.0]
     assert run._record.decisions[0].predicted == {"cached_passes": 3 * (1 + 3 * 0.5), "live_passes": 3 * (1 + 3 * 0.5)}
@@ -83,7 +83,7 @@ def test_without_frozen_blocks_the_first_block_sees_all_tokens_and_the_others_so
     assert "a random 50% of the patch tokens behind the first block" in accounts[0]
     assert "patch tokens" not in accounts[1]
     run.evaluate(images.select(range(8)).with_transform(TinyTransform(augment=False)))
-    assert run.tokens[2] == {(17, 17)}
+    assert run.tokens[2] == {(17, 17, 17)}
 
 
 def test_all_that_comes_before_the_tokens_are_drawn_trains(images) -> None:
