@@ -14,7 +14,8 @@ An arm is written as text without blanks, ``KIND/NAME=VALUE/...``, e.g. ``full/e
 head alone for five epochs, then all behind block 6. It may be a policy: ``ours/schedule=autofreeze(75)/epochs=8``, whose stages, and so
 its cost, are known once it has run. ``head`` is what the learning rate is multiplied by while the head trains
 alone. With ``rank=16`` blocks train by LoRA of that rank, as those of ``lora`` do; a budget of ``auto`` is then a
-share of the cost of LoRA. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
+share of the cost of LoRA. ``keep`` is the share of the patch tokens behind frozen blocks, ``unfrozen`` that where none is frozen.
+``plain`` last epochs show images as they are evaluated. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
 ``decay ** (N - i)``, the embeddings have ``decay ** (N + 1)``.
 """
 
@@ -50,6 +51,8 @@ class Arm:
     budget: float = 0.0
     codec: str = "lossless"
     rank: int = 0
+    plain: int = 0
+    unfrozen: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Arm:
@@ -148,14 +151,20 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
         cached = arm.kind in ("ours", "naive")
         views = 1 if arm.kind == "naive" else arm.views
         stages = [
-            {"epochs": epochs, "split_point": point, "cached": cached and point > 0, "views": views, "keep": arm.keep}
+            {
+                "epochs": epochs,
+                "split_point": point,
+                "cached": cached and point > 0,
+                "views": views,
+                "keep": arm.keep if point else arm.unfrozen,
+            }
             for _, epochs, point in arm.stages(num_blocks)
         ]
     passes, states_at, backward = Passes(), 0, 1 if arm.rank else BACKWARD
     for stage in stages:
         point = stage["split_point"]
-        share = kept_share(stage["keep"], patches) if point else 1.0
-        passes.trained += (1 + backward) * (num_blocks - point) * stage["epochs"] * share
+        share, whole = kept_share(stage["keep"], patches), int(point == 0)  # block 0 sees all tokens
+        passes.trained += (1 + backward) * (whole + (num_blocks - point - whole) * share) * stage["epochs"]
         if stage["cached"]:
             # The next cache is computed from this one; one that lies before it was built on the way.
             passes.built += stage["views"] * max(point - states_at, 0)

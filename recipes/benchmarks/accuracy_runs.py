@@ -344,6 +344,8 @@ class Runner:
                 layer_decay=None if arm.decay == 1 else arm.decay,
                 lr_scale=arm.scale or (None if arm.head == 1 else f"{self.num_blocks}:{arm.head:g}"),
                 token_keep=None if arm.keep == 1 else arm.keep,
+                unfrozen_token_keep=None if arm.unfrozen == 1 else arm.unfrozen,
+                plain_epochs=arm.plain or None,
             ),
             cache_config=CacheConfig(
                 cache_dir=caches,
