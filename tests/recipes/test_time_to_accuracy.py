@@ -40,6 +40,8 @@ def _recipes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         # Epochs before the first stage are full ones.
         ("ours/schedule=2:6/epochs=6/views=2", (36 * 2 + 2 * 6 + 18 * 4) / 36),
         ("ours/schedule=0:all,2:4/epochs=6/keep=0.5/rank=16", 12 / 36 + 4 * 2 * 8 * 99 / 197 / 36),
+        # Without frozen blocks the first sees all tokens.
+        ("ours/schedule=0:all,2:0/epochs=6/plain=2/unfrozen=0.5", (12 + 4 * 3 * (1 + 11 * 99 / 197)) / 36),
     ],
 )
 def test_the_cost_counts_passes_of_builds_and_steps(text: str, cost: float) -> None:
