@@ -1,10 +1,11 @@
 """``schedule="auto"``: how many blocks to freeze, how many views to store and how many epochs to train, for a budget.
 
 The head trains first, alone, from the output of the last block: that costs a forward pass and gives the blocks a head that tells
-them something. Then the blocks behind the split point thaw. Costs are counted in epochs of full fine-tuning, by passes through
+them something. Then the blocks behind the split point thaw; where the cost pays for some epochs of all blocks on a part of the tokens, all
+thaw. Costs are counted in epochs of full fine-tuning, by passes through
 blocks, see ``passes``: one such epoch of a model of ``n`` blocks takes ``3 n`` per image. A cache of ``V`` views takes ``n V``, or
 ``k V`` where the head does not train first, and ``E`` epochs behind ``k`` blocks, on a share ``t`` of the patch tokens, take
-``3 (n - k) t E``.
+``3 (n - k) t E``; on all blocks, of which the first sees all tokens, they take ``3 (1 + (n - 1) t) E``.
 
 Where adapters train in place of the blocks' weights, as with LoRA, an epoch without freezing takes ``2 n``, and costs are counted in
 these. The head does not train first there: adapters begin as nothing, and disturb what the blocks know but slowly.
@@ -39,6 +40,8 @@ class Recipe:
         least_steps: Optimizer steps in place of ``least_epochs``, where it is known how many make an epoch. Epochs need not be whole.
         most_frozen: With ``least_steps``, none is frozen if that leaves so many steps, and more than this share only where an epoch is
             not paid for otherwise.
+        unfrozen_keep: Share of the patch tokens that steps see where no block is frozen once the head has trained, but for the first
+            block; more where the cost pays for more. ``None`` freezes blocks.
     """
 
     most_cost: float
@@ -49,15 +52,23 @@ class Recipe:
     head_epochs: int = 2
     least_steps: int | None = None
     most_frozen: float = 1.0
+    unfrozen_keep: float | None = None
+
+    def unfrozen(self, token_keep: float | None) -> Recipe:
+        """Return the recipe that freezes no block behind a trained head, which needs one view; ``token_keep`` is settled, or ``None``."""
+        assert self.unfrozen_keep is not None
+        return replace(self, num_views=1, token_keep=self.unfrozen_keep if token_keep is None else token_keep)
 
 
+#: Share of the epochs behind the head, at the end, that show plain images where no block is frozen. Before them each epoch shows new views.
+PLAIN_SHARE = 0.4
 #: In order of cost. Source of the first two: single runs of DeiT-Tiny on 50 classes of Caltech-101 and on 1,500 images of CIFAR-10 at
 #: 112 pixels, half the size that it was pretrained on, scored on a part of the training images. Records of
 #: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views.
 RECIPES: tuple[Recipe, ...] = (
     Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8),
     Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8),
-    Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8),
+    Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, unfrozen_keep=0.5),
     Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16),
 )
 #: The same where adapters train. Source of the first: runs of DeiT-Tiny with LoRA of rank 16 on the same two data sets, and on Caltech-101
@@ -97,6 +108,7 @@ class Choice:
         cost: Predicted cost, in epochs without freezing.
         reason: Why, in a sentence.
         epoch_words: What ``cost`` counts.
+        plain_epochs: Last epochs to show plain images in.
     """
 
     split_point: int
@@ -107,6 +119,7 @@ class Choice:
     cost: float
     reason: str
     epoch_words: str
+    plain_epochs: int = 0
 
     def stages(self, num_blocks: int) -> list[tuple[int, int]]:
         """Return (start epoch, split point) of each stage."""
@@ -124,6 +137,7 @@ class _Costs:
         head_epochs: Epochs in which the head trains alone.
         cached: Whether frozen blocks run once for each view; else they run in every step.
         step_passes: Passes of a step through a block that trains.
+        freezes: Whether blocks are frozen once the head has trained.
     """
 
     recipe: Recipe
@@ -131,6 +145,7 @@ class _Costs:
     head_epochs: int
     cached: bool
     step_passes: int
+    freezes: bool = True
 
     def trained(self, split_point: int, num_epochs: float, token_keep: float) -> float:
         """Return the cost of the blocks behind a split point alone."""
@@ -143,6 +158,11 @@ class _Costs:
         if not self.cached:
             return self.head_epochs * self.num_blocks + trained + split_point * num_epochs
         return views * (self.num_blocks if self.head_epochs else split_point) + trained
+
+    def keep_paid(self, passes: float, split_point: int, num_epochs: float) -> float:
+        """Return the share of the patch tokens, in hundredths, that so many passes pay for in the epochs behind a split point."""
+        none, whole = (self.trained(split_point, num_epochs, keep) for keep in (0.0, 1.0))
+        return min(math.floor(100 * (passes - none) / (whole - none)) / 100, 1.0)
 
     def paid(self, passes: float, split_point: int) -> float:
         """Return how many epochs behind a split point a cost pays for, in hundredths."""
@@ -170,9 +190,12 @@ class _Costs:
             found = (pair for pairs, wanted in tried for pair in pairs if pair[1] >= wanted)
             chosen = next(found, None)
             return None if chosen is None else (chosen[0], min(chosen[1], most_epochs))
-        whole = math.floor(self.paid(most, 1))
+        first = int(self.freezes)
+        whole = math.floor(self.paid(most, first))
         if whole >= least:
-            return 1, min(whole, most_epochs)
+            return first, min(whole, most_epochs)
+        if not self.freezes:
+            return None
         pairs = ((point, count) for count in range(least, 0, -1) for point in range(1, self.num_blocks))
         return next((pair for pair in pairs if self.of(*pair) <= most), None)
 
@@ -206,6 +229,8 @@ def choose(
     more_epochs: bool = False,
     adapters: bool = False,
     epoch_steps: float | None = None,
+    unfrozen: bool = False,
+    unfrozen_keep: float | None = None,
 ) -> Choice:
     """Choose how to train a model.
 
@@ -221,6 +246,9 @@ def choose(
         more_epochs: Whether, without a budget, the epochs of the head come on top of ``num_epochs``; else they are among them.
         adapters: Whether adapters train in place of the blocks' weights.
         epoch_steps: Optimizer steps of an epoch, if known; a part of an epoch may be chosen then, where adapters train.
+        unfrozen: Whether recipes may freeze no block behind a trained head. They do for a budget alone, and not if several views or
+            ``token_keep`` are settled.
+        unfrozen_keep: Share of the patch tokens that a step sees where none is frozen, if that is settled.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
@@ -246,6 +274,13 @@ def choose(
         )
         for recipe in recipes
     ]
+    if unfrozen and budget is not None and head_epochs and num_views in (None, 0, 1) and token_keep is None:
+        costs = [
+            replace(each, recipe=each.recipe.unfrozen(unfrozen_keep), freezes=False)
+            if each.recipe.unfrozen_keep
+            else each
+            for each in costs
+        ]
     if budget is None:
         head_epochs = head_epochs if more_epochs else min(head_epochs, num_epochs // 2)
         chosen = replace(costs[-2 if num_epochs <= _FEW_EPOCHS else -1], head_epochs=head_epochs)
@@ -269,9 +304,9 @@ def choose(
         reason = f"schedule='auto' may spend {counted_epochs(cost, epoch_words)} (budget={budget:g} of {num_epochs})"
     views = min(chosen.recipe.num_views, math.ceil(epochs)) if num_views is None else num_views
     keep, total = chosen.recipe.token_keep, chosen.of(split_point, epochs, views)
-    if budget is not None and token_keep is None:
+    if budget is not None and (token_keep if chosen.freezes else unfrozen_keep) is None:
         left = budget * num_epochs * whole - total + chosen.trained(split_point, epochs, keep)
-        keep = max(keep, min(math.floor(100 * left / chosen.trained(split_point, epochs, 1.0)) / 100, 1.0))
+        keep = max(keep, chosen.keep_paid(left, split_point, epochs))
         total += chosen.trained(split_point, epochs, keep) - chosen.trained(
             split_point, epochs, chosen.recipe.token_keep
         )
@@ -284,4 +319,5 @@ def choose(
         cost=total / whole,
         reason=reason,
         epoch_words=epoch_words,
+        plain_epochs=0 if chosen.freezes else round(PLAIN_SHARE * epochs),
     )

@@ -23,19 +23,22 @@ from hf_freezecache.errors import ScheduleError
     cached=st.booleans(),
     adapters=st.booleans(),
     epoch_steps=st.none() | st.just(0.0) | st.floats(0.5, 10_000),
+    unfrozen=st.booleans(),
 )
 def test_a_choice_fits_its_budget_and_the_model(
-    num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached, adapters, epoch_steps
+    num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached, adapters, epoch_steps, unfrozen
 ) -> None:
     arguments = (num_blocks, num_epochs, budget, head_first, num_views, token_keep)
     settings = {"cached": cached, "adapters": adapters, "epoch_steps": epoch_steps}
+    settings["unfrozen"] = unfrozen = unfrozen and not adapters
     try:
         choice = choose(*arguments, **settings)
     except ScheduleError:  # the next test reads it
         return
     assert choice.cost <= budget * num_epochs * (1 + 1e-6)
     # Adapters may train in all blocks, if that leaves steps enough.
-    least = 0 if adapters and epoch_steps and choice.token_keep == 1 else 1
+    may_be_none = adapters and epoch_steps and choice.token_keep == 1
+    least = 0 if may_be_none or (unfrozen and head_first and token_keep is None) else 1
     assert least <= choice.split_point < num_blocks
     assert choice.num_epochs > choice.head_epochs >= 0
     assert bool(choice.head_epochs) == (head_first and not adapters)
@@ -47,7 +50,9 @@ def test_a_choice_fits_its_budget_and_the_model(
     # By hand: views through all blocks the head needs, then steps on a part of the tokens.
     deepest = num_blocks if choice.head_epochs else choice.split_point
     step = 2 if adapters else 3  # adapters need no gradients of the blocks' weights
-    steps = step * (num_blocks - choice.split_point) * choice.token_keep * (choice.num_epochs - choice.head_epochs)
+    whole = int(choice.split_point == 0)  # the first block sees all tokens
+    seen = whole + (num_blocks - choice.split_point - whole) * choice.token_keep
+    steps = step * seen * (choice.num_epochs - choice.head_epochs)
     frozen = choice.num_views * deepest
     if not cached:  # in every step
         frozen = choice.head_epochs * num_blocks + (choice.num_epochs - choice.head_epochs) * choice.split_point
@@ -91,6 +96,23 @@ def test_more_money_trains_more() -> None:
     assert choices[0].split_point > choices[-1].split_point == 1
     # A budget is used up as far as whole blocks and epochs go, and then tokens.
     assert all(choice.cost > 0.98 * 8 * budget / 100 for budget, choice in zip(range(10, 101), choices, strict=True))
+
+
+def test_a_cost_of_some_epochs_freezes_nothing_behind_the_head() -> None:
+    for cost in (3, 4, 5):
+        choice = choose(12, cost, 1.0, unfrozen=True)
+        assert choice.stages(12) == [(0, 12), (2, 0)]
+        assert choice.num_views == 1
+        assert choice.num_epochs - choice.head_epochs >= cost
+        assert 0.5 <= choice.token_keep < 0.65
+        assert 0 < choice.plain_epochs <= (choice.num_epochs - choice.head_epochs) / 2
+        assert 0.97 * cost < choice.cost <= cost
+        # What the user has settled speaks against it.
+        for settings in ({"num_views": 2}, {"token_keep": 0.5}, {"head_first": False}):
+            assert choose(12, cost, 1.0, unfrozen=True, **settings) == choose(12, cost, 1.0, **settings)
+    for cost in (1, 2):
+        assert choose(12, cost, 1.0, unfrozen=True) == choose(12, cost, 1.0)
+    assert choose(12, 4, unfrozen=True) == choose(12, 4)  # without a budget, epochs are asked for, not a cost
 
 
 def test_without_a_budget_the_epochs_stay() -> None:

@@ -31,6 +31,9 @@ LAYER_DECAY = 0.75
 #: With that decay the best learning rate is so many times that without: 6e-4 against 2e-4 for 8 epochs of full fine-tuning. Source:
 #: as ``lr_rule.budget_scale``.
 DECAY_SCALE = 3.0
+#: ``layer_decay`` where all blocks thaw behind a trained head, and how many times the rate without decay is best with it. Source: runs of
+#: 6.5 epochs on training rows, see UNFROZEN.
+UNFROZEN_LAYER_DECAY, UNFROZEN_DECAY_SCALE = 0.8, 8.0
 #: Behind a head that has been trained, blocks want lower rates: 6e-4 to 1.2e-3, where full fine-tuning of the same cost wants 1.2e-3
 #: to 2.4e-3. Source: tuning runs, one seed, of cifar10 (in its record of recipes/benchmarks/time_to_accuracy.py) and Caltech-101, both
 #: at 112 pixels.
@@ -53,7 +56,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
 
     Without a budget the head trains first, for epochs on top of the user's, unless ``max_steps`` says how long to train.
 
-    What the user set stays: ``num_views``, ``token_keep``, ``layer_decay``, ``lr_scale``. The choice depends on these, the number
+    What the user set stays: ``num_views``, ``token_keep``, ``unfrozen_token_keep``, ``plain_epochs``, ``layer_decay``, ``lr_scale``.
+    The choice depends on these, the number
     of blocks, whether a head trains, whether only adapters do, whether views differ, the epochs, the optimizer steps in one, and the
     budget alone; rates also on the user's learning rate, the kind of optimizer and the width of the blocks. A resumed run keeps those of
     its checkpoint.
@@ -84,6 +88,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "more_epochs": args.max_steps <= 0,
         "adapters": adapters,
         "epoch_steps": _epoch_steps(trainer),
+        "unfrozen": not adapters,
+        "unfrozen_keep": freezing.unfrozen_token_keep,
     }
     choice = choose(len(blocks), num_epochs, freezing.budget, num_views=None if free else caching.num_views, **settled)
     if free and choice.num_views > 1 and not _views_differ(trainer):
@@ -92,14 +98,18 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     settings: dict[str, Any] = {
         "schedule": ",".join(f"{epoch}:{split_point}" for epoch, split_point in stages),
         "budget": None,
-        "token_keep": choice.token_keep,
+        "token_keep" if choice.split_point else "unfrozen_token_keep": choice.token_keep,
     }
+    if freezing.plain_epochs is None and trainer._transforms[1] is not None:
+        settings["plain_epochs"] = choice.plain_epochs
     # Rates of adapters are the user's: the best ones of frozen and unfrozen runs lie close together.
-    decays = freezing.layer_decay is None and not adapters and len(stages) == 1
-    if decays:
-        settings["layer_decay"] = LAYER_DECAY
+    decay_scale = 1.0
+    if freezing.layer_decay is None and not adapters and (len(stages) == 1 or not choice.split_point):
+        alone = len(stages) == 1
+        settings["layer_decay"] = LAYER_DECAY if alone else UNFROZEN_LAYER_DECAY
+        decay_scale = DECAY_SCALE if alone else UNFROZEN_DECAY_SCALE
     if freezing.lr_scale is None and not adapters:
-        settings["lr_scale"] = _rates(trainer, list(blocks), stages, decays)
+        settings["lr_scale"] = _rates(trainer, list(blocks), stages, decay_scale)
         trainer._chose_rates = True
     trainer.freeze_config = replace(freezing, **settings)
     if free:
@@ -185,11 +195,11 @@ def _width(trainer: Any, blocks: Iterable[nn.Module]) -> int | None:
     return next((module.in_features for module in linear), None)
 
 
-def _rates(trainer: Any, blocks: Sequence[nn.Module], stages: list[tuple[int, int]], decays: bool) -> str:
+def _rates(trainer: Any, blocks: Sequence[nn.Module], stages: list[tuple[int, int]], decay_scale: float) -> str:
     """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it."""
     # The user's rate suits the epochs and the decay that the user trains with.
     num_blocks, rate = len(blocks), trainer.args.learning_rate
-    least = budget_scale(trainer.freeze_config.budget) * (DECAY_SCALE if decays else 1.0)
+    least = budget_scale(trainer.freeze_config.budget) * decay_scale
     scales = {point: least * lr_scale(point, num_blocks) for _, point in stages}
     if len(stages) > 1:
         point = stages[-1][1]
@@ -211,12 +221,11 @@ def _epochs(choice: Choice) -> str:
 def _described(choice: Choice, trainer: Any) -> str:
     """Return in a sentence why, and behind a colon what was chosen."""
     freezing = trainer.freeze_config
-    rates = [
-        f"{name}={value}" for name in ("layer_decay", "lr_scale") if (value := getattr(freezing, name)) is not None
-    ]
+    names = ("token_keep", "unfrozen_token_keep", "plain_epochs", "layer_decay", "lr_scale")
+    chosen = [f"{name}={value}" for name in names if (value := getattr(freezing, name)) is not None]
     frozen = f"behind {counted(choice.split_point, 'frozen block')}" if choice.split_point else "without frozen blocks"
     return (
         f"{choice.reason}: {_epochs(choice)} {frozen}, num_views="
-        f"{int(trainer.cache_config.num_views)}, {', '.join([f'token_keep={freezing.token_keep:g}', *rates])}; that is "
+        f"{int(trainer.cache_config.num_views)}, {', '.join(chosen)}; that is "
         f"{counted_epochs(choice.cost, choice.epoch_words)}, counted in passes through blocks."
     )

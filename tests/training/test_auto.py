@@ -16,6 +16,7 @@ from hf_freezecache.errors import ScheduleError, UnsupportedSetupError
 from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.text import describe_schedule
+from hf_freezecache.training.auto import UNFROZEN_DECAY_SCALE, UNFROZEN_LAYER_DECAY
 from hf_freezecache.training.lr_rule import lr_scale
 
 
@@ -52,6 +53,41 @@ def test_a_budget_chooses_epochs_views_tokens_and_rates(train_dataset, caplog) -
     assert choice.split_point == 1
     assert "chosen by schedule='auto'" in describe_schedule(figures)
     assert [stage["token_keep"] for stage in figures["stages"]] == [1, choice.token_keep]
+
+
+PAIR = {"train_transform": TinyTransform(augment=True), "eval_transform": TinyTransform(augment=False)}
+
+
+def test_a_budget_of_some_epochs_thaws_all_blocks_and_ends_with_plain_images(images, caplog) -> None:
+    settings = {"num_train_epochs": 8, "trainer": PAIR, "learning_rate": 1e-3}
+    trainer = auto_trainer(images, freeze={"budget": 0.5}, **settings)
+    freezing = trainer.freeze_config
+    choice = choose(4, 8, 0.5, unfrozen=True)
+    assert freezing.schedule == "0:4,2:0"
+    assert (freezing.token_keep, freezing.unfrozen_token_keep) == (None, choice.token_keep)
+    assert (freezing.plain_epochs, freezing.layer_decay) == (choice.plain_epochs, UNFROZEN_LAYER_DECAY)
+    assert trainer.cache_config.num_views == 1
+    # The rate of all blocks, raised for the decay and the shorter run, halved behind a trained head.
+    assert scales_of(trainer)[0] == pytest.approx(UNFROZEN_DECAY_SCALE * 0.5**-0.4 / 2, rel=0.01)
+    assert "plain_epochs=2, layer_decay=" in caplog.text
+    trainer.train()
+    figures = figures_of(trainer._record)
+    assert "then 5 without frozen blocks" in figures["freezing"]["chosen"]
+    assert [stage["token_keep"] for stage in figures["stages"]] == [1, choice.token_keep]
+    assert choice.cost <= 4
+    assert sum(stage["passes_spent"] for stage in figures["stages"]) / 12 == pytest.approx(choice.cost)
+    # What is settled stays, and what speaks against it is heard.
+    kept = auto_trainer(images, freeze={"budget": 0.5, "unfrozen_token_keep": 0.3, "plain_epochs": 0}, **settings)
+    assert (kept.freeze_config.unfrozen_token_keep, kept.freeze_config.plain_epochs) == (0.3, 0)
+    assert kept.args.num_train_epochs > trainer.args.num_train_epochs
+    for settled in ({"cache": {"num_views": 2}}, {"freeze": {"budget": 0.5, "token_keep": 0.5}}):
+        frozen = auto_trainer(images, **{"freeze": {"budget": 0.5}, **settled}, **settings).freeze_config
+        assert (frozen.schedule, frozen.unfrozen_token_keep) == ("0:4,2:1", None)
+
+
+def test_without_an_eval_transform_nothing_is_plain(train_dataset) -> None:
+    freezing = auto_trainer(train_dataset, freeze={"budget": 0.5}, num_train_epochs=8).freeze_config
+    assert (freezing.schedule, freezing.plain_epochs) == ("0:4,2:0", None)
 
 
 def test_what_the_user_sets_stays(train_dataset) -> None:
