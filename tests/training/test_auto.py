@@ -69,6 +69,7 @@ def test_a_budget_of_some_epochs_thaws_all_blocks_and_ends_with_plain_images(ima
     assert trainer.cache_config.num_views == 1
     # The rate of all blocks, raised for the decay and the shorter run, halved behind a trained head.
     assert scales_of(trainer)[0] == pytest.approx(UNFROZEN_DECAY_SCALE * 0.5**-0.4 / 2, rel=0.01)
+    assert scales_of(auto_trainer(images, freeze={"budget": 0.5}, **{**settings, "learning_rate": 1e-4}))[0] == 6.0
     assert "plain_epochs=2, layer_decay=" in caplog.text
     trainer.train()
     figures = figures_of(trainer._record)
