@@ -61,10 +61,13 @@ class Recipe:
 
 
 #: Share of the epochs behind the head, at the end, that show plain images where no block is frozen. Before them each epoch shows new views.
+#: Source: with 2.5 of 6.5 epochs plain in place of none, accuracy on training rows rises from 89.7 to 96.2% on digits and from 84.6 to
+#: 85.4 on Caltech-101, behind one frozen block, and from 89.1 to 90.4 on CIFAR-10, without (one or two seeds, record of explorations).
 PLAIN_SHARE = 0.4
 #: In order of cost. Source of the first two: single runs of DeiT-Tiny on 50 classes of Caltech-101 and on 1,500 images of CIFAR-10 at
 #: 112 pixels, half the size that it was pretrained on, scored on a part of the training images. Records of
-#: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views.
+#: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views; ``unfrozen_keep`` was found by
+#: the runs that ``PLAIN_SHARE`` comes from. On CIFAR-10 to freeze the first block alone costs 3.6 points (84.7 for 88.3%, one seed).
 RECIPES: tuple[Recipe, ...] = (
     Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8),
     Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8),

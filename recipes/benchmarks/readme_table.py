@@ -322,20 +322,18 @@ def thirds() -> str:
 def tried() -> str:
     """Return a table of single runs by which the rule of ``schedule="auto"`` was found: of each arm that with the best rate."""
     record = load(TRIED)
-    arms: dict[tuple[str, int, str], dict[float, list[dict[str, Any]]]] = {}
+    arms: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
     for run in record["results"]["runs"]:
-        arm = arms.setdefault((run["data"], run["image_size"], run["arm"]), {})
+        others = f", scored on {run['scored_on']}" if "scored_on" in run else ""
+        arm = arms.setdefault((f"{run['data']}, {run['image_size']} px{others}", run["arm"]), {})
         arm.setdefault(run["lr"], []).append(run)
     lines = ["| data | arm | rate | accuracy, of each seed | cost |", "|---|---|---|---|---|"]
-    for (data, size, name), rates in sorted(
-        arms.items(), key=lambda arm: (*arm[0][:2], mean_of(best_of(arm[1]), "cost"))
-    ):
+    for (data, name), rates in sorted(arms.items(), key=lambda arm: (arm[0][0], mean_of(best_of(arm[1]), "cost"))):
         runs = best_of(rates)
         accuracies = ", ".join(f"{run['accuracy']:.1f}" for run in sorted(runs, key=lambda run: run["seed"]))
-        lines.append(
-            f"| {data}, {size} px | `{name}` | {runs[0]['lr']:g} | {accuracies} | {mean_of(runs, 'cost'):.2f} |"
-        )
-    lines += ["", f"Scored on a quarter of the training images: a point is two to four images. {link(TRIED)}"]
+        lines.append(f"| {data} | `{name}` | {runs[0]['lr']:g} | {accuracies} | {mean_of(runs, 'cost'):.2f} |")
+    scored = "Scored on a quarter of the training images, a point being two to four images, or on so many others."
+    lines += ["", f"{scored} {link(TRIED)}"]
     return "\n".join(lines)
 
 
