@@ -134,25 +134,26 @@ def distortion_words(calibration: dict[str, Any]) -> str:
 def describe_schedule(figures: Figures) -> str:
     """Return the schedule, e.g. ``6 of 12 blocks frozen from epoch 0, 9 from epoch 3``; and what of it was not reached.
 
-    What was asked of learning rates follows, e.g. ``; layer_decay 0.75; lr_scale auto (1.5, 2 by stage)``.
+    What was asked of images and rates follows, e.g. ``; layer_decay 0.75; lr_scale auto (1.5, 2 by stage)``.
     """
     num_blocks, done = figures["model"].get("num_blocks"), figures["epochs_done"]
     stages = figures["planned_stages"] or figures["stages"]
     if not stages:
-        return "no block frozen" + _learning_rates(figures)
+        return "no block frozen" + _settings(figures)
     words = []
     for number, stage in enumerate(stages):
         first = f"{f' of {num_blocks}' if num_blocks else ''} blocks frozen" if number == 0 else ""
         ahead = " (not reached)" if number and done is not None and stage["start_epoch"] >= done else ""
         words.append(f"{stage['split_point']}{first} from epoch {stage['start_epoch']:g}{ahead}")
     chosen = " (chosen by schedule='auto')" if figures["freezing"].get("chosen") else ""
-    return ", ".join(words) + chosen + _learning_rates(figures)
+    return ", ".join(words) + chosen + _settings(figures)
 
 
-def _learning_rates(figures: Figures) -> str:
-    """Return what was asked of learning rates, beginning with a semicolon; nothing if nothing was."""
-    decay, scale = (figures["freezing"].get(name) for name in ("layer_decay", "lr_scale"))
-    words = "" if decay is None else f"; layer_decay {decay:g}"
+def _settings(figures: Figures) -> str:
+    """Return what was asked of images and learning rates, beginning with a semicolon; nothing if nothing was."""
+    plain, decay, scale = (figures["freezing"].get(name) for name in ("plain_epochs", "layer_decay", "lr_scale"))
+    words = f"; plain images in the end, for {counted(plain, 'epoch')}" if plain else ""
+    words += "" if decay is None else f"; layer_decay {decay:g}"
     if scale is not None:
         used = ", ".join(f"{stage['lr_scale']:.3g}" for stage in figures["stages"])
         words += f"; lr_scale {scale}" + (f" ({used} by stage)" if used else "")
@@ -215,10 +216,8 @@ def stage_account(stage: Figures) -> str:
     """
     sentences = [_training_source(stage)]
     if stage["token_keep"] < 1:
-        sentences.append(
-            f"Each step saw a random {stage['token_keep']:.0%} of the patch tokens behind the "
-            f"{'frozen blocks' if stage['split_point'] else 'first block'}."
-        )
+        behind = "frozen blocks" if stage["split_point"] else "first block"
+        sentences.append(f"Each step saw a random {stage['token_keep']:.0%} of the patch tokens behind the {behind}.")
     if stage["reason"]:
         sentences.append(f"Reason: {stage['reason'].rstrip('.')}.")
     predicted, spent = stage["predicted"], stage["passes_spent"]

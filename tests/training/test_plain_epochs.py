@@ -14,7 +14,7 @@ from hf_freezecache import FreezeConfig
 from hf_freezecache.errors import UnsupportedModelError, UnsupportedSetupError
 from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.figures import figures_of
-from hf_freezecache.report.text import stage_account
+from hf_freezecache.report.text import describe_schedule, stage_account
 
 BOTH = {"plain_epochs": 2, "unfrozen_token_keep": 0.5}
 
@@ -65,6 +65,7 @@ def test_the_last_epochs_show_each_image_as_it_is_evaluated(images) -> None:
     shown = [rows_of(batches) for _, batches in sorted(run.images.items())]
     assert [torch.equal(one, expected) for one in shown] == [False, False, True, True]
     assert not torch.equal(shown[0], shown[1])
+    assert describe_schedule(figures_of(run._record)).endswith("; plain images in the end, for 2 epochs")
 
 
 def test_cached_equals_live_to_the_bit(images) -> None:
