@@ -42,6 +42,7 @@ class Recipe:
             not paid for otherwise.
         unfrozen_keep: Share of the patch tokens that steps see where no block is frozen once the head has trained, but for the first
             block; more where the cost pays for more. ``None`` freezes blocks.
+        unfrozen_epochs: Epochs that the cost has to pay for then; else blocks are frozen.
     """
 
     most_cost: float
@@ -53,11 +54,13 @@ class Recipe:
     least_steps: int | None = None
     most_frozen: float = 1.0
     unfrozen_keep: float | None = None
+    unfrozen_epochs: int = 6
 
     def unfrozen(self, token_keep: float | None) -> Recipe:
         """Return the recipe that freezes no block behind a trained head, which needs one view; ``token_keep`` is settled, or ``None``."""
         assert self.unfrozen_keep is not None
-        return replace(self, num_views=1, token_keep=self.unfrozen_keep if token_keep is None else token_keep)
+        keep = self.unfrozen_keep if token_keep is None else token_keep
+        return replace(self, num_views=1, token_keep=keep, least_epochs=self.unfrozen_epochs)
 
 
 #: Share of the epochs behind the head, at the end, that show plain images where no block is frozen. Before them each epoch shows new views.
@@ -67,7 +70,7 @@ PLAIN_SHARE = 0.4
 #: In order of cost. Source of the first two: single runs of DeiT-Tiny on 50 classes of Caltech-101 and on 1,500 images of CIFAR-10 at
 #: 112 pixels, half the size that it was pretrained on, scored on a part of the training images. Records of
 #: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views; ``unfrozen_keep`` was found by
-#: the runs that ``PLAIN_SHARE`` comes from. On CIFAR-10 to freeze the first block alone costs 3.6 points (84.7 for 88.3%, one seed).
+#: the runs that ``PLAIN_SHARE`` comes from, of 6.5 epochs; with four (at a cost of 2.65 epochs) a run on Caltech-101 lost 2.4 points. On CIFAR-10 to freeze the first block alone costs 3.6 points (84.7 for 88.3%, one seed).
 RECIPES: tuple[Recipe, ...] = (
     Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8),
     Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8),
@@ -277,13 +280,6 @@ def choose(
         )
         for recipe in recipes
     ]
-    if unfrozen and budget is not None and head_epochs and num_views in (None, 0, 1) and token_keep is None:
-        costs = [
-            replace(each, recipe=each.recipe.unfrozen(unfrozen_keep), freezes=False)
-            if each.recipe.unfrozen_keep
-            else each
-            for each in costs
-        ]
     if budget is None:
         head_epochs = head_epochs if more_epochs else min(head_epochs, num_epochs // 2)
         chosen = replace(costs[-2 if num_epochs <= _FEW_EPOCHS else -1], head_epochs=head_epochs)
@@ -294,6 +290,15 @@ def choose(
         # Where views of a recipe leave no epoch to pay for, those of a cheaper one may.
         affordable = [each for each in costs if each.recipe.most_cost < cost]
         candidates = [costs[len(affordable)], *reversed(affordable)]
+        dearest = candidates[0]
+        if (
+            unfrozen
+            and head_epochs
+            and num_views in (None, 0, 1)
+            and token_keep is None
+            and dearest.recipe.unfrozen_keep
+        ):
+            candidates.insert(0, replace(dearest, recipe=dearest.recipe.unfrozen(unfrozen_keep), freezes=False))
         found = ((each, each.fitting(cost * whole, num_epochs, epoch_steps)) for each in candidates)
         chosen, pair = next((both for both in found if both[1] is not None), (costs[0], None))
         if pair is None:

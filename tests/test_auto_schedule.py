@@ -99,18 +99,18 @@ def test_more_money_trains_more() -> None:
 
 
 def test_a_cost_of_some_epochs_freezes_nothing_behind_the_head() -> None:
-    for cost in (3, 4, 5):
+    for cost in (4, 5):
         choice = choose(12, cost, 1.0, unfrozen=True)
         assert choice.stages(12) == [(0, 12), (2, 0)]
         assert choice.num_views == 1
-        assert choice.num_epochs - choice.head_epochs >= cost
+        assert choice.num_epochs - choice.head_epochs >= 6
         assert 0.5 <= choice.token_keep < 0.65
         assert 0 < choice.plain_epochs <= (choice.num_epochs - choice.head_epochs) / 2
         assert 0.97 * cost < choice.cost <= cost
         # What the user has settled speaks against it.
         for settings in ({"num_views": 2}, {"token_keep": 0.5}, {"head_first": False}):
             assert choose(12, cost, 1.0, unfrozen=True, **settings) == choose(12, cost, 1.0, **settings)
-    for cost in (1, 2):
+    for cost in (1, 2, 3):  # that pays for too few
         assert choose(12, cost, 1.0, unfrozen=True) == choose(12, cost, 1.0)
     assert choose(12, 4, unfrozen=True) == choose(12, 4)  # without a budget, epochs are asked for, not a cost
 

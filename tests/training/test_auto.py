@@ -59,10 +59,10 @@ PAIR = {"train_transform": TinyTransform(augment=True), "eval_transform": TinyTr
 
 
 def test_a_budget_of_some_epochs_thaws_all_blocks_and_ends_with_plain_images(images, caplog) -> None:
-    settings = {"num_train_epochs": 8, "trainer": PAIR, "learning_rate": 1e-3}
+    settings = {"num_train_epochs": 9, "trainer": PAIR, "learning_rate": 1e-3}
     trainer = auto_trainer(images, freeze={"budget": 0.5}, **settings)
     freezing = trainer.freeze_config
-    choice = choose(4, 8, 0.5, unfrozen=True)
+    choice = choose(4, 9, 0.5, unfrozen=True)
     assert freezing.schedule == "0:4,2:0"
     assert (freezing.token_keep, freezing.unfrozen_token_keep) == (None, choice.token_keep)
     assert (freezing.plain_epochs, freezing.layer_decay) == (choice.plain_epochs, UNFROZEN_LAYER_DECAY)
@@ -73,10 +73,10 @@ def test_a_budget_of_some_epochs_thaws_all_blocks_and_ends_with_plain_images(ima
     assert "plain_epochs=2, layer_decay=" in caplog.text
     trainer.train()
     figures = figures_of(trainer._record)
-    assert "then 5 without frozen blocks" in figures["freezing"]["chosen"]
+    assert "then 6 without frozen blocks" in figures["freezing"]["chosen"]
     assert [stage["token_keep"] for stage in figures["stages"]] == [1, choice.token_keep]
-    assert choice.cost <= 4
-    assert sum(stage["passes_spent"] for stage in figures["stages"]) / 12 == pytest.approx(choice.cost)
+    assert choice.cost <= 4.5
+    assert sum(stage["passes_spent"] for stage in figures["stages"]) / 12 == pytest.approx(choice.cost, rel=0.005)
     # What is settled stays, and what speaks against it is heard.
     kept = auto_trainer(images, freeze={"budget": 0.5, "unfrozen_token_keep": 0.3, "plain_epochs": 0}, **settings)
     assert (kept.freeze_config.unfrozen_token_keep, kept.freeze_config.plain_epochs) == (0.3, 0)
@@ -87,7 +87,7 @@ def test_a_budget_of_some_epochs_thaws_all_blocks_and_ends_with_plain_images(ima
 
 
 def test_without_an_eval_transform_nothing_is_plain(train_dataset) -> None:
-    freezing = auto_trainer(train_dataset, freeze={"budget": 0.5}, num_train_epochs=8).freeze_config
+    freezing = auto_trainer(train_dataset, freeze={"budget": 0.5}, num_train_epochs=9).freeze_config
     assert (freezing.schedule, freezing.plain_epochs) == ("0:4,2:0", None)
 
 
