@@ -45,7 +45,8 @@ AFTER_HEAD_SCALE = 0.5
 #: fall with the width, since each step moves every weight by the rate, and sums of weights by the sum. Source: full fine-tuning of one
 #: epoch has its best rate at 3.75e-5 on digits and 1.5e-4 on CIFAR-10 (records of recipes/benchmarks/time_to_accuracy.py); what the rule
 #: alone makes of them leaves runs with 50 and 75%, head and blocks at these rates with 80 and 79% (DeiT-Tiny, means of three seeds, record of
-#: explorations). With twice the rate of the head it is 81 and 78%.
+#: explorations). With twice the rate of the head it is 81 and 78%. Under ``UNFROZEN_LAYER_DECAY`` the least rate of blocks is
+#: ``UNFROZEN_DECAY_SCALE`` times that.
 LEAST_HEAD_RATE, LEAST_BLOCK_RATE, WIDTH = 1.2e-3, 1.5e-4, 192
 #: But for a head no more than so many times the user's rate, and for blocks so many times what the rule gives: the user may mean it.
 MOST_HEAD_SCALE, MOST_RAISE = 32.0, 4.0
@@ -59,8 +60,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     Without a budget the head trains first, for epochs on top of the user's, unless ``max_steps`` says how long to train.
 
     What the user set stays: ``num_views``, ``token_keep``, ``unfrozen_token_keep``, ``plain_epochs``, ``layer_decay``, ``lr_scale``.
-    The choice depends on these, the number
-    of blocks, whether a head trains, whether only adapters do, whether views differ, the epochs, the optimizer steps in one, and the
+    The choice depends on these, the number of blocks, whether a head trains, whether only adapters do, whether views differ, the epochs, the optimizer steps in one, and the
     budget alone; rates also on the user's learning rate, the kind of optimizer and the width of the blocks. A resumed run keeps those of
     its checkpoint.
 
@@ -102,7 +102,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "budget": None,
         "token_keep" if choice.split_point else "unfrozen_token_keep": choice.token_keep,
     }
-    if freezing.plain_epochs is None and trainer._transforms[1] is not None:
+    if freezing.plain_epochs is None and choice.plain_epochs and trainer._transforms[1] is not None:
         settings["plain_epochs"] = choice.plain_epochs
     # Rates of adapters are the user's: the best ones of frozen and unfrozen runs lie close together.
     decay_scale = 1.0
@@ -224,7 +224,10 @@ def _described(choice: Choice, trainer: Any) -> str:
     """Return in a sentence why, and behind a colon what was chosen."""
     freezing = trainer.freeze_config
     names = ("token_keep", "unfrozen_token_keep", "plain_epochs", "layer_decay", "lr_scale")
-    chosen = [f"{name}={value}" for name in names if (value := getattr(freezing, name)) is not None]
+    values = ((name, getattr(freezing, name)) for name in names)
+    chosen = [
+        f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in values if value is not None
+    ]
     frozen = f"behind {counted(choice.split_point, 'frozen block')}" if choice.split_point else "without frozen blocks"
     return (
         f"{choice.reason}: {_epochs(choice)} {frozen}, num_views="
