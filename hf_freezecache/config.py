@@ -149,8 +149,8 @@ class FreezeConfig:
         check_values(self, _SCHEMAS)
         if isinstance(self.lr_scale, str):
             parse_lr_scale(self.lr_scale)
-        for name in ("unfrozen_token_keep", "plain_epochs"):
-            if self.schedule is None and (value := getattr(self, name)) not in (None, 0, 1):
+        for name, idle in (("unfrozen_token_keep", 1), ("plain_epochs", 0)):
+            if self.schedule is None and (value := getattr(self, name)) not in (None, idle):
                 raise UnsupportedSetupError(
                     f"{name}={value:g} needs a schedule: without one, training is plain Trainer's. Give a schedule; '0:0' freezes nothing."
                 )

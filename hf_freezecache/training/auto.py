@@ -100,8 +100,10 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     settings: dict[str, Any] = {
         "schedule": ",".join(f"{epoch}:{split_point}" for epoch, split_point in stages),
         "budget": None,
-        "token_keep" if choice.split_point else "unfrozen_token_keep": choice.token_keep,
     }
+    share = "token_keep" if choice.split_point else "unfrozen_token_keep"
+    if getattr(freezing, share) is None:
+        settings[share] = choice.token_keep
     if freezing.plain_epochs is None and choice.plain_epochs and trainer._transforms[1] is not None:
         settings["plain_epochs"] = choice.plain_epochs
     # Rates of adapters are the user's: the best ones of frozen and unfrozen runs lie close together.

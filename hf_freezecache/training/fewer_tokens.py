@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,14 +73,19 @@ class LiveStep:
             return inputs
         return {name: value for name, value in inputs.items() if name != KEPT_TOKENS}
 
+    @functools.cached_property
+    def _whole(self) -> set[nn.Parameter]:
+        """Parameters that see all tokens; `Trainer` counts operations in every step."""
+        return set(self.split.prefix_parameters().values())
+
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int | None:
         """Count 6 operations per trainable parameter and token that it sees, 2 per other parameter and token; ``None`` as ``CachedStep``."""
         if KEPT_TOKENS not in inputs:
             return None
         samples, kept = inputs[KEPT_TOKENS].shape
-        whole, count = set(self.split.prefix_parameters().values()), 0
+        count = 0
         for parameter in self.split.model.parameters():
-            all_tokens = parameter in whole or not parameter.requires_grad
+            all_tokens = parameter in self._whole or not parameter.requires_grad
             tokens = self.tokens.num_tokens if all_tokens else kept
             count += (6 if parameter.requires_grad else 2) * tokens * parameter.numel()
         return int(samples * count)

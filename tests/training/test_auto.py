@@ -298,6 +298,14 @@ def test_blocks_of_which_little_trains_have_adapters(train_dataset) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_keep_the_share_of_tokens_that_the_user_set(train_dataset) -> None:
+    freeze = {"budget": 0.5, "unfrozen_token_keep": 0.5}
+    settings = {"num_train_epochs": 4, "per_device_train_batch_size": 1}
+    freezing = auto_trainer(train_dataset, with_lora(), freeze, **settings).freeze_config
+    assert (freezing.schedule, freezing.unfrozen_token_keep) == ("0:0", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_adapters_keep_the_rate_and_train_from_the_first_epoch(train_dataset, caplog) -> None:
     caplog.set_level(logging.INFO, "hf_freezecache")
     trainer = auto_trainer(

@@ -113,6 +113,8 @@ def test_resuming_at_every_checkpoint(images, mode) -> None:
 def test_what_cannot_be_is_refused_before_anything_is_built(images, train_dataset) -> None:
     with pytest.raises(UnsupportedSetupError, match=r"plain_epochs=2 needs a schedule.*'0:0'"):
         FreezeConfig(plain_epochs=2)
+    with pytest.raises(UnsupportedSetupError, match="plain_epochs=1 needs a schedule"):
+        FreezeConfig(plain_epochs=1)
     with pytest.raises(UnsupportedSetupError, match=r"unfrozen_token_keep=0\.5 needs a schedule"):
         FreezeConfig(unfrozen_token_keep=0.5)
     FreezeConfig(plain_epochs=0, unfrozen_token_keep=1.0)
