@@ -1,11 +1,11 @@
 """``schedule="auto"``: how many blocks to freeze, how many views to store and how many epochs to train, for a budget.
 
 The head trains first, alone, from the output of the last block: that costs a forward pass and gives the blocks a head that tells
-them something. Then the blocks behind the split point thaw; where the cost pays for some epochs of all blocks on a part of the tokens, all
-thaw. Costs are counted in epochs of full fine-tuning, by passes through
+them something. Then blocks train: where the cost pays for it, queries, keys and values of all blocks; else all weights of the blocks behind a
+split point. Costs are counted in epochs of full fine-tuning, by passes through
 blocks, see ``passes``: one such epoch of a model of ``n`` blocks takes ``3 n`` per image. A cache of ``V`` views takes ``n V``, or
 ``k V`` where the head does not train first, and ``E`` epochs behind ``k`` blocks, on a share ``t`` of the patch tokens, take
-``3 (n - k) t E``; on all blocks, of which the first sees all tokens, they take ``3 (1 + (n - 1) t) E``.
+``3 (n - k) t E``. Where a share ``s`` of the weights trains, 3 gives way to ``2 + s``: queries, keys and values are a quarter.
 
 Where adapters train in place of the blocks' weights, as with LoRA, an epoch without freezing takes ``2 n``, and costs are counted in
 these. The head does not train first there: adapters begin as nothing, and disturb what the blocks know but slowly.
@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass, replace
 
 from .errors import ScheduleError
-from .passes import ADAPTER_STEP_PASSES, STEP_PASSES, passes_of_step
+from .passes import passes_of_step
 
 __all__ = ["ADAPTER_RECIPES", "RECIPES", "Choice", "Recipe", "choose", "counted_epochs", "views_for"]
 
@@ -40,9 +40,8 @@ class Recipe:
         least_steps: Optimizer steps in place of ``least_epochs``, where it is known how many make an epoch. Epochs need not be whole.
         most_frozen: With ``least_steps``, none is frozen if that leaves so many steps, and more than this share only where an epoch is
             not paid for otherwise.
-        unfrozen_keep: Share of the patch tokens that steps see where no block is frozen once the head has trained, but for the first
-            block; more where the cost pays for more. ``None`` freezes blocks.
-        unfrozen_epochs: Epochs that the cost has to pay for then; else blocks are frozen.
+        qkv_epochs: Epochs of all blocks, of which queries, keys and values train alone, that the cost has to pay for; else blocks are
+            frozen. They see one view in each epoch, with all tokens. ``None`` freezes blocks.
     """
 
     most_cost: float
@@ -53,29 +52,24 @@ class Recipe:
     head_epochs: int = 2
     least_steps: int | None = None
     most_frozen: float = 1.0
-    unfrozen_keep: float | None = None
-    unfrozen_epochs: int = 6
-
-    def unfrozen(self, token_keep: float | None) -> Recipe:
-        """Return the recipe that freezes no block behind a trained head, which needs one view; ``token_keep`` is settled, or ``None``."""
-        assert self.unfrozen_keep is not None
-        keep = self.unfrozen_keep if token_keep is None else token_keep
-        return replace(self, num_views=1, token_keep=keep, least_epochs=self.unfrozen_epochs)
+    qkv_epochs: float | None = None
 
 
-#: Share of the epochs behind the head, at the end, that show plain images where no block is frozen. Before them each epoch shows new views.
-#: Source: with 2.5 of 6.5 epochs plain in place of none, accuracy on training rows rises from 89.7 to 96.2% on digits and from 84.6 to
-#: 85.4 on Caltech-101, behind one frozen block, and from 89.1 to 90.4 on CIFAR-10, without (one or two seeds, record of explorations).
-PLAIN_SHARE = 0.4
+#: Share of the epochs behind the head, at the end, that show plain images where no block is frozen, and up to how many all do. The others
+#: show new views. Source: of 2.3 epochs of queries, keys and values, all plain in place of the last alone have 95.7 for 86.8% on digits, 85.4 for 85.4
+#: on Caltech-101 and 87.7 for 88.2 on CIFAR-10; of 6.5 epochs of all weights, the last 2.5 in place of none 96.2 for 89.7% on digits and 85.4
+#: for 84.6 on Caltech-101, behind one frozen block, and 90.4 for 89.1 on CIFAR-10, without (one or two seeds, record of explorations).
+PLAIN_SHARE, MOST_PLAIN = 0.4, 3.0
 #: In order of cost. Source of the first two: single runs of DeiT-Tiny on 50 classes of Caltech-101 and on 1,500 images of CIFAR-10 at
 #: 112 pixels, half the size that it was pretrained on, scored on a part of the training images. Records of
-#: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views; ``unfrozen_keep`` was found by
-#: the runs that ``PLAIN_SHARE`` comes from, of 6.5 epochs: on CIFAR-10 to freeze the first block alone cost 3.6 points (one seed, whose head
-#: had seen other views). That six epochs are needed was settled when a test score of four was known: 86.0 for 88.4% on Caltech-101.
+#: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views. Queries, keys and
+#: values of all blocks, in place of all weights of some: at a cost of one epoch 85.3 for 79.8% on CIFAR-10, 88.8 for 81.2 on digits and 84.2 for
+#: 83.4 on Caltech-101, of two 87.7 for 85.2 on CIFAR-10, of four 90.4 for 88.4, 98.0 for 96.8 and 88.0 for 87.3 (one to three seeds, in
+#: that record; on training images). What less than ``qkv_epochs`` gives was not tried.
 RECIPES: tuple[Recipe, ...] = (
-    Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8),
-    Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8),
-    Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, unfrozen_keep=0.5),
+    Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8, qkv_epochs=0.8),
+    Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8, qkv_epochs=0.8),
+    Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, qkv_epochs=0.8),
     Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16),
 )
 #: The same where adapters train. Source of the first: runs of DeiT-Tiny with LoRA of rank 16 on the same two data sets, and on Caltech-101
@@ -116,6 +110,7 @@ class Choice:
         reason: Why, in a sentence.
         epoch_words: What ``cost`` counts.
         plain_epochs: Last epochs to show plain images in.
+        qkv_only: Whether queries, keys and values train alone of the blocks.
     """
 
     split_point: int
@@ -127,6 +122,7 @@ class Choice:
     reason: str
     epoch_words: str
     plain_epochs: int = 0
+    qkv_only: bool = False
 
     def stages(self, num_blocks: int) -> list[tuple[int, int]]:
         """Return (start epoch, split point) of each stage."""
@@ -143,7 +139,7 @@ class _Costs:
         num_blocks: Blocks of the model.
         head_epochs: Epochs in which the head trains alone.
         cached: Whether frozen blocks run once for each view; else they run in every step.
-        step_passes: Passes of a step through a block that trains.
+        trained_share: Share of the weights of a block that a step trains.
         freezes: Whether blocks are frozen once the head has trained.
     """
 
@@ -151,12 +147,17 @@ class _Costs:
     num_blocks: int
     head_epochs: int
     cached: bool
-    step_passes: int
+    trained_share: float
     freezes: bool = True
+
+    def all_blocks(self, trained_share: float, token_keep: float) -> _Costs:
+        """Return the costs of training such a share of all blocks, once the head has trained, on such a share of the patch tokens."""
+        recipe = replace(self.recipe, num_views=1, token_keep=token_keep)
+        return replace(self, recipe=recipe, trained_share=trained_share, freezes=False)
 
     def trained(self, split_point: int, num_epochs: float, token_keep: float) -> float:
         """Return the cost of the blocks behind a split point alone."""
-        return passes_of_step(self.num_blocks, split_point, token_keep, self.step_passes) * num_epochs
+        return passes_of_step(self.num_blocks, split_point, token_keep, self.trained_share) * num_epochs
 
     def of(self, split_point: int, num_epochs: float, num_views: int | None = None) -> float:
         """Return the cost of so many epochs behind a split point."""
@@ -197,12 +198,14 @@ class _Costs:
             found = (pair for pairs, wanted in tried for pair in pairs if pair[1] >= wanted)
             chosen = next(found, None)
             return None if chosen is None else (chosen[0], min(chosen[1], most_epochs))
-        first = int(self.freezes)
-        whole = math.floor(self.paid(most, first))
-        if whole >= least:
-            return first, min(whole, most_epochs)
         if not self.freezes:
-            return None
+            assert self.recipe.qkv_epochs is not None
+            epochs = min(self.paid(most, 0), most_epochs)
+            epochs = epochs if epoch_steps else math.floor(epochs)
+            return (0, epochs) if epochs >= self.recipe.qkv_epochs else None
+        whole = math.floor(self.paid(most, 1))
+        if whole >= least:
+            return 1, min(whole, most_epochs)
         pairs = ((point, count) for count in range(least, 0, -1) for point in range(1, self.num_blocks))
         return next((pair for pair in pairs if self.of(*pair) <= most), None)
 
@@ -236,8 +239,9 @@ def choose(
     more_epochs: bool = False,
     adapters: bool = False,
     epoch_steps: float | None = None,
-    unfrozen: bool = False,
-    unfrozen_keep: float | None = None,
+    qkv_share: float | None = None,
+    unfrozen_keep: float = 1.0,
+    trained_share: float = 1.0,
 ) -> Choice:
     """Choose how to train a model.
 
@@ -252,20 +256,22 @@ def choose(
         cached: Whether frozen blocks run once for each view; else they run in every step.
         more_epochs: Whether, without a budget, the epochs of the head come on top of ``num_epochs``; else they are among them.
         adapters: Whether adapters train in place of the blocks' weights.
-        epoch_steps: Optimizer steps of an epoch, if known; a part of an epoch may be chosen then, where adapters train.
-        unfrozen: Whether recipes may freeze no block behind a trained head. They do for a budget alone, and not if several views or
-            ``token_keep`` are settled.
-        unfrozen_keep: Share of the patch tokens that a step sees where none is frozen, if that is settled.
+        epoch_steps: Optimizer steps of an epoch, if known; a part of an epoch may be chosen then, where adapters train, or queries, keys
+            and values alone.
+        qkv_share: Share of the blocks' weights that makes queries, keys and values, if these may train alone. They do for a budget alone, and
+            not if several views or ``token_keep`` are settled.
+        unfrozen_keep: Share of the patch tokens that a step sees then.
+        trained_share: Share of their own weights that blocks train where some are frozen.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
     """
     if num_blocks < 2:
         raise ScheduleError("schedule='auto' freezes some of several blocks, but the model has one. Give a schedule.")
-    recipes, step_passes, epoch_words = RECIPES, STEP_PASSES, "epochs of full fine-tuning"
+    recipes, epoch_words = RECIPES, "epochs of full fine-tuning"
     if adapters:
-        recipes, step_passes, epoch_words = ADAPTER_RECIPES, ADAPTER_STEP_PASSES, "epochs of all adapters"
-    whole = passes_of_step(num_blocks, 0, step_passes=step_passes)
+        recipes, trained_share, epoch_words = ADAPTER_RECIPES, 0.0, "epochs of all adapters"
+    whole = passes_of_step(num_blocks, 0, trained_share=0.0 if adapters else 1.0)
     head_epochs = recipes[0].head_epochs if head_first else 0
     costs = [
         _Costs(
@@ -277,7 +283,7 @@ def choose(
             num_blocks,
             head_epochs,
             cached,
-            step_passes,
+            trained_share,
         )
         for recipe in recipes
     ]
@@ -291,15 +297,9 @@ def choose(
         # Where views of a recipe leave no epoch to pay for, those of a cheaper one may.
         affordable = [each for each in costs if each.recipe.most_cost < cost]
         candidates = [costs[len(affordable)], *reversed(affordable)]
-        dearest = candidates[0]
-        if (
-            unfrozen
-            and head_epochs
-            and num_views in (None, 0, 1)
-            and token_keep is None
-            and dearest.recipe.unfrozen_keep
-        ):
-            candidates.insert(0, replace(dearest, recipe=dearest.recipe.unfrozen(unfrozen_keep), freezes=False))
+        may = bool(head_epochs) and num_views in (None, 0, 1) and token_keep is None
+        if may and qkv_share is not None and candidates[0].recipe.qkv_epochs is not None:
+            candidates.insert(0, candidates[0].all_blocks(qkv_share, unfrozen_keep))
         found = ((each, each.fitting(cost * whole, num_epochs, epoch_steps)) for each in candidates)
         chosen, pair = next((both for both in found if both[1] is not None), (costs[0], None))
         if pair is None:
@@ -313,12 +313,13 @@ def choose(
         reason = f"schedule='auto' may spend {counted_epochs(cost, epoch_words)} (budget={budget:g} of {num_epochs})"
     views = min(chosen.recipe.num_views, math.ceil(epochs)) if num_views is None else num_views
     keep, total = chosen.recipe.token_keep, chosen.of(split_point, epochs, views)
-    if budget is not None and (token_keep if chosen.freezes else unfrozen_keep) is None:
+    if budget is not None and token_keep is None and chosen.freezes:
         left = budget * num_epochs * whole - total + chosen.trained(split_point, epochs, keep)
         keep = max(keep, chosen.keep_paid(left, split_point, epochs))
         total += chosen.trained(split_point, epochs, keep) - chosen.trained(
             split_point, epochs, chosen.recipe.token_keep
         )
+    plain = math.ceil(epochs) if epochs < MOST_PLAIN else round(PLAIN_SHARE * epochs)
     return Choice(
         split_point=split_point,
         head_epochs=head_epochs,
@@ -328,5 +329,6 @@ def choose(
         cost=total / whole,
         reason=reason,
         epoch_words=epoch_words,
-        plain_epochs=0 if chosen.freezes else round(PLAIN_SHARE * epochs),
+        plain_epochs=0 if chosen.freezes else plain,
+        qkv_only=not chosen.freezes,
     )

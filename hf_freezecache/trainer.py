@@ -34,6 +34,7 @@ from .training.adapter import (
     resume_weights_of,
     start_run,
 )
+from .training.block_weights import withhold_weights
 from .training.by_block import compiling_by_block
 from .training.checkpoints import move_scheduler, move_to_world_size
 from .training.freezer import Freezer
@@ -179,6 +180,8 @@ class FreezeCacheTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         split_point, self._freezer.optimizer_is_ours = begin_from(run, resume_from_checkpoint), self.optimizer is None
         run.use_model(self.model)
+        if self.freeze_config.block_weights == "qkv":  # type: ignore[union-attr]
+            withhold_weights(run.splits, self._freezer)
         run.freeze(split_point, self.optimizer)  # a user's own optimizer holds all parameters
         # A wrapper of an earlier train() would be kept, around parameters that this one may not train.
         self.model_wrapped = run.runtime.unwrap(self.model_wrapped, run.data.example_batch)

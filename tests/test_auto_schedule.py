@@ -23,14 +23,28 @@ from hf_freezecache.errors import ScheduleError
     cached=st.booleans(),
     adapters=st.booleans(),
     epoch_steps=st.none() | st.just(0.0) | st.floats(0.5, 10_000),
-    unfrozen=st.booleans(),
+    qkv_share=st.none() | st.floats(0.05, 0.5),
+    unfrozen_keep=st.just(1.0) | st.floats(0.1, 1.0),
+    trained_share=st.just(1.0) | st.floats(0.05, 1.0),
 )
 def test_a_choice_fits_its_budget_and_the_model(
-    num_blocks, num_epochs, budget, head_first, num_views, token_keep, cached, adapters, epoch_steps, unfrozen
+    num_blocks,
+    num_epochs,
+    budget,
+    head_first,
+    num_views,
+    token_keep,
+    cached,
+    adapters,
+    epoch_steps,
+    qkv_share,
+    unfrozen_keep,
+    trained_share,
 ) -> None:
     arguments = (num_blocks, num_epochs, budget, head_first, num_views, token_keep)
     settings = {"cached": cached, "adapters": adapters, "epoch_steps": epoch_steps}
-    settings["unfrozen"] = unfrozen = unfrozen and not adapters
+    settings |= {"unfrozen_keep": unfrozen_keep, "trained_share": trained_share}
+    settings["qkv_share"] = qkv_share = None if adapters else qkv_share
     try:
         choice = choose(*arguments, **settings)
     except ScheduleError:  # the next test reads it
@@ -38,25 +52,30 @@ def test_a_choice_fits_its_budget_and_the_model(
     assert choice.cost <= budget * num_epochs * (1 + 1e-6)
     # Adapters may train in all blocks, if that leaves steps enough.
     may_be_none = adapters and epoch_steps and choice.token_keep == 1
-    least = 0 if may_be_none or (unfrozen and head_first and token_keep is None) else 1
-    assert least <= choice.split_point < num_blocks
+    if choice.qkv_only:
+        assert qkv_share is not None
+        assert (choice.split_point, choice.num_views, choice.token_keep) == (0, 1, unfrozen_keep)
+        assert 0 < choice.plain_epochs <= math.ceil(choice.num_epochs - choice.head_epochs)
+    assert (0 if may_be_none or choice.qkv_only else 1) <= choice.split_point < num_blocks
     assert choice.num_epochs > choice.head_epochs >= 0
     assert bool(choice.head_epochs) == (head_first and not adapters)
     assert choice.num_views == num_views or (
         num_views is None and 1 <= choice.num_views <= math.ceil(choice.num_epochs)
     )
     assert choice.token_keep == token_keep or (token_keep is None and 0 < choice.token_keep <= 1)
+    assert not (choice.qkv_only and token_keep)
     assert choice == choose(*arguments, **settings)
     # By hand: views through all blocks the head needs, then steps on a part of the tokens.
     deepest = num_blocks if choice.head_epochs else choice.split_point
-    step = 2 if adapters else 3  # adapters need no gradients of the blocks' weights
+    # Adapters need no gradients of the blocks' weights.
+    step = 2 + (0 if adapters else qkv_share if choice.qkv_only else trained_share)
     whole = int(choice.split_point == 0)  # the first block sees all tokens
     seen = whole + (num_blocks - choice.split_point - whole) * choice.token_keep
     steps = step * seen * (choice.num_epochs - choice.head_epochs)
     frozen = choice.num_views * deepest
     if not cached:  # in every step
         frozen = choice.head_epochs * num_blocks + (choice.num_epochs - choice.head_epochs) * choice.split_point
-    assert choice.cost == pytest.approx((frozen + steps) / (step * num_blocks))
+    assert choice.cost == pytest.approx((frozen + steps) / ((2 if adapters else 3) * num_blocks))
     assert [point for _, point in choice.stages(num_blocks)][-1] == choice.split_point
 
 
@@ -98,21 +117,22 @@ def test_more_money_trains_more() -> None:
     assert all(choice.cost > 0.98 * 8 * budget / 100 for budget, choice in zip(range(10, 101), choices, strict=True))
 
 
-def test_a_cost_of_some_epochs_freezes_nothing_behind_the_head() -> None:
-    for cost in (4, 5):
-        choice = choose(12, cost, 1.0, unfrozen=True)
+def test_queries_keys_and_values_of_all_blocks_train_where_that_is_paid_for() -> None:
+    for cost, steps, plain in ((1, 30.0, 1), (2, 30.0, 3), (4, 30.0, 2), (5, None, 2)):
+        choice = choose(12, cost, 1.0, qkv_share=0.25, epoch_steps=steps)
         assert choice.stages(12) == [(0, 12), (2, 0)]
-        assert choice.num_views == 1
-        assert choice.num_epochs - choice.head_epochs >= 6
-        assert 0.5 <= choice.token_keep < 0.65
-        assert 0 < choice.plain_epochs <= (choice.num_epochs - choice.head_epochs) / 2
-        assert 0.97 * cost < choice.cost <= cost
+        assert choice.qkv_only
+        assert (choice.num_views, choice.token_keep) == (1, 1)
+        # By hand: a third of an epoch for the head, then 2.25 passes for 3.
+        paid = (cost - 1 / 3) / 0.75
+        assert choice.num_epochs - 2 == pytest.approx(paid if steps else int(paid), abs=0.01)
+        assert choice.plain_epochs == plain
         # What the user has settled speaks against it.
         for settings in ({"num_views": 2}, {"token_keep": 0.5}, {"head_first": False}):
-            assert choose(12, cost, 1.0, unfrozen=True, **settings) == choose(12, cost, 1.0, **settings)
-    for cost in (1, 2, 3):  # that pays for too few
-        assert choose(12, cost, 1.0, unfrozen=True) == choose(12, cost, 1.0)
-    assert choose(12, 4, unfrozen=True) == choose(12, 4)  # without a budget, epochs are asked for, not a cost
+            assert choose(12, cost, 1.0, qkv_share=0.25, **settings) == choose(12, cost, 1.0, **settings)
+    for cost in (0.6, 0.9, 10):  # too little for that, or enough for more
+        assert choose(12, 10, cost / 10, qkv_share=0.25) == choose(12, 10, cost / 10)
+    assert choose(12, 4, qkv_share=0.25) == choose(12, 4)  # without a budget, epochs are asked for, not a cost
 
 
 def test_without_a_budget_the_epochs_stay() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FreezeCacheError, UnsupportedModelError
+from .attention_inputs import attention_inputs
 from .features import output_and_features
 from .injection import injecting
 from .probe import (
@@ -99,8 +100,16 @@ class Splits:
         Raises:
             UnsupportedModelError: See ``trace_model``.
         """
-        call = call_of_blank_image(self.model, self.image_shape) if self._call is None else self._call
-        return trace_model(self.model, call, (self.blocks_name, self.blocks))
+        return trace_model(self.model, self._example, (self.blocks_name, self.blocks))
+
+    @property
+    def _example(self) -> Mapping[str, Any]:
+        return call_of_blank_image(self.model, self.image_shape) if self._call is None else self._call
+
+    @functools.cached_property
+    def qkv(self) -> list[nn.Linear]:
+        """The layers that make queries, keys and values in the blocks; none if one has none, see ``attention_inputs``."""
+        return attention_inputs(self.model, list(self.blocks), self._example)
 
     @functools.cached_property
     def stem(self) -> list[nn.Module]:

@@ -35,7 +35,7 @@ class Rate:
 def _step_passes(decision: Decision, num_blocks: int) -> float:
     """Return the passes through blocks that one training step takes per image."""
     frozen = decision.split_point if decision.runs_frozen_blocks else 0
-    return passes_of_step(num_blocks, decision.split_point, decision.token_keep) + frozen
+    return passes_of_step(num_blocks, decision.split_point, decision.token_keep, decision.trained_share) + frozen
 
 
 def unfrozen_rate(record: RunRecord) -> Rate | None:
@@ -44,7 +44,7 @@ def unfrozen_rate(record: RunRecord) -> Rate | None:
     It is the median of the unfrozen epochs, if there are any. Otherwise it is estimated from the epochs with the fewest
     frozen blocks, by counting passes. Without freezing, a step of a model of ``N`` blocks takes ``3 N`` passes: one
     forward, and a backward like two. With ``k`` frozen blocks it takes ``3 (N - k)``, and ``k`` more if the frozen blocks
-    run in every step. Where trained blocks see a part of the tokens, their passes count that part. Embeddings, head, image
+    run in every step. Where trained blocks see a part of the tokens, or train a part of their weights, their passes count that part. Embeddings, head, image
     pipeline and cache reading are left out.
 
     Returns:
@@ -77,15 +77,17 @@ def unfrozen_rate(record: RunRecord) -> Rate | None:
 def unfrozen_seconds(record: RunRecord, rate: Rate) -> list[float]:
     """Return cumulative seconds at the end of each epoch, had nothing been frozen.
 
-    Epochs that were unfrozen took what they took, unless the rate is that of another run. Where ``schedule="auto"`` chose another
+    Epochs that trained all blocks whole took what they took, unless the rate is that of another run. Where ``schedule="auto"`` chose another
     number of epochs, a run of the number that was asked for is spread over these: at the end it has taken what that run takes.
     """
     total, seconds, share = 0.0, [], 1.0
     if record.asked_epochs and (chosen := record.training.get("num_train_epochs")):
         share = record.asked_epochs / chosen
     for epoch in record.epochs:
-        is_unfrozen = record.decision_of(epoch).split_point == 0 and not rate.measured
-        total += share * (epoch.seconds if is_unfrozen else epoch.images / rate.images_per_second)
+        decision = record.decision_of(epoch)
+        is_whole = decision.split_point == 0 and decision.token_keep == decision.trained_share == 1
+        took = is_whole and not rate.measured
+        total += share * (epoch.seconds if took else epoch.images / rate.images_per_second)
         seconds.append(total)
     return seconds
 

@@ -70,6 +70,7 @@ class Decision:
             ``training.stage_costs`` gives, in seconds or views.
         build_seconds: Seconds that finding, calibrating and building took.
         token_keep: Share of the patch tokens that each step saw behind the frozen blocks, or behind the first block.
+        trained_share: Share of their own weights that the other blocks trained, see ``block_weights``.
     """
 
     stage: int
@@ -98,6 +99,7 @@ class Decision:
     predicted: dict[str, Number] = field(default_factory=dict)
     build_seconds: Number = 0.0
     token_keep: Number = 1.0
+    trained_share: Number = 1.0
 
     @property
     def has_cache(self) -> bool:

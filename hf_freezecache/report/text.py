@@ -152,7 +152,10 @@ def describe_schedule(figures: Figures) -> str:
 def _settings(figures: Figures) -> str:
     """Return what was asked of images and learning rates, beginning with a semicolon; nothing if nothing was."""
     plain, decay, scale = (figures["freezing"].get(name) for name in ("plain_epochs", "layer_decay", "lr_scale"))
-    words = f"; plain images in the end, for {counted(plain, 'epoch')}" if plain else ""
+    words = (
+        "; of blocks, queries, keys and values train alone" if figures["freezing"].get("block_weights") == "qkv" else ""
+    )
+    words += f"; plain images in the end, for {counted(plain, 'epoch')}" if plain else ""
     words += "" if decay is None else f"; layer_decay {decay:g}"
     if scale is not None:
         used = ", ".join(f"{stage['lr_scale']:.3g}" for stage in figures["stages"])

@@ -25,6 +25,7 @@ from ..model.split import find_blocks
 from ..schedules import Stage, adaptive_policy, foreseen_stages
 from .adaptive import AdaptiveStages
 from .auto import settle_auto, settle_views
+from .block_weights import qkv_weights
 from .by_block import compile_settings
 from .checkpoints import announce_stage, find_checkpoint, load_stage, take_over_progress
 from .data_checks import num_classes, with_columns_removed
@@ -243,6 +244,8 @@ def start_run(
         run.adaptive = None if policy is None else AdaptiveStages(policy, num_blocks, everyone, list(run.stages))
         run.rates = LearningRates.of(trainer.freeze_config, trainer._chose_rates)
         freezing = trainer.freeze_config
+        if freezing.block_weights == "qkv":
+            qkv_weights(run.splits)  # or says why not, before anything is built
         run.token_keep = freezing.token_keep or 1.0, freezing.unfrozen_token_keep or 1.0
         run.sampler.plain_from = num_epochs - plain_epochs if plain_epochs else None
     run.lenient = bool(trainer._record.chosen)

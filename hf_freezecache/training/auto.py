@@ -15,8 +15,10 @@ from ..by_split_point import MOST_LR_SCALE
 from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
 from ..model.probe import find_blocks
+from ..model.split import Splits
 from ..report.text import counted
 from ..schedules import Stage
+from .block_weights import num_tokens, only_adapters_train, share_of_qkv
 from .lr_rule import budget_scale, lr_scale
 from .planner import most_views
 
@@ -31,11 +33,15 @@ LAYER_DECAY = 0.75
 #: With that decay the best learning rate is so many times that without: 6e-4 against 2e-4 for 8 epochs of full fine-tuning. Source:
 #: as ``lr_rule.budget_scale``.
 DECAY_SCALE = 3.0
-#: ``layer_decay`` where all blocks thaw behind a trained head, and how many times the rate without decay is good with it. Source: runs of
-#: DeiT-Tiny at the cost of four epochs, scored on training rows (record of explorations). With 0.85 and 6e-4 accuracy is 88.4% on CIFAR-10,
-#: 87.3 on Caltech-101 and 96.8 on digits, where two views behind one frozen block, without decay, have 86.7, 86.5 and 95.7; with 0.75
-#: it is 90.4, 85.0 and 93.2 (one to three seeds; a standard error is about 1). On CIFAR-10 full fine-tuning of that cost has 89.1.
-UNFROZEN_LAYER_DECAY, UNFROZEN_DECAY_SCALE = 0.85, 4.0
+#: How many times higher the rates of queries, keys and values are where they train alone. Source: runs of DeiT-Tiny scored on
+#: training rows (record of explorations). At a cost of one epoch, 6e-4 has 85.3% on CIFAR-10 and 8.5e-4 has 83.3; 1.2e-3 has 84.2 on Caltech-101
+#: and 2.4e-3 has 80.5; at two epochs' cost 6e-4 has 85.4 there and 1.2e-3 87.6. The best rates of full fine-tuning of one epoch are 1.5e-4 and
+#: 6e-4. A decay gains nothing: 77.9% with 0.85 on CIFAR-10, 84.4 without.
+QKV_SCALE = 4.0
+#: They do up to so many tokens of an image, unless the user asks for it. Source: at a cost of one epoch, with 50 tokens (112 pixels) or 17 they
+#: gain, see ``auto_schedule.RECIPES``; with 197 (224 pixels) they have 93.7% where the last eight blocks have 94.5 on Caltech-101, and 92.0
+#: for 95.0 on flowers (two seeds, record of explorations). Nothing between was tried.
+FEW_TOKENS = 100
 #: Behind a head that has been trained, blocks want lower rates: 6e-4 to 1.2e-3, where full fine-tuning of the same cost wants 1.2e-3
 #: to 2.4e-3. Source: tuning runs, one seed, of cifar10 (in its record of recipes/benchmarks/time_to_accuracy.py) and Caltech-101, both
 #: at 112 pixels.
@@ -45,13 +51,12 @@ AFTER_HEAD_SCALE = 0.5
 #: fall with the width, since each step moves every weight by the rate, and sums of weights by the sum. Source: full fine-tuning of one
 #: epoch has its best rate at 3.75e-5 on digits and 1.5e-4 on CIFAR-10 (records of recipes/benchmarks/time_to_accuracy.py); what the rule
 #: alone makes of them leaves runs with 50 and 75%, head and blocks at these rates with 80 and 79% (DeiT-Tiny, means of three seeds, record of
-#: explorations). With twice the rate of the head it is 81 and 78%. Under ``UNFROZEN_LAYER_DECAY`` the least rate of blocks is
-#: ``UNFROZEN_DECAY_SCALE`` times that.
+#: explorations). With twice the rate of the head it is 81 and 78%. That of queries, keys and values
+#: is ``QKV_SCALE`` times that of blocks.
 LEAST_HEAD_RATE, LEAST_BLOCK_RATE, WIDTH = 1.2e-3, 1.5e-4, 192
-#: But for a head no more than so many times the user's rate, and for blocks so many times what the rule gives: the user may mean it.
+#: But for a head, and for queries, keys and values, no more than so many times the user's rate, and for blocks so many times what the rule
+#: gives: the user may mean it.
 MOST_HEAD_SCALE, MOST_RAISE = 32.0, 4.0
-#: Blocks of which at most this share trains have adapters. LoRA of rank 16 on queries and values is 3% of DeiT-Tiny's blocks.
-MOST_ADAPTERS = 0.25
 
 
 def settle_auto(trainer: Any, num_epochs: int) -> None:
@@ -59,9 +64,9 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
 
     Without a budget the head trains first, for epochs on top of the user's, unless ``max_steps`` says how long to train.
 
-    What the user set stays: ``num_views``, ``token_keep``, ``unfrozen_token_keep``, ``plain_epochs``, ``layer_decay``, ``lr_scale``.
-    The choice depends on these, the number of blocks, whether a head trains, whether only adapters do, whether views differ, the epochs, the optimizer steps in one, and the
-    budget alone; rates also on the user's learning rate, the kind of optimizer and the width of the blocks. A resumed run keeps those of
+    What the user set stays: ``num_views``, ``token_keep``, ``unfrozen_token_keep``, ``block_weights``, ``plain_epochs``, ``layer_decay``,
+    ``lr_scale``. The choice depends on these, the blocks and what makes their queries, keys and values, the tokens of an image, whether a head trains, whether only
+    adapters do, whether views differ, the epochs, the optimizer steps in one, and the budget alone; rates also on the user's learning rate, the kind of optimizer and the width of the blocks. A resumed run keeps those of
     its checkpoint.
 
     Args:
@@ -80,7 +85,10 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
             "num_train_epochs in place of max_steps, or remove the budget."
         )
     blocks = find_blocks(trainer.model)[1]
-    adapters = _only_adapters_train(blocks)
+    adapters, weights = only_adapters_train(blocks), freezing.block_weights
+    splits = Splits(trainer.model)
+    share = None if adapters or weights == "all" else share_of_qkv(splits)
+    few = share is not None and (weights == "qkv" or num_tokens(splits) <= FEW_TOKENS)
     # Without caches a number of views costs nothing to leave as it is, unless the user asks for the rule.
     free = caching.chooses_views and (caching.mode != "never" or caching.num_views == "auto")
     settled = {
@@ -90,8 +98,9 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "more_epochs": args.max_steps <= 0,
         "adapters": adapters,
         "epoch_steps": _epoch_steps(trainer),
-        "unfrozen": not adapters,
-        "unfrozen_keep": freezing.unfrozen_token_keep,
+        "qkv_share": share if few else None,
+        "unfrozen_keep": freezing.unfrozen_token_keep or 1.0,
+        "trained_share": share if share and weights == "qkv" else 1.0,
     }
     choice = choose(len(blocks), num_epochs, freezing.budget, num_views=None if free else caching.num_views, **settled)
     if free and choice.num_views > 1 and not _views_differ(trainer):
@@ -101,19 +110,21 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "schedule": ",".join(f"{epoch}:{split_point}" for epoch, split_point in stages),
         "budget": None,
     }
-    share = "token_keep" if choice.split_point else "unfrozen_token_keep"
-    if getattr(freezing, share) is None:
-        settings[share] = choice.token_keep
+    if choice.qkv_only:
+        settings["block_weights"] = "qkv"
+    elif freezing.token_keep is None:
+        settings["token_keep"] = choice.token_keep
     if freezing.plain_epochs is None and choice.plain_epochs and trainer._transforms[1] is not None:
         settings["plain_epochs"] = choice.plain_epochs
     # Rates of adapters are the user's: the best ones of frozen and unfrozen runs lie close together.
-    decay_scale = 1.0
-    if freezing.layer_decay is None and not adapters and (len(stages) == 1 or not choice.split_point):
-        alone = len(stages) == 1
-        settings["layer_decay"] = LAYER_DECAY if alone else UNFROZEN_LAYER_DECAY
-        decay_scale = DECAY_SCALE if alone else UNFROZEN_DECAY_SCALE
+    higher = QKV_SCALE if choice.qkv_only or weights == "qkv" else 1.0
+    if freezing.layer_decay is None and not adapters and len(stages) == 1:
+        settings["layer_decay"] = LAYER_DECAY
+        higher *= DECAY_SCALE
+    elif freezing.layer_decay not in (None, 1) and higher > 1:
+        higher /= DECAY_SCALE  # the user's rate was found with a decay
     if freezing.lr_scale is None and not adapters:
-        settings["lr_scale"] = _rates(trainer, list(blocks), stages, decay_scale)
+        settings["lr_scale"] = _rates(trainer, list(blocks), stages, higher)
         trainer._chose_rates = True
     trainer.freeze_config = replace(freezing, **settings)
     if free:
@@ -171,13 +182,6 @@ def _epoch_steps(trainer: Any) -> float | None:
     return float(rows / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
 
 
-def _only_adapters_train(blocks: Iterable[nn.Module]) -> bool:
-    """Whether what trains of the blocks is small beside what does not, as with LoRA: their own weights need no gradients."""
-    parameters = [parameter for block in blocks for parameter in block.parameters()]
-    training = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return 0 < training <= MOST_ADAPTERS * sum(parameter.numel() for parameter in parameters)
-
-
 def _views_differ(trainer: Any) -> bool:
     """Whether two views of a row may differ: a transform that draws nothing gives one image over and over."""
     try:
@@ -199,11 +203,11 @@ def _width(trainer: Any, blocks: Iterable[nn.Module]) -> int | None:
     return next((module.in_features for module in linear), None)
 
 
-def _rates(trainer: Any, blocks: Sequence[nn.Module], stages: list[tuple[int, int]], decay_scale: float) -> str:
-    """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it."""
+def _rates(trainer: Any, blocks: Sequence[nn.Module], stages: list[tuple[int, int]], higher: float) -> str:
+    """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it; blocks bear rates so many times higher."""
     # The user's rate suits the epochs and the decay that the user trains with.
     num_blocks, rate = len(blocks), trainer.args.learning_rate
-    least = budget_scale(trainer.freeze_config.budget) * decay_scale
+    least = budget_scale(trainer.freeze_config.budget) * higher
     scales = {point: least * lr_scale(point, num_blocks) for _, point in stages}
     if len(stages) > 1:
         point = stages[-1][1]
@@ -211,7 +215,8 @@ def _rates(trainer: Any, blocks: Sequence[nn.Module], stages: list[tuple[int, in
         if rate > 0 and (width := _width(trainer, blocks)) is not None:
             unit = min(1.0, WIDTH / width) / rate
             scales[num_blocks] = max(scales[num_blocks], min(LEAST_HEAD_RATE * unit, MOST_HEAD_SCALE))
-            scales[point] = max(scales[point], min(LEAST_BLOCK_RATE * decay_scale * unit, MOST_RAISE * scales[point]))
+            most = MOST_RAISE * scales[point] if higher == 1 else MOST_HEAD_SCALE
+            scales[point] = max(scales[point], min(LEAST_BLOCK_RATE * higher * unit, most))
     return ",".join(f"{point}:{min(scale, MOST_LR_SCALE):.3g}" for point, scale in sorted(scales.items()))
 
 
@@ -225,7 +230,7 @@ def _epochs(choice: Choice) -> str:
 def _described(choice: Choice, trainer: Any) -> str:
     """Return in a sentence why, and behind a colon what was chosen."""
     freezing = trainer.freeze_config
-    names = ("token_keep", "unfrozen_token_keep", "plain_epochs", "layer_decay", "lr_scale")
+    names = ("token_keep", "unfrozen_token_keep", "block_weights", "plain_epochs", "layer_decay", "lr_scale")
     values = ((name, getattr(freezing, name)) for name in names)
     chosen = [
         f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in values if value is not None

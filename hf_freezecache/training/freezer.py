@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +30,15 @@ class Freezer:
     Attributes:
         trained_from: The first block that the trainer may have trained; no block before it has changed.
         optimizer_is_ours: Whether ``Trainer`` made the optimizer, which then is made anew for each ``train()``.
+        trained_share: Share of their own weights that blocks train which are not frozen.
     """
 
     trained_from: float = math.inf
     optimizer_is_ours: bool = False
+    trained_share: float = 1.0
     _frozen: list[Frozen] = field(default_factory=list)
+    #: What no stage trains, see ``block_weights``.
+    _withheld: list[nn.Parameter] = field(default_factory=list)
     _prefix: tuple[nn.Parameter, ...] = ()
     _groups: list[list[nn.Parameter]] | None = None
     #: How many parameters are missing from the optimizer.
@@ -80,7 +84,7 @@ class Freezer:
         self.bring_back()
         prefix = _prefix_of(split)
         if len(prefix) < len(self._prefix):
-            self.thaw()
+            self._thaw_prefix()
         if prefix:
             if len(prefix) > len(self._prefix) and callable(show_averages := getattr(optimizer, "eval", None)):
                 show_averages()  # schedule-free optimizers: blocks are frozen as evaluation sees them
@@ -119,9 +123,7 @@ class Freezer:
     def hold(self) -> None:
         """Freeze again what somebody else, such as a callback, has thawed of the prefix: it would get useless gradients."""
         thawed = tuple(parameter for parameter in self._prefix if parameter.requires_grad)
-        for parameter in thawed:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        _hold_back([*thawed, *(parameter for parameter in self._withheld if parameter.requires_grad)])
         if thawed:
             logger.warning(
                 "%d parameters of frozen blocks required gradients again: they stay frozen until the run ends, as the "
@@ -153,12 +155,30 @@ class Freezer:
             self._offloaded.end()
             self._offloaded = None
 
+    def withhold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let no stage train these parameters, until ``thaw``; those that require no gradients stay as they are."""
+        found = [parameter for parameter in parameters if parameter.requires_grad]
+        self._withheld += found
+        _hold_back(found)
+
     def thaw(self) -> None:
         """Let parameters that were frozen here require gradients again, bring them back, and remove all hooks."""
+        self._thaw_prefix()
+        for parameter in self._withheld:
+            parameter.requires_grad_(True)
+        self._withheld, self.trained_share = [], 1.0
+
+    def _thaw_prefix(self) -> None:
         self.bring_back()
         self._prefix = ()
         while self._frozen:
             self._frozen.pop().thaw()
+
+
+def _hold_back(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
 
 
 def _prefix_of(split: Split) -> tuple[nn.Parameter, ...]:

@@ -128,6 +128,7 @@ def predict_passes(
     num_blocks: int,
     config: CacheConfig,
     token_keep: float = 1.0,
+    trained_share: float = 1.0,
 ) -> dict[str, float]:
     """Count the passes through blocks that a stage takes per image, with and without a cache.
 
@@ -141,12 +142,13 @@ def predict_passes(
         num_blocks: Blocks of the model.
         config: The user's settings of caches.
         token_keep: Share of the patch tokens that trained blocks see.
+        trained_share: Share of their own weights that they train.
 
     Returns:
         ``cached_passes`` and ``live_passes`` per image, over all epochs of the stage.
     """
     epochs = epochs_of(stage, stages, num_epochs)
-    trained = passes_of_step(num_blocks, stage.split_point, token_keep) * epochs
+    trained = passes_of_step(num_blocks, stage.split_point, token_keep, trained_share) * epochs
     return {
         "cached_passes": float(trained + config.num_views * (stage.split_point - states_at(stage, stages, config))),
         "live_passes": float(trained + epochs * stage.split_point),

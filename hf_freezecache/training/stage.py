@@ -232,11 +232,10 @@ class StageRunner:
             accelerator, loader = self.runtime.accelerator, self.active.loader
             accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not loader]
             self.active = None
-        changed = stage.split_point != self.frozen
         self.freezer.trained_from = min(
             self.freezer.trained_from, *(one.split_point for one in self.stages[: stage.index + 1])
         )
-        self.released_bytes = self.freeze(stage.split_point, optimizer)
+        changed, self.released_bytes = stage.split_point != self.frozen, self.freeze(stage.split_point, optimizer)
         return self.runtime.unwrap(wrapped, self.data.example_batch) if changed else wrapped
 
     def enter(self, stage: Stage, model: nn.Module) -> nn.Module:
@@ -255,7 +254,7 @@ class StageRunner:
         if model is self.runtime.model and is_replicated(self.runtime.accelerator):
             model = wrap_again(self.runtime.accelerator, model)
         tokens = self.tokens.get(stage.split_point)
-        token_keep = 1.0 if tokens is None else tokens.token_keep
+        token_keep, share = 1.0 if tokens is None else tokens.token_keep, self.freezer.trained_share
         decision = Decision(
             stage=stage.index,
             start_epoch=stage.start_epoch,
@@ -264,9 +263,10 @@ class StageRunner:
             released_optimizer_bytes=self.released_bytes,
             lr_scale=self.rates.scale_at(stage.split_point, self.splits.num_blocks),
             predicted=predict_passes(
-                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config, token_keep
+                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config, token_keep, share
             ),
             token_keep=token_keep,
+            trained_share=share,
         )
         self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
         split, whole, opened = self.splits.at(stage.split_point), self.splits.at(stage.tokens_point), None

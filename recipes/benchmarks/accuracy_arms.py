@@ -15,7 +15,7 @@ head alone for five epochs, then all behind block 6. It may be a policy: ``ours/
 its cost, are known once it has run. ``head`` is what the learning rate is multiplied by while the head trains
 alone. With ``rank=16`` blocks train by LoRA of that rank, as those of ``lora`` do; a budget of ``auto`` is then a
 share of the cost of LoRA. ``keep`` is the share of the patch tokens behind frozen blocks, ``unfrozen`` that where none is frozen.
-``plain`` last epochs show images as they are evaluated. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
+``plain`` last epochs show images as they are evaluated. With ``weights=qkv`` queries, keys and values train alone of the blocks. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
 ``decay ** (N - i)``, the embeddings have ``decay ** (N + 1)``.
 """
 
@@ -34,6 +34,8 @@ from hf_freezecache.schedules import adaptive_policy, plan_stages
 KINDS = ("full", "lora", "live", "naive", "ours", "auto")
 #: A backward pass through a block counts as two forward passes: one for gradients of inputs, one for those of weights.
 BACKWARD = 2
+#: Share of a block's weights that makes queries, keys and values.
+QKV = 0.25
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Arm:
     rank: int = 0
     plain: int = 0
     unfrozen: float = 1.0
+    weights: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Arm:
@@ -141,8 +144,8 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
         arm: The arm.
         num_blocks: Blocks of the model.
         patches: Patch tokens of an image.
-        stages: What stages did, of ``ours`` and ``auto``: ``epochs``, ``split_point``, ``cached``, ``views``, ``keep``;
-            default: what is planned.
+        stages: What stages did, of ``ours`` and ``auto``: ``epochs``, ``split_point``, ``cached``, ``views``, ``keep``, and
+            ``trained``, the share of their weights that blocks train; default: what is planned.
     """
     if arm.kind == "lora":
         # No gradients of the blocks' own weights; the small matrices beside them are left out, in favour of the arm.
@@ -157,14 +160,16 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
                 "cached": cached and point > 0,
                 "views": views,
                 "keep": arm.keep if point else arm.unfrozen,
+                "trained": QKV if arm.weights else 1.0,
             }
             for _, epochs, point in arm.stages(num_blocks)
         ]
-    passes, states_at, backward = Passes(), 0, 1 if arm.rank else BACKWARD
+    passes, states_at = Passes(), 0
     for stage in stages:
         point = stage["split_point"]
         share, whole = kept_share(stage["keep"], patches), int(point == 0)  # block 0 sees all tokens
-        passes.trained += (1 + backward) * (whole + (num_blocks - point - whole) * share) * stage["epochs"]
+        weights = 0.0 if arm.rank else stage.get("trained", 1.0)
+        passes.trained += (BACKWARD + weights) * (whole + (num_blocks - point - whole) * share) * stage["epochs"]
         if stage["cached"]:
             # The next cache is computed from this one; one that lies before it was built on the way.
             passes.built += stage["views"] * max(point - states_at, 0)

@@ -346,6 +346,7 @@ class Runner:
                 token_keep=None if arm.keep == 1 else arm.keep,
                 unfrozen_token_keep=None if arm.unfrozen == 1 else arm.unfrozen,
                 plain_epochs=arm.plain or None,
+                block_weights=arm.weights or None,
             ),
             cache_config=CacheConfig(
                 cache_dir=caches,
@@ -371,6 +372,7 @@ class Runner:
                     "cached": one.trained_from == "cache",
                     "views": one.num_views,
                     "keep": one.token_keep,
+                    "trained": one.trained_share,
                     "cache": one.cache,
                     "built_from": one.built_from,
                     "bits": one.bits_per_element,
