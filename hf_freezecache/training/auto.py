@@ -207,8 +207,8 @@ def _rates(trainer: Any, blocks: Sequence[nn.Module], stages: list[tuple[int, in
     """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it; blocks bear rates so many times higher."""
     # The user's rate suits the epochs and the decay that the user trains with.
     num_blocks, rate = len(blocks), trainer.args.learning_rate
-    least = budget_scale(trainer.freeze_config.budget) * higher
-    scales = {point: least * lr_scale(point, num_blocks) for _, point in stages}
+    least = budget_scale(trainer.freeze_config.budget)
+    scales = {point: least * lr_scale(point, num_blocks) * (higher if point < num_blocks else 1) for _, point in stages}
     if len(stages) > 1:
         point = stages[-1][1]
         scales[point] *= AFTER_HEAD_SCALE

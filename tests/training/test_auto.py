@@ -72,7 +72,7 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     assert trainer.cache_config.num_views == 1
     assert trainer.args.num_train_epochs == choice.num_epochs
     # The rate of all blocks, raised for the shorter run and for what trains, halved behind a trained head.
-    assert scales_of(trainer)[0] == pytest.approx(QKV_SCALE * 0.5**-0.4 / 2, rel=0.01)
+    assert scales_of(trainer) == pytest.approx([QKV_SCALE * 0.5**-0.4 / 2, 4 * 0.5**-0.4], rel=0.01)
     assert scales_of(auto_trainer(images, freeze={"budget": 0.5}, **{**settings, "learning_rate": 1e-4}))[0] == 6.0
     assert "block_weights=qkv, plain_epochs=2, lr_scale=" in caplog.text
     trainer.train()
