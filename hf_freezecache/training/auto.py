@@ -18,7 +18,7 @@ from ..model.probe import find_blocks
 from ..model.split import Splits
 from ..report.text import counted
 from ..schedules import Stage
-from .block_weights import num_tokens, only_adapters_train, share_of_qkv
+from .block_weights import only_adapters_train, share_of_qkv, tokens_and_channels
 from .lr_rule import budget_scale, lr_scale
 from .planner import most_views
 
@@ -38,10 +38,12 @@ DECAY_SCALE = 3.0
 #: and 2.4e-3 has 80.5; at two epochs' cost 6e-4 has 85.4 there and 1.2e-3 87.6. The best rates of full fine-tuning of one epoch are 1.5e-4 and
 #: 6e-4. A decay gains nothing: 77.9% with 0.85 on CIFAR-10, 84.4 without.
 QKV_SCALE = 4.0
-#: They do up to so many tokens of an image, unless the user asks for it. Source: at a cost of one epoch, with 50 tokens (112 pixels) or 17 they
+#: They do up to so many tokens of an image, and from so many channels on, unless the user asks for it. Source: at a cost of one epoch, with 50 tokens (112 pixels) or 17 they
 #: gain, see ``auto_schedule.RECIPES``; with 197 (224 pixels) they have 93.7% where the last eight blocks have 94.5 on Caltech-101, and 92.0
-#: for 95.0 on flowers (two seeds, record of explorations). Nothing between was tried.
-FEW_TOKENS = 100
+#: for 95.0 on flowers; at a cost of four, 93.1 where all but one have 95.5 on Caltech-101 (one or two seeds, record of explorations). Nothing
+#: between was tried. The demo's model of 128 channels, with 17 tokens and little pretraining, has 91.1 and 92.5% with them, and 93.0 and 95.3
+#: behind a frozen block.
+FEW_TOKENS, MANY_CHANNELS = 100, 192
 #: Behind a head that has been trained, blocks want lower rates: 6e-4 to 1.2e-3, where full fine-tuning of the same cost wants 1.2e-3
 #: to 2.4e-3. Source: tuning runs, one seed, of cifar10 (in its record of recipes/benchmarks/time_to_accuracy.py) and Caltech-101, both
 #: at 112 pixels.
@@ -88,7 +90,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     adapters, weights = only_adapters_train(blocks), freezing.block_weights
     splits = Splits(trainer.model)
     share = None if adapters or weights == "all" else share_of_qkv(splits)
-    few = share is not None and (weights == "qkv" or num_tokens(splits) <= FEW_TOKENS)
+    qkv_gains = share is not None and (weights == "qkv" or _few_tokens(splits))
     # Without caches a number of views costs nothing to leave as it is, unless the user asks for the rule.
     free = caching.chooses_views and (caching.mode != "never" or caching.num_views == "auto")
     settled = {
@@ -98,7 +100,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "more_epochs": args.max_steps <= 0,
         "adapters": adapters,
         "epoch_steps": _epoch_steps(trainer),
-        "qkv_share": share if few else None,
+        "qkv_share": share if qkv_gains else None,
         "unfrozen_keep": freezing.unfrozen_token_keep or 1.0,
         "trained_share": share if share and weights == "qkv" else 1.0,
     }
@@ -162,6 +164,11 @@ def settle_views(trainer: Any, stages: Sequence[Stage], num_epochs: int) -> None
         num_views, reason = 1, "the transform gives the same image in every view"
     trainer.cache_config = replace(trainer.cache_config, num_views=num_views)
     logger.info("num_views='auto': %s of each image, since %s.", counted(num_views, "view"), reason)
+
+
+def _few_tokens(splits: Splits) -> bool:
+    tokens, channels = tokens_and_channels(splits)
+    return tokens <= FEW_TOKENS and channels >= MANY_CHANNELS
 
 
 def _head_trains(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from torch import nn
@@ -11,7 +10,14 @@ from ..errors import UnsupportedModelError, UnsupportedSetupError
 from ..model.split import Splits
 from .freezer import Freezer
 
-__all__ = ["MOST_ADAPTERS", "num_tokens", "only_adapters_train", "qkv_weights", "share_of_qkv", "withhold_weights"]
+__all__ = [
+    "MOST_ADAPTERS",
+    "only_adapters_train",
+    "qkv_weights",
+    "share_of_qkv",
+    "tokens_and_channels",
+    "withhold_weights",
+]
 
 #: Blocks of which at most this share trains have adapters. LoRA of rank 16 on queries and values is 3% of DeiT-Tiny's blocks.
 MOST_ADAPTERS = 0.25
@@ -21,7 +27,7 @@ def only_adapters_train(blocks: Iterable[nn.Module]) -> bool:
     """Whether what trains of the blocks is small beside what does not, as with LoRA: their own weights need no gradients."""
     parameters = [parameter for block in blocks for parameter in block.parameters()]
     training = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return 0 < training < MOST_ADAPTERS * sum(parameter.numel() for parameter in parameters)
+    return 0 < training <= MOST_ADAPTERS * sum(parameter.numel() for parameter in parameters)
 
 
 def qkv_weights(splits: Splits) -> set[nn.Parameter]:
@@ -68,12 +74,13 @@ def share_of_qkv(splits: Splits) -> float | None:
     return _share(splits, chosen) if chosen and all(parameter.requires_grad for parameter in chosen) else None
 
 
-def num_tokens(splits: Splits) -> float:
-    """Return how many tokens of an image the first block sees; infinity where that cannot be seen."""
+def tokens_and_channels(splits: Splits) -> tuple[int, int]:
+    """Return how many tokens of an image the first block sees, and of how many channels each is; zeros where that cannot be seen."""
     try:
-        return splits.trace.hidden_shapes[0][1]
+        shape = splits.trace.hidden_shapes[0]
     except UnsupportedModelError:
-        return math.inf
+        return 0, 0
+    return (shape[1], shape[2]) if len(shape) == 3 else (0, 0)
 
 
 def _share(splits: Splits, chosen: set[nn.Parameter]) -> float:

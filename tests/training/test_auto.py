@@ -59,11 +59,12 @@ PAIR = {"train_transform": TinyTransform(augment=True), "eval_transform": TinyTr
 
 
 SHARE = 816 / 2224  # of a tiny block's weights
+QKV = {"budget": 0.5, "block_weights": "qkv"}
 
 
 def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_plain_images(images, caplog) -> None:
     settings = {"num_train_epochs": 9, "trainer": PAIR, "learning_rate": 1e-3}
-    trainer = auto_trainer(images, freeze={"budget": 0.5}, **settings)
+    trainer = auto_trainer(images, freeze=QKV, **settings)
     freezing = trainer.freeze_config
     choice = choose(4, 9, 0.5, qkv_share=SHARE, epoch_steps=5)
     assert freezing.schedule == "0:4,2:0"
@@ -73,7 +74,7 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     assert trainer.args.num_train_epochs == choice.num_epochs
     # The rate of all blocks, raised for the shorter run and for what trains, halved behind a trained head.
     assert scales_of(trainer) == pytest.approx([QKV_SCALE * 0.5**-0.4 / 2, 4 * 0.5**-0.4], rel=0.01)
-    assert scales_of(auto_trainer(images, freeze={"budget": 0.5}, **{**settings, "learning_rate": 1e-4}))[0] == 6.0
+    assert scales_of(auto_trainer(images, freeze=QKV, **{**settings, "learning_rate": 1e-4}))[0] == 6.0
     assert "block_weights=qkv, plain_epochs=2, lr_scale=" in caplog.text
     trainer.train()
     figures = figures_of(trainer._record)
@@ -83,16 +84,16 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     # A part of an epoch has whole steps.
     assert sum(stage["passes_spent"] for stage in figures["stages"]) / 12 == pytest.approx(choice.cost, abs=0.2)
     # What is settled stays, and what speaks against it is heard.
-    kept = auto_trainer(images, freeze={"budget": 0.5, "unfrozen_token_keep": 0.3, "plain_epochs": 0}, **settings)
+    kept = auto_trainer(images, freeze={**QKV, "unfrozen_token_keep": 0.3, "plain_epochs": 0}, **settings)
     assert (kept.freeze_config.unfrozen_token_keep, kept.freeze_config.plain_epochs) == (0.3, 0)
     assert kept.args.num_train_epochs > trainer.args.num_train_epochs
     for settled in (
         {"cache": {"num_views": 2}},
-        {"freeze": {"budget": 0.5, "token_keep": 0.5}},
+        {"freeze": {**QKV, "token_keep": 0.5}},
         {"freeze": {"budget": 0.5, "block_weights": "all"}},
     ):
-        frozen = auto_trainer(images, **{"freeze": {"budget": 0.5}, **settled}, **settings).freeze_config
-        assert (frozen.schedule, frozen.block_weights == "qkv") == ("0:4,2:1", False)
+        frozen = auto_trainer(images, **{"freeze": QKV, **settled}, **settings).freeze_config
+        assert frozen.schedule == "0:4,2:1"
 
 
 def test_where_blocks_are_frozen_the_users_choice_of_weights_is_counted(images) -> None:
@@ -105,26 +106,26 @@ def test_where_blocks_are_frozen_the_users_choice_of_weights_is_counted(images) 
     assert spent / 12 == pytest.approx(choice.cost, rel=0.01)
 
 
-def test_of_many_tokens_blocks_are_frozen_unless_the_user_asks_for_it(images) -> None:
-    def chosen(image_size: int, **freeze: Any) -> tuple[str, str | None]:
-        model = tiny_vit(image_size=image_size)
-        freezing = auto_trainer(images, model, freeze={"budget": 0.5, **freeze}, num_train_epochs=9).freeze_config
+def test_of_many_tokens_or_few_channels_blocks_are_frozen_unless_the_user_asks_for_it(images) -> None:
+    def chosen(image_size: int = 36, width: int = 192, freeze: Any = None, change: Any = None) -> tuple[str, Any]:
+        model = tiny_vit(image_size=image_size, hidden_size=width)
+        if change is not None:
+            change(model)
+        freeze = {"budget": 0.5, **(freeze or {})}
+        freezing = auto_trainer(images, model, freeze=freeze, num_train_epochs=9).freeze_config
         return freezing.schedule, freezing.block_weights
 
-    assert chosen(36) == ("0:4,2:0", "qkv")  # 81 patches and CLS
-    assert chosen(40) == ("0:4,2:1", None)
-    assert chosen(40, block_weights="qkv") == ("0:4,2:0", "qkv")
+    def hide_a_query(model: Any) -> None:
+        model.vit.layers[1].attention.q_proj.requires_grad_(False)
 
-
-def test_a_model_whose_queries_are_not_found_is_frozen(images) -> None:
-    model = tiny_vit()
-    model.vit.layers[1].attention.q_proj.requires_grad_(False)
-    freezing = auto_trainer(images, model, freeze={"budget": 0.5}, num_train_epochs=9, trainer=PAIR).freeze_config
-    assert (freezing.schedule, freezing.block_weights) == ("0:4,2:1", None)
+    assert chosen() == ("0:4,2:0", "qkv")  # 81 patches and CLS
+    assert chosen(image_size=40) == chosen(width=128) == ("0:4,2:1", None)
+    assert chosen(image_size=40, width=128, freeze=QKV) == ("0:4,2:0", "qkv")
+    assert chosen(change=hide_a_query) == ("0:4,2:1", None)
 
 
 def test_without_an_eval_transform_nothing_is_plain(train_dataset) -> None:
-    freezing = auto_trainer(train_dataset, freeze={"budget": 0.5}, num_train_epochs=9).freeze_config
+    freezing = auto_trainer(train_dataset, freeze=QKV, num_train_epochs=9).freeze_config
     assert (freezing.schedule, freezing.plain_epochs) == ("0:4,2:0", None)
 
 
@@ -171,7 +172,11 @@ def test_low_rates_are_raised_for_a_head_alone_and_behind_one_that_was_trained(t
     ]  # the width stands in a configuration of the vision part
     assert scales(1e-4, optim="sgd") == scales(0.0) == by_rule
     assert scales(1e-4, freeze={"budget": 0.5, "block_weights": "all"}) == [1.5, 12.0]
-    assert scales(1e-6, freeze={"budget": 0.5}, num_train_epochs=3) == [32.0, 32.0]
+    assert scales(1e-6, freeze=QKV, num_train_epochs=3) == [32.0, 32.0]
+    decayed = scales(1e-2, freeze={**QKV, "layer_decay": 0.75}, num_train_epochs=9)
+    assert decayed == pytest.approx(
+        [4 / 3 * 0.5**-0.4 / 2, 4 * 0.5**-0.4], rel=0.01
+    )  # a rate found with a decay is higher
     model = tiny_vit()
     own = torch.optim.AdamW(model.parameters(), lr=1e-4)
     assert scales(1e-4, model=model, trainer={"optimizers": (own, None)}) == by_rule
@@ -228,7 +233,7 @@ def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dat
     args = training_arguments(num_train_epochs=3)
     trainers = [
         FreezeCacheTrainer(
-            model=tiny_vit(), args=args, train_dataset=train_dataset, freeze_config=FreezeConfig("auto", budget=0.5)
+            model=tiny_vit(), args=args, train_dataset=train_dataset, freeze_config=FreezeConfig("auto", **QKV)
         )
         for _ in range(2)
     ]
@@ -376,10 +381,10 @@ def test_a_part_of_an_epoch_may_be_chosen(train_dataset) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_where_steps_are_enough_adapters_of_all_blocks_train(train_dataset) -> None:
+def test_where_steps_are_enough_adapters_of_all_blocks_train(images) -> None:
     settings = {"per_device_train_batch_size": 1, "label_names": ["labels"], "num_train_epochs": 3}
-    trainer = auto_trainer(train_dataset, with_lora(), freeze={"budget": 0.5}, **settings)
-    assert trainer.freeze_config.schedule == "0:0"
+    trainer = auto_trainer(images, with_lora(), freeze={"budget": 0.5}, trainer=PAIR, **settings)
+    assert (trainer.freeze_config.schedule, trainer.freeze_config.plain_epochs) == ("0:0", 2)
     assert ": 1.5 epochs without frozen blocks, " in trainer._record.chosen
     trainer.train()
     assert trainer.state.global_step == 75
