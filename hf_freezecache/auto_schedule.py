@@ -211,6 +211,15 @@ class _Costs:
         return next((pair for pair in pairs if self.of(*pair) <= most), None)
 
 
+def _plain_epochs(num_epochs: float) -> int:
+    """Return how many of so many epochs, the last of which may be a part of one, should show plain images."""
+    whole = math.ceil(num_epochs)
+    if num_epochs < MOST_PLAIN:
+        return whole
+    missing = whole - num_epochs  # of the last one
+    return min(range(1, whole + 1), key=lambda plain: abs(plain - missing - PLAIN_SHARE * num_epochs))
+
+
 def views_for(num_epochs: int) -> int:
     """Return how many views are worth storing for so many epochs behind frozen blocks: as many as ``RECIPES`` store.
 
@@ -320,7 +329,6 @@ def choose(
         total += chosen.trained(split_point, epochs, keep) - chosen.trained(
             split_point, epochs, chosen.recipe.token_keep
         )
-    plain = math.ceil(epochs) if epochs < MOST_PLAIN else round(PLAIN_SHARE * epochs)
     return Choice(
         split_point=split_point,
         head_epochs=head_epochs,
@@ -330,6 +338,6 @@ def choose(
         cost=total / whole,
         reason=reason,
         epoch_words=epoch_words,
-        plain_epochs=0 if split_point else plain,
+        plain_epochs=0 if split_point else _plain_epochs(epochs),
         qkv_only=not chosen.freezes,
     )

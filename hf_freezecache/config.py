@@ -86,7 +86,7 @@ class FreezeConfig:
             "model of 12 blocks alone for two epochs, then thaws the last six blocks. Or a policy: 'linear(0.0,0.5,0.75)' freezes at a "
             "constant pace from the first to the second fraction of training, up to the third fraction of the blocks; "
             "'linear' alone takes these numbers. 'autofreeze(50)' freezes blocks whose gradients have settled, as training goes on. 'auto' trains the head first, unless adapters train, for epochs on top of yours; it chooses split point, "
-            "views, tokens and learning rates; with --budget the epochs as well. In Python a dict works too.",
+            "views, tokens, which weights of the blocks train, and learning rates; with --budget the epochs as well. In Python a dict works too.",
         },
     )
     budget: Annotated[Optional[float], between(0, 1, above=True)] = field(

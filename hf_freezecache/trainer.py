@@ -178,9 +178,10 @@ class FreezeCacheTrainer(Trainer):
         run = self._run
         if run is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        split_point, self._freezer.optimizer_is_ours = begin_from(run, resume_from_checkpoint), self.optimizer is None
+        weights, self._freezer.optimizer_is_ours = self.freeze_config.block_weights, self.optimizer is None  # type: ignore[union-attr]
+        split_point = begin_from(run, resume_from_checkpoint, weights)
         run.use_model(self.model)
-        if self.freeze_config.block_weights == "qkv":  # type: ignore[union-attr]
+        if weights == "qkv":
             withhold_weights(run.splits, self._freezer)
         run.freeze(split_point, self.optimizer)  # a user's own optimizer holds all parameters
         # A wrapper of an earlier train() would be kept, around parameters that this one may not train.

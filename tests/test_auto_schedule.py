@@ -176,3 +176,14 @@ def test_a_model_of_one_block_has_nothing_to_freeze() -> None:
 def test_one_epoch_is_one_epoch() -> None:
     assert choose(4, 2, 0.5).reason.startswith("schedule='auto' may spend 1 epoch of full fine-tuning (")
     assert choose(4, 3, 0.5).reason.startswith("schedule='auto' may spend 1.5 epochs of full fine-tuning (")
+
+
+def test_what_is_seen_of_plain_images_hardly_jumps() -> None:
+    """The last epoch may be a part of one: plain is what is seen, not what begins."""
+    for budget in range(20, 100):
+        choice = choose(12, 5, budget / 100, qkv_share=0.25, epoch_steps=40)
+        if not choice.qkv_only:
+            continue
+        trained = choice.num_epochs - choice.head_epochs
+        seen = choice.plain_epochs - (math.ceil(trained) - trained)
+        assert seen == pytest.approx(trained if trained < 3 else 0.4 * trained, abs=0.51)

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .probe import evaluating
+from .probe import call_of_blank_image, evaluating
+from .split import Splits
 
 __all__ = ["attention_inputs"]
 
 
-def attention_inputs(model: nn.Module, blocks: Sequence[nn.Module], call: Mapping[str, Any]) -> list[nn.Linear]:
+def attention_inputs(splits: Splits) -> list[nn.Linear]:
     """Return the linear layers that make queries, keys and values in the blocks, one by one or at once, in the order in which they run.
 
     Names differ from model to model, so one forward tells: in a module whose class name contains "attention", they are the linear layer
-    that runs first, and those that are given the same tensor.
+    that runs first, and those that are given the same tensor. Together they give more channels than they take: one that gives as many is
+    the layer behind the attention of a model whose queries are made without calling a module, or makes queries alone.
 
     Args:
-        model: The model.
-        blocks: Its blocks.
-        call: Arguments of a forward.
+        splits: The splits of the model.
 
     Returns:
-        The layers; none if a block has none, or the forward fails before the last block.
+        The layers; none if they are not found in every block, or the forward fails before the last one.
     """
+    model, blocks = splits.model, list(splits.blocks)
+    call = call_of_blank_image(model, splits.image_shape) if splits.call is None else splits.call
     # Inputs are kept: the memory of one that is freed may be that of the next.
     seen: dict[nn.Module, list[tuple[nn.Linear, Tensor]]] = {}
     handles = []
@@ -49,7 +50,10 @@ def attention_inputs(model: nn.Module, blocks: Sequence[nn.Module], call: Mappin
             handle.remove()
     if any(block not in seen for block in blocks):
         return []
-    return [layer for block in blocks for layer, given in seen[block] if _same(given, seen[block][0][1])]
+    found = [[layer for layer, given in seen[block] if _same(given, seen[block][0][1])] for block in blocks]
+    if any(sum(layer.out_features for layer in layers) <= layers[0].in_features for layers in found):
+        return []
+    return [layer for layers in found for layer in layers]
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FreezeCacheError, UnsupportedModelError
-from .attention_inputs import attention_inputs
 from .features import output_and_features
 from .injection import injecting
 from .probe import (
@@ -77,7 +76,7 @@ class Splits:
         self.model = model
         self.strict = strict
         self.image_shape = image_shape
-        self._call = call
+        self.call = call
         self.constants = {name: value for name, value in (call or {}).items() if not isinstance(value, Tensor)}
         self.blocks_name, self.blocks = find_blocks(model, call)
         self._splits: dict[int, Split] = {}
@@ -90,8 +89,8 @@ class Splits:
 
     def see(self, call: Mapping[str, Any]) -> None:
         """Take the first row of a forward for tracing, if neither a call nor a trace was there before."""
-        if self._call is None and "trace" not in vars(self):
-            self._call = first_row(call)
+        if self.call is None and "trace" not in vars(self):
+            self.call = first_row(call)
 
     @functools.cached_property
     def trace(self) -> Trace:
@@ -100,16 +99,8 @@ class Splits:
         Raises:
             UnsupportedModelError: See ``trace_model``.
         """
-        return trace_model(self.model, self._example, (self.blocks_name, self.blocks))
-
-    @property
-    def _example(self) -> Mapping[str, Any]:
-        return call_of_blank_image(self.model, self.image_shape) if self._call is None else self._call
-
-    @functools.cached_property
-    def qkv(self) -> list[nn.Linear]:
-        """The layers that make queries, keys and values in the blocks; none if one has none, see ``attention_inputs``."""
-        return attention_inputs(self.model, list(self.blocks), self._example)
+        call = call_of_blank_image(self.model, self.image_shape) if self.call is None else self.call
+        return trace_model(self.model, call, (self.blocks_name, self.blocks))
 
     @functools.cached_property
     def stem(self) -> list[nn.Module]:

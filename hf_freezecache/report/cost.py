@@ -55,23 +55,30 @@ def unfrozen_rate(record: RunRecord) -> Rate | None:
     if not epochs or not num_blocks:
         return None
     fewest = min(decision.split_point for _, decision in epochs)
+    whole = any(_trains_whole(decision) for _, decision in epochs)
     # The first epoch of a run warms up: the median of several passes over it.
     rates = [
         epoch.images_per_second * _step_passes(decision, num_blocks) / passes_of_step(num_blocks, 0)
         for epoch, decision in epochs
-        if decision.split_point == fewest
+        if decision.split_point == fewest and (_trains_whole(decision) or not whole)
     ]
     rate = statistics.median(rates)
-    if fewest == 0:
+    if whole:
         text = f"estimated from this run's own {len(rates)} unfrozen epoch{'s' if len(rates) > 1 else ''}"
         return Rate(rate, "unfrozen epochs", text)
     if rate <= 0:
         return None
+    missing = "unfrozen epoch" if fewest else "epoch of all weights and tokens"
     text = (
         f"estimated by counting passes through blocks from the epochs with {fewest} of {num_blocks} blocks frozen; "
-        "no unfrozen epoch was timed"
+        f"no {missing} was timed"
     )
     return Rate(rate, "counted passes", text)
+
+
+def _trains_whole(decision: Decision) -> bool:
+    """Whether a stage trains all weights of all blocks on all tokens."""
+    return decision.split_point == 0 and decision.token_keep == decision.trained_share == 1
 
 
 def unfrozen_seconds(record: RunRecord, rate: Rate) -> list[float]:
@@ -85,8 +92,7 @@ def unfrozen_seconds(record: RunRecord, rate: Rate) -> list[float]:
         share = record.asked_epochs / chosen
     for epoch in record.epochs:
         decision = record.decision_of(epoch)
-        is_whole = decision.split_point == 0 and decision.token_keep == decision.trained_share == 1
-        took = is_whole and not rate.measured
+        took = _trains_whole(decision) and not rate.measured
         total += share * (epoch.seconds if took else epoch.images / rate.images_per_second)
         seconds.append(total)
     return seconds

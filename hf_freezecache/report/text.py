@@ -151,16 +151,13 @@ def describe_schedule(figures: Figures) -> str:
 
 def _settings(figures: Figures) -> str:
     """Return what was asked of images and learning rates, beginning with a semicolon; nothing if nothing was."""
-    plain, decay, scale = (figures["freezing"].get(name) for name in ("plain_epochs", "layer_decay", "lr_scale"))
-    words = (
-        "; of blocks, queries, keys and values train alone" if figures["freezing"].get("block_weights") == "qkv" else ""
-    )
+    freezing = figures["freezing"]
+    plain, decay, scale = (freezing.get(name) for name in ("plain_epochs", "layer_decay", "lr_scale"))
+    words = "; of blocks, queries, keys and values train alone" if freezing.get("block_weights") == "qkv" else ""
     words += f"; plain images in the end, for {counted(plain, 'epoch')}" if plain else ""
     words += "" if decay is None else f"; layer_decay {decay:g}"
-    if scale is not None:
-        used = ", ".join(f"{stage['lr_scale']:.3g}" for stage in figures["stages"])
-        words += f"; lr_scale {scale}" + (f" ({used} by stage)" if used else "")
-    return words
+    used = ", ".join(f"{stage['lr_scale']:.3g}" for stage in figures["stages"])
+    return words if scale is None else f"{words}; lr_scale {scale}" + (f" ({used} by stage)" if used else "")
 
 
 def counted(number: float, noun: str) -> str:

@@ -252,19 +252,25 @@ def start_run(
     return run
 
 
-def begin_from(run: StageRunner, checkpoint: str | None) -> int:
+def begin_from(run: StageRunner, checkpoint: str | None, block_weights: str | None) -> int:
     """Let a run begin in its first stage, or where a checkpoint is; return how few blocks are frozen in what is left of it.
 
     Args:
         run: What runs the stages. It takes over stage and progress of the checkpoint.
         checkpoint: Its folder; ``None`` if there is none.
+        block_weights: As of ``FreezeConfig``.
 
     Raises:
-        UnsupportedSetupError: The stage of the checkpoint cannot be read.
+        UnsupportedSetupError: The stage of the checkpoint cannot be read, or other weights of the blocks trained.
     """
     left = run.stages
     if checkpoint is not None:
-        saved = load_stage(Path(checkpoint))
+        saved, wanted = load_stage(Path(checkpoint)), block_weights or "all"
+        if saved.stage is not None and saved.block_weights != wanted:
+            raise UnsupportedSetupError(
+                f"{checkpoint} was saved with block_weights={saved.block_weights!r}, and this run has {wanted!r}: other weights would "
+                "train, without the optimizer's states. Resume with that of the interrupted run."
+            )
         if run.adaptive is not None:
             run.adaptive.restore(Path(checkpoint), saved.adaptive)
             left = run.stages = run.adaptive.stages

@@ -14,8 +14,10 @@ from ..auto_schedule import Choice, choose, counted_epochs
 from ..by_split_point import MOST_LR_SCALE
 from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
+from ..model.attention_inputs import attention_inputs
 from ..model.probe import find_blocks
 from ..model.split import Splits
+from ..model.withheld import blank_images, outer_parameters
 from ..report.text import counted
 from ..schedules import Stage
 from .block_weights import only_adapters_train, share_of_qkv, tokens_and_channels
@@ -88,9 +90,11 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         )
     blocks = find_blocks(trainer.model)[1]
     adapters, weights = only_adapters_train(blocks), freezing.block_weights
-    splits = Splits(trainer.model)
+    splits = Splits(trainer.model, call=_first_call(trainer))
     share = None if adapters or weights == "all" else share_of_qkv(splits)
-    qkv_gains = share is not None and (weights == "qkv" or _few_tokens(splits))
+    qkv_gains = share is not None and (
+        weights == "qkv" or (_few_tokens(splits) and _all_train(attention_inputs(splits)))
+    )
     # Without caches a number of views costs nothing to leave as it is, unless the user asks for the rule.
     free = caching.chooses_views and (caching.mode != "never" or caching.num_views == "auto")
     settled = {
@@ -119,12 +123,12 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     if freezing.plain_epochs is None and choice.plain_epochs and trainer._transforms[1] is not None:
         settings["plain_epochs"] = choice.plain_epochs
     # Rates of adapters are the user's: the best ones of frozen and unfrozen runs lie close together.
-    higher = QKV_SCALE if choice.qkv_only or weights == "qkv" else 1.0
-    if freezing.layer_decay is None and not adapters and len(stages) == 1:
-        settings["layer_decay"] = LAYER_DECAY
-        higher *= DECAY_SCALE
-    elif freezing.layer_decay not in (None, 1) and higher > 1:
-        higher /= DECAY_SCALE  # the user's rate was found with a decay
+    higher = 1.0
+    if choice.qkv_only or weights == "qkv":
+        # A user's rate that was found with a decay is higher already.
+        higher = QKV_SCALE if freezing.layer_decay in (None, 1) else QKV_SCALE / DECAY_SCALE
+    elif freezing.layer_decay is None and not adapters and len(stages) == 1:
+        settings["layer_decay"], higher = LAYER_DECAY, DECAY_SCALE
     if freezing.lr_scale is None and not adapters:
         settings["lr_scale"] = _rates(trainer, list(blocks), stages, higher)
         trainer._chose_rates = True
@@ -166,6 +170,10 @@ def settle_views(trainer: Any, stages: Sequence[Stage], num_epochs: int) -> None
     logger.info("num_views='auto': %s of each image, since %s.", counted(num_views, "view"), reason)
 
 
+def _all_train(layers: Iterable[nn.Module]) -> bool:
+    return all(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
 def _few_tokens(splits: Splits) -> bool:
     tokens, channels = tokens_and_channels(splits)
     return tokens <= FEW_TOKENS and channels >= MANY_CHANNELS
@@ -187,6 +195,16 @@ def _epoch_steps(trainer: Any) -> float | None:
         return None
     args = trainer.args
     return float(rows / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
+
+
+def _first_call(trainer: Any) -> dict[str, Any] | None:
+    """Return arguments of a forward of a blank image as large as the first training image; ``None`` if that cannot be had."""
+    try:
+        views = ViewDataset(trainer.train_dataset, trainer.cache_config.view_seed, *trainer._transforms)
+        shape = tuple(views[0, 0]["pixel_values"].shape)
+        return {"pixel_values": blank_images(outer_parameters(trainer.model), 1, shape).contiguous()}
+    except Exception:  # it is told once the data are checked
+        return None
 
 
 def _views_differ(trainer: Any) -> bool:

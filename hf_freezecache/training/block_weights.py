@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import UnsupportedModelError, UnsupportedSetupError
+from ..model.attention_inputs import attention_inputs
 from ..model.split import Splits
 from .freezer import Freezer
 
@@ -31,25 +32,26 @@ def only_adapters_train(blocks: Iterable[nn.Module]) -> bool:
 
 
 def qkv_weights(splits: Splits) -> set[nn.Parameter]:
-    """Return weights and biases of the layers that make queries, keys and values.
+    """Return what trains of the layers that make queries, keys and values.
 
     Raises:
         UnsupportedSetupError: The layers are not found, do not train, or adapters train in place of the blocks' own weights.
     """
-    name = type(splits.model).__name__
-    if only_adapters_train(splits.blocks):
+    found = [parameter for layer in attention_inputs(splits) for parameter in layer.parameters()]
+    training = {parameter for parameter in found if parameter.requires_grad}
+    if len(training) < len(set(found)) and only_adapters_train(splits.blocks):
         raise UnsupportedSetupError(
             "block_weights='qkv' chooses among the blocks' own weights, but these do not train: adapters do in their place. Remove "
             "block_weights, or choose the layers that get adapters (of PEFT: target_modules)."
         )
-    chosen = {parameter for layer in splits.qkv for parameter in layer.parameters()}
-    if not any(parameter.requires_grad for parameter in chosen):
-        found = "none requires a gradient" if chosen else "none was found"
+    if not training:
+        words = "none requires a gradient" if found else "none was found"
         raise UnsupportedSetupError(
-            f"block_weights='qkv' trains the layers that make queries, keys and values, but in the blocks of {name} {found}. Looked "
-            "for torch.nn.Linear, in every block, inside a module whose class name contains 'Attention'. Remove block_weights."
+            f"block_weights='qkv' trains the layers that make queries, keys and values, but in the blocks of {type(splits.model).__name__} "
+            f"{words}. Looked for torch.nn.Linear, in every block, inside a module whose class name contains 'Attention': the first that "
+            "runs, and those that are given the same tensor. Remove block_weights."
         )
-    return chosen
+    return training
 
 
 def withhold_weights(splits: Splits, freezer: Freezer) -> None:
@@ -62,16 +64,16 @@ def withhold_weights(splits: Splits, freezer: Freezer) -> None:
     Raises:
         UnsupportedSetupError: See ``qkv_weights``.
     """
-    chosen = qkv_weights(splits)
-    freezer.trained_share = _share(splits, chosen)
+    training = qkv_weights(splits)
+    freezer.block_weights, freezer.trained_share = "qkv", _share(splits, training)
     before_head = splits.at(splits.num_blocks).prefix_parameters().values()
-    freezer.withhold(parameter for parameter in before_head if parameter not in chosen)
+    freezer.withhold(parameter for parameter in before_head if parameter not in training)
 
 
 def share_of_qkv(splits: Splits) -> float | None:
-    """Return which share of the blocks' weights makes queries, keys and values; ``None`` if these are not found, or some do not train."""
-    chosen = {parameter for layer in splits.qkv for parameter in layer.parameters()}
-    return _share(splits, chosen) if chosen and all(parameter.requires_grad for parameter in chosen) else None
+    """Return which share of the blocks' weights trains and makes queries, keys and values; ``None`` if none does."""
+    training = {p for layer in attention_inputs(splits) for p in layer.parameters() if p.requires_grad}
+    return _share(splits, training) if training else None
 
 
 def tokens_and_channels(splits: Splits) -> tuple[int, int]:
@@ -80,7 +82,7 @@ def tokens_and_channels(splits: Splits) -> tuple[int, int]:
         shape = splits.trace.hidden_shapes[0]
     except UnsupportedModelError:
         return 0, 0
-    return (shape[1], shape[2]) if len(shape) == 3 else (0, 0)
+    return (shape[1], shape[2]) if len(shape) == 3 and shape[0] == 1 else (0, 0)
 
 
 def _share(splits: Splits, chosen: set[nn.Parameter]) -> float:

@@ -53,6 +53,7 @@ class SavedStage:
         progress: Decisions and epochs of the record, see ``report.record``.
         adaptive: What a schedule that decides while training goes by, see ``AdaptiveStages.save``; else empty.
         lr_scale: What ``schedule="auto"`` multiplies learning rates by; ``None`` where the user says.
+        block_weights: Which weights of the blocks trained, see ``FreezeConfig``.
     """
 
     stage: Stage | None = None
@@ -60,6 +61,7 @@ class SavedStage:
     progress: dict[str, Any] = field(default_factory=dict)
     adaptive: dict[str, Any] = field(default_factory=dict)
     lr_scale: str | None = None
+    block_weights: str = "all"
 
     @property
     def split_point(self) -> int:
@@ -188,11 +190,17 @@ def load_stage(checkpoint: Path) -> SavedStage:
         state = json.loads(path.read_bytes())
         if state["format_version"] != _FORMAT_VERSION:
             raise ValueError(f"format version {state['format_version']}, expected {_FORMAT_VERSION}")
-        adaptive, lr_scale = dict(state.get("adaptive", {})), state.get("lr_scale")  # older checkpoints have none
+        # Older checkpoints have none of these.
+        adaptive, lr_scale, weights = dict(state.get("adaptive", {})), state.get("lr_scale"), state.get("block_weights")
         if not isinstance(lr_scale, str | None):
             raise TypeError(f"lr_scale={lr_scale!r}, expected a text")
         return SavedStage(
-            Stage(**state["stage"]), int(state["world_size"]), dict(state["progress"]), adaptive, lr_scale
+            Stage(**state["stage"]),
+            int(state["world_size"]),
+            dict(state["progress"]),
+            adaptive,
+            lr_scale,
+            str(weights or "all"),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedSetupError(

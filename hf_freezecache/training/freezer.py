@@ -30,11 +30,13 @@ class Freezer:
     Attributes:
         trained_from: The first block that the trainer may have trained; no block before it has changed.
         optimizer_is_ours: Whether ``Trainer`` made the optimizer, which then is made anew for each ``train()``.
-        trained_share: Share of their own weights that blocks train which are not frozen.
+        block_weights: Which weights of blocks that are not frozen train, as ``FreezeConfig`` calls it.
+        trained_share: Their share of the blocks' weights.
     """
 
     trained_from: float = math.inf
     optimizer_is_ours: bool = False
+    block_weights: str = "all"
     trained_share: float = 1.0
     _frozen: list[Frozen] = field(default_factory=list)
     #: What no stage trains, see ``block_weights``.
@@ -93,14 +95,14 @@ class Freezer:
         return self.prune(optimizer, split)
 
     def prune(self, optimizer: Any, split: Split) -> int:
-        """Drop the parameters of a prefix from an optimizer, and give it back those behind; return the bytes of state released."""
+        """Drop what is frozen or withheld from an optimizer, and give it back what is not; return the bytes of state released."""
         if optimizer is None:
             return 0
         prefix = _prefix_of(split)
         if len(prefix) < self._pruned:
             restore_groups(optimizer, self._groups)
         self._pruned = len(prefix)
-        return prune_optimizer(optimizer, prefix)
+        return prune_optimizer(optimizer, [*prefix, *self._withheld])
 
     def regroup(
         self, parts: Sequence[tuple[int, int]], layer_of: Callable[[nn.Parameter], int], optimizer: Any
@@ -122,14 +124,17 @@ class Freezer:
 
     def hold(self) -> None:
         """Freeze again what somebody else, such as a callback, has thawed of the prefix: it would get useless gradients."""
-        thawed = tuple(parameter for parameter in self._prefix if parameter.requires_grad)
-        _hold_back([*thawed, *(parameter for parameter in self._withheld if parameter.requires_grad)])
-        if thawed:
+        withheld = {parameter for parameter in self._withheld if parameter.requires_grad}
+        thawed = tuple(p for p in self._prefix if p.requires_grad and p not in withheld)
+        _hold_back([*thawed, *withheld])
+        if thawed or withheld:
             logger.warning(
-                "%d parameters of frozen blocks required gradients again: they stay frozen until the run ends, as the "
+                "%d parameters of frozen blocks%s required gradients again: they stay frozen until the run ends, as the "
                 "schedule says. A callback that thaws a head must leave the frozen blocks alone.",
-                len(thawed),
+                len(thawed) + len(withheld),
+                ", or withheld by block_weights," if withheld else "",
             )
+        if thawed:
             self._frozen.append(Frozen(thawed, ()))
 
     def offloading(self, step: CachedStep, runtime: Runtime, wanted: bool) -> CachedStep | OffloadedStep:
@@ -166,7 +171,7 @@ class Freezer:
         self._thaw_prefix()
         for parameter in self._withheld:
             parameter.requires_grad_(True)
-        self._withheld, self.trained_share = [], 1.0
+        self._withheld, self.block_weights, self.trained_share = [], "all", 1.0
 
     def _thaw_prefix(self) -> None:
         self.bring_back()

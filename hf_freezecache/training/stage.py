@@ -228,14 +228,14 @@ class StageRunner:
                 f"The checkpoint was saved with {self.frozen_before} frozen blocks, the schedule now asks for "
                 f"{stage.split_point}, without such a stage before. Resume with the schedule of the interrupted run."
             )
-        if self.active is not None:
-            accelerator, loader = self.runtime.accelerator, self.active.loader
-            accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not loader]
-            self.active = None
+        if (active := self.active) is not None:
+            accelerator, self.active = self.runtime.accelerator, None
+            accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not active.loader]
         self.freezer.trained_from = min(
             self.freezer.trained_from, *(one.split_point for one in self.stages[: stage.index + 1])
         )
         changed, self.released_bytes = stage.split_point != self.frozen, self.freeze(stage.split_point, optimizer)
+        self.freezer.hold()  # before the wrapper, and the record, look at what trains
         return self.runtime.unwrap(wrapped, self.data.example_batch) if changed else wrapped
 
     def enter(self, stage: Stage, model: nn.Module) -> nn.Module:
@@ -253,8 +253,8 @@ class StageRunner:
         """
         if model is self.runtime.model and is_replicated(self.runtime.accelerator):
             model = wrap_again(self.runtime.accelerator, model)
-        tokens = self.tokens.get(stage.split_point)
-        token_keep, share = 1.0 if tokens is None else tokens.token_keep, self.freezer.trained_share
+        tokens, share = self.tokens.get(stage.split_point), self.freezer.trained_share
+        token_keep = 1.0 if tokens is None else tokens.token_keep
         decision = Decision(
             stage=stage.index,
             start_epoch=stage.start_epoch,
@@ -277,10 +277,8 @@ class StageRunner:
             outlook = replace(outlook, costs=predict_costs(self, stage, token_keep))
             decision.predicted |= outlook.costs
         reason = why_live(outlook)
-        if reason is not None:
-            decision.reason = reason
-        else:
-            decision.reason = f"mode={self.config.mode!r} trains a stage with frozen blocks from a cache."
+        decision.reason = reason or f"mode={self.config.mode!r} trains a stage with frozen blocks from a cache."
+        if reason is None:
             opened = open_for(self, stage, decision)
         if opened is None:
             logger.info("Training without a cache from epoch %d on: %s", stage.start_epoch, decision.reason)
@@ -383,8 +381,9 @@ class StageRunner:
             OSError: It cannot be written.
         """
         adaptive = {} if self.adaptive is None else self.adaptive.save(folder)
-        progress, chosen = progress_to_dict(self.record), self.rates.lr_scale if self.rates.chosen else None
-        save_stage(folder, SavedStage(self.current.stage, self.runtime.args.world_size, progress, adaptive, chosen))
+        chosen = self.rates.lr_scale if self.rates.chosen else None
+        found = (progress_to_dict(self.record), adaptive, chosen, self.freezer.block_weights)
+        save_stage(folder, SavedStage(self.current.stage, self.runtime.args.world_size, *found))
 
     def cost_logs(self, state: Any) -> dict[str, float]:
         """Record what training has cost since this was called last, and return what to log of it.

@@ -230,7 +230,7 @@ def build_seconds(
 
 
 def epoch_seconds(
-    rates: Rates, split_point: int, num_blocks: int, token_keep: float, workers: int
+    rates: Rates, split_point: int, num_blocks: int, token_keep: float, workers: int, trained_share: float = 1.0
 ) -> tuple[float, float]:
     """Return the seconds per row of an epoch, from a cache and without one.
 
@@ -240,8 +240,9 @@ def epoch_seconds(
         num_blocks: Blocks of the model.
         token_keep: Share of the patch tokens that steps see behind the split.
         workers: Processes, or threads, that prepare data.
+        trained_share: Share of their own weights that the other blocks train.
     """
-    suffix = rates.block * passes_of_step(num_blocks, split_point, token_keep)
+    suffix = rates.block * passes_of_step(num_blocks, split_point, token_keep, trained_share)
     live = rates.together(rates.render, rates.prefix(split_point) + suffix, workers, rates.waiting)
     # Threads share one disk.
     cached = rates.together(rates.decode, suffix, workers)
@@ -256,6 +257,7 @@ def stage_seconds(
     num_views: int,
     token_keep: float,
     workers: tuple[int, int],
+    trained_share: float = 1.0,
 ) -> tuple[float, float]:
     """Return the seconds per row of some stages that one build serves, with caches and without.
 
@@ -267,6 +269,7 @@ def stage_seconds(
         num_views: Views that are stored.
         token_keep: Share of the patch tokens that steps see behind the split.
         workers: Processes that prepare data: while building, and while training.
+        trained_share: Share of their own weights that the other blocks train.
 
     Returns:
         Seconds with caches, building included, and without.
@@ -274,7 +277,7 @@ def stage_seconds(
     cached = build_seconds(rates, stages[0][1], built_from, num_views, len(stages), workers[0])
     live = 0.0
     for epochs, split_point in stages:
-        in_epoch = epoch_seconds(rates, split_point, num_blocks, token_keep, workers[1])
+        in_epoch = epoch_seconds(rates, split_point, num_blocks, token_keep, workers[1], trained_share)
         cached += epochs * in_epoch[0]
         live += epochs * in_epoch[1]
     return cached, live
@@ -330,6 +333,7 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
             run.config.num_views,
             token_keep,
             workers,
+            run.freezer.trained_share,
         )
         calibration = 0.0
         if not requested_codec(run.config, stage.split_point)[0].lossless:

@@ -32,8 +32,8 @@ from typing import Any
 from hf_freezecache.schedules import adaptive_policy, plan_stages
 
 KINDS = ("full", "lora", "live", "naive", "ours", "auto")
-#: A backward pass through a block counts as two forward passes: one for gradients of inputs, one for those of weights.
-BACKWARD = 2
+#: Gradients of inputs count as a forward pass, and so do those of all weights.
+INPUTS = WEIGHTS = 1
 #: Share of a block's weights that makes queries, keys and values.
 QKV = 0.25
 
@@ -132,7 +132,7 @@ class Passes:
 
     def epochs(self, num_blocks: int) -> dict[str, float]:
         """Return the cost in epochs of full fine-tuning."""
-        unit = (1 + BACKWARD) * num_blocks
+        unit = (1 + INPUTS + WEIGHTS) * num_blocks
         build, train = self.built / unit, self.trained / unit
         return {"cost": round(build + train, 4), "cost_build": round(build, 4), "cost_train": round(train, 4)}
 
@@ -168,8 +168,8 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
     for stage in stages:
         point = stage["split_point"]
         share, whole = kept_share(stage["keep"], patches), int(point == 0)  # block 0 sees all tokens
-        weights = 0.0 if arm.rank else stage.get("trained", 1.0)
-        passes.trained += (BACKWARD + weights) * (whole + (num_blocks - point - whole) * share) * stage["epochs"]
+        weights = 0.0 if arm.rank else WEIGHTS * stage.get("trained", 1.0)
+        passes.trained += (1 + INPUTS + weights) * (whole + (num_blocks - point - whole) * share) * stage["epochs"]
         if stage["cached"]:
             # The next cache is computed from this one; one that lies before it was built on the way.
             passes.built += stage["views"] * max(point - states_at, 0)

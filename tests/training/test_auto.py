@@ -75,7 +75,7 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     # The rate of all blocks, raised for the shorter run and for what trains, halved behind a trained head.
     assert scales_of(trainer) == pytest.approx([QKV_SCALE * 0.5**-0.4 / 2, 4 * 0.5**-0.4], rel=0.01)
     assert scales_of(auto_trainer(images, freeze=QKV, **{**settings, "learning_rate": 1e-4}))[0] == 6.0
-    assert "block_weights=qkv, plain_epochs=2, lr_scale=" in caplog.text
+    assert "block_weights=qkv, plain_epochs=3, lr_scale=" in caplog.text
     trainer.train()
     figures = figures_of(trainer._record)
     assert f"then {choice.num_epochs - 2:g} without frozen blocks" in figures["freezing"]["chosen"]
@@ -106,22 +106,38 @@ def test_where_blocks_are_frozen_the_users_choice_of_weights_is_counted(images) 
     assert spent / 12 == pytest.approx(choice.cost, rel=0.01)
 
 
+class Enlarged(TinyTransform):
+    """Shows images of another size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(augment=False)
+        self.size = size
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        shown = super().__call__(batch)
+        images = torch.nn.functional.interpolate(torch.stack(shown["pixel_values"]), size=self.size)
+        return {**shown, "pixel_values": list(images)}
+
+
 def test_of_many_tokens_or_few_channels_blocks_are_frozen_unless_the_user_asks_for_it(images) -> None:
-    def chosen(image_size: int = 36, width: int = 192, freeze: Any = None, change: Any = None) -> tuple[str, Any]:
-        model = tiny_vit(image_size=image_size, hidden_size=width)
+    def chosen(pixels: int = 36, width: int = 192, freeze: Any = None, change: Any = None) -> tuple[str, Any]:
+        model = tiny_model("dinov2", hidden_size=width)  # it takes images of any size, whatever it is configured for
         if change is not None:
             change(model)
-        freeze = {"budget": 0.5, **(freeze or {})}
-        freezing = auto_trainer(images, model, freeze=freeze, num_train_epochs=9).freeze_config
+        rows = images.with_transform(Enlarged(pixels))
+        freezing = auto_trainer(rows, model, freeze={"budget": 0.5, **(freeze or {})}, num_train_epochs=9).freeze_config
         return freezing.schedule, freezing.block_weights
 
-    def hide_a_query(model: Any) -> None:
-        model.vit.layers[1].attention.q_proj.requires_grad_(False)
+    def hide_queries(model: Any) -> None:
+        for block in find_blocks(model)[1]:
+            for name, layer in list(block.named_modules()):
+                if name.endswith("query") or name.endswith("q_proj"):
+                    layer.requires_grad_(False)
 
     assert chosen() == ("0:4,2:0", "qkv")  # 81 patches and CLS
-    assert chosen(image_size=40) == chosen(width=128) == ("0:4,2:1", None)
-    assert chosen(image_size=40, width=128, freeze=QKV) == ("0:4,2:0", "qkv")
-    assert chosen(change=hide_a_query) == ("0:4,2:1", None)
+    assert chosen(pixels=40) == chosen(width=128) == ("0:4,2:1", None)
+    assert chosen(pixels=40, width=128, freeze=QKV) == ("0:4,2:0", "qkv")
+    assert chosen(change=hide_queries) == ("0:4,2:1", None)
 
 
 def test_without_an_eval_transform_nothing_is_plain(train_dataset) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_freezecache import FreezeConfig
 from hf_freezecache.errors import UnsupportedSetupError
+from hf_freezecache.model.attention_inputs import attention_inputs
 from hf_freezecache.model.split import Splits
 from hf_freezecache.report.cost import unfrozen_rate, unfrozen_seconds
 from hf_freezecache.report.figures import figures_of
@@ -23,12 +24,14 @@ QKV = re.compile(r"\.(q_proj|k_proj|v_proj|query|key|value)\.")
 BEHIND = re.compile(r"^(classifier|vit\.layernorm)\.")
 
 
-def trainer_on(images: Any, mode: str = "always", model: Any = None, **settings: Any) -> Any:
-    transforms = {"train_transform": TinyTransform(augment=True), "eval_transform": TinyTransform(augment=False)}
+PAIR = {"train_transform": TinyTransform(augment=True), "eval_transform": TinyTransform(augment=False)}
+
+
+def trainer_on(images: Any, mode: str = "always", model: Any = None, cls: type = Recorder, **settings: Any) -> Any:
     freeze = {"block_weights": "qkv", **settings.pop("freeze", {})}
-    settings = {"schedule": "0:2", "num_train_epochs": 2, "freeze": freeze, "trainer": transforms, **settings}
+    settings = {"schedule": "0:2", "num_train_epochs": 2, "freeze": freeze, "trainer": PAIR, **settings}
     model = tiny_vit() if model is None else model
-    return make_trainer(model, images, cls=Recorder, cache={"mode": mode}, **settings)
+    return make_trainer(model, images, cls=cls, cache={"mode": mode}, **settings)
 
 
 def trained(*args: Any, resume: Any = None, **settings: Any) -> Any:
@@ -66,7 +69,7 @@ def test_the_layers_are_found_whatever_they_are_called(family) -> None:
         pytest.skip(f"no such classifier: {error}")
     splits = Splits(model)
     names = {layer: name for name, layer in model.named_modules()}
-    found = sorted(names[layer] for layer in splits.qkv)
+    found = sorted(names[layer] for layer in attention_inputs(splits))
     expected = sorted(
         name
         for block in splits.blocks
@@ -97,7 +100,25 @@ def test_one_layer_for_all_three_is_found() -> None:
     model = tiny_vit()
     for block in model.vit.layers:
         block.attention = FusedAttention(block.attention)
-    assert Splits(model).qkv == [block.attention.qkv for block in model.vit.layers]
+    assert attention_inputs(Splits(model)) == [block.attention.qkv for block in model.vit.layers]
+
+
+class ByFunctionAttention(AtOnce):
+    """Its layer of queries, keys and values is never called: only the one behind the attention is."""
+
+    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        made = nn.functional.linear(states, self.qkv.weight, self.qkv.bias)
+        queries, keys, values = made.chunk(3, -1)
+        return self.proj((queries @ keys.transpose(1, 2) / 4).softmax(-1) @ values), None
+
+
+def test_a_layer_behind_the_attention_is_not_taken_for_one_in_front(images) -> None:
+    model = tiny_vit()
+    for block in model.vit.layers:
+        block.attention = ByFunctionAttention(block.attention)
+    assert attention_inputs(Splits(model)) == []
+    with pytest.raises(UnsupportedSetupError, match="none was found"):
+        trained(images, model=model)
 
 
 def test_cached_equals_live_to_the_bit(images) -> None:
@@ -106,19 +127,53 @@ def test_cached_equals_live_to_the_bit(images) -> None:
     assert_same(parameters_of(live.model), parameters_of(cached.model))
 
 
-def test_a_callback_that_thaws_everything_changes_nothing(images) -> None:
-    class Thawing(Recorder):
-        def training_step(self, *args, **kwargs):
-            if self.state.global_step == 3:
-                self.model.requires_grad_(True)
-            return super().training_step(*args, **kwargs)
+class Thawing(Recorder):
+    """A callback of some users does this, to train a head first."""
 
-    settings = {"schedule": "0:0", "num_train_epochs": 3}
-    plain, run = trained(images, **settings), trainer_on(images, **settings)
-    run.__class__ = Thawing
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            self.model.requires_grad_(True)
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_callback_that_thaws_everything_changes_nothing(images, own) -> None:
+    model = tiny_vit()
+    optimizers = {"optimizers": (torch.optim.AdamW(model.parameters(), lr=1e-3), None)} if own else {}
+    run = trainer_on(images, schedule="0:2,1:0", model=model, trainer={**PAIR, **optimizers}, cls=Thawing)
     run.train()
-    assert run.losses[:4] == plain.losses[:4]
     assert all(QKV.search(name) or BEHIND.match(name) for name in changed(run.model))
+    qkv = sum(p.numel() for name, p in run.model.named_parameters() if QKV.search(name))
+    behind = sum(p.numel() for name, p in run.model.named_parameters() if BEHIND.match(name))
+    assert [one.trainable_parameters for one in run._record.decisions] == [qkv // 2 + behind, qkv + behind]
+
+
+def test_an_optimizer_of_ones_own_gets_its_parameters_back(images) -> None:
+    model = tiny_vit()
+    own = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = trainer_on(images, model=model, trainer={**PAIR, "optimizers": (own, None)})
+    run.train()
+    assert len(own.param_groups[0]["params"]) < len(list(model.parameters()))
+    run.freeze_config = FreezeConfig(schedule="0:0")
+    run.train()
+    assert len(own.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_resuming_with_other_weights_is_refused(images) -> None:
+    settings = {"save_strategy": "epoch", "output_dir": "whole"}
+    trained(images, **settings)
+    for resume, weights in (("whole/checkpoint-5", "all"),):
+        with pytest.raises(UnsupportedSetupError, match=r"block_weights='qkv', and this run has 'all'"):
+            trained(images, resume=resume, freeze={"block_weights": weights}, output_dir="again")
+
+
+def test_blocks_that_the_user_froze_to_the_same_are_no_adapters(images) -> None:
+    model = tiny_vit(intermediate_size=64)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(QKV.search(name) or BEHIND.match(name)))
+    run = trained(images, model=model, schedule="0:0", save_strategy="epoch")
+    assert run._record.decisions[0].trained_share < 0.25
+    trained(images, model=model, schedule="0:0", output_dir="again", resume="out/checkpoint-5")
 
 
 def test_what_it_costs(images) -> None:
