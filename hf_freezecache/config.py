@@ -101,7 +101,7 @@ class FreezeConfig:
         metadata={
             "help": "Which weights of the blocks train where they are not frozen: 'all', or 'qkv', the layers that make queries, keys and "
             "values alone. Then the rest of the blocks stays as it is, and so do the embeddings; norm and head behind the blocks "
-            "train. A step takes three quarters of the time, and short runs gain. Default: all, or what schedule='auto' chooses."
+            "train. A step takes three quarters of the passes through blocks, and short runs gain. Default: all, or what schedule='auto' chooses."
         },
     )
     layer_decay: Annotated[Optional[float], between(0, 1, above=True)] = field(

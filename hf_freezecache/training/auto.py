@@ -20,7 +20,7 @@ from ..model.split import Splits
 from ..model.withheld import blank_images, outer_parameters
 from ..report.text import counted
 from ..schedules import Stage
-from .block_weights import only_adapters_train, share_of_qkv, tokens_and_channels
+from .block_weights import only_adapters_train, share_of, tokens_and_channels
 from .lr_rule import budget_scale, lr_scale
 from .planner import most_views
 
@@ -90,11 +90,12 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         )
     blocks = find_blocks(trainer.model)[1]
     adapters, weights = only_adapters_train(blocks), freezing.block_weights
-    splits = Splits(trainer.model, call=_first_call(trainer))
-    share = None if adapters or weights == "all" else share_of_qkv(splits)
-    qkv_gains = share is not None and (
-        weights == "qkv" or (_few_tokens(splits) and _all_train(attention_inputs(splits)))
-    )
+    share, qkv_gains = None, weights == "qkv"
+    if not adapters and (qkv_gains or (weights is None and freezing.budget is not None)):
+        splits = Splits(trainer.model, call=_first_call(trainer))
+        layers = attention_inputs(splits)
+        share = share_of(splits, layers)
+        qkv_gains = qkv_gains or (_few_tokens(splits) and _all_train(layers))
     # Without caches a number of views costs nothing to leave as it is, unless the user asks for the rule.
     free = caching.chooses_views and (caching.mode != "never" or caching.num_views == "auto")
     settled = {

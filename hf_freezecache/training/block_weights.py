@@ -15,7 +15,7 @@ __all__ = [
     "MOST_ADAPTERS",
     "only_adapters_train",
     "qkv_weights",
-    "share_of_qkv",
+    "share_of",
     "tokens_and_channels",
     "withhold_weights",
 ]
@@ -70,9 +70,9 @@ def withhold_weights(splits: Splits, freezer: Freezer) -> None:
     freezer.withhold(parameter for parameter in before_head if parameter not in training)
 
 
-def share_of_qkv(splits: Splits) -> float | None:
-    """Return which share of the blocks' weights trains and makes queries, keys and values; ``None`` if none does."""
-    training = {p for layer in attention_inputs(splits) for p in layer.parameters() if p.requires_grad}
+def share_of(splits: Splits, layers: Iterable[nn.Module]) -> float | None:
+    """Return which share of the blocks' weights trains and is of some layers; ``None`` if nothing of them does."""
+    training = {parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad}
     return _share(splits, training) if training else None
 
 

@@ -110,6 +110,10 @@ class TinyTransform:
         return {"pixel_values": pixel_values, "labels": list(batch["label"])}
 
 
+#: What trains, and what evaluation sees.
+PAIR = {"train_transform": TinyTransform(augment=True), "eval_transform": TinyTransform(augment=False)}
+
+
 class Rows(torch.utils.data.Dataset):
     """A map-style data set that is no datasets.Dataset."""
 
