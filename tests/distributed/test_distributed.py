@@ -126,6 +126,22 @@ def test_resuming_with_rates_by_layer_and_stage_is_the_same_to_the_bit(all_of_tw
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["fewer_tokens", "queries", "thawing", "auto"])
+def test_ways_to_freeze_are_cached_and_resumed_to_the_bit(tmp_path: Path, scenario: str) -> None:
+    for found in (each[scenario] for each in launch(tmp_path, 2, scenario)):
+        assert ("keeps the 4 epochs asked for" in (found["always"]["chosen"] or "")) == (scenario == "auto")
+        assert {run["chosen"] for run in found["resumed"].values()} == {found["always"]["chosen"]}
+        assert found["always"]["losses"] == found["never"]["losses"]
+        assert found["always"]["digest"] == found["never"]["digest"]
+        if scenario == "thawing":  # a constant rate for the head, then the schedule from its beginning
+            epoch = len(found["always"]["rates"]) // 4
+            assert found["always"]["rates"][: epoch + 1] == pytest.approx([9e-3] * epoch + [6e-3])
+        assert len(found["resumed"]) == 4
+        for name, resumed in found["resumed"].items():
+            assert resumed["digest"] == found["always"]["digest"], name
+
+
+@pytest.mark.slow
 def test_torchrun_gives_what_the_forked_processes_of_these_tests_give(two, tmp_path: Path) -> None:
     assert [found["parity:10"] for found in torchrun(tmp_path, "parity:10")] == [found["parity:10"] for found in two]
 

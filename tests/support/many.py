@@ -172,6 +172,11 @@ def fewer_tokens() -> dict[str, Any]:
     return at_every_checkpoint("fewer", freeze={"token_keep": 0.5, "unfrozen_token_keep": 0.5})
 
 
+def queries() -> dict[str, Any]:
+    """Of the blocks, queries, keys and values alone: the head first, then behind one block, then all."""
+    return at_every_checkpoint("queries", schedule="0:4,1:1,2:0", freeze={"block_weights": "qkv"})
+
+
 def offloaded() -> dict[str, Any]:
     """Frozen weights leave the device, as if there were another memory, and come back to be looked at in each epoch."""
     plain = run(save_strategy="no")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import many
-from support.children import run_group
 from support.parity import assert_same, parameters_of
 from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
 from transformers import TrainerCallback
@@ -218,24 +215,6 @@ def test_the_report_tells_of_thawed_blocks(train_dataset, caplog) -> None:
     )
     page = render_page(figures)
     assert "nan" not in page.lower().replace("nanosecond", "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["thawing", "auto"])
-def test_two_processes(tmp_path, scenario) -> None:
-    run_group(many.main, scenario, folders=[tmp_path] * 2)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"found-{rank}-of-2.json").read_text())[scenario]
-        assert ("keeps the 4 epochs asked for" in found["always"]["chosen"]) == (scenario == "auto")
-        assert {each["chosen"] for each in found["resumed"].values()} == {found["always"]["chosen"]}
-        assert found["always"]["losses"] == found["never"]["losses"]
-        assert found["always"]["digest"] == found["never"]["digest"]
-        if scenario == "thawing":  # a constant rate for the head, then the schedule from its beginning
-            epoch = len(found["always"]["rates"]) // 4
-            assert found["always"]["rates"][: epoch + 1] == pytest.approx([9e-3] * epoch + [6e-3])
-        assert len(found["resumed"]) == 4
-        for name, resumed in found["resumed"].items():
-            assert resumed["digest"] == found["always"]["digest"], name
 
 
 def rates_of(trainer: Any) -> list[float]:

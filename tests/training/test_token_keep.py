@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import many
-from support.children import run_group
 from support.parity import assert_resumes_everywhere, assert_same, parameters_of
 from support.tiny import Recorder, make_trainer, tiny_model, tiny_vit
 from torch import nn
@@ -154,18 +151,6 @@ def test_caches_do_not_depend_on_the_tokens(train_dataset) -> None:
 def test_resuming_at_every_checkpoint(train_dataset, mode) -> None:
     settings = {"num_train_epochs": 4, "schedule": "0:0,1:1,2:3"}
     assert_resumes_everywhere(partial(trained, train_dataset, mode, **settings))
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path) -> None:
-    run_group(many.main, "fewer_tokens", folders=[tmp_path] * 2)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"found-{rank}-of-2.json").read_text())["fewer_tokens"]
-        assert found["always"]["losses"] == found["never"]["losses"]
-        assert found["always"]["digest"] == found["never"]["digest"]
-        assert len(found["resumed"]) == 4
-        for name, resumed in found["resumed"].items():
-            assert resumed["digest"] == found["always"]["digest"], name
 
 
 @pytest.mark.slow
