@@ -65,13 +65,13 @@ PLAIN_SHARE, MOST_PLAIN = 0.4, 3.0
 #: 112 pixels, half the size that it was pretrained on, scored on a part of the training images. Records of
 #: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views. Queries, keys and
 #: values of all blocks, in place of all weights of some: at a cost of one epoch 85.3 for 79.8% on CIFAR-10, 88.8 for 81.2 on digits and 84.2 for
-#: 83.4 on Caltech-101, of two 87.7 for 85.2 on CIFAR-10, of four 90.4 for 88.4, 98.0 for 96.8 and 88.0 for 87.3 (one to three seeds, in
-#: that record; on training images). What less than ``qkv_epochs`` gives was not tried.
+#: 83.4 on Caltech-101, of two 87.7 for 85.2 on CIFAR-10, of four 90.4 for 88.4, 98.0 for 96.8 and 88.0 for 87.3, of eight 89.0 for 86.3, 98.1
+#: for 97.7 and 87.4 for 87.6 (one to three seeds, in that record; on training images). What less than ``qkv_epochs`` gives was not tried.
 RECIPES: tuple[Recipe, ...] = (
     Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8, qkv_epochs=0.8),
     Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8, qkv_epochs=0.8),
     Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, qkv_epochs=0.8),
-    Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16),
+    Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16, qkv_epochs=0.8),
 )
 #: The same where adapters train. Source of the first: runs of DeiT-Tiny with LoRA of rank 16 on the same two data sets, and on Caltech-101
 #: at 224 pixels, scored in the same way, at the cost of 1.5 epochs of LoRA. With 23 steps in an epoch two epochs behind four blocks gain 2 to
@@ -268,8 +268,9 @@ def choose(
         adapters: Whether adapters train in place of the blocks' weights.
         epoch_steps: Optimizer steps of an epoch, if known; a part of an epoch may be chosen then, where adapters train, or queries, keys
             and values alone.
-        qkv_share: Share of the blocks' weights that makes queries, keys and values, if these may train alone. They do for a budget alone, and
-            not if several views or ``token_keep`` are settled.
+        qkv_share: Share of the blocks' weights that makes queries, keys and values, if these may train alone. They do where the budget
+            pays for it, or, without one, where that costs no more than ``num_epochs`` epochs without freezing, and not if several views or
+            ``token_keep`` are settled.
         unfrozen_keep: Share of the patch tokens that a step sees then.
         trained_share: Share of their own weights that blocks train where some are frozen.
 
@@ -297,19 +298,31 @@ def choose(
         )
         for recipe in recipes
     ]
+
+    def of_all_blocks(one: _Costs) -> _Costs | None:
+        """Return what it costs to train queries, keys and values of all blocks in place of all weights of some, if that may be."""
+        settled = num_views not in (None, 0, 1) or token_keep is not None
+        if settled or not one.head_epochs or qkv_share is None or one.recipe.qkv_epochs is None:
+            return None
+        return one.all_blocks(qkv_share, unfrozen_keep)
+
     if budget is None:
         head_epochs = head_epochs if more_epochs else min(head_epochs, num_epochs // 2)
         chosen = replace(costs[-2 if num_epochs <= _FEW_EPOCHS else -1], head_epochs=head_epochs)
         split_point, epochs = 1, float(num_epochs if more_epochs else num_epochs - head_epochs)
+        all_blocks = of_all_blocks(chosen)
+        if (
+            all_blocks is not None and all_blocks.of(0, epochs) <= num_epochs * whole
+        ):  # no dearer than what was asked for
+            chosen, split_point = all_blocks, 0
         reason = f"schedule='auto' keeps the {num_epochs} epoch{'s' if num_epochs > 1 else ''} asked for"
     else:
         cost = budget * num_epochs
         # Where views of a recipe leave no epoch to pay for, those of a cheaper one may.
         affordable = [each for each in costs if each.recipe.most_cost < cost]
         candidates = [costs[len(affordable)], *reversed(affordable)]
-        may = bool(head_epochs) and num_views in (None, 0, 1) and token_keep is None
-        if may and qkv_share is not None and candidates[0].recipe.qkv_epochs is not None:
-            candidates.insert(0, candidates[0].all_blocks(qkv_share, unfrozen_keep))
+        if (all_blocks := of_all_blocks(candidates[0])) is not None:
+            candidates.insert(0, all_blocks)
         found = ((each, each.fitting(cost * whole, num_epochs, epoch_steps)) for each in candidates)
         chosen, pair = next((both for both in found if both[1] is not None), (costs[0], None))
         if pair is None:

@@ -118,7 +118,7 @@ def test_more_money_trains_more() -> None:
 
 
 def test_queries_keys_and_values_of_all_blocks_train_where_that_is_paid_for() -> None:
-    for cost, steps, plain in ((1, 30.0, 1), (2, 30.0, 3), (4, 30.0, 2), (5, None, 2)):
+    for cost, steps, plain in ((1, 30.0, 1), (2, 30.0, 3), (4, 30.0, 2), (5, None, 2), (8, 30.0, 5)):
         choice = choose(12, cost, 1.0, qkv_share=0.25, epoch_steps=steps)
         assert choice.stages(12) == [(0, 12), (2, 0)]
         assert choice.qkv_only
@@ -130,9 +130,22 @@ def test_queries_keys_and_values_of_all_blocks_train_where_that_is_paid_for() ->
         # What the user has settled speaks against it.
         for settings in ({"num_views": 2}, {"token_keep": 0.5}, {"head_first": False}):
             assert choose(12, cost, 1.0, qkv_share=0.25, **settings) == choose(12, cost, 1.0, **settings)
-    for cost in (0.6, 0.9, 10):  # too little for that, or enough for more
+    for cost in (0.6, 0.9):  # too little for that
         assert choose(12, 10, cost / 10, qkv_share=0.25) == choose(12, 10, cost / 10)
-    assert choose(12, 4, qkv_share=0.25) == choose(12, 4)  # without a budget, epochs are asked for, not a cost
+    assert choose(12, 16, 1.0, qkv_share=0.25).num_epochs == 18  # further ones gain nothing
+
+
+def test_and_without_a_budget_where_the_epochs_asked_for_cost_no_more_than_those_of_full_fine_tuning() -> None:
+    for epochs in (2, 4, 8, 30):
+        choice = choose(12, epochs, qkv_share=0.25, more_epochs=True)
+        assert choice.qkv_only
+        assert choice.num_epochs == 2 + epochs
+        assert choice.cost == pytest.approx(1 / 3 + 0.75 * epochs)
+    # Where no cache is read, the head's epochs take a forward pass each.
+    for epochs, cached in ((1, True), (2, False)):
+        settings = {"cached": cached, "more_epochs": True}
+        assert choose(12, epochs, qkv_share=0.25, **settings) == choose(12, epochs, **settings)
+        assert choose(12, epochs + 1, qkv_share=0.25, **settings).qkv_only
 
 
 def test_without_a_budget_the_epochs_stay() -> None:

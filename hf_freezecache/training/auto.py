@@ -91,7 +91,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     blocks = find_blocks(trainer.model)[1]
     adapters, weights = only_adapters_train(blocks), freezing.block_weights
     share, qkv_gains = None, weights == "qkv"
-    if not adapters and (qkv_gains or (weights is None and freezing.budget is not None)):
+    if not adapters and (qkv_gains or weights is None):
         splits = Splits(trainer.model, call=_first_call(trainer))
         layers = attention_inputs(splits)
         share = share_of(splits, layers)

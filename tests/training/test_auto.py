@@ -138,6 +138,7 @@ def test_of_many_tokens_or_few_channels_blocks_are_frozen_unless_the_user_asks_f
     assert chosen(pixels=40) == chosen(width=128) == ("0:4,2:1", None)
     assert chosen(pixels=40, width=128, freeze=QKV) == ("0:4,2:0", "qkv")
     assert chosen(change=hide_queries) == ("0:4,2:1", None)
+    assert chosen(freeze={"budget": None}) == ("0:4,2:0", "qkv")
 
 
 def test_without_an_eval_transform_nothing_is_plain(train_dataset) -> None:
@@ -181,7 +182,7 @@ def test_low_rates_are_raised_for_a_head_alone_and_behind_one_that_was_trained(t
 
     by_rule = [0.625, 4.0]
     assert [scales(rate) for rate in (1e-2, 5e-4, 1e-4, 1e-6)] == [by_rule, by_rule, [1.5, 12.0], [2.5, 32.0]]
-    assert scales(1e-4, model=tiny_vit(hidden_size=384)) == [0.75, 6.0]
+    assert scales(1e-4, model=tiny_vit(hidden_size=384), freeze={"block_weights": "all"}) == [0.75, 6.0]
     assert scales(1e-4, model=tiny_model("clip")) == [
         1.5,
         12.0,
