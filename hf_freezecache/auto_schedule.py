@@ -173,12 +173,12 @@ class _Costs:
         none, whole = (self.trained(split_point, num_epochs, keep) for keep in (0.0, 1.0))
         return min(math.floor(100 * (passes - none) / (whole - none)) / 100, 1.0)
 
-    def paid(self, passes: float, split_point: int) -> float:
-        """Return how many epochs behind a split point a cost pays for, in hundredths."""
+    def paid(self, passes: float, split_point: int, epoch_steps: float | None = None) -> float:
+        """Return how many epochs behind a split point a cost pays for: whole ones, and whole steps of the last if those are known."""
         epoch = self.of(split_point, 1) - self.of(split_point, 0)
-        return math.floor(100 * max(passes - self.of(split_point, 0), 0.0) / epoch) / 100
+        return _whole_steps(max(passes - self.of(split_point, 0), 0.0) / epoch, epoch_steps)
 
-    def fitting(self, passes: float, num_epochs: int, epoch_steps: float | None) -> tuple[int, float] | None:
+    def fitting(self, passes: float, num_epochs: float, epoch_steps: float | None) -> tuple[int, float] | None:
         """Return split point and epochs for a cost, or ``None`` if it pays for no epoch behind any split point.
 
         Args:
@@ -192,23 +192,39 @@ class _Costs:
         if epoch_steps and self.recipe.least_steps is not None:
             # Behind no frozen block a step sees all tokens.
             first = 0 if self.recipe.token_keep == 1 else 1
-            paid = [(point, self.paid(most, point)) for point in range(first, self.num_blocks)]
+            paid = [(point, self.paid(most, point, epoch_steps)) for point in range(first, self.num_blocks)]
             few = [pair for pair in paid if pair[0] <= max(1, self.recipe.most_frozen * self.num_blocks)]
             enough, an_epoch = self.recipe.least_steps / epoch_steps, 1
             tried = (few, enough), (few[-1:], an_epoch), (paid, enough), (paid, an_epoch)
-            found = (pair for pairs, wanted in tried for pair in pairs if pair[1] >= wanted)
+            found = (pair for pairs, wanted in tried for pair in pairs if pair[1] >= wanted - 1e-9)
             chosen = next(found, None)
-            return None if chosen is None else (chosen[0], min(chosen[1], most_epochs))
+            return None if chosen is None else (chosen[0], _whole_steps(min(chosen[1], most_epochs), epoch_steps))
         if not self.freezes:
             assert self.recipe.qkv_epochs is not None
-            epochs = min(self.paid(most, 0), most_epochs)
-            epochs = epochs if epoch_steps else math.floor(epochs)
+            epochs = _whole_steps(min(self.paid(most, 0, epoch_steps), most_epochs), epoch_steps)
             return (0, epochs) if epochs >= self.recipe.qkv_epochs else None
-        whole = math.floor(self.paid(most, 1))
+        whole = math.floor(min(self.paid(most, 1), most_epochs))
         if whole >= least:
-            return 1, min(whole, most_epochs)
+            return 1, whole
         pairs = ((point, count) for count in range(least, 0, -1) for point in range(1, self.num_blocks))
         return next((pair for pair in pairs if self.of(*pair) <= most), None)
+
+
+def _whole_steps(epochs: float, epoch_steps: float | None) -> float:
+    """Return epochs, as images count, without what makes no whole optimizer step at their end; whole epochs if steps are not known."""
+    whole = math.floor(epochs + 1e-9)
+    part = max(epochs - whole, 0.0)
+    return whole + (math.floor(part * epoch_steps + 1e-9) / epoch_steps if epoch_steps else 0.0)
+
+
+def _as_trainer_counts(epochs: float, epoch_steps: float | None) -> float:
+    """Return epochs, as images count, in the way ``Trainer`` does: as steps, of which the last of an epoch may have fewer images.
+
+    ``Trainer`` rounds steps up, so what is not exact in binary must not lie above them.
+    """
+    whole = math.floor(epochs + 1e-9)
+    steps = round(max(epochs - whole, 0.0) * epoch_steps) if epoch_steps else 0
+    return whole + (math.floor(1e6 * steps / math.ceil(epoch_steps)) / 1e6 if epoch_steps else 0.0)
 
 
 def _plain_epochs(num_epochs: float) -> int:
@@ -239,7 +255,7 @@ def counted_epochs(number: float, words: str) -> str:
 
 def choose(
     num_blocks: int,
-    num_epochs: int,
+    num_epochs: float,
     budget: float | None = None,
     head_first: bool = True,
     num_views: int | None = None,
@@ -257,7 +273,7 @@ def choose(
 
     Args:
         num_blocks: Blocks of the model.
-        num_epochs: Epochs without freezing that the user asks for.
+        num_epochs: Epochs without freezing that the user asks for; the last may be a part of one.
         budget: What the run may cost, as a share of that of ``num_epochs`` epochs without freezing. The number of epochs is
             then chosen, too. ``None`` trains blocks for ``num_epochs``.
         head_first: Whether there is a head that can train alone.
@@ -266,8 +282,8 @@ def choose(
         cached: Whether frozen blocks run once for each view; else they run in every step.
         more_epochs: Whether, without a budget, the epochs of the head come on top of ``num_epochs``; else they are among them.
         adapters: Whether adapters train in place of the blocks' weights.
-        epoch_steps: Optimizer steps of an epoch, if known; a part of an epoch may be chosen then, where adapters train, or queries, keys
-            and values alone.
+        epoch_steps: Images of an epoch over those of an optimizer step, if known; a part of an epoch may be chosen then, of whole steps,
+            where adapters train, or queries, keys and values alone.
         qkv_share: Share of the blocks' weights that makes queries, keys and values, if these may train alone. They do where the budget
             pays for it, or, without one, where that costs no more than ``num_epochs`` epochs without freezing, and not if several views or
             ``token_keep`` are settled.
@@ -307,7 +323,7 @@ def choose(
         return one.all_blocks(qkv_share, unfrozen_keep)
 
     if budget is None:
-        head_epochs = head_epochs if more_epochs else min(head_epochs, num_epochs // 2)
+        head_epochs = head_epochs if more_epochs else min(head_epochs, int(num_epochs // 2))
         chosen = replace(costs[-2 if num_epochs <= _FEW_EPOCHS else -1], head_epochs=head_epochs)
         split_point, epochs = 1, float(num_epochs if more_epochs else num_epochs - head_epochs)
         all_blocks = of_all_blocks(chosen)
@@ -315,7 +331,8 @@ def choose(
             all_blocks is not None and all_blocks.of(0, epochs) <= num_epochs * whole
         ):  # no dearer than what was asked for
             chosen, split_point = all_blocks, 0
-        reason = f"schedule='auto' keeps the {num_epochs} epoch{'s' if num_epochs > 1 else ''} asked for"
+        asked = counted_epochs(num_epochs, "epochs")
+        reason = f"schedule='auto' keeps the {asked} asked for"
     else:
         cost = budget * num_epochs
         # Where views of a recipe leave no epoch to pay for, those of a cheaper one may.
@@ -327,13 +344,14 @@ def choose(
         chosen, pair = next((both for both in found if both[1] is not None), (costs[0], None))
         if pair is None:
             least, split_point = min((chosen.of(point, 1) / whole, point) for point in range(1, num_blocks))
+            least_budget = math.ceil(1000 * least / num_epochs) / 1000
+            advice = f"Set budget to at least {least_budget:g}" if least_budget <= 1 else "Ask for more epochs"
             raise ScheduleError(
-                f"budget={budget:g} of {num_epochs} epochs is {counted_epochs(cost, epoch_words)}, but one epoch behind "
-                f"{split_point} frozen blocks takes {least:.3g}, caching included. Set budget to at least "
-                f"{math.ceil(1000 * least / num_epochs) / 1000:g}."
+                f"budget={budget:g} of {counted_epochs(num_epochs, 'epochs')} is {counted_epochs(cost, epoch_words)}, but one epoch behind "
+                f"{split_point} frozen blocks takes {least:.3g}, caching included. {advice}."
             )
         split_point, epochs = pair
-        reason = f"schedule='auto' may spend {counted_epochs(cost, epoch_words)} (budget={budget:g} of {num_epochs})"
+        reason = f"schedule='auto' may spend {counted_epochs(cost, epoch_words)} (budget={budget:g} of {num_epochs:g})"
     views = min(chosen.recipe.num_views, math.ceil(epochs)) if num_views is None else num_views
     keep, total = chosen.recipe.token_keep, chosen.of(split_point, epochs, views)
     if budget is not None and token_keep is None and chosen.freezes:
@@ -342,15 +360,17 @@ def choose(
         total += chosen.trained(split_point, epochs, keep) - chosen.trained(
             split_point, epochs, chosen.recipe.token_keep
         )
+    # Without a budget they are the user's.
+    counted = epochs if budget is None else _as_trainer_counts(epochs, epoch_steps)
     return Choice(
         split_point=split_point,
         head_epochs=head_epochs,
-        num_epochs=head_epochs + epochs,
+        num_epochs=head_epochs + counted,
         num_views=views,
         token_keep=keep,
         cost=total / whole,
         reason=reason,
         epoch_words=epoch_words,
-        plain_epochs=0 if split_point else _plain_epochs(epochs),
+        plain_epochs=0 if split_point else _plain_epochs(counted),
         qkv_only=not chosen.freezes,
     )

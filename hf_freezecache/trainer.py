@@ -102,7 +102,7 @@ class FreezeCacheTrainer(Trainer):
         self._process_groups = (ProcessGroup(), ProcessGroup())
         self._freezer = Freezer()
         self._record = RunRecord()
-        self._chose_rates = False  # by ``schedule="auto"``
+        self._chosen = None  # by ``schedule="auto"``
         #: What the last call of ``train()`` or ``build_cache()`` works with; ``None`` without ``freeze_config``.
         self._run: StageRunner | None = None
         if freeze_config is None and self._transforms != (None, None):

@@ -178,9 +178,7 @@ def how_it_trained(figures: Figures) -> str | None:
         nothing = "" if any(stage["has_cache"] for stage in stages) else "; nothing was cached"
         return f"The frozen blocks ran in every step{nothing}."
     if len(cached) == len(frozen):
-        return (
-            "The frozen blocks ran once per stored view of an image; the rest was trained from a cache of their output."
-        )
+        return "Where blocks were frozen, they ran once per stored view, and the rest was trained from a cache of their output."
     rest = len(frozen) - len(cached)
     return (
         f"Of {len(frozen)} stages with frozen blocks, {len(cached)} trained from a cache of their output; in the other"
@@ -352,11 +350,14 @@ def _caveats(compared: Figures) -> str:
 
 def when_not_to_use(figures: Figures) -> list[str]:
     """Return when this way of training is the wrong one."""
-    lines = [
-        "In runs of a few epochs: each stored view goes through the frozen blocks once before it pays.",
-        "When every epoch must show new augmentations, or the collator mixes samples: a cache shows what was stored.",
-        "When data differ much from what the frozen blocks were trained on: they cannot adapt.",
-    ]
+    points = {stage["split_point"] for stage in figures["stages"]}
+    lines = ["In runs of a few epochs: each stored view goes through the frozen blocks once before it pays."]
+    if not points or points - {0, figures["model"].get("num_blocks")}:
+        lines.append(
+            "When every epoch must show new images, or the collator mixes samples: a cache shows what was stored."
+        )
+    if 0 not in points:
+        lines.append("When data differ much from what the frozen blocks were trained on: they cannot adapt.")
     cost = figures["cost"]
     if cost["seconds"] is not None and cost["no_freezing_seconds"] is not None:
         ratio = cost["seconds"] / cost["no_freezing_seconds"]

@@ -6,7 +6,6 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
 from ..schedules import Stage, adaptive_policy, foreseen_stages
 from .adaptive import AdaptiveStages
-from .auto import settle_auto, settle_views
+from .auto import resume_choice, settle_auto, settle_views
 from .block_weights import qkv_weights
 from .by_block import compile_settings
 from .checkpoints import announce_stage, find_checkpoint, load_stage, take_over_progress
@@ -106,8 +105,9 @@ def check_setup(trainer: Any, base: type) -> None:
         requested_codec(config, max(stage.split_point, 1))
     if dataset is not None and len(dataset) == 0:
         raise DataError("The training data set has no rows.")
-    if augmenter_of(trainer, base) is not None and not any(stage.split_point for stage in stages):
-        logger.warning("feature_augmentation acts on cached stages only: no stage of this schedule is one.")
+    points = {stage.split_point for stage in stages}
+    if augmenter_of(trainer, base) is not None and 0 in points and points <= {0, len(find_blocks(trainer.model)[1])}:
+        logger.warning("feature_augmentation acts on cached stages only: in none of this schedule do blocks train.")
 
 
 def check_train_arguments(trainer: Any, call: inspect.BoundArguments) -> dict[str, Any]:
@@ -132,7 +132,9 @@ def check_train_arguments(trainer: Any, call: inspect.BoundArguments) -> dict[st
         raise UnsupportedSetupError("FreezeCacheTrainer: training requires a train_dataset.")
     if "resume_from_checkpoint" in arguments:
         asked, everyone = arguments["resume_from_checkpoint"], trainer._process_groups[0]
-        arguments["resume_from_checkpoint"] = find_checkpoint(asked, trainer.args, everyone)
+        arguments["resume_from_checkpoint"] = found = find_checkpoint(asked, trainer.args, everyone)
+        if found and trainer._chosen is not None:
+            resume_choice(trainer, Path(found))
     return arguments
 
 
@@ -242,13 +244,13 @@ def start_run(
     if base is not None:  # a run that only builds takes no step
         policy, num_blocks = adaptive_policy(trainer.freeze_config.schedule), run.splits.num_blocks
         run.adaptive = None if policy is None else AdaptiveStages(policy, num_blocks, everyone, list(run.stages))
-        run.rates = LearningRates.of(trainer.freeze_config, trainer._chose_rates)
+        run.rates = LearningRates.of(trainer.freeze_config)
         freezing = trainer.freeze_config
         if freezing.block_weights == "qkv":
             qkv_weights(run.splits)  # or says why not, before anything is built
         run.token_keep = freezing.token_keep or 1.0, freezing.unfrozen_token_keep or 1.0
         run.sampler.plain_from = num_epochs - plain_epochs if plain_epochs else None
-    run.lenient = bool(trainer._record.chosen)
+    run.chosen = trainer._chosen
     return run
 
 
@@ -269,13 +271,11 @@ def begin_from(run: StageRunner, checkpoint: str | None, block_weights: str | No
         if saved.stage is not None and saved.block_weights != wanted:
             raise UnsupportedSetupError(
                 f"{checkpoint} was saved with block_weights={saved.block_weights!r}, and this run has {wanted!r}: other weights would "
-                "train, without the optimizer's states. Resume with that of the interrupted run."
+                f"train, without the optimizer's states. Resume with FreezeConfig(block_weights={saved.block_weights!r})."
             )
         if run.adaptive is not None:
             run.adaptive.restore(Path(checkpoint), saved.adaptive)
             left = run.stages = run.adaptive.stages
-        if run.rates.chosen and saved.lr_scale is not None:  # whatever learning_rate is now
-            run.rates = replace(run.rates, lr_scale=saved.lr_scale)
         if saved.stage is not None:
             take_over_progress(run.record, saved.progress, run.stages)
         run.saved, run.frozen_before = saved.stage, saved.split_point

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,13 +23,16 @@ from ..model.withheld import blank_images, outer_parameters
 from ..report.text import counted
 from ..schedules import Stage
 from .block_weights import only_adapters_train, share_of, tokens_and_channels
+from .checkpoints import Chosen, load_stage
 from .lr_rule import budget_scale, lr_scale
 from .planner import most_views
 
-__all__ = ["LAYER_DECAY", "settle_auto", "settle_views"]
+__all__ = ["LAYER_DECAY", "resume_choice", "settle_auto", "settle_views"]
 
 logger = logging.getLogger(__name__)
 
+#: What may be chosen beside the schedule.
+_CHOSEN = ("token_keep", "unfrozen_token_keep", "block_weights", "plain_epochs", "layer_decay", "lr_scale")
 #: ``layer_decay`` where no head trains first: blocks must not follow a new head. Behind a trained one a rate for all blocks is as good or
 #: better: at a cost of one epoch 85.2 and 79.3% without decay, 83.4 and 78.7% with it (means of two seeds, Caltech-101 and CIFAR-10 at
 #: 112 pixels, in the record of explorations). Source of the number: as ``lr_rule.RULE``; BEiT and MAE fine-tune with 0.65 to 0.85.
@@ -76,7 +81,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     Args:
         trainer: The user's trainer. Its ``freeze_config`` and ``cache_config`` are replaced, and its ``args`` give way to a
             copy with another number of epochs. Its record says what was chosen.
-        num_epochs: Epochs that the user asks for.
+        num_epochs: Epochs of the run as the user asks for it; what ``max_steps`` makes of them rules.
 
     Raises:
         ScheduleError: See ``choose``.
@@ -95,7 +100,9 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         splits = Splits(trainer.model, call=_first_call(trainer))
         layers = attention_inputs(splits)
         share = share_of(splits, layers)
-        qkv_gains = qkv_gains or (_few_tokens(splits) and _all_train(layers))
+        # Features are augmented where blocks train from a cache.
+        free_to = caching.feature_augmentation is None
+        qkv_gains = qkv_gains or (free_to and _few_tokens(splits) and _all_train(layers))
     # Without caches a number of views costs nothing to leave as it is, unless the user asks for the rule.
     free = caching.chooses_views and (caching.mode != "never" or caching.num_views == "auto")
     settled = {
@@ -109,14 +116,15 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "unfrozen_keep": freezing.unfrozen_token_keep or 1.0,
         "trained_share": share if share and weights == "qkv" else 1.0,
     }
-    choice = choose(len(blocks), num_epochs, freezing.budget, num_views=None if free else caching.num_views, **settled)
+    # Perhaps a part of an epoch.
+    asked = num_epochs if args.max_steps > 0 or args.num_train_epochs <= 0 else args.num_train_epochs
+    choice = choose(len(blocks), asked, freezing.budget, num_views=None if free else caching.num_views, **settled)
     if free and choice.num_views > 1 and not _views_differ(trainer):
-        choice = choose(len(blocks), num_epochs, freezing.budget, num_views=1, **settled)
+        choice = choose(len(blocks), asked, freezing.budget, num_views=1, **settled)
     stages = choice.stages(len(blocks))
-    settings: dict[str, Any] = {
-        "schedule": ",".join(f"{epoch}:{split_point}" for epoch, split_point in stages),
-        "budget": None,
-    }
+    known = {name: getattr(freezing, name) for name in _CHOSEN}
+    settings: dict[str, Any] = {name: None for name, value in known.items() if value is None}
+    settings["schedule"] = ",".join(f"{epoch}:{split_point}" for epoch, split_point in stages)
     if choice.qkv_only:
         settings["block_weights"] = "qkv"
     elif freezing.token_keep is None:
@@ -132,23 +140,62 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         settings["layer_decay"], higher = LAYER_DECAY, DECAY_SCALE
     if freezing.lr_scale is None and not adapters:
         settings["lr_scale"] = _rates(trainer, list(blocks), stages, higher)
-        trainer._chose_rates = True
-    trainer.freeze_config = replace(freezing, **settings)
-    if free:
-        trainer.cache_config = replace(caching, num_views=choice.num_views)
-    if args.max_steps <= 0:
-        # The user's own stay as they are: another trainer may get them, and choose from the epochs in them.
-        trainer.args = copy.copy(args)
-        more = args.num_train_epochs + choice.head_epochs  # perhaps a part of an epoch
-        trainer.args.num_train_epochs = float(more if freezing.budget is None else choice.num_epochs)
-        asked = args.num_train_epochs
-        if asked != trainer.args.num_train_epochs:
-            trainer._record.asked_epochs = int(asked) if asked == int(asked) else asked
-    trainer._record.chosen = _described(choice, trainer)
+    views = choice.num_views if free else int(caching.num_views)
+    chosen = Chosen(
+        asked={
+            **known,
+            "epochs": asked,
+            "max_steps": args.max_steps,
+            "budget": freezing.budget,
+            "num_views": None if free else views,
+        },
+        settings=settings,
+        num_views=views if free else None,
+        num_train_epochs=None if args.max_steps > 0 else float(choice.num_epochs),
+        words=_described(choice, {**known, **settings}, views),
+    )
+    if chosen.num_train_epochs not in (None, args.num_train_epochs):
+        trainer._record.asked_epochs = int(asked) if asked == int(asked) else asked
+    _put_in_place(trainer, chosen)
     # Seen without setting up logging: epochs and rates are no longer those that the user's script says.
     level = logging.WARNING if trainer.is_world_process_zero() else logging.DEBUG
-    for line in trainer._record.chosen.split(": ", 1):
+    for line in chosen.words.split(": ", 1):
         logger.log(level, "%s", line)
+
+
+def resume_choice(trainer: Any, checkpoint: Path) -> None:
+    """Let a run that goes on do what the interrupted one chose, if the user asks for the same.
+
+    Another choice may follow now, where steps have more images on more processes, where images have changed, or from a later rule.
+
+    Args:
+        trainer: The user's trainer, whose own choice is in place.
+        checkpoint: What it goes on from.
+
+    Raises:
+        UnsupportedSetupError: What the checkpoint says of its run cannot be read.
+    """
+    own, saved = trainer._chosen, load_stage(checkpoint).chosen
+    if saved is None or saved == own:
+        return
+    if not saved.asked:  # an older checkpoint: of what was chosen it has the rates alone
+        known = {name: value for name, value in saved.settings.items() if name in own.settings}
+        _put_in_place(trainer, replace(own, settings={**own.settings, **known}))
+    elif saved.asked == own.asked:
+        logger.warning("Going on with what the interrupted run chose. %s", saved.words)
+        _put_in_place(trainer, saved)
+
+
+def _put_in_place(trainer: Any, chosen: Chosen) -> None:
+    """Put what was chosen in the place of what the user left open."""
+    trainer._chosen, trainer._record.chosen = chosen, chosen.words
+    trainer.freeze_config = replace(trainer.freeze_config, budget=None, **chosen.settings)
+    if chosen.num_views is not None:
+        trainer.cache_config = replace(trainer.cache_config, num_views=chosen.num_views)
+    if chosen.num_train_epochs is not None:
+        # The user's own stay as they are: another trainer may get them, and choose from the epochs in them.
+        trainer.args = copy.copy(trainer.args)
+        trainer.args.num_train_epochs = chosen.num_train_epochs
 
 
 def settle_views(trainer: Any, stages: Sequence[Stage], num_epochs: int) -> None:
@@ -189,13 +236,15 @@ def _head_trains(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
 
 
 def _epoch_steps(trainer: Any) -> float | None:
-    """Return the optimizer steps of an epoch; ``None`` if the number of rows is not known."""
+    """Return the images of an epoch over those of an optimizer step; ``None`` if the number of rows is not known."""
     try:
         rows = len(trainer.train_dataset)
     except TypeError:
         return None
     args = trainer.args
-    return float(rows / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
+    batches = rows / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else batches
+    return float(batches / args.gradient_accumulation_steps) or None
 
 
 def _first_call(trainer: Any) -> dict[str, Any] | None:
@@ -249,21 +298,18 @@ def _rates(trainer: Any, blocks: Sequence[nn.Module], stages: list[tuple[int, in
 def _epochs(choice: Choice) -> str:
     head, rest = choice.head_epochs, choice.num_epochs - choice.head_epochs
     if head:
-        return f"{counted(head, 'epoch')} of the head alone, then {rest:g}"
-    return "one epoch" if rest == 1 else f"{rest:g} epochs"
+        return f"{counted(head, 'epoch')} of the head alone, then {rest:.4g}"
+    return "one epoch" if rest == 1 else f"{rest:.4g} epochs"
 
 
-def _described(choice: Choice, trainer: Any) -> str:
+def _described(choice: Choice, settings: Mapping[str, Any], num_views: int) -> str:
     """Return in a sentence why, and behind a colon what was chosen."""
-    freezing = trainer.freeze_config
-    names = ("token_keep", "unfrozen_token_keep", "block_weights", "plain_epochs", "layer_decay", "lr_scale")
-    values = ((name, getattr(freezing, name)) for name in names)
+    values = ((name, settings[name]) for name in _CHOSEN)
     chosen = [
         f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in values if value is not None
     ]
     frozen = f"behind {counted(choice.split_point, 'frozen block')}" if choice.split_point else "without frozen blocks"
     return (
-        f"{choice.reason}: {_epochs(choice)} {frozen}, num_views="
-        f"{int(trainer.cache_config.num_views)}, {', '.join(chosen)}; that is "
+        f"{choice.reason}: {_epochs(choice)} {frozen}, num_views={num_views}, {', '.join(chosen)}; that is "
         f"{counted_epochs(choice.cost, choice.epoch_words)}, counted in passes through blocks."
     )

@@ -37,12 +37,16 @@ def qkv_weights(splits: Splits) -> set[nn.Parameter]:
     Raises:
         UnsupportedSetupError: The layers are not found, do not train, or adapters train in place of the blocks' own weights.
     """
-    found = [parameter for layer in attention_inputs(splits) for parameter in layer.parameters()]
+    found = {parameter for layer in attention_inputs(splits) for parameter in layer.parameters()}
     training = {parameter for parameter in found if parameter.requires_grad}
-    if len(training) < len(set(found)) and only_adapters_train(splits.blocks):
+    of_blocks = [found & set(block.parameters()) for block in splits.blocks]
+    # Adapters are layers beside those that they adapt, and are given the same tensor.
+    parts = any(0 < len(training & of_block) < len(of_block) for of_block in of_blocks)
+    if parts or (len(training) < len(found) and only_adapters_train(splits.blocks)):
         raise UnsupportedSetupError(
-            "block_weights='qkv' chooses among the blocks' own weights, but these do not train: adapters do in their place. Remove "
-            "block_weights, or choose the layers that get adapters (of PEFT: target_modules)."
+            "block_weights='qkv' trains all weights that make queries, keys and values of a block, but some of these do not require "
+            "gradients, as where adapters train in their place. Remove block_weights, or choose the layers that get adapters (of PEFT: "
+            "target_modules)."
         )
     if not training:
         words = "none requires a gradient" if found else "none was found"

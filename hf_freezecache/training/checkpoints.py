@@ -22,6 +22,7 @@ from ..schedules import Stage
 
 __all__ = [
     "STATE_NAME",
+    "Chosen",
     "SavedStage",
     "announce_stage",
     "check_complete",
@@ -44,6 +45,25 @@ _FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What ``schedule="auto"`` chose, and what it was asked.
+
+    Attributes:
+        asked: Epochs, budget, and what the user had settled; empty if that is not known.
+        settings: Fields of ``FreezeConfig`` that were open, by name.
+        num_views: Views to store; ``None`` if the user says.
+        num_train_epochs: Epochs of the run; ``None`` if ``max_steps`` rules.
+        words: Why, and behind a colon what was chosen.
+    """
+
+    asked: dict[str, Any]
+    settings: dict[str, Any]
+    num_views: int | None = None
+    num_train_epochs: float | None = None
+    words: str = ""
+
+
+@dataclass(frozen=True)
 class SavedStage:
     """What a checkpoint says of the run that saved it.
 
@@ -52,7 +72,7 @@ class SavedStage:
         world_size: Number of processes; ``None`` if the checkpoint does not say.
         progress: Decisions and epochs of the record, see ``report.record``.
         adaptive: What a schedule that decides while training goes by, see ``AdaptiveStages.save``; else empty.
-        lr_scale: What ``schedule="auto"`` multiplies learning rates by; ``None`` where the user says.
+        chosen: What ``schedule="auto"`` chose; ``None`` where the user says.
         block_weights: Which weights of the blocks trained, see ``FreezeConfig``.
     """
 
@@ -60,7 +80,7 @@ class SavedStage:
     world_size: int | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     adaptive: dict[str, Any] = field(default_factory=dict)
-    lr_scale: str | None = None
+    chosen: Chosen | None = None
     block_weights: str = "all"
 
     @property
@@ -190,16 +210,16 @@ def load_stage(checkpoint: Path) -> SavedStage:
         state = json.loads(path.read_bytes())
         if state["format_version"] != _FORMAT_VERSION:
             raise ValueError(f"format version {state['format_version']}, expected {_FORMAT_VERSION}")
-        # Older checkpoints have none of these.
-        adaptive, lr_scale, weights = dict(state.get("adaptive", {})), state.get("lr_scale"), state.get("block_weights")
-        if not isinstance(lr_scale, str | None):
-            raise TypeError(f"lr_scale={lr_scale!r}, expected a text")
+        # Older checkpoints have none of these, or of what was chosen the rates alone.
+        adaptive, chosen, weights = dict(state.get("adaptive", {})), state.get("chosen"), state.get("block_weights")
+        if chosen is None and state.get("lr_scale") is not None:
+            chosen = {"asked": {}, "settings": {"lr_scale": str(state["lr_scale"])}}
         return SavedStage(
             Stage(**state["stage"]),
             int(state["world_size"]),
             dict(state["progress"]),
             adaptive,
-            lr_scale,
+            None if chosen is None else Chosen(**chosen),
             str(weights or "all"),
         )
     except (ValueError, KeyError, TypeError) as error:

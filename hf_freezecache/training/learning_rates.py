@@ -67,17 +67,15 @@ class LearningRates:
     Attributes:
         layer_decay: See ``FreezeConfig``.
         lr_scale: See ``FreezeConfig``.
-        chosen: Whether ``schedule="auto"`` chose ``lr_scale``.
     """
 
     layer_decay: float | None = None
     lr_scale: str | None = None
-    chosen: bool = False
 
     @staticmethod
-    def of(config: FreezeConfig, chosen: bool = False) -> LearningRates:
+    def of(config: FreezeConfig) -> LearningRates:
         """Return what a user's settings ask, or ``schedule="auto"`` chose."""
-        return LearningRates(config.layer_decay, None if config.lr_scale is None else str(config.lr_scale), chosen)
+        return LearningRates(config.layer_decay, None if config.lr_scale is None else str(config.lr_scale))
 
     def scale_at(self, split_point: int, num_blocks: int) -> float:
         """Return what the learning rates of a stage are multiplied by.

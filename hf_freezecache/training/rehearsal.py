@@ -335,7 +335,7 @@ def rehearse(run: Any, wrapped: nn.Module) -> None:
             batch = run.data.collate([run.data.views[row, 0] for row in range(many)])
             refusals = _rehearse(run, wrapped, batch, False)
     for split_point, reason in refusals.items():
-        if run.lenient and split_point == run.splits.num_blocks:
+        if run.chosen is not None and split_point == run.splits.num_blocks:
             words = "schedule='auto' trains the head from images, since from a cache it would not be the same: %s."
             logger.warning(words, reason)
         elif run.config.mode == "always":
@@ -378,20 +378,20 @@ def _tokens_of(run: Any, rehearsal: _Rehearsal, stage: Stage) -> TokenSubset | N
     """Return what draws the tokens of a stage, noted in ``run.tokens``; ``None`` if it sees all, as does a head that ``auto`` trains alone.
 
     Raises:
-        UnsupportedModelError: The model cannot be trained on some of its tokens, and not ``run.lenient``.
+        UnsupportedModelError: The model cannot be trained on some of its tokens, and the user asks for it.
         DataError: A training step on all tokens fails.
     """
     split, token_keep = run.splits.at(stage.tokens_point), run.token_keep[stage.split_point == 0]
-    if token_keep == 1 or (run.lenient and stage.split_point == run.splits.num_blocks):
+    if token_keep == 1 or (run.chosen is not None and stage.split_point == run.splits.num_blocks):
         return None
     rehearsal.live(split, 0)  # what is wrong with all tokens, this tells
     try:
         tokens = check_fewer_tokens(split, token_keep, run.sampler.seed, run.runtime, rehearsal.batch)
-        if run.lenient:
+        if run.chosen is not None:
             rehearsal.keep(tokens)
             rehearsal.live(split, 0)
     except UnsupportedModelError as error:
-        if not run.lenient:
+        if run.chosen is None:
             raise
         logger.warning("schedule='auto' trains on all tokens. %s", error)
         return None

@@ -25,7 +25,7 @@ from ..report.run_log import decision_logs, epoch_logs
 from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at, thawed_to
 from .adaptive import AdaptiveStages
-from .checkpoints import SavedStage, save_stage
+from .checkpoints import Chosen, SavedStage, save_stage
 from .decisions import describe_cache
 from .evaluation_cache import EvaluationCache
 from .freezer import Freezer
@@ -92,7 +92,7 @@ class StageRunner:
         refusals: Why no cache is to be made, by split point; see ``rehearsal.rehearse``.
         token_keep: Share of the patch tokens that steps see behind frozen blocks, and behind the first where none is frozen.
         tokens: What draws these tokens, by split point; see ``rehearsal.rehearse``.
-        lenient: Whether ``schedule="auto"`` chose: what the model cannot do of it is left out, and the log says so.
+        chosen: What ``schedule="auto"`` chose, if it did: what the model cannot do of it is left out, and the log says so.
         released_bytes: Bytes of optimizer state that the last freezing released.
         stage_logs: What to log of the stage that was entered last.
         watch: Looks whether the transform is still what it was when the cache of the stage was opened.
@@ -121,7 +121,7 @@ class StageRunner:
     moved_to: int | None = None
     refusals: dict[int, str] = field(default_factory=dict)
     token_keep: tuple[float, float] = (1.0, 1.0)
-    lenient: bool = False
+    chosen: Chosen | None = None
     tokens: dict[int, TokenSubset] = field(default_factory=dict)
     released_bytes: int = 0
     stage_logs: dict[str, float] = field(default_factory=dict)
@@ -381,8 +381,7 @@ class StageRunner:
             OSError: It cannot be written.
         """
         adaptive = {} if self.adaptive is None else self.adaptive.save(folder)
-        chosen = self.rates.lr_scale if self.rates.chosen else None
-        found = (progress_to_dict(self.record), adaptive, chosen, self.freezer.block_weights)
+        found = (progress_to_dict(self.record), adaptive, self.chosen, self.freezer.block_weights)
         save_stage(folder, SavedStage(self.current.stage, self.runtime.args.world_size, *found))
 
     def cost_logs(self, state: Any) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -359,7 +360,11 @@ class Runner:
         trainer.train()
         record = trainer._record
         stages, decisions = [], sorted(record.decisions, key=lambda one: one.stage)
-        ends = [*(one.start_epoch for one in decisions[1:]), trainer.args.num_train_epochs]  # `auto` may have chosen it
+        # `auto` may have chosen the epochs. The last may be a part of one, of whole steps, all but the last of as many images.
+        rows, batch_size = len(self.train_rows), self.task.batch_size
+        whole, steps = divmod(trainer.state.global_step, math.ceil(rows / batch_size))
+        seen = whole + steps * batch_size / rows
+        ends = [*(one.start_epoch for one in decisions[1:]), seen]
         if decisions and decisions[0].start_epoch > 0:
             stages.append(
                 {"epochs": decisions[0].start_epoch, "split_point": 0, "cached": False, "views": 0, "keep": 1.0}
@@ -384,7 +389,7 @@ class Runner:
             train_seconds=sum(epoch.seconds for epoch in record.epochs),
             cache_bytes=sum(one.cache_bytes for one in decisions),
             stages=stages,
-            epochs=trainer.args.num_train_epochs,
+            epochs=seen,
         )
 
 

@@ -17,7 +17,7 @@ from packaging.version import Version
 from PIL import Image
 from support.commands import assert_one_line, call
 from support.tiny import make_trainer, tiny_vit, training_arguments
-from support.tiny_runs import EPOCHS, decisions, live, log_history, partial_record, record, write_plain_run
+from support.tiny_runs import EPOCHS, decision, decisions, live, log_history, partial_record, record, write_plain_run
 from transformers import Trainer, TrainerCallback
 
 from hf_freezecache.report.callback import ReportCallback
@@ -257,6 +257,22 @@ def test_a_run_that_was_slower_says_so() -> None:
     slower = [*EPOCHS[:3], Epoch(1, 4, 2.0, 50.0, 0.0, 79.0)]
     assert "took 1.98 times the estimated time" in when_not_to_use(figures_of(record(epochs=slower)))[0]
     assert "times the" not in when_not_to_use(figures_of(record()))[0]
+
+
+def test_where_all_blocks_train_in_the_end_nothing_is_said_of_what_caches_and_frozen_blocks_keep_from_them() -> None:
+    last = {"split_point": 0, "trained_from": "images"}
+    queries = record(decisions=[decision(0, 0, 12), decision(1, 2, 0)], freezing={"block_weights": "qkv"})
+    assert figures_of(queries)["stages"][1].items() >= last.items()
+    said = [
+        [line.partition(":")[0] for line in when_not_to_use(figures_of(one))]
+        for one in (queries, record(unfrozen=False))
+    ]
+    assert said[0][-1] == "In runs of a few epochs"
+    assert said[1][-3:-1] == [
+        "In runs of a few epochs",
+        "When every epoch must show new images, or the collator mixes samples",
+    ]
+    assert said[1][-1].startswith("When data differ much")
 
 
 def test_words_for_figures() -> None:

@@ -19,7 +19,7 @@ from hf_freezecache.report.record import RunRecord, read_run
 FULL_DISK = "The disk of the caches has 1.0 MiB left and the cache needs 2.0 MiB, so mode='auto' trains on images."
 TWO_VIEWS = "It trained from a cache of 2 views of each image"
 ALL_CACHED = (
-    "The frozen blocks ran once per stored view of an image; the rest was trained from a cache of their output."
+    "Where blocks were frozen, they ran once per stored view, and the rest was trained from a cache of their output."
 )
 NOTHING = "nothing was cached"
 

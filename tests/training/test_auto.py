@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +51,7 @@ def test_a_budget_chooses_epochs_views_tokens_and_rates(train_dataset, caplog) -
     trainer.train()
     assert trainer.state.epoch == choice.num_epochs
     figures = figures_of(trainer._record)
-    words = f"{choice.head_epochs} epochs of the head alone, then {choice.num_epochs - choice.head_epochs} behind"
+    words = f"{choice.head_epochs} epochs of the head alone, then {choice.num_epochs - choice.head_epochs:g} behind"
     assert f"{words} one frozen block" in figures["freezing"]["chosen"]
     assert choice.split_point == 1
     assert "chosen by schedule='auto'" in describe_schedule(figures)
@@ -79,10 +81,8 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     assert f"then {choice.num_epochs - 2:g} without frozen blocks" in figures["freezing"]["chosen"]
     assert [stage["token_keep"] for stage in figures["stages"]] == [1, 1]
     assert choice.cost <= 4.5
-    # A part of an epoch has whole steps: of five, in each.
-    epochs = math.ceil(5 * (choice.num_epochs - 2)) / 5
     spent = sum(stage["passes_spent"] for stage in figures["stages"])
-    assert spent == pytest.approx(4 + 4 * (2 + SHARE) * epochs, rel=0.005)
+    assert spent / 12 == pytest.approx(choice.cost, rel=0.005)
     # What is settled stays, and what speaks against it is heard.
     kept = auto_trainer(images, freeze={**QKV, "unfrozen_token_keep": 0.3, "plain_epochs": 0}, **settings)
     assert (kept.freeze_config.unfrozen_token_keep, kept.freeze_config.plain_epochs) == (0.3, 0)
@@ -258,6 +258,82 @@ def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dat
     assert [trainer.args.num_train_epochs for trainer in trainers] == [
         choose(4, 3, 0.5, qkv_share=SHARE, epoch_steps=5).num_epochs
     ] * 2
+
+
+@pytest.mark.parametrize(
+    "freeze", [{"block_weights": "qkv"}, {"block_weights": "all"}, {}], ids=["queries", "frozen", "free"]
+)
+@pytest.mark.parametrize(("epochs", "budget"), [(1.2, 1.0), (2.5, 0.9), (1.0, 1.0), (3.0, 0.35)])
+@pytest.mark.parametrize("batch", [10, 16, 50])
+def test_a_budget_is_not_passed_whatever_epochs_and_batches_are(images, freeze, epochs, budget, batch) -> None:
+    """Steps are whole, the last of an epoch may be a small one, and the user's last epoch a part of one."""
+    settings = {"num_train_epochs": epochs, "per_device_train_batch_size": batch, "trainer": PAIR}
+    trainer = auto_trainer(images, freeze={**freeze, "budget": budget}, cache={"mode": "always"}, **settings)
+    trainer.train()
+    figures = figures_of(trainer._record)
+    assert f"(budget={budget:g} of {epochs:g})" in figures["freezing"]["chosen"]
+    assert 0 < sum(stage["passes_spent"] for stage in figures["stages"]) / 12 <= epochs * budget * 1.001
+
+
+def test_without_a_budget_a_part_of_an_epoch_stays_one(images) -> None:
+    trainer = auto_trainer(
+        images, model=tiny_vit(hidden_size=192, intermediate_size=768), num_train_epochs=2.5, trainer=PAIR
+    )
+    assert (trainer.freeze_config.schedule, trainer.freeze_config.plain_epochs) == ("0:4,2:0", 3)
+    assert trainer.args.num_train_epochs == 4.5
+    assert trainer._record.chosen.startswith("schedule='auto' keeps the 2.5 epochs asked for: ")
+
+
+def test_features_are_augmented_where_blocks_train(images, caplog) -> None:
+    mixed = {"feature_augmentation": "mixup:0.2"}
+    wide = {
+        "model": tiny_vit(hidden_size=192, intermediate_size=768),
+        "num_train_epochs": 3,
+        "trainer": PAIR,
+        "cache": mixed,
+    }
+    assert auto_trainer(images, **wide).freeze_config.schedule == "0:4,2:1"
+    assert "feature_augmentation acts" not in caplog.text
+    asked = auto_trainer(images, freeze={"block_weights": "qkv"}, **wide)
+    assert asked.freeze_config.schedule == "0:4,2:0"
+    assert "feature_augmentation acts on cached stages only" in caplog.text
+
+
+def test_a_resumed_run_does_what_the_interrupted_one_chose(images, monkeypatch, caplog) -> None:
+    """Another choice would follow: where steps have more images, or from a later rule."""
+    settings = {"freeze": {"budget": 0.35}, "num_train_epochs": 3, "save_strategy": "epoch", "trainer": PAIR}
+    whole = auto_trainer(images, **settings)
+    whole.train()
+    monkeypatch.setattr("hf_freezecache.training.auto._few_tokens", lambda splits: True)
+    caplog.clear()
+    for step in (5, 10, 15):
+        resumed = auto_trainer(images, **{**settings, "output_dir": "again"})
+        assert resumed.freeze_config.block_weights == "qkv"
+        resumed.train(resume_from_checkpoint=f"out/checkpoint-{step}")
+        assert resumed.freeze_config == whole.freeze_config
+        assert resumed.cache_config == whole.cache_config
+        assert resumed.args.num_train_epochs == whole.args.num_train_epochs
+        assert_same(parameters_of(whole.model), parameters_of(resumed.model))
+        assert resumed._record.chosen == whole._record.chosen
+        assert "Going on with what the interrupted run chose. schedule='auto' may spend" in caplog.text
+    # Who asks for something else gets it.
+    longer = auto_trainer(images, **{**settings, "num_train_epochs": 4, "freeze": {"budget": 0.35, "token_keep": 0.5}})
+    chosen = longer.freeze_config
+    longer.train(resume_from_checkpoint="out/checkpoint-5")
+    assert longer.freeze_config == chosen
+
+
+def test_of_an_older_checkpoint_the_rates_are_taken(images) -> None:
+    settings = {"freeze": {"budget": 0.35}, "num_train_epochs": 3, "save_strategy": "epoch", "trainer": PAIR}
+    auto_trainer(images, **settings).train()
+    path = Path("out/checkpoint-5/freezecache_state.json")
+    state = json.loads(path.read_text())
+    del state["chosen"]
+    path.write_text(json.dumps({**state, "lr_scale": "1:7,4:8"}))
+    resumed = auto_trainer(images, **{**settings, "output_dir": "again"})
+    expected = replace(resumed.freeze_config, lr_scale="1:7,4:8")
+    resumed.train(resume_from_checkpoint="out/checkpoint-5")
+    assert resumed.freeze_config == expected
 
 
 @pytest.mark.slow
