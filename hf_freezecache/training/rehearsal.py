@@ -393,7 +393,7 @@ def _tokens_of(run: Any, rehearsal: _Rehearsal, stage: Stage) -> TokenSubset | N
     except UnsupportedModelError as error:
         if run.chosen is None:
             raise
-        logger.warning("schedule='auto' trains on all tokens. %s", error)
+        logger.warning("schedule='auto' trains on all tokens, which takes more than it says. %s", error)
         return None
     run.tokens[stage.split_point] = tokens
     return tokens
