@@ -327,9 +327,8 @@ def choose(
         chosen = replace(costs[-2 if num_epochs <= _FEW_EPOCHS else -1], head_epochs=head_epochs)
         split_point, epochs = 1, float(num_epochs if more_epochs else num_epochs - head_epochs)
         all_blocks = of_all_blocks(chosen)
-        if (
-            all_blocks is not None and all_blocks.of(0, epochs) <= num_epochs * whole
-        ):  # no dearer than what was asked for
+        # No dearer than what was asked for.
+        if all_blocks is not None and all_blocks.of(0, epochs) <= num_epochs * whole:
             chosen, split_point = all_blocks, 0
         asked = counted_epochs(num_epochs, "epochs")
         reason = f"schedule='auto' keeps the {asked} asked for"
