@@ -240,7 +240,7 @@ def given_words(arm: Arm) -> str:
 
 
 def summary() -> str:
-    """Return a short table: the best that each way reaches within one, two and four epochs' cost of full fine-tuning."""
+    """Return a short table: the best that each way reaches within one, two, four and eight epochs' cost of full fine-tuning."""
     ways = {
         '`schedule="auto"`': ("schedule='auto'",),
         "full fine-tuning": ("full fine-tuning", "full, layer-wise decay"),
@@ -254,15 +254,13 @@ def summary() -> str:
         config = record["config"]
         points = [point for point in points_of(record).values() if len(point.accuracies) > 1]
         shown: tuple[float, ...] = ()
-        for budget in (1, 2, 4):
-            best = [
-                best_within([point for point in points if line_of(point.arm) in own], budget) for own in ways.values()
-            ]
-            # What was never run for that long is left out; a linear probe gains nothing by it.
-            best = [
-                point if point is None or point.cost >= LEAST_SHARE * budget or "probe" in own[0] else None
-                for point, own in zip(best, ways.values(), strict=True)
-            ]
+        for budget in (1, 2, 4, 8):
+            best = []
+            for name, own in ways.items():
+                of_own = [point for point in points if line_of(point.arm) in own]
+                # What was never run for that long is left out; a linear probe gains nothing by it.
+                long = of_own if "probe" in name else [one for one in of_own if one.cost >= LEAST_SHARE * budget]
+                best.append(best_within(of_own, budget) if best_within(long, budget) else None)
             # A row for each budget that ours and full fine-tuning make use of.
             used = tuple(0.0 if point is None else point.cost for point in best[:2])
             if None in best[:2] or used == shown:
