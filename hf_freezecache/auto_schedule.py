@@ -220,11 +220,11 @@ def _whole_steps(epochs: float, epoch_steps: float | None) -> float:
 def _as_trainer_counts(epochs: float, epoch_steps: float | None) -> float:
     """Return epochs, as images count, in the way ``Trainer`` does: as steps, of which the last of an epoch may have fewer images.
 
-    ``Trainer`` rounds steps up, so what is not exact in binary must not lie above them.
+    ``Trainer`` rounds steps up: a number a little below them gives them, whatever is exact in binary.
     """
     whole = math.floor(epochs + 1e-9)
     steps = round(max(epochs - whole, 0.0) * epoch_steps) if epoch_steps else 0
-    return whole + (math.floor(1e6 * steps / math.ceil(epoch_steps)) / 1e6 if epoch_steps else 0.0)
+    return whole + (round((steps - 0.01) / math.ceil(epoch_steps), 7) if epoch_steps and steps else 0.0)
 
 
 def _plain_epochs(num_epochs: float) -> int:
@@ -330,8 +330,7 @@ def choose(
         # No dearer than what was asked for.
         if all_blocks is not None and all_blocks.of(0, epochs) <= num_epochs * whole:
             chosen, split_point = all_blocks, 0
-        asked = counted_epochs(num_epochs, "epochs")
-        reason = f"schedule='auto' keeps the {asked} asked for"
+        reason = f"schedule='auto' keeps the {num_epochs:g} epoch{'' if num_epochs == 1 else 's'} asked for"
     else:
         cost = budget * num_epochs
         # Where views of a recipe leave no epoch to pay for, those of a cheaper one may.
@@ -346,7 +345,7 @@ def choose(
             least_budget = math.ceil(1000 * least / num_epochs) / 1000
             advice = f"Set budget to at least {least_budget:g}" if least_budget <= 1 else "Ask for more epochs"
             raise ScheduleError(
-                f"budget={budget:g} of {counted_epochs(num_epochs, 'epochs')} is {counted_epochs(cost, epoch_words)}, but one epoch behind "
+                f"budget={budget:g} of {num_epochs:g} is {counted_epochs(cost, epoch_words)}, but one epoch behind "
                 f"{split_point} frozen blocks takes {least:.3g}, caching included. {advice}."
             )
         split_point, epochs = pair

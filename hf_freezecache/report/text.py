@@ -352,7 +352,7 @@ def when_not_to_use(figures: Figures) -> list[str]:
     """Return when this way of training is the wrong one."""
     points = {stage["split_point"] for stage in figures["stages"]}
     lines = ["In runs of a few epochs: each stored view goes through the frozen blocks once before it pays."]
-    if not points or points - {0, figures["model"].get("num_blocks")}:
+    if 0 not in points or points - {0, figures["model"].get("num_blocks")}:
         lines.append(
             "When every epoch must show new images, or the collator mixes samples: a cache shows what was stored."
         )

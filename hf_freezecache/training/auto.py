@@ -144,18 +144,18 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     chosen = Chosen(
         asked={
             **known,
-            "epochs": asked,
+            "epochs": None if args.max_steps > 0 else asked,
             "max_steps": args.max_steps,
             "budget": freezing.budget,
             "num_views": None if free else views,
+            "eval_transform": trainer._transforms[1] is not None,
+            "feature_augmentation": caching.feature_augmentation is not None,
         },
         settings=settings,
         num_views=views if free else None,
         num_train_epochs=None if args.max_steps > 0 else float(choice.num_epochs),
         words=_described(choice, {**known, **settings}, views),
     )
-    if chosen.num_train_epochs not in (None, args.num_train_epochs):
-        trainer._record.asked_epochs = int(asked) if asked == int(asked) else asked
     _put_in_place(trainer, chosen)
     # Seen without setting up logging: epochs and rates are no longer those that the user's script says.
     level = logging.WARNING if trainer.is_world_process_zero() else logging.DEBUG
@@ -178,12 +178,15 @@ def resume_choice(trainer: Any, checkpoint: Path) -> None:
     own, saved = trainer._chosen, load_stage(checkpoint).chosen
     if saved is None or saved == own:
         return
-    if not saved.asked:  # an older checkpoint: of what was chosen it has the rates alone
-        known = {name: value for name, value in saved.settings.items() if name in own.settings}
-        _put_in_place(trainer, replace(own, settings={**own.settings, **known}))
-    elif saved.asked == own.asked:
+    if saved.asked == own.asked:
         logger.warning("Going on with what the interrupted run chose. %s", saved.words)
         _put_in_place(trainer, saved)
+        return
+    # Of another schedule, or an older checkpoint, the rates alone: optimizer and scheduler of the checkpoint bear the learning rate of old.
+    rates = saved.settings.get("lr_scale")
+    if own.settings.get("lr_scale") not in (None, rates) and rates is not None:
+        words = own.words.replace(f"lr_scale={own.settings['lr_scale']}", f"lr_scale={rates}")
+        _put_in_place(trainer, replace(own, settings={**own.settings, "lr_scale": rates}, words=words))
 
 
 def _put_in_place(trainer: Any, chosen: Chosen) -> None:
@@ -194,8 +197,10 @@ def _put_in_place(trainer: Any, chosen: Chosen) -> None:
         trainer.cache_config = replace(trainer.cache_config, num_views=chosen.num_views)
     if chosen.num_train_epochs is not None:
         # The user's own stay as they are: another trainer may get them, and choose from the epochs in them.
-        trainer.args = copy.copy(trainer.args)
+        asked, trainer.args = chosen.asked["epochs"], copy.copy(trainer.args)
         trainer.args.num_train_epochs = chosen.num_train_epochs
+        same = asked == chosen.num_train_epochs
+        trainer._record.asked_epochs = None if same else int(asked) if asked == int(asked) else asked
 
 
 def settle_views(trainer: Any, stages: Sequence[Stage], num_epochs: int) -> None:

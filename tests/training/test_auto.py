@@ -316,11 +316,25 @@ def test_a_resumed_run_does_what_the_interrupted_one_chose(images, monkeypatch, 
         assert_same(parameters_of(whole.model), parameters_of(resumed.model))
         assert resumed._record.chosen == whole._record.chosen
         assert "Going on with what the interrupted run chose. schedule='auto' may spend" in caplog.text
-    # Who asks for something else gets it.
-    longer = auto_trainer(images, **{**settings, "num_train_epochs": 4, "freeze": {"budget": 0.35, "token_keep": 0.5}})
-    chosen = longer.freeze_config
+    # Who asks for something else gets it, but for the rates: those of the checkpoint's optimizer are for the old learning rate.
+    other = {"num_train_epochs": 4, "learning_rate": 1e-5, "freeze": {"budget": 0.35, "token_keep": 0.5}}
+    longer = auto_trainer(images, **{**settings, **other})
+    expected = replace(longer.freeze_config, lr_scale=whole.freeze_config.lr_scale)
+    assert longer.freeze_config != expected
     longer.train(resume_from_checkpoint="out/checkpoint-5")
-    assert longer.freeze_config == chosen
+    assert longer.freeze_config == expected
+    assert f"lr_scale={expected.lr_scale}; that is" in longer._record.chosen
+
+
+def test_what_max_steps_makes_of_epochs_is_not_what_was_asked(images) -> None:
+    settings = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "trainer": PAIR}
+    auto_trainer(images, learning_rate=1e-4, **settings).train()
+    again = {**settings, "output_dir": "again", "per_device_train_batch_size": 25, "learning_rate": 1e-6}
+    resumed = auto_trainer(images, **again)
+    expected = auto_trainer(images, learning_rate=1e-4, **settings).freeze_config
+    assert resumed.freeze_config != expected
+    resumed.train(resume_from_checkpoint="out/checkpoint-10")
+    assert resumed.freeze_config == expected
 
 
 def test_of_an_older_checkpoint_the_rates_are_taken(images) -> None:
