@@ -343,10 +343,12 @@ def choose(
         if pair is None:
             least, split_point = min((chosen.of(point, 1) / whole, point) for point in range(1, num_blocks))
             least_budget = math.ceil(1000 * least / num_epochs) / 1000
-            advice = f"Set budget to at least {least_budget:g}" if least_budget <= 1 else "Ask for more epochs"
+            advice = f"budget to at least {least_budget:g}"
+            if least_budget > 1:  # even all that was asked for does not pay
+                advice = f"num_train_epochs to at least {math.ceil(100 * least / budget) / 100:g}"
             raise ScheduleError(
                 f"budget={budget:g} of {num_epochs:g} is {counted_epochs(cost, epoch_words)}, but one epoch behind "
-                f"{split_point} frozen blocks takes {least:.3g}, caching included. {advice}."
+                f"{split_point} frozen blocks takes {least:.3g}, caching included. Set {advice}."
             )
         split_point, epochs = pair
         reason = f"schedule='auto' may spend {counted_epochs(cost, epoch_words)} (budget={budget:g} of {num_epochs:g})"

@@ -110,6 +110,13 @@ def test_the_least_budget_that_is_named_is_enough(head_first) -> None:
     assert choose(12, 1, least, head_first).num_epochs >= 1
     with pytest.raises(ScheduleError):
         choose(12, 1, least - 0.002, head_first)
+    # A budget is 1 at most: then more epochs are to be asked for.
+    with pytest.raises(ScheduleError, match=r"Set num_train_epochs to at least") as error:
+        choose(12, 0.1, 0.8, head_first)
+    epochs = float(re.search(r"at least ([0-9.]+)\.", str(error.value))[1])
+    assert choose(12, epochs, 0.8, head_first).num_epochs >= 1
+    with pytest.raises(ScheduleError):
+        choose(12, epochs - 0.02, 0.8, head_first)
 
 
 def test_more_money_trains_more() -> None:

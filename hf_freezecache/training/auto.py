@@ -101,8 +101,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         layers = attention_inputs(splits)
         share = share_of(splits, layers)
         # Features are augmented where blocks train from a cache.
-        free_to = caching.feature_augmentation is None
-        qkv_gains = qkv_gains or (free_to and _few_tokens(splits) and _all_train(layers))
+        if caching.feature_augmentation is None:
+            qkv_gains = qkv_gains or (_few_tokens(splits) and _all_train(layers))
     # Without caches a number of views costs nothing to leave as it is, unless the user asks for the rule.
     free = caching.chooses_views and (caching.mode != "never" or caching.num_views == "auto")
     settled = {

@@ -83,6 +83,8 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     assert choice.cost <= 4.5
     spent = sum(stage["passes_spent"] for stage in figures["stages"])
     assert spent / 12 == pytest.approx(choice.cost, rel=0.005)
+    # By hand, ten rows in a step, and ten steps of the head.
+    assert spent == pytest.approx(4 + 4 * (2 + SHARE) * (trainer.state.global_step - 10) / 5, rel=0.005)
     # What is settled stays, and what speaks against it is heard.
     kept = auto_trainer(images, freeze={**QKV, "unfrozen_token_keep": 0.3, "plain_epochs": 0}, **settings)
     assert (kept.freeze_config.unfrozen_token_keep, kept.freeze_config.plain_epochs) == (0.3, 0)
@@ -313,6 +315,7 @@ def test_a_resumed_run_does_what_the_interrupted_one_chose(images, monkeypatch, 
         assert resumed.freeze_config == whole.freeze_config
         assert resumed.cache_config == whole.cache_config
         assert resumed.args.num_train_epochs == whole.args.num_train_epochs
+        assert resumed._record.asked_epochs == whole._record.asked_epochs
         assert_same(parameters_of(whole.model), parameters_of(resumed.model))
         assert resumed._record.chosen == whole._record.chosen
         assert "Going on with what the interrupted run chose. schedule='auto' may spend" in caplog.text
