@@ -41,7 +41,7 @@ class Recipe:
         most_frozen: With ``least_steps``, none is frozen if that leaves so many steps, and more than this share only where an epoch is
             not paid for otherwise.
         qkv_epochs: Epochs of all blocks, of which queries, keys and values train alone, that the cost has to pay for; else blocks are
-            frozen. They see one view in each epoch, with all tokens. ``None`` freezes blocks.
+            frozen. They see one view in each epoch, with all tokens. ``None`` freezes blocks. See also ``BRIEF``.
     """
 
     most_cost: float
@@ -68,11 +68,19 @@ PLAIN_SHARE, MOST_PLAIN = 0.4, 3.0
 #: 83.4 on Caltech-101, of two 87.7 for 85.2 on CIFAR-10, of four 90.4 for 88.4, 98.0 for 96.8 and 88.0 for 87.3, of eight 89.0 for 86.3, 98.1
 #: for 97.7 and 87.4 for 87.6 (one to three seeds, in that record; on training images). What less than ``qkv_epochs`` gives was not tried.
 RECIPES: tuple[Recipe, ...] = (
-    Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8, qkv_epochs=0.8),
-    Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8, qkv_epochs=0.8),
-    Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, qkv_epochs=0.8),
-    Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16, qkv_epochs=0.8),
+    Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8, qkv_epochs=0.1),
+    Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8, qkv_epochs=0.1),
+    Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, qkv_epochs=0.1),
+    Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16, qkv_epochs=0.1),
 )
+#: Fewer epochs of queries, keys and values than these leave no time to mend what is lost as they begin: the head trains for so many epochs
+#: before, from a cache, which costs no pass, and rates stay the user's, see ``training.auto``. Source: at half an epoch's cost, 0.22
+#: epochs of them behind a head of 8 to 12 have 74.3% on CIFAR-10 and 77.0 to 78.5 on Caltech-101, where two epochs of the last two
+#: blocks have 67.5 and 74.9, and the head alone 65.4 and 74.4. On digits, what is lost is more: 80.3% at a quarter of the rate that is best for
+#: full fine-tuning, 68.7 at four times it, 82.2 with the head alone for 20 epochs. From 0.8 epochs on a head of two is the
+#: better start on Caltech-101, 82.7 for 79.4%, and as good elsewhere; at 0.5 it is not, 77.1 for 79.7 (DeiT-Tiny, one to three seeds, record of
+#: explorations). Between 0.5 and 0.8 nothing was tried.
+BRIEF, LONG_HEAD = 0.8, 12
 #: The same where adapters train. Source of the first: runs of DeiT-Tiny with LoRA of rank 16 on the same two data sets, and on Caltech-101
 #: at 224 pixels, scored in the same way, at the cost of 1.5 epochs of LoRA. With 23 steps in an epoch two epochs behind four blocks gain 2 to
 #: 3 points on these; half of the tokens behind one block gain less. With 35 steps they lose 3: enough steps are needed first, and then
@@ -112,6 +120,7 @@ class Choice:
         epoch_words: What ``cost`` counts.
         plain_epochs: Last epochs to show plain images in.
         qkv_only: Whether queries, keys and values train alone of the blocks.
+        brief: Whether they do for fewer epochs than ``BRIEF``, behind a head that trains longer.
     """
 
     split_point: int
@@ -124,6 +133,7 @@ class Choice:
     epoch_words: str
     plain_epochs: int = 0
     qkv_only: bool = False
+    brief: bool = False
 
     def stages(self, num_blocks: int) -> list[tuple[int, int]]:
         """Return (start epoch, split point) of each stage."""
@@ -268,6 +278,7 @@ def choose(
     qkv_share: float | None = None,
     unfrozen_keep: float = 1.0,
     trained_share: float = 1.0,
+    cached_head: bool = True,
 ) -> Choice:
     """Choose how to train a model.
 
@@ -289,6 +300,8 @@ def choose(
             ``token_keep`` are settled.
         unfrozen_keep: Share of the patch tokens that a step sees then.
         trained_share: Share of their own weights that blocks train where some are frozen.
+        cached_head: Whether the head may train from a cache of the last block's output, where there are caches; else its epochs cost
+            passes, and are few.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
@@ -360,6 +373,8 @@ def choose(
         total += chosen.trained(split_point, epochs, keep) - chosen.trained(
             split_point, epochs, chosen.recipe.token_keep
         )
+    brief = budget is not None and cached and cached_head and not chosen.freezes and epochs < BRIEF
+    head_epochs = LONG_HEAD if brief else head_epochs
     # Without a budget they are the user's.
     counted = epochs if budget is None else _as_trainer_counts(epochs, epoch_steps)
     return Choice(
@@ -373,4 +388,5 @@ def choose(
         epoch_words=epoch_words,
         plain_epochs=0 if split_point else _plain_epochs(counted),
         qkv_only=not chosen.freezes,
+        brief=brief,
     )
