@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_freezecache.auto_schedule import RECIPES, choose, views_for
+from hf_freezecache.auto_schedule import BRIEF, LONG_HEAD, RECIPES, choose, views_for
 from hf_freezecache.errors import ScheduleError
 
 
@@ -26,6 +26,7 @@ from hf_freezecache.errors import ScheduleError
     qkv_share=st.none() | st.floats(0.05, 0.5),
     unfrozen_keep=st.just(1.0) | st.floats(0.1, 1.0),
     trained_share=st.just(1.0) | st.floats(0.05, 1.0),
+    cached_head=st.booleans(),
 )
 def test_a_choice_fits_its_budget_and_the_model(
     num_blocks,
@@ -40,10 +41,11 @@ def test_a_choice_fits_its_budget_and_the_model(
     qkv_share,
     unfrozen_keep,
     trained_share,
+    cached_head,
 ) -> None:
     arguments = (num_blocks, num_epochs, budget, head_first, num_views, token_keep)
     settings = {"cached": cached, "adapters": adapters, "epoch_steps": epoch_steps}
-    settings |= {"unfrozen_keep": unfrozen_keep, "trained_share": trained_share}
+    settings |= {"unfrozen_keep": unfrozen_keep, "trained_share": trained_share, "cached_head": cached_head}
     settings["qkv_share"] = qkv_share = None if adapters else qkv_share
     try:
         choice = choose(*arguments, **settings)
@@ -81,6 +83,10 @@ def test_a_choice_fits_its_budget_and_the_model(
         frozen = choice.head_epochs * num_blocks + epochs * choice.split_point
     assert choice.cost == pytest.approx((frozen + steps) / ((2 if adapters else 3) * num_blocks))
     assert [point for _, point in choice.stages(num_blocks)][-1] == choice.split_point
+    # Where they cost nothing, epochs of the head are more for blocks that hardly train.
+    if abs(epochs - BRIEF) > 1e-6:
+        assert choice.brief == (choice.qkv_only and epochs < BRIEF and cached and cached_head)
+    assert choice.head_epochs == (LONG_HEAD if choice.brief else 2 if head_first and not adapters else 0)
 
 
 def test_adapters_get_enough_steps_first_and_then_as_many_blocks_as_are_paid_for() -> None:

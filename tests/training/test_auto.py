@@ -108,6 +108,29 @@ def test_where_blocks_are_frozen_the_users_choice_of_weights_is_counted(images) 
     assert spent / 12 == pytest.approx(choice.cost, rel=0.01)
 
 
+def test_below_the_cost_of_an_epoch_the_head_trains_longer_from_its_cache(images) -> None:
+    settings = {"num_train_epochs": 1, "trainer": PAIR, "cache": {"num_views": 1}}
+    trainer = auto_trainer(images, freeze=QKV, learning_rate=1e-4, **settings)
+    assert (trainer.freeze_config.schedule, trainer.freeze_config.plain_epochs) == ("0:4,12:0", 1)
+    trainer.train()
+    assert trainer.state.global_step == 12 * 5 + 1
+    # All five steps of a pass over the images once, whatever the head does with them.
+    spent = sum(stage["passes_spent"] for stage in figures_of(trainer._record)["stages"])
+    assert spent == pytest.approx(4 + 4 * (2 + SHARE) / 5, rel=0.005)
+    # The step is half of those of 0.4 epochs, and so is the rate of blocks, which nothing raises; that of the head is 2.4e-3 at least.
+    assert scales_of(trainer) == pytest.approx([QKV_SCALE * 0.5**-0.4 / 2 / 2, 24], rel=0.02)
+    # At most half of 6e-4.
+    assert scales_of(auto_trainer(images, freeze=QKV, learning_rate=1e-3, **settings))[0] == pytest.approx(
+        0.3, rel=0.02
+    )
+    assert auto_trainer(images, freeze=QKV, **{**settings, "num_train_epochs": 3}).freeze_config.schedule == "0:4,2:0"
+    # Where its epochs cost passes they are few.
+    without = {**settings, "cache": {"num_views": 1, "mode": "never"}, "num_train_epochs": 2}
+    assert auto_trainer(images, freeze={**QKV, "budget": 0.6}, **without).freeze_config.schedule == "0:4,2:0"
+    needy = SeesEarlierBlocks(tiny_vit().config)
+    assert auto_trainer(images, needy, freeze=QKV, **settings).freeze_config.schedule == "0:4,2:0"
+
+
 class Enlarged(TinyTransform):
     """Shows images of another size."""
 
