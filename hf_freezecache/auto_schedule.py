@@ -41,7 +41,7 @@ class Recipe:
         most_frozen: With ``least_steps``, none is frozen if that leaves so many steps, and more than this share only where an epoch is
             not paid for otherwise.
         qkv_epochs: Epochs of all blocks, of which queries, keys and values train alone, that the cost has to pay for; else blocks are
-            frozen. They see one view in each epoch, with all tokens. ``None`` freezes blocks. See also ``BRIEF``.
+            frozen. They see one view in each epoch, with all tokens. ``None`` freezes blocks.
     """
 
     most_cost: float
@@ -73,14 +73,6 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, qkv_epochs=0.1),
     Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16, qkv_epochs=0.1),
 )
-#: Fewer epochs of queries, keys and values than these leave no time to mend what is lost as they begin: the head trains for so many epochs
-#: before, from a cache, which costs no pass, and rates stay the user's, see ``training.auto``. Source: at half an epoch's cost, 0.22
-#: epochs of them behind a head of 8 to 12 have 74.3% on CIFAR-10 and 77.0 to 78.5 on Caltech-101, where two epochs of the last two
-#: blocks have 67.5 and 74.9, and the head alone 65.4 and 74.4. On digits, what is lost is more: 80.3% at a quarter of the rate that is best for
-#: full fine-tuning, 68.7 at four times it, 82.2 with the head alone for 20 epochs. From 0.8 epochs on a head of two is the
-#: better start on Caltech-101, 82.7 for 79.4%, and as good elsewhere; at 0.5 it is not, 77.1 for 79.7 (DeiT-Tiny, one to three seeds, record of
-#: explorations). Between 0.5 and 0.8 nothing was tried.
-BRIEF, LONG_HEAD = 0.8, 12
 #: The same where adapters train. Source of the first: runs of DeiT-Tiny with LoRA of rank 16 on the same two data sets, and on Caltech-101
 #: at 224 pixels, scored in the same way, at the cost of 1.5 epochs of LoRA. With 23 steps in an epoch two epochs behind four blocks gain 2 to
 #: 3 points on these; half of the tokens behind one block gain less. With 35 steps they lose 3: enough steps are needed first, and then
@@ -120,7 +112,7 @@ class Choice:
         epoch_words: What ``cost`` counts.
         plain_epochs: Last epochs to show plain images in.
         qkv_only: Whether queries, keys and values train alone of the blocks.
-        brief: Whether they do for fewer epochs than ``BRIEF``, behind a head that trains longer.
+        few_rows: Whether the head sees a part of the rows, though the user has not said so.
     """
 
     split_point: int
@@ -133,7 +125,7 @@ class Choice:
     epoch_words: str
     plain_epochs: int = 0
     qkv_only: bool = False
-    brief: bool = False
+    few_rows: bool = False
 
     def stages(self, num_blocks: int) -> list[tuple[int, int]]:
         """Return (start epoch, split point) of each stage."""
@@ -151,6 +143,7 @@ class _Costs:
         head_epochs: Epochs in which the head trains alone.
         cached: Whether frozen blocks run once for each view; else they run in every step.
         trained_share: Share of the weights of a block that a step trains.
+        head_rows: Share of the rows that pass through the blocks for the head alone.
         freezes: Whether blocks are frozen once the head has trained.
     """
 
@@ -159,12 +152,13 @@ class _Costs:
     head_epochs: int
     cached: bool
     trained_share: float
+    head_rows: float
     freezes: bool = True
 
-    def all_blocks(self, trained_share: float, token_keep: float) -> _Costs:
+    def all_blocks(self, trained_share: float, token_keep: float, head_rows: float) -> _Costs:
         """Return the costs of training such a share of all blocks, once the head has trained, on such a share of the patch tokens."""
         recipe = replace(self.recipe, num_views=1, token_keep=token_keep)
-        return replace(self, recipe=recipe, trained_share=trained_share, freezes=False)
+        return replace(self, recipe=recipe, trained_share=trained_share, head_rows=head_rows, freezes=False)
 
     def trained(self, split_point: int, num_epochs: float, token_keep: float) -> float:
         """Return the cost of the blocks behind a split point alone."""
@@ -176,7 +170,8 @@ class _Costs:
         trained = self.trained(split_point, num_epochs, self.recipe.token_keep)
         if not self.cached:
             return self.head_epochs * self.num_blocks + trained + split_point * num_epochs
-        return views * (self.num_blocks if self.head_epochs else split_point) + trained
+        behind = self.num_blocks - split_point if self.head_epochs else 0
+        return views * (split_point + self.head_rows * behind) + trained
 
     def keep_paid(self, passes: float, split_point: int, num_epochs: float) -> float:
         """Return the share of the patch tokens, in hundredths, that so many passes pay for in the epochs behind a split point."""
@@ -279,6 +274,8 @@ def choose(
     unfrozen_keep: float = 1.0,
     trained_share: float = 1.0,
     cached_head: bool = True,
+    head_rows: float | None = None,
+    few_rows: float = 1.0,
 ) -> Choice:
     """Choose how to train a model.
 
@@ -300,8 +297,10 @@ def choose(
             ``token_keep`` are settled.
         unfrozen_keep: Share of the patch tokens that a step sees then.
         trained_share: Share of their own weights that blocks train where some are frozen.
-        cached_head: Whether the head may train from a cache of the last block's output, where there are caches; else its epochs cost
-            passes, and are few.
+        cached_head: Whether the head may train from a cache of the last block's output, where there are caches.
+        head_rows: Share of the rows that epochs of the head see, if that is settled.
+        few_rows: The same where it is not and queries, keys and values train alone; where blocks are frozen, the other rows pass through
+            most blocks all the same.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
@@ -324,16 +323,18 @@ def choose(
             head_epochs,
             cached,
             trained_share,
+            head_rows or 1.0,
         )
         for recipe in recipes
     ]
+    fewest = few_rows if cached and cached_head and head_rows is None else head_rows or 1.0
 
     def of_all_blocks(one: _Costs) -> _Costs | None:
         """Return what it costs to train queries, keys and values of all blocks in place of all weights of some, if that may be."""
         settled = num_views not in (None, 0, 1) or token_keep is not None
         if settled or not one.head_epochs or qkv_share is None or one.recipe.qkv_epochs is None:
             return None
-        return one.all_blocks(qkv_share, unfrozen_keep)
+        return one.all_blocks(qkv_share, unfrozen_keep, fewest)
 
     if budget is None:
         head_epochs = head_epochs if more_epochs else min(head_epochs, int(num_epochs // 2))
@@ -373,8 +374,6 @@ def choose(
         total += chosen.trained(split_point, epochs, keep) - chosen.trained(
             split_point, epochs, chosen.recipe.token_keep
         )
-    brief = budget is not None and cached and cached_head and not chosen.freezes and epochs < BRIEF
-    head_epochs = LONG_HEAD if brief else head_epochs
     # Without a budget they are the user's.
     counted = epochs if budget is None else _as_trainer_counts(epochs, epoch_steps)
     return Choice(
@@ -388,5 +387,5 @@ def choose(
         epoch_words=epoch_words,
         plain_epochs=0 if split_point else _plain_epochs(counted),
         qkv_only=not chosen.freezes,
-        brief=brief,
+        few_rows=head_rows is None and chosen.head_rows < 1,
     )

@@ -4,16 +4,15 @@
 # `HfArgumentParser` takes `Optional[X]`, not `X | None`, on Python 3.10; of three types it parses with the second.
 # ruff: noqa: UP007, UP045
 
-import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 
 from .by_split_point import parse_lr_scale
 from .errors import UnsupportedSetupError
-from .field_checks import above, at_least, between, check_values, schema_of
+from .field_checks import above, at_least, between, check_values, documented, schema_of
 from .schedules import parse_schedule
 
 __all__ = ["ADVANCED", "DEFAULT_MAX_DISTORTION", "CacheConfig", "FreezeConfig"]
@@ -22,15 +21,6 @@ __all__ = ["ADVANCED", "DEFAULT_MAX_DISTORTION", "CacheConfig", "FreezeConfig"]
 DEFAULT_MAX_DISTORTION = 0.002
 #: The help of a field that few users need begins with this. `HfArgumentParser` takes no other mark.
 ADVANCED = "Advanced: "
-
-_Config = TypeVar("_Config", bound=type)
-
-
-def _documented(config: _Config) -> _Config:
-    """Append the help of each field to the docstring, so that ``help()`` and the command line say the same."""
-    lines = [f"    {setting.name}: {setting.metadata['help']}" for setting in fields(config)]
-    config.__doc__ = "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Attributes:", *lines])
-    return config
 
 
 class _Views(int):
@@ -67,7 +57,7 @@ class _Folder(str):
 _DEFAULT_FOLDER = _Folder("caches")
 
 
-@_documented
+@documented
 @dataclass
 class FreezeConfig:
     """When to freeze how many blocks. Without a schedule nothing is frozen, and training is plain.
@@ -145,6 +135,13 @@ class FreezeConfig:
             "Default: none, or what schedule='auto' chooses."
         },
     )
+    head_rows: Annotated[Optional[float], between(0, 1, above=True)] = field(
+        default=None,
+        metadata={
+            "help": "Share of the rows that stages see in which all blocks are frozen, so that the head trains alone: a random part, of which an "
+            "epoch shows each row so many times more often. Only these pass through the blocks for its cache. Default: 1, or what schedule='auto' chooses."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Turn dicts and numbers into text, and check what can be checked without a model."""
@@ -157,7 +154,7 @@ class FreezeConfig:
         check_values(self, _SCHEMAS)
         if isinstance(self.lr_scale, str):
             parse_lr_scale(self.lr_scale)
-        for name, idle in (("unfrozen_token_keep", 1), ("plain_epochs", 0)):
+        for name, idle in (("unfrozen_token_keep", 1), ("plain_epochs", 0), ("head_rows", 1)):
             if self.schedule is None and (value := getattr(self, name)) not in (None, idle):
                 raise UnsupportedSetupError(
                     f"{name}={value:g} needs a schedule: without one, training is plain Trainer's. Give a schedule; '0:0' freezes nothing."
@@ -174,7 +171,7 @@ class FreezeConfig:
         return self.schedule is not None and self.schedule.strip().removesuffix("()") == "auto"
 
 
-@_documented
+@documented
 @dataclass
 class CacheConfig:
     """Where hidden states are cached, and what is stored of each sample.

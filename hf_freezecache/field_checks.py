@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, TypeAlias, TypedDict, get_args, get_type_hints
+from typing import Any, TypeAlias, TypedDict, TypeVar, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from .errors import UnsupportedSetupError
 
-__all__ = ["Schema", "Schemas", "above", "at_least", "between", "check_values", "schema_of"]
+__all__ = ["Schema", "Schemas", "above", "at_least", "between", "check_values", "documented", "schema_of"]
 
 #: Type of each field by its name, and the same as a ``TypedDict``.
 Schema: TypeAlias = tuple[dict[str, Any], Any]
 Schemas: TypeAlias = Mapping[Any, Schema]
+
+_Config = TypeVar("_Config", bound=type)
+
+
+def documented(config: _Config) -> _Config:
+    """Append the help of each field to the docstring, so that ``help()`` and the command line say the same."""
+    lines = [f"    {setting.name}: {setting.metadata['help']}" for setting in fields(config)]
+    config.__doc__ = "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Attributes:", *lines])
+    return config
 
 
 def between(least: float, most: float, *, above: bool = False) -> Callable[[Any], None]:

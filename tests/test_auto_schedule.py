@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_freezecache.auto_schedule import BRIEF, LONG_HEAD, RECIPES, choose, views_for
+from hf_freezecache.auto_schedule import RECIPES, choose, views_for
 from hf_freezecache.errors import ScheduleError
 
 
@@ -27,6 +27,8 @@ from hf_freezecache.errors import ScheduleError
     unfrozen_keep=st.just(1.0) | st.floats(0.1, 1.0),
     trained_share=st.just(1.0) | st.floats(0.05, 1.0),
     cached_head=st.booleans(),
+    head_rows=st.none() | st.floats(0.05, 1.0),
+    few_rows=st.floats(0.05, 1.0),
 )
 def test_a_choice_fits_its_budget_and_the_model(
     num_blocks,
@@ -42,10 +44,13 @@ def test_a_choice_fits_its_budget_and_the_model(
     unfrozen_keep,
     trained_share,
     cached_head,
+    head_rows,
+    few_rows,
 ) -> None:
     arguments = (num_blocks, num_epochs, budget, head_first, num_views, token_keep)
     settings = {"cached": cached, "adapters": adapters, "epoch_steps": epoch_steps}
     settings |= {"unfrozen_keep": unfrozen_keep, "trained_share": trained_share, "cached_head": cached_head}
+    settings |= {"head_rows": head_rows, "few_rows": few_rows}
     settings["qkv_share"] = qkv_share = None if adapters else qkv_share
     try:
         choice = choose(*arguments, **settings)
@@ -67,26 +72,24 @@ def test_a_choice_fits_its_budget_and_the_model(
     assert choice.token_keep == token_keep or (token_keep is None and 0 < choice.token_keep <= 1)
     assert not (choice.qkv_only and token_keep)
     assert choice == choose(*arguments, **settings)
-    # By hand: views through all blocks the head needs, then steps on a part of the tokens.
-    deepest = num_blocks if choice.head_epochs else choice.split_point
+    # By hand: views of the rows that a head sees through all blocks, of all rows to the split point, then steps on a part of the tokens.
+    part = choice.head_epochs and (few_rows if choice.few_rows else head_rows or 1)
+    assert not choice.few_rows or (choice.qkv_only and cached and cached_head and head_rows is None)
+    deepest = part * num_blocks + (1 - part) * choice.split_point
     # Adapters need no gradients of the blocks' weights.
     step = 2 + (0 if adapters else qkv_share if choice.qkv_only else trained_share)
     whole = int(choice.split_point == 0)  # the first block sees all tokens
     seen = whole + (num_blocks - choice.split_point - whole) * choice.token_keep
     epochs = choice.num_epochs - choice.head_epochs
     if epoch_steps:  # the last may be a part of one, of whole steps
-        part = math.ceil(epochs % 1 * math.ceil(epoch_steps)) / epoch_steps
-        epochs = math.floor(epochs) + part
+        last = math.ceil(epochs % 1 * math.ceil(epoch_steps)) / epoch_steps
+        epochs = math.floor(epochs) + last
     steps = step * seen * epochs
     frozen = choice.num_views * deepest
     if not cached:  # in every step
         frozen = choice.head_epochs * num_blocks + epochs * choice.split_point
     assert choice.cost == pytest.approx((frozen + steps) / ((2 if adapters else 3) * num_blocks))
     assert [point for _, point in choice.stages(num_blocks)][-1] == choice.split_point
-    # Where they cost nothing, epochs of the head are more for blocks that hardly train.
-    if abs(epochs - BRIEF) > 1e-6:
-        assert choice.brief == (choice.qkv_only and epochs < BRIEF and cached and cached_head)
-    assert choice.head_epochs == (LONG_HEAD if choice.brief else 2 if head_first and not adapters else 0)
 
 
 def test_adapters_get_enough_steps_first_and_then_as_many_blocks_as_are_paid_for() -> None:

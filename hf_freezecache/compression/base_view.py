@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -133,6 +133,7 @@ class CodecChooser:
         splits: The splits of the model.
         run: Runs a function on the training device.
         batch_size: Images per prefix call.
+        head_rows: Share of the rows that a cache behind all blocks holds.
     """
 
     config: CacheConfig
@@ -140,7 +141,17 @@ class CodecChooser:
     splits: Splits
     run: Runner
     batch_size: int
+    head_rows: float = 1.0
     _samples: tuple[Split, dict[bool, Sample]] | None = None
+
+    def rows_share(self, split_point: int) -> float:
+        """Return the share of the rows that stages behind a split point train on."""
+        return self.head_rows if split_point == self.splits.num_blocks else 1.0
+
+    def at(self, split_point: int) -> CodecChooser:
+        """Return what chooses for a split point, of whose cache the layout may be a part of the data's."""
+        share = self.rows_share(split_point)
+        return self if share == 1 else replace(self, data=replace(self.data, layout=self.data.layout.part(share)))
 
     def choose(self, split: Split, source: CacheReader | None) -> tuple[CodecState[Codec], CacheReader | None]:
         """Fit and calibrate a lossy codec at a split point, and decide between the images and an earlier cache.

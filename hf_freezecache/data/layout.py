@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,14 @@ class ChunkLayout:
         """Return the layout of a run of the permuted rows of a data set of ``total`` rows."""
         whole = (start, stop) == (0, total)
         return cls(stop - start, chunk_size, seed, None if whole else (start, stop, total))
+
+    def part(self, share: float) -> ChunkLayout:
+        """Return the layout of the first chunks: such a share of all, rounded up to whole ones. Their rows are a random sample."""
+        chunks = max(math.ceil(share * self.num_chunks - 1e-9), 1)
+        if chunks >= self.num_chunks:
+            return self
+        start, size = 0 if self.rows is None else self.rows[0], chunks * self.chunk_size
+        return ChunkLayout(size, self.chunk_size, self.seed, (start, start + size, self.total_samples))
 
     @property
     def total_samples(self) -> int:

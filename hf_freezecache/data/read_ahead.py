@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection
@@ -73,9 +74,10 @@ class ReadAhead(Generic[Chunk]):
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         self._epoch: int | None = None
         self._windows: list[list[ChunkKey]] = []
-        self._window_of: dict[ChunkKey, int] = {}
+        self._windows_of: dict[ChunkKey, list[int]] = {}
         self._window = 0
-        self._queue: deque[ChunkKey] = deque()
+        #: With the number of its window: a chunk may be in several.
+        self._queue: deque[tuple[int, ChunkKey]] = deque()
         self._reading: dict[ChunkKey, Future[Chunk]] = {}
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ class ReadAhead(Generic[Chunk]):
 
     def __contains__(self, key: ChunkKey) -> bool:
         """Return whether a chunk has samples of this epoch."""
-        return key in self._window_of
+        return key in self._windows_of
 
     def follow(self) -> bool:
         """Turn to the sampler's epoch; return whether it is another one."""
@@ -92,20 +94,24 @@ class ReadAhead(Generic[Chunk]):
             return False
         self._epoch = self.sampler.epoch
         self._windows = self.sampler.windows(self.rank)
-        self._window_of = {key: number for number, window in enumerate(self._windows) for key in window}
+        self._windows_of = {}
+        for number, window in enumerate(self._windows):
+            for key in window:
+                self._windows_of.setdefault(key, []).append(number)
         self._window = len(self._windows)
         self._go_to(0)
         return True
 
     def turn_to(self, key: ChunkKey) -> None:
         """Leave out what lies before the window of a chunk, and put that chunk first."""
-        window = self._window_of.get(key)
-        if window is not None and window != self._window:
+        # Where rows come several times in an epoch, it is the turn that is nearest.
+        window = min(self._windows_of.get(key, ()), key=lambda turn: abs(turn - self._window), default=self._window)
+        if window != self._window:
             self._go_to(window)
         # Mostly it is being read: looking for it in the queue would take the time of all chunks ahead, for each of them.
-        if key not in self._reading and key in self._queue:
-            self._queue.remove(key)
-            self._queue.appendleft(key)
+        if key not in self._reading and (window, key) in self._queue:
+            self._queue.remove((window, key))
+            self._queue.appendleft((window, key))
 
     def take(self, key: ChunkKey) -> Chunk:
         """Return a chunk; wait for it if need be.
@@ -116,12 +122,12 @@ class ReadAhead(Generic[Chunk]):
         future = self._reading.pop(key, None)
         if future is not None:
             return future.result()
-        if key in self._queue:
-            self._queue.remove(key)
+        if (self._window, key) in self._queue:
+            self._queue.remove((self._window, key))
         if self._reading:  # it takes the room of the last one
             last, future = self._reading.popitem()
             future.cancel()
-            self._queue.appendleft(last)
+            self._queue.appendleft((self._window, last))
         return self.read(key)
 
     def read_on(self, held: Collection[ChunkKey], room: int) -> None:
@@ -132,16 +138,17 @@ class ReadAhead(Generic[Chunk]):
             room: So many chunks may be read or wait.
         """
         while self._queue and len(self._reading) < room:
-            key = self._queue.popleft()
+            _, key = self._queue.popleft()
             if key not in held and key not in self._reading:
                 self._reading[key] = self._pool.submit(self.read, key)
 
     def _go_to(self, window: int) -> None:
         """Leave out what lies before a window: samples come window by window, and a resumed epoch skips some."""
         if window < self._window:
-            self._queue = deque(key for later in self._windows[window:] for key in later)
-        while self._queue and self._window_of[self._queue[0]] < window:
+            numbered = itertools.islice(enumerate(self._windows), window, None)
+            self._queue = deque((number, key) for number, later in numbered for key in later)
+        while self._queue and self._queue[0][0] < window:
             self._queue.popleft()
-        for key in [key for key in self._reading if self._window_of.get(key, -1) < window]:
+        for key in [key for key in self._reading if max(self._windows_of.get(key, [-1])) < window]:
             self._reading.pop(key).cancel()
         self._window = window

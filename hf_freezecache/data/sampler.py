@@ -46,6 +46,8 @@ class ChunkSampler(Sampler[ViewKey]):
     Attributes:
         plain_from: First epoch of those at the end of a run that show the base view; the epochs before show the others, if there
             are any. ``None`` where all epochs show all views in turn.
+        share: Share of the rows that epochs show, ``ChunkLayout.part``. They have as many samples as ever: each row comes so many times
+            more often, all others in between.
 
     Raises:
         UnsupportedSetupError: A group has fewer chunks than processes, or ``drop_last`` leaves a process without a batch.
@@ -72,6 +74,7 @@ class ChunkSampler(Sampler[ViewKey]):
         self.drop_last = drop_last
         self.epoch = 0
         self.plain_from: int | None = None
+        self.share = 1.0
         #: Batches per process and epoch; 0 for a single process, whose last batch may be short.
         self.num_batches = self._count_batches() if len(self.group_of_rank) > 1 else 0
 
@@ -116,7 +119,7 @@ class ChunkSampler(Sampler[ViewKey]):
         """Yield the keys of one epoch."""
         if len(self.group_of_rank) == 1:
             windows, generator = self._windows(0)
-            yield from itertools.chain.from_iterable(self._mix(self.layouts[0], windows, generator))
+            yield from itertools.chain.from_iterable(self._mix(0, windows, generator))
             return
         streams = [self._stream(rank) for rank in range(len(self.group_of_rank))]
         for _ in range(self.num_batches):
@@ -131,14 +134,25 @@ class ChunkSampler(Sampler[ViewKey]):
         Args:
             rank: The process.
         """
-        windows, _ = self._windows(rank)
-        return [[(self._view(chunk), chunk) for chunk in window.tolist()] for window in windows]
+        (windows, _), shown = self._windows(rank), self._num_shown(self.group_of_rank[rank])
+        return [
+            list(dict.fromkeys((self._view(chunk), chunk % shown) for chunk in window.tolist())) for window in windows
+        ]
+
+    def _num_shown(self, group: int) -> int:
+        """Return the number of chunks that epochs show: chunk ``i`` of an epoch is ``i`` modulo that number."""
+        layout = self.layouts[group]
+        return layout.num_chunks if self.share == 1 else layout.part(self.share).num_chunks
+
+    def _by_turns(self, chunks: npt.NDArray[np.int64], group: int) -> npt.NDArray[np.int64]:
+        """Return an order in which each chunk that is shown comes once before any comes again."""
+        return chunks[np.argsort(chunks // self._num_shown(group), kind="stable")]
 
     def _windows(self, rank: int) -> tuple[list[npt.NDArray[np.int64]], np.random.Generator]:
         """Return the chunks of a process in this epoch, window by window, and what mixes their samples."""
         if len(self.group_of_rank) == 1:
             generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch])
-            chunks = generator.permutation(self.layouts[0].num_chunks)
+            chunks = self._by_turns(generator.permutation(self.layouts[0].num_chunks), 0)
             return [chunks[start : start + self.window] for start in range(0, len(chunks), self.window)], generator
         group = self.group_of_rank[rank]
         group_ranks = [other for other, other_group in enumerate(self.group_of_rank) if other_group == group]
@@ -158,11 +172,13 @@ class ChunkSampler(Sampler[ViewKey]):
         return 1 + epoch_view(self.view_seed, self.epoch, chunk, self.num_views - 1)
 
     def _mix(
-        self, layout: ChunkLayout, windows: Sequence[npt.NDArray[np.int64]], generator: np.random.Generator
+        self, group: int, windows: Sequence[npt.NDArray[np.int64]], generator: np.random.Generator
     ) -> Iterator[list[ViewKey]]:
         """Yield the shuffled keys of one window of chunks after the other."""
+        layout, shown = self.layouts[group], self._num_shown(group)
         for window in windows:
-            sample_indices = [layout.members(chunk) for chunk in window.tolist()]
+            # As many samples as the chunk itself would have: the last one may be short.
+            sample_indices = [layout.members(chunk % shown)[: len(layout.members(chunk))] for chunk in window.tolist()]
             views = [
                 np.full(len(samples), self._view(chunk))
                 for chunk, samples in zip(window.tolist(), sample_indices, strict=True)
@@ -174,7 +190,7 @@ class ChunkSampler(Sampler[ViewKey]):
         """Return the chunks of a group in this epoch's order; its processes take them in turn."""
         layout, readers = self.layouts[group], self.group_of_rank.count(group)
         generator = np.random.default_rng([self.seed & (2**64 - 1), 0x5A, self.epoch, group])
-        chunks = generator.permutation(layout.num_chunks)
+        chunks = self._by_turns(generator.permutation(layout.num_chunks), group)
         # The short chunk goes to a process with an extra chunk: the streams then differ least in length.
         short = int(np.flatnonzero(chunks == layout.num_chunks - 1)[0])
         turn, reader = divmod(short, readers)
@@ -187,7 +203,7 @@ class ChunkSampler(Sampler[ViewKey]):
         """Yield the keys of one process, without end: all of its samples, then those of its last window again and again."""
         windows, generator = self._windows(rank)
         keys: list[ViewKey] = []
-        for keys in self._mix(self.layouts[self.group_of_rank[rank]], windows, generator):
+        for keys in self._mix(self.group_of_rank[rank], windows, generator):
             yield from keys
         yield from itertools.cycle(keys)
 

@@ -110,7 +110,7 @@ def passes_spent(record: RunRecord, decision: Decision) -> float | None:
     if not num_blocks or not num_images:
         return None
     images = sum(epoch.images for epoch in record.epochs if epoch.stage == decision.stage)
-    built = 0
+    built = 0.0
     if decision.built_from is not None:
         built = decision.num_views * (decision.built_blocks or decision.split_point - decision.built_from)
     return built + images / num_images * _step_passes(decision, num_blocks)

@@ -49,7 +49,7 @@ class Decision:
         built_from: Split point of the cache whose hidden states this run's cache was computed from; 0 if it was computed
             from the images. ``None`` if this run built nothing.
         built_ahead: Split points of the caches of later stages that were built on the way.
-        built_blocks: Blocks that each view has passed through for all that was built; 0 in older records.
+        built_blocks: Blocks that views have passed through for all that was built, per image and view; 0 in older records.
         calibrated: Whether this run chose the codec by measurement.
         num_views: Stored views per image; 0 without a cache.
         codec: The base view's codec, as ``Codec.to_dict`` gives it.
@@ -81,7 +81,7 @@ class Decision:
     cache: str = "none"
     built_from: int | None = None
     built_ahead: list[int] = field(default_factory=list)
-    built_blocks: int = 0
+    built_blocks: Number = 0
     calibrated: bool = False
     num_views: int = 0
     codec: dict[str, Any] = field(default_factory=dict)

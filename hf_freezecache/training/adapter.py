@@ -240,6 +240,7 @@ def start_run(
         augmenter,
         try_evaluation,
         foreseen,
+        trainer.freeze_config.head_rows or 1.0,
     )
     if base is not None:  # a run that only builds takes no step
         policy, num_blocks = adaptive_policy(trainer.freeze_config.schedule), run.splits.num_blocks

@@ -16,7 +16,7 @@ def describe_cache(decision: Decision, opened: OpenedCache) -> None:
     decision.cache = "found" if opened.built_from is None else "built"
     decision.built_from = opened.built_from
     decision.built_ahead = list(opened.built_ahead)
-    decision.built_blocks = opened.built_blocks
+    decision.built_blocks = round(opened.built_blocks, 4)
     decision.calibrated = opened.calibrated
     decision.num_views = len(opened.reader.selection.chosen_views(index))
     decision.codec = dict(index.codec)

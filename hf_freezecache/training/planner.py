@@ -129,6 +129,7 @@ def predict_passes(
     config: CacheConfig,
     token_keep: float = 1.0,
     trained_share: float = 1.0,
+    rows_share: float = 1.0,
 ) -> dict[str, float]:
     """Count the passes through blocks that a stage takes per image, with and without a cache.
 
@@ -143,6 +144,7 @@ def predict_passes(
         config: The user's settings of caches.
         token_keep: Share of the patch tokens that trained blocks see.
         trained_share: Share of their own weights that they train.
+        rows_share: Share of the rows that epochs of the stage show, and its cache holds.
 
     Returns:
         ``cached_passes`` and ``live_passes`` per image, over all epochs of the stage.
@@ -150,7 +152,9 @@ def predict_passes(
     epochs = epochs_of(stage, stages, num_epochs)
     trained = passes_of_step(num_blocks, stage.split_point, token_keep, trained_share) * epochs
     return {
-        "cached_passes": float(trained + config.num_views * (stage.split_point - states_at(stage, stages, config))),
+        "cached_passes": float(
+            trained + config.num_views * rows_share * (stage.split_point - states_at(stage, stages, config))
+        ),
         "live_passes": float(trained + epochs * stage.split_point),
     }
 

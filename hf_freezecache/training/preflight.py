@@ -220,6 +220,7 @@ def prepare_run(
     augmenter: FeatureAugmenter | None = None,
     try_evaluation: Callable[[], None] = lambda: None,
     foreseen: Sequence[Stage] = (),
+    head_rows: float = 1.0,
 ) -> StageRunner:
     """Check data, split and folder, and return what runs the stages. Collective; nothing is built.
 
@@ -235,6 +236,7 @@ def prepare_run(
         augmenter: Augments cached batches.
         try_evaluation: Tries an evaluation, once the training data are known to be fine.
         foreseen: The stages to prepare for, where more than ``stages`` may be decided while training.
+        head_rows: Share of the rows that stages see in which the head trains alone.
 
     Raises:
         FreezeCacheError: See ``prepare_data``, ``check_augmenter`` and ``StageCache.check_settings``.
@@ -264,7 +266,7 @@ def prepare_run(
     workers = config.build_num_workers
     cache = StageCache(
         config,
-        CodecChooser(config, data, splits, runtime.run_frozen, batch_size),
+        CodecChooser(config, data, splits, runtime.run_frozen, batch_size, head_rows),
         str(runtime.accelerator.mixed_precision),
         runtime.args.dataloader_num_workers if workers is None else workers,
         not runtime.args.disable_tqdm,

@@ -255,6 +255,7 @@ class StageRunner:
             model = wrap_again(self.runtime.accelerator, model)
         tokens, share = self.tokens.get(stage.split_point), self.freezer.trained_share
         token_keep = 1.0 if tokens is None else tokens.token_keep
+        self.sampler.share = rows_share = self.cache.chooser.rows_share(stage.split_point)
         decision = Decision(
             stage=stage.index,
             start_epoch=stage.start_epoch,
@@ -263,7 +264,7 @@ class StageRunner:
             released_optimizer_bytes=self.released_bytes,
             lr_scale=self.rates.scale_at(stage.split_point, self.splits.num_blocks),
             predicted=predict_passes(
-                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config, token_keep, share
+                stage, self.stages, self.num_epochs, self.splits.num_blocks, self.config, token_keep, share, rows_share
             ),
             token_keep=token_keep,
             trained_share=share,

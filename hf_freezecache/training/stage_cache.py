@@ -49,7 +49,7 @@ class OpenedCache:
             cache that was there.
         calibrated: Whether its codec was chosen by measurement in this call.
         built_ahead: Split points of caches for later stages that this call built on the way.
-        built_blocks: Blocks that each view has passed through for all that this call built.
+        built_blocks: Blocks that each view has passed through for all that this call built; less where it is not of all rows.
         distortion: What its states cost with this run's suffix; empty if lossless. See ``measure_distortion``.
     """
 
@@ -58,7 +58,7 @@ class OpenedCache:
     built_from: int | None = None
     calibrated: bool = False
     built_ahead: tuple[int, ...] = ()
-    built_blocks: int = 0
+    built_blocks: float = 0
     distortion: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -126,7 +126,7 @@ class StageCache:
         Raises:
             UnsupportedSetupError: Data or code cannot be hashed.
         """
-        config, data, layout = self.config, self.chooser.data, self.chooser.data.layout
+        config, data = self.config, self.chooser.at(split.split_point).data
         dtypes = sorted({str(p.dtype) for p in split.prefix_parameters().values()})
         return Fingerprint(
             {
@@ -142,8 +142,8 @@ class StageCache:
                 "dtype": f"{self.mixed_precision} autocast, {'/'.join(dtypes)} weights",
                 "codec": codec_request(config, split, self.split_points),
                 **copies_request(config),
-                "chunk layout": f"{layout.chunk_size} samples, {config.shard_chunks} chunks",
-                **({} if layout.rows is None else {"rows": "{} to {} of {}, permuted".format(*layout.rows)}),
+                "chunk layout": f"{data.layout.chunk_size} samples, {config.shard_chunks} chunks",
+                **({} if (rows := data.layout.rows) is None else {"rows": "{} to {} of {}, permuted".format(*rows)}),
             }
         )
 
@@ -232,7 +232,7 @@ class StageCache:
         """
         with one_thread_if_small(split.model):
             spot_check(self.chooser, split, reader, self.mixed_precision)
-        return measure_distortion(self.chooser, split, reader)
+        return measure_distortion(self.chooser.at(split.split_point), split, reader)
 
     # ---- Plan ----
 
@@ -244,14 +244,14 @@ class StageCache:
         Raises:
             UnsupportedSetupError: The states cannot be encoded as asked.
         """
-        config, data = self.config, self.chooser.data
+        config, chooser = self.config, self.chooser.at(split.split_point)
         codec, _, _ = requested_codec(config, split.split_point)
         plan = CachePlan(
             fingerprint,
             split.split_point,
-            data.image_shape,
+            chooser.data.image_shape,
             config.num_views,
-            data.layout,
+            chooser.data.layout,
             config.shard_chunks,
             codec,
         )
@@ -265,7 +265,7 @@ class StageCache:
                 kept = kept_codecs(config, plan, directory, source)
                 if kept is not None:
                     return *kept, False
-                return *choose_codecs(self.chooser, split, plan, directory, source), True
+                return *choose_codecs(chooser, split, plan, directory, source), True
 
         with build_lock(self._cache_dir, plan, self.process_group, config.lock_timeout):
             plan, takes_source, calibrated = self.process_group.on_main_process(choose)
@@ -356,7 +356,7 @@ class StageCache:
         }
         self.process_group.on_main_process(lambda: keep_measured(self.chooser, split, reader, distortion))
         built_from = 0 if source is None else source.index.split_point
-        blocks = split.split_point - built_from
+        blocks = (split.split_point - built_from) * plan.layout.num_samples / self.chooser.data.layout.num_samples
         return OpenedCache(reader, report, built_from, planned.calibrated, (), blocks, distortion)
 
     def _write(self, split: Split, plan: CachePlan, source: CacheReader | None) -> BuildReport:

@@ -15,7 +15,7 @@ head alone for five epochs, then all behind block 6. It may be a policy: ``ours/
 its cost, are known once it has run. ``head`` is what the learning rate is multiplied by while the head trains
 alone. With ``rank=16`` blocks train by LoRA of that rank, as those of ``lora`` do; a budget of ``auto`` is then a
 share of the cost of LoRA. ``keep`` is the share of the patch tokens behind frozen blocks, ``unfrozen`` that where none is frozen.
-``plain`` last epochs show images as they are evaluated. With ``weights=qkv`` queries, keys and values train alone of the blocks. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
+``plain`` last epochs show images as they are evaluated. With ``weights=qkv`` queries, keys and values train alone of the blocks. ``rows`` is the share of the rows that a head sees which trains alone. ``decay`` is layer-wise: the head has a factor of 1, block ``i`` of ``N`` has
 ``decay ** (N - i)``, the embeddings have ``decay ** (N + 1)``.
 """
 
@@ -56,6 +56,7 @@ class Arm:
     plain: int = 0
     unfrozen: float = 1.0
     weights: str = ""
+    rows: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Arm:
@@ -145,7 +146,8 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
         num_blocks: Blocks of the model.
         patches: Patch tokens of an image.
         stages: What stages did, of ``ours`` and ``auto``: ``epochs``, ``split_point``, ``cached``, ``views``, ``keep``, and
-            ``trained``, the share of their weights that blocks train; default: what is planned.
+            ``trained``, the share of their weights that blocks train, and ``rows``, the share of the rows in the cache; default: what is
+            planned.
     """
     if arm.kind == "lora":
         # No gradients of the blocks' own weights; the small matrices beside them are left out, in favour of the arm.
@@ -161,6 +163,7 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
                 "views": views,
                 "keep": arm.keep if point else arm.unfrozen,
                 "trained": QKV if arm.weights else 1.0,
+                "rows": arm.rows if point == num_blocks else 1.0,
             }
             for _, epochs, point in arm.stages(num_blocks)
         ]
@@ -172,7 +175,7 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
         passes.trained += (1 + INPUTS + weights) * (whole + (num_blocks - point - whole) * share) * stage["epochs"]
         if stage["cached"]:
             # The next cache is computed from this one; one that lies before it was built on the way.
-            passes.built += stage["views"] * max(point - states_at, 0)
+            passes.built += stage["views"] * max(point - states_at, 0) * stage.get("rows", 1.0)
             states_at = point
         else:
             passes.trained += point * stage["epochs"]

@@ -63,7 +63,7 @@ def line_of(arm: Arm) -> str:
 def given_of(arm: Arm) -> tuple[str, ...]:
     """Return the names of what ``auto`` chooses by itself but was given, that adapters train left out."""
     fresh = Arm(arm.kind, arm.schedule)
-    names = ("views", "keep", "decay", "head", "scale", "codec", "plain", "unfrozen", "weights")
+    names = ("views", "keep", "decay", "head", "scale", "codec", "plain", "unfrozen", "weights", "rows")
     return tuple(name for name in names if getattr(arm, name) != getattr(fresh, name))
 
 

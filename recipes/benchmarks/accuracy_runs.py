@@ -348,6 +348,7 @@ class Runner:
                 unfrozen_token_keep=None if arm.unfrozen == 1 else arm.unfrozen,
                 plain_epochs=arm.plain or None,
                 block_weights=arm.weights or None,
+                head_rows=None if arm.rows == 1 else arm.rows,
             ),
             cache_config=CacheConfig(
                 cache_dir=caches,
@@ -378,6 +379,7 @@ class Runner:
                     "views": one.num_views,
                     "keep": one.token_keep,
                     "trained": one.trained_share,
+                    "rows": round(one.cache_bytes / one.cache_bytes_per_image / rows, 4) if one.cache_bytes else 1.0,
                     "cache": one.cache,
                     "built_from": one.built_from,
                     "bits": one.bits_per_element,

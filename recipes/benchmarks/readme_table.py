@@ -236,7 +236,12 @@ def levers() -> str:
 def given_words(arm: Arm) -> str:
     """Return what ``auto`` was given as a user writes it."""
     names = {"keep": "token_keep", "decay": "layer_decay", "views": "num_views", "scale": "lr_scale"}
-    names |= {"plain": "plain_epochs", "unfrozen": "unfrozen_token_keep", "weights": "block_weights"}
+    names |= {
+        "plain": "plain_epochs",
+        "unfrozen": "unfrozen_token_keep",
+        "weights": "block_weights",
+        "rows": "head_rows",
+    }
     settings = [f"`{names[name]}={getattr(arm, name)}`" for name in given_of(arm)]
     return ", ".join(settings) or "nothing"
 

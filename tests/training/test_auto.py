@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.tiny import PAIR, TinyTransform, make_trainer, tiny_model, tiny_vit
 
 from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
 from hf_freezecache.auto_schedule import choose
+from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.errors import ScheduleError, UnsupportedSetupError
 from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.figures import figures_of
@@ -66,7 +68,8 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     settings = {"num_train_epochs": 9, "trainer": PAIR, "learning_rate": 1e-3}
     trainer = auto_trainer(images, freeze=QKV, **settings)
     freezing = trainer.freeze_config
-    choice = choose(4, 9, 0.5, qkv_share=SHARE, epoch_steps=5)
+    part = ChunkLayout(len(images), trainer.cache_config.chunk_size, 0).part(0.8).num_samples / len(images)
+    choice = choose(4, 9, 0.5, qkv_share=SHARE, epoch_steps=5, few_rows=part)
     assert freezing.schedule == "0:4,2:0"
     assert (freezing.block_weights, freezing.token_keep, freezing.unfrozen_token_keep) == ("qkv", None, None)
     assert (freezing.plain_epochs, freezing.layer_decay) == (choice.plain_epochs, None)
@@ -75,7 +78,7 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     # The rate of all blocks, raised for the shorter run and for what trains, halved behind a trained head.
     assert scales_of(trainer) == pytest.approx([QKV_SCALE * 0.5**-0.4 / 2, 4 * 0.5**-0.4], rel=0.01)
     assert scales_of(auto_trainer(images, freeze=QKV, **{**settings, "learning_rate": 1e-4}))[0] == 6.0
-    assert "block_weights=qkv, plain_epochs=3, lr_scale=" in caplog.text
+    assert "block_weights=qkv, plain_epochs=3, head_rows=0.8, lr_scale=" in caplog.text
     trainer.train()
     figures = figures_of(trainer._record)
     assert f"then {choice.num_epochs - 2:g} without frozen blocks" in figures["freezing"]["chosen"]
@@ -84,7 +87,7 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     spent = sum(stage["passes_spent"] for stage in figures["stages"])
     assert spent / 12 == pytest.approx(choice.cost, rel=0.005)
     # By hand, ten rows in a step, and ten steps of the head.
-    assert spent == pytest.approx(4 + 4 * (2 + SHARE) * (trainer.state.global_step - 10) / 5, rel=0.005)
+    assert spent == pytest.approx(4 * part + 4 * (2 + SHARE) * (trainer.state.global_step - 10) / 5, rel=0.005)
     # What is settled stays, and what speaks against it is heard.
     kept = auto_trainer(images, freeze={**QKV, "unfrozen_token_keep": 0.3, "plain_epochs": 0}, **settings)
     assert (kept.freeze_config.unfrozen_token_keep, kept.freeze_config.plain_epochs) == (0.3, 0)
@@ -108,27 +111,36 @@ def test_where_blocks_are_frozen_the_users_choice_of_weights_is_counted(images) 
     assert spent / 12 == pytest.approx(choice.cost, rel=0.01)
 
 
-def test_below_the_cost_of_an_epoch_the_head_trains_longer_from_its_cache(images) -> None:
-    settings = {"num_train_epochs": 1, "trainer": PAIR, "cache": {"num_views": 1}}
-    trainer = auto_trainer(images, freeze=QKV, learning_rate=1e-4, **settings)
-    assert (trainer.freeze_config.schedule, trainer.freeze_config.plain_epochs) == ("0:4,12:0", 1)
+def test_the_head_needs_some_rows_of_each_class_before_queries_keys_and_values_train(images) -> None:
+    """Ten of each class, in whole chunks; what the others would take trains blocks."""
+    settings = {"num_train_epochs": 1, "trainer": PAIR, "cache": {"chunk_size": 4}, "learning_rate": 1e-4}
+    trainer = auto_trainer(images, freeze=QKV, **settings)
+    rows = len(images)
+    assert (trainer.freeze_config.head_rows, trainer.freeze_config.schedule) == (10 * 4 / rows, "0:4,2:0")
     trainer.train()
-    assert trainer.state.global_step == 12 * 5 + 1
-    # All five steps of a pass over the images once, whatever the head does with them.
+    # By hand: the part once through four blocks, however often the head sees it, and the steps that the rest of six passes pays for.
+    part, steps = 4 * math.ceil(10 * 4 / rows * math.ceil(rows / 4)) / rows, trainer.state.global_step - 2 * 5
     spent = sum(stage["passes_spent"] for stage in figures_of(trainer._record)["stages"])
-    assert spent == pytest.approx(4 + 4 * (2 + SHARE) / 5, rel=0.005)
-    # The step is half of those of 0.4 epochs, and so is the rate of blocks, which nothing raises; that of the head is 2.4e-3 at least.
-    assert scales_of(trainer) == pytest.approx([QKV_SCALE * 0.5**-0.4 / 2 / 2, 24], rel=0.02)
-    # At most half of 6e-4.
-    assert scales_of(auto_trainer(images, freeze=QKV, learning_rate=1e-3, **settings))[0] == pytest.approx(
-        0.3, rel=0.02
-    )
-    assert auto_trainer(images, freeze=QKV, **{**settings, "num_train_epochs": 3}).freeze_config.schedule == "0:4,2:0"
-    # Where its epochs cost passes they are few.
-    without = {**settings, "cache": {"num_views": 1, "mode": "never"}, "num_train_epochs": 2}
-    assert auto_trainer(images, freeze={**QKV, "budget": 0.6}, **without).freeze_config.schedule == "0:4,2:0"
+    assert spent == pytest.approx(4 * part + 4 * (2 + SHARE) * steps / 5, rel=0.005)
+    assert 6 - 4 * (2 + SHARE) / 5 < spent <= 6
+    # A fifth of an epoch, half of those that bear the least rate, whatever the user's is.
+    for rate, least in ((1e-4, 6.0), (1e-2, 0.06)):
+        chosen = auto_trainer(images, freeze=QKV, **{**settings, "learning_rate": rate})
+        epochs = chosen.args.num_train_epochs - 2
+        assert scales_of(chosen)[0] == pytest.approx(least * epochs / 0.4, rel=0.01)
+    # Not where all rows pass through the blocks all the same, where the user says so, or where its epochs cost passes.
     needy = SeesEarlierBlocks(tiny_vit().config)
-    assert auto_trainer(images, needy, freeze=QKV, **settings).freeze_config.schedule == "0:4,2:0"
+    longer = {**settings, "num_train_epochs": 3}
+    for other in (
+        auto_trainer(images, freeze={"budget": 0.5, "block_weights": "all"}, **longer),
+        auto_trainer(images, freeze=QKV, **{**longer, "cache": {"mode": "never"}}),
+        auto_trainer(images, needy, freeze=QKV, **longer),
+        auto_trainer(images.select(range(40)), freeze=QKV, **longer),
+    ):
+        assert other.freeze_config.head_rows is None
+    kept = auto_trainer(images, freeze={**QKV, "head_rows": 0.3}, **settings)
+    assert kept.freeze_config.head_rows == 0.3
+    assert kept.args.num_train_epochs > trainer.args.num_train_epochs
 
 
 class Enlarged(TinyTransform):
