@@ -98,6 +98,39 @@ def test_samples_are_the_same_each_chunk_is_read_once_and_memory_is_bounded(
         assert len(read) == reader.layout.num_chunks or (processes > 1 and epoch)  # some are there from before
 
 
+@pytest.mark.parametrize(("threads", "processes", "share"), [(1, 1, 0.5), (3, 1, 0.2), (2, 2, 0.4)])
+def test_of_a_part_of_the_rows_chunks_are_read_once_for_each_window_that_shows_them(
+    reader, threads, processes, share, monkeypatch
+) -> None:
+    sampler, max_chunks = sampler_of(reader, processes), 2 * WINDOW
+    sampler.share = share
+    datasets = [CachedDataset(reader, max_chunks, packed=True, keep_read=processes > 1) for _ in range(processes)]
+    plain = CachedDataset(reader, reader.layout.num_chunks * 2, packed=True, keep_read=True)
+    for rank, dataset in enumerate(datasets):
+        dataset.read_ahead(sampler, rank, threads)
+    read: list[tuple[int, int]] = []
+    decode = CacheReader.entropy_decode_chunk
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(BatchSampler(sampler, 4, False))
+        expected = [plain.__getitems__(keys) for keys in batches]
+        read.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                CacheReader,
+                "entropy_decode_chunk",
+                lambda self, view, chunk: (read.append((view, chunk)), decode(self, view, chunk))[1],
+            )
+            for number, keys in enumerate(batches):
+                dataset = datasets[number % processes]
+                for found, item in zip(dataset.__getitems__(keys), expected[number], strict=True):
+                    assert all(torch.equal(found[name], item[name]) for name in item)
+                assert len(dataset._chunks) + len(dataset._ahead) <= max_chunks
+        windows = [window for rank in range(processes) for window in sampler.windows(rank)]
+        # A chunk that ends one turn and begins the next in one window may be read again there.
+        assert len(read) <= sum(map(len, windows)) + len(windows)
+
+
 def test_chunks_of_the_next_window_are_read_while_this_one_is_used(reader) -> None:
     sampler = sampler_of(reader)
     dataset = CachedDataset(reader, 2 * WINDOW, packed=True)

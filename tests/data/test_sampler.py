@@ -112,6 +112,49 @@ def test_a_machine_trains_on_its_own_rows(rows, group_of_rank, chunk, window, ba
     assert sorted(row for layout in sampler.layouts for row in layout.order.tolist()) == list(range(rows))
 
 
+@given(
+    rows=st.integers(12, 90),
+    group_of_rank=st.sampled_from([(0,), (0, 0), (0, 0, 0), (0, 1), (0, 0, 1)]),
+    share=st.floats(0.01, 1.0),
+    num_views=st.integers(0, 3),
+    **SHAPES,
+)
+def test_of_a_part_of_the_rows_each_comes_as_often_as_any(
+    rows, group_of_rank, share, num_views, chunk, window, batch, seed, epoch
+) -> None:
+    try:
+        whole, sampler = (make(rows, chunk, window, batch, group_of_rank, seed, num_views=num_views) for _ in range(2))
+    except UnsupportedSetupError:
+        return
+    sampler.share = share
+    for one in (whole, sampler):
+        one.set_epoch(epoch)
+    assert len(list(sampler)) == len(sampler) == len(list(whole))
+    streams = dealt(sampler, batch, len(group_of_rank))
+    for group, layout in enumerate(sampler.layouts):
+        part = layout.part(share)
+        assert part.order.tolist() == layout.order[: part.num_samples].tolist()
+        # Whole chunks, and not one more than are asked for.
+        assert part.num_samples >= min(share * layout.num_samples, 1) - 1e-6
+        assert part.num_chunks == layout.num_chunks or part.num_chunks <= share * layout.num_chunks + 1
+        keys = [k for rank, stream in enumerate(streams) if group_of_rank[rank] == group for b in stream for k in b]
+        seen = Counter(row for row, _ in keys)
+        assert set(seen) <= set(part.order.tolist())
+        assert len(seen) >= min(part.num_samples, layout.num_samples)
+        if len(group_of_rank) == 1:  # else some fill the end
+            assert max(seen.values()) - min(seen.values()) <= 1
+            # All of the part come before any comes again, but for those that are mixed with the next turn.
+            first = [row for row, _ in keys[: part.num_samples + window * chunk]]
+            assert set(first) == set(part.order.tolist())
+        # What is to be read ahead is what comes.
+        for rank, stream in enumerate(streams):
+            if group_of_rank[rank] == group:
+                chunks = {(view, int(layout.position[row]) // chunk) for b in stream for row, view in b}
+                assert chunks == {key for ahead in sampler.windows(rank) for key in ahead}
+    if share == 1:
+        assert list(sampler) == list(whole)
+
+
 @pytest.mark.by_default(1)
 @pytest.mark.parametrize(("processes", "batch", "window"), [(2, 4, 2), (3, 2, 3), (2, 16, 1), (4, 3, 2)])
 def test_each_chunk_is_decoded_once_in_an_epoch_over_all_processes(tmp_path, processes, batch, window) -> None:

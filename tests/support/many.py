@@ -173,8 +173,8 @@ def fewer_tokens() -> dict[str, Any]:
 
 
 def queries() -> dict[str, Any]:
-    """Of the blocks, queries, keys and values alone: the head first, then behind one block, then all."""
-    return at_every_checkpoint("queries", schedule="0:4,1:1,2:0", freeze={"block_weights": "qkv"})
+    """Of the blocks, queries, keys and values alone: the head first, on half of the rows, then behind one block, then all."""
+    return at_every_checkpoint("queries", schedule="0:4,1:1,2:0", freeze={"block_weights": "qkv", "head_rows": 0.5})
 
 
 def offloaded() -> dict[str, Any]:

@@ -6,20 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.parity import assert_same, parameters_of
+from support.parity import assert_resumes_everywhere, assert_same, parameters_of
 from support.tiny import Recorder, make_trainer, tiny_vit
 
+from hf_freezecache import FreezeConfig
 from hf_freezecache.cache.reader import CacheReader
+from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.report.figures import figures_of
 
 SCHEDULE = "0:4,2:1,3:0"
-
-
-class Seeing(Recorder):
-    """Keeps which rows each step sees."""
-
-    def get_train_dataloader(self) -> Any:
-        raise AssertionError("not used")
 
 
 def trained(rows: Any, head_rows: float | None = 0.4, resume: Any = None, **settings: Any) -> Any:
@@ -49,3 +44,39 @@ def test_the_cache_of_the_head_holds_a_part_and_trains_as_without_a_cache(train_
     # By hand: two views of all rows to the first block, then those of a part through the others; two epochs of the head cost nothing.
     spent = [stage["passes_spent"] for stage in stages]
     assert spent[0] == pytest.approx(2 * (1 + 3 * part / rows), abs=0.06)
+
+
+def test_resumed_at_every_checkpoint_it_is_the_same_to_the_bit(train_dataset) -> None:
+    assert_resumes_everywhere(lambda resume, **settings: trained(train_dataset, resume=resume, **settings))
+
+
+def test_threads_that_read_ahead_change_nothing(train_dataset) -> None:
+    """Chunks of the part come several times in an epoch."""
+    plain = trained(train_dataset)
+    assert trained(train_dataset, dataloader_num_workers=2).losses == plain.losses
+
+
+def test_another_share_is_another_cache_and_the_same_is_found(train_dataset) -> None:
+    for share, caches in ((0.4, 1), (0.4, 1), (0.7, 2), (1.0, 3)):
+        trained(train_dataset, share, schedule="0:4", num_train_epochs=1)
+        assert len([path for path in Path("caches").iterdir() if path.is_dir()]) == caches
+
+
+@pytest.mark.slow
+def test_a_lossy_codec_is_chosen_and_checked_on_the_rows_that_are_there(train_dataset) -> None:
+    def run() -> Any:
+        return trained(
+            train_dataset, cache={"codec": "auto", "max_distortion": 0.5}, schedule="0:4", num_train_epochs=2
+        )
+
+    built, found = run(), run()
+    assert built.losses == found.losses
+    assert [one.cache for one in (built._record.decisions + found._record.decisions)] == ["built", "found"]
+
+
+def test_a_share_is_refused_out_of_its_range_and_without_a_schedule() -> None:
+    for share in (0, -0.1, 1.5, float("nan")):
+        with pytest.raises(UnsupportedSetupError, match="head_rows"):
+            FreezeConfig(schedule="0:4", head_rows=share)
+    with pytest.raises(UnsupportedSetupError, match=r"head_rows=0\.5 needs a schedule"):
+        FreezeConfig(head_rows=0.5)
