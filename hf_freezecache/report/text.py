@@ -152,8 +152,9 @@ def describe_schedule(figures: Figures) -> str:
 def _settings(figures: Figures) -> str:
     """Return what was asked of images and learning rates, beginning with a semicolon; nothing if nothing was."""
     freezing = figures["freezing"]
-    plain, decay, scale = (freezing.get(name) for name in ("plain_epochs", "layer_decay", "lr_scale"))
-    words = "; of blocks, queries, keys and values train alone" if freezing.get("block_weights") == "qkv" else ""
+    plain, decay, scale, rows = (freezing.get(key) for key in ("plain_epochs", "layer_decay", "lr_scale", "head_rows"))
+    words = {"qkv": "; of blocks, queries, keys and values train alone"}.get(freezing.get("block_weights"), "")
+    words += f"; {rows:.3g} of the rows while the head trains alone" if rows not in (None, 1) else ""
     words += f"; plain images in the end, for {counted(plain, 'epoch')}" if plain else ""
     words += "" if decay is None else f"; layer_decay {decay:g}"
     used = ", ".join(f"{stage['lr_scale']:.3g}" for stage in figures["stages"])
@@ -192,7 +193,8 @@ def _training_source(stage: Figures) -> str:
         return "It trained on images, and no block was frozen."
     if stage["trained_from"] == "images":
         return f"It trained on images, and {counted(stage['split_point'], 'frozen block')} ran in every step."
-    cache = f"It trained from a cache of {counted(stage['num_views'], 'view')} of each image"
+    images = "each image" if stage["rows"] == 1 else f"{stage['rows']:.3g} of the images"
+    cache = f"It trained from a cache of {counted(stage['num_views'], 'view')} of {images}"
     if stage["cache"] == "found":
         return f"{cache}, which was found."
     chosen = ", with a codec chosen by measurement" if stage["calibrated"] else ""
@@ -207,11 +209,7 @@ def _training_source(stage: Figures) -> str:
 
 
 def stage_account(stage: Figures) -> str:
-    """Say what a stage did, why, and what it cost against what was predicted, in a few sentences.
-
-    Args:
-        stage: One of ``figures["stages"]``.
-    """
+    """Say what a stage, one of ``figures["stages"]``, did, why, and what it cost against what was predicted, in a few sentences."""
     sentences = [_training_source(stage)]
     if stage["token_keep"] < 1:
         behind = "frozen blocks" if stage["split_point"] else "first block"

@@ -151,9 +151,13 @@ def predict_passes(
     """
     epochs = epochs_of(stage, stages, num_epochs)
     trained = passes_of_step(num_blocks, stage.split_point, token_keep, trained_share) * epochs
+    source = states_at(stage, stages, config)
+    # Caches of later stages that are built on the way are of all rows.
+    ahead = [] if config.build_from == "images" or config.consume_previous_cache else thawed_to(stage, stages)
+    whole = max([source, *ahead])
     return {
         "cached_passes": float(
-            trained + config.num_views * rows_share * (stage.split_point - states_at(stage, stages, config))
+            trained + config.num_views * (whole - source + rows_share * (stage.split_point - whole))
         ),
         "live_passes": float(trained + epochs * stage.split_point),
     }

@@ -13,6 +13,7 @@ from hf_freezecache import FreezeConfig
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.report.figures import figures_of
+from hf_freezecache.report.text import describe_schedule, stage_account
 
 SCHEDULE = "0:4,2:1,3:0"
 
@@ -44,6 +45,10 @@ def test_the_cache_of_the_head_holds_a_part_and_trains_as_without_a_cache(train_
     # By hand: two views of all rows to the first block, then those of a part through the others; two epochs of the head cost nothing.
     spent = [stage["passes_spent"] for stage in stages]
     assert spent[0] == pytest.approx(2 * (1 + 3 * part / rows), abs=0.06)
+    assert stages[0]["predicted"]["cached_passes"] == pytest.approx(2 * (1 + 3 * 0.4))
+    assert "two views of 0.4 of the images, which" in stage_account(stages[0]).replace("2 views", "two views")
+    assert "of each image" in stage_account(stages[1])
+    assert "; 0.4 of the rows while the head trains alone" in describe_schedule(figures_of(cached._record))
 
 
 def test_resumed_at_every_checkpoint_it_is_the_same_to_the_bit(train_dataset) -> None:
