@@ -74,7 +74,8 @@ def test_a_choice_fits_its_budget_and_the_model(
     assert choice == choose(*arguments, **settings)
     # By hand: views of the rows that a head sees through all blocks, of all rows to the split point, then steps on a part of the tokens.
     part = choice.head_epochs and (few_rows if choice.few_rows else head_rows or 1)
-    assert not choice.few_rows or (choice.qkv_only and cached and cached_head and head_rows is None)
+    short = budget * num_epochs <= RECIPES[0].most_cost
+    assert not choice.few_rows or (choice.qkv_only and cached and cached_head and head_rows is None and short)
     deepest = part * num_blocks + (1 - part) * choice.split_point
     # Adapters need no gradients of the blocks' weights.
     step = 2 + (0 if adapters else qkv_share if choice.qkv_only else trained_share)
@@ -126,6 +127,19 @@ def test_the_least_budget_that_is_named_is_enough(head_first) -> None:
     assert choose(12, epochs, 0.8, head_first).num_epochs >= 1
     with pytest.raises(ScheduleError):
         choose(12, epochs - 0.02, 0.8, head_first)
+
+
+def test_a_part_of_an_epoch_may_be_the_least_that_is_paid_for() -> None:
+    settings = {"qkv_share": 0.25, "few_rows": 0.15, "epoch_steps": 35}
+    words = r"but 0\.11 epochs of all blocks takes 0\.136, caching included\. Set budget to at least"
+    with pytest.raises(ScheduleError, match=words) as error:
+        choose(12, 1, 0.05, **settings)
+    least = float(re.search(r"at least ([0-9.]+)\.", str(error.value))[1])
+    choice = choose(12, 1, least, **settings)
+    # By hand: four of 35 steps, and 0.15 of the rows once through all blocks.
+    assert (choice.qkv_only, choice.cost) == (True, pytest.approx(0.15 / 3 + 4 / 35 * 2.25 / 3))
+    with pytest.raises(ScheduleError):
+        choose(12, 1, least - 0.002, **settings)
 
 
 def test_more_money_trains_more() -> None:

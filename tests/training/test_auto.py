@@ -16,7 +16,6 @@ from support.tiny import PAIR, TinyTransform, make_trainer, tiny_model, tiny_vit
 
 from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
 from hf_freezecache.auto_schedule import choose
-from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.errors import ScheduleError, UnsupportedSetupError
 from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.figures import figures_of
@@ -68,8 +67,7 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     settings = {"num_train_epochs": 9, "trainer": PAIR, "learning_rate": 1e-3}
     trainer = auto_trainer(images, freeze=QKV, **settings)
     freezing = trainer.freeze_config
-    part = ChunkLayout(len(images), trainer.cache_config.chunk_size, 0).part(0.8).num_samples / len(images)
-    choice = choose(4, 9, 0.5, qkv_share=SHARE, epoch_steps=5, few_rows=part)
+    choice = choose(4, 9, 0.5, qkv_share=SHARE, epoch_steps=5)
     assert freezing.schedule == "0:4,2:0"
     assert (freezing.block_weights, freezing.token_keep, freezing.unfrozen_token_keep) == ("qkv", None, None)
     assert (freezing.plain_epochs, freezing.layer_decay) == (choice.plain_epochs, None)
@@ -78,7 +76,7 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     # The rate of all blocks, raised for the shorter run and for what trains, halved behind a trained head.
     assert scales_of(trainer) == pytest.approx([QKV_SCALE * 0.5**-0.4 / 2, 4 * 0.5**-0.4], rel=0.01)
     assert scales_of(auto_trainer(images, freeze=QKV, **{**settings, "learning_rate": 1e-4}))[0] == 6.0
-    assert "block_weights=qkv, plain_epochs=3, head_rows=0.8, lr_scale=" in caplog.text
+    assert "block_weights=qkv, plain_epochs=3, lr_scale=" in caplog.text
     trainer.train()
     figures = figures_of(trainer._record)
     assert f"then {choice.num_epochs - 2:g} without frozen blocks" in figures["freezing"]["chosen"]
@@ -87,7 +85,7 @@ def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_pl
     spent = sum(stage["passes_spent"] for stage in figures["stages"])
     assert spent / 12 == pytest.approx(choice.cost, rel=0.005)
     # By hand, ten rows in a step, and ten steps of the head.
-    assert spent == pytest.approx(4 * part + 4 * (2 + SHARE) * (trainer.state.global_step - 10) / 5, rel=0.005)
+    assert spent == pytest.approx(4 + 4 * (2 + SHARE) * (trainer.state.global_step - 10) / 5, rel=0.005)
     # What is settled stays, and what speaks against it is heard.
     kept = auto_trainer(images, freeze={**QKV, "unfrozen_token_keep": 0.3, "plain_epochs": 0}, **settings)
     assert (kept.freeze_config.unfrozen_token_keep, kept.freeze_config.plain_epochs) == (0.3, 0)
@@ -135,6 +133,7 @@ def test_the_head_needs_some_rows_of_each_class_before_queries_keys_and_values_t
         auto_trainer(images, freeze={"budget": 0.5, "block_weights": "all"}, **longer),
         auto_trainer(images, freeze=QKV, **{**longer, "cache": {"mode": "never"}}),
         auto_trainer(images, needy, freeze=QKV, **longer),
+        auto_trainer(images, freeze=QKV, **longer),
         auto_trainer(images.select(range(40)), freeze=QKV, **longer),
     ):
         assert other.freeze_config.head_rows is None
