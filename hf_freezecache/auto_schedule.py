@@ -68,10 +68,9 @@ PLAIN_SHARE, MOST_PLAIN = 0.4, 3.0
 #: recipes/benchmarks/time_to_accuracy.py have them with three seeds. The others are these with more views. Queries, keys and
 #: values of all blocks, in place of all weights of some: at a cost of one epoch 85.3 for 79.8% on CIFAR-10, 88.8 for 81.2 on digits and 84.2 for
 #: 83.4 on Caltech-101, of two 87.7 for 85.2 on CIFAR-10, of four 90.4 for 88.4, 98.0 for 96.8 and 88.0 for 87.3, of eight 89.0 for 86.3, 98.1
-#: for 97.7 and 87.4 for 87.6 on Caltech-101; of half an epoch, behind a head that
-#: saw a part of the rows, 79.8 to 82.1 for 67.5% on CIFAR-10, 76.7 to 82.0 for 73.0 to 76.0 on digits and 77.3 for 74.9 on Caltech-101 (one to
-#: three seeds, in that record; on training images). At the cost of two epochs such a head gains nothing: 98.0 for 97.7% on digits, 88.0
-#: for 87.8 on CIFAR-10, 87.1 for 87.7 on Caltech-101 (three seeds, test images, there too).
+#: for 97.7 and 87.4 for 87.6 on Caltech-101; of half an epoch, behind a head that saw a part of the rows, 79.8 to 82.1 for 67.5% on CIFAR-10,
+#: 76.7 to 82.0 for 73.0 to 76.0 on digits and 77.3 for 74.9 on Caltech-101 (one to three seeds, in that record; on training images). At
+#: two epochs such a head gains nothing: 98.0 for 97.7, 88.0 for 87.8 and 87.1 for 87.7% (digits, CIFAR-10, Caltech-101; three seeds, test images).
 RECIPES: tuple[Recipe, ...] = (
     Recipe(most_cost=1.2, num_views=1, token_keep=0.5, least_epochs=2, most_epochs=8, qkv_epochs=0.1, few_rows=True),
     Recipe(most_cost=2.5, num_views=1, token_keep=0.5, least_epochs=3, most_epochs=8, qkv_epochs=0.1),
@@ -360,10 +359,8 @@ def choose(
         found = ((each, each.fitting(cost * whole, num_epochs, epoch_steps)) for each in candidates)
         chosen, pair = next((both for both in found if both[1] is not None), (costs[0], None))
         if pair is None:
-            runs = [
-                (chosen.of(point, 1) / whole, f"one epoch behind {point} frozen blocks")
-                for point in range(1, num_blocks)
-            ]
+            points = range(1, num_blocks)
+            runs = [(chosen.of(point, 1) / whole, f"one epoch behind {point} frozen blocks") for point in points]
             if all_blocks is not None and epoch_steps:
                 few = math.ceil(candidates[0].recipe.qkv_epochs * epoch_steps) / epoch_steps  # type: ignore[operator]
                 runs.append((all_blocks.of(0, few) / whole, f"{few:.2g} epochs of all blocks"))

@@ -223,7 +223,7 @@ def levers() -> str:
                 stage = run["stages"][-1]
                 lines.append(
                     f"| {config['data']}, {config['image_size']}\u00a0px | {given_words(point.arm)} | {stage['split_point']} "
-                    f"| {stage['views']} | {stage['epochs']:g} | {stage['keep']:.0%} | {point.words} | {point.cost:.2f} |"
+                    f"| {stage['views']} | {stage['epochs']:.3g} | {stage['keep']:.0%} | {point.words} | {point.cost:.2f} |"
                 )
     lines += [
         "",
@@ -261,7 +261,7 @@ def summary() -> str:
         config = record["config"]
         points = [point for point in points_of(record).values() if len(point.accuracies) > 1]
         shown: tuple[float, ...] = ()
-        for budget in (1, 2, 4, 8):
+        for budget in (0.5, 1, 2, 4, 8):
             best = []
             for name, own in ways.items():
                 of_own = [point for point in points if line_of(point.arm) in own]
