@@ -167,7 +167,7 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
             }
             for _, epochs, point in arm.stages(num_blocks)
         ]
-    passes, states_at = Passes(), 0
+    passes, states_at, rows_at = Passes(), 0, 1.0
     for stage in stages:
         point = stage["split_point"]
         share, whole = kept_share(stage["keep"], patches), int(point == 0)  # block 0 sees all tokens
@@ -175,11 +175,14 @@ def count_passes(arm: Arm, num_blocks: int, patches: int, stages: Sequence[Mappi
         passes.trained += (1 + INPUTS + weights) * (whole + (num_blocks - point - whole) * share) * stage["epochs"]
         if stage["cached"]:
             # The next cache is computed from this one; one that lies before it was built on the way.
-            passes.built += stage["views"] * max(point - states_at, 0) * stage.get("rows", 1.0)
-            states_at = point
+            rows = stage.get("rows", 1.0)
+            passes.built += stage["views"] * (
+                max(point - states_at, 0) * rows + min(point, states_at) * max(rows - rows_at, 0)
+            )
+            states_at, rows_at = point, rows
         else:
             passes.trained += point * stage["epochs"]
-            states_at = 0
+            states_at, rows_at = 0, 1.0
     return passes
 
 

@@ -44,6 +44,8 @@ def _recipes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ours/schedule=0:all,2:0/epochs=6/plain=2/unfrozen=0.5", (12 + 4 * 3 * (1 + 11 * 99 / 197)) / 36),
         # Queries, keys and values are a quarter of a block.
         ("ours/schedule=0:all,2:0/epochs=6/weights=qkv", (12 + 4 * 2.25 * 12) / 36),
+        ("ours/schedule=0:all,2:0/epochs=3/weights=qkv/rows=0.2", (12 / 5 + 2.25 * 12) / 36),
+        ("ours/schedule=0:all,2:6/epochs=3/rows=0.2", (6 + 6 / 5 + 3 * 6) / 36),
     ],
 )
 def test_the_cost_counts_passes_of_builds_and_steps(text: str, cost: float) -> None:
