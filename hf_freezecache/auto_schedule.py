@@ -2,10 +2,10 @@
 
 The head trains first, alone, from the output of the last block: that costs a forward pass and gives the blocks a head that tells
 them something. Then blocks train: where the cost pays for it, queries, keys and values of all blocks; else all weights of the blocks behind a
-split point. Costs are counted in epochs of full fine-tuning, by passes through
-blocks, see ``passes``: one such epoch of a model of ``n`` blocks takes ``3 n`` per image. A cache of ``V`` views takes ``n V``, or
-``k V`` where the head does not train first, and ``E`` epochs behind ``k`` blocks, on a share ``t`` of the patch tokens, take
-``3 (n - k) t E``. Where a share ``s`` of the weights trains, 3 gives way to ``2 + s``: queries, keys and values are a quarter.
+split point. Costs are counted in epochs of full fine-tuning, by passes through blocks, see ``passes``: one such epoch of a model of ``n``
+blocks takes ``3 n`` per image. A cache of ``V`` views takes ``n V``, or ``k V`` where the head does not train first, and ``E`` epochs behind
+``k`` blocks, on a share ``t`` of the patch tokens, take ``3 (n - k) t E``. Where a share ``s`` of the weights trains, 3 gives way to
+``2 + s``: queries, keys and values are a quarter.
 
 Where adapters train in place of the blocks' weights, as with LoRA, an epoch without freezing takes ``2 n``, and costs are counted in
 these. The head does not train first there: adapters begin as nothing, and disturb what the blocks know but slowly.
@@ -84,16 +84,7 @@ RECIPES: tuple[Recipe, ...] = (
 #: where 46 behind four have 82.8% (Caltech-101, two seeds): only a third of the blocks may go for steps. The others are those of
 #: ``RECIPES``.
 ADAPTER_RECIPES: tuple[Recipe, ...] = (
-    Recipe(
-        most_cost=2.5,
-        num_views=1,
-        token_keep=1.0,
-        least_epochs=2,
-        most_epochs=8,
-        head_epochs=0,
-        least_steps=60,
-        most_frozen=1 / 3,
-    ),
+    Recipe(2.5, 1, 1.0, least_epochs=2, most_epochs=8, head_epochs=0, least_steps=60, most_frozen=1 / 3),
     Recipe(most_cost=5.0, num_views=2, token_keep=0.5, least_epochs=4, most_epochs=8, head_epochs=0),
     Recipe(most_cost=math.inf, num_views=4, token_keep=0.5, least_epochs=8, most_epochs=16, head_epochs=0),
 )
@@ -116,7 +107,7 @@ class Choice:
         epoch_words: What ``cost`` counts.
         plain_epochs: Last epochs to show plain images in.
         qkv_only: Whether queries, keys and values train alone of the blocks.
-        few_rows: Whether the head sees a part of the rows, though the user has not said so.
+        few_rows: Whether the head sees ``few_rows`` of the rows.
     """
 
     split_point: int
@@ -148,6 +139,7 @@ class _Costs:
         cached: Whether frozen blocks run once for each view; else they run in every step.
         trained_share: Share of the weights of a block that a step trains.
         head_rows: Share of the rows that pass through the blocks for the head alone.
+        cached_head: Whether they do so once; else in each of its epochs.
         freezes: Whether blocks are frozen once the head has trained.
     """
 
@@ -157,6 +149,7 @@ class _Costs:
     cached: bool
     trained_share: float
     head_rows: float
+    cached_head: bool
     freezes: bool = True
 
     def all_blocks(self, trained_share: float, token_keep: float, head_rows: float) -> _Costs:
@@ -174,8 +167,9 @@ class _Costs:
         trained = self.trained(split_point, num_epochs, self.recipe.token_keep)
         if not self.cached:
             return self.head_epochs * self.num_blocks + trained + split_point * num_epochs
-        behind = self.num_blocks - split_point if self.head_epochs else 0
-        return views * (split_point + self.head_rows * behind) + trained
+        if not (self.head_epochs and self.cached_head):
+            return self.head_epochs * self.num_blocks + views * split_point + trained
+        return views * (split_point + self.head_rows * (self.num_blocks - split_point)) + trained
 
     def keep_paid(self, passes: float, split_point: int, num_epochs: float) -> float:
         """Return the share of the patch tokens, in hundredths, that so many passes pay for in the epochs behind a split point."""
@@ -294,8 +288,8 @@ def choose(
         cached: Whether frozen blocks run once for each view; else they run in every step.
         more_epochs: Whether, without a budget, the epochs of the head come on top of ``num_epochs``; else they are among them.
         adapters: Whether adapters train in place of the blocks' weights.
-        epoch_steps: Images of an epoch over those of an optimizer step, if known; a part of an epoch may be chosen then, of whole steps,
-            where adapters train, or queries, keys and values alone.
+        epoch_steps: Images of an epoch over those of an optimizer step, if known; then the last epoch may be a part, of whole steps, where
+            adapters train, or queries, keys and values alone.
         qkv_share: Share of the blocks' weights that makes queries, keys and values, if these may train alone. They do where the budget
             pays for it, or, without one, where that costs no more than ``num_epochs`` epochs without freezing, and not if several views or
             ``token_keep`` are settled.
@@ -303,8 +297,7 @@ def choose(
         trained_share: Share of their own weights that blocks train where some are frozen.
         cached_head: Whether the head may train from a cache of the last block's output, where there are caches.
         head_rows: Share of the rows that epochs of the head see, if that is settled.
-        few_rows: The same where it is not, queries, keys and values train alone, and the recipe says so. Where blocks are frozen, the other
-            rows pass through most blocks all the same.
+        few_rows: The same where it is not, and queries, keys and values train alone: frozen blocks would see the other rows all the same.
 
     Raises:
         ScheduleError: The model has one block only, or the budget does not pay for a single epoch of any recipe.
@@ -328,6 +321,7 @@ def choose(
             cached,
             trained_share,
             head_rows or 1.0,
+            cached_head,
         )
         for recipe in recipes
     ]

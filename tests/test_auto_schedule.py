@@ -87,6 +87,8 @@ def test_a_choice_fits_its_budget_and_the_model(
         epochs = math.floor(epochs) + last
     steps = step * seen * epochs
     frozen = choice.num_views * deepest
+    if choice.head_epochs and not cached_head:
+        frozen = choice.head_epochs * num_blocks + choice.num_views * choice.split_point
     if not cached:  # in every step
         frozen = choice.head_epochs * num_blocks + epochs * choice.split_point
     assert choice.cost == pytest.approx((frozen + steps) / ((2 if adapters else 3) * num_blocks))

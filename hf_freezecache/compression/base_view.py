@@ -63,15 +63,22 @@ def requested_codec(config: CacheConfig, split_point: int) -> tuple[Codec, float
     return codec, None, rate_at(str(config.bits_per_element), split_point)
 
 
-def check_rows(count: int) -> None:
+def check_rows(count: int, head_rows: float = 1.0) -> None:
     """Refuse data sets on which no lossy codec can be calibrated.
+
+    Args:
+        count: Rows that there are.
+        head_rows: Share of all rows that they may be.
 
     Raises:
         UnsupportedSetupError: Fewer than 4 rows.
     """
     if count < 4:
+        leaves, more = (
+            (f"head_rows={head_rows:g} leaves", "Raise it, or use") if head_rows < 1 else ("the data set has", "Use")
+        )
         raise UnsupportedSetupError(
-            f"A lossy codec is calibrated on at least 4 rows, the data set has {count}. Use codec='lossless'."
+            f"A lossy codec is calibrated on at least 4 rows, {leaves} {count}. {more} codec='lossless'."
         )
 
 
@@ -144,14 +151,20 @@ class CodecChooser:
     head_rows: float = 1.0
     _samples: tuple[Split, dict[bool, Sample]] | None = None
 
-    def rows_share(self, split_point: int) -> float:
-        """Return the share of the rows that stages behind a split point train on."""
+    def asked_share(self, split_point: int) -> float:
+        """Return the share of the rows that stages behind a split point are to train on."""
         return self.head_rows if split_point == self.splits.num_blocks else 1.0
 
     def at(self, split_point: int) -> CodecChooser:
         """Return what chooses for a split point, of whose cache the layout may be a part of the data's."""
-        share = self.rows_share(split_point)
-        return self if share == 1 else replace(self, data=replace(self.data, layout=self.data.layout.part(share)))
+        part = self.data.layout.part(self.asked_share(split_point))
+        return self if part is self.data.layout else replace(self, data=replace(self.data, layout=part))
+
+    def rows_shares(self, split_point: int) -> tuple[float, float]:
+        """Return the share of the rows that stages behind a split point train on: as it is asked for, and as whole chunks make it."""
+        return self.asked_share(split_point), self.at(
+            split_point
+        ).data.layout.num_samples / self.data.layout.num_samples
 
     def choose(self, split: Split, source: CacheReader | None) -> tuple[CodecState[Codec], CacheReader | None]:
         """Fit and calibrate a lossy codec at a split point, and decide between the images and an earlier cache.

@@ -264,7 +264,6 @@ def _curve(record: RunRecord) -> list[Figures]:
 def _stages(record: RunRecord) -> list[Figures]:
     """Return what each stage did, by its decision, and what it took, by its epochs."""
     stages: list[Figures] = []
-    num_blocks = record.model.get("num_blocks")
     for decision in record.decisions:
         epochs = [epoch for epoch in record.epochs if epoch.stage == decision.stage]
         end = max((epoch.epoch for epoch in epochs), default=decision.start_epoch)
@@ -276,7 +275,6 @@ def _stages(record: RunRecord) -> list[Figures]:
             {
                 **asdict(decision),
                 "has_cache": decision.has_cache,
-                "rows": record.freezing.get("head_rows") or 1.0 if decision.split_point == num_blocks else 1.0,
                 "runs_frozen_blocks": decision.runs_frozen_blocks,
                 "end_epoch": end,
                 "train_seconds": round(sum(epoch.seconds for epoch in epochs), 3),

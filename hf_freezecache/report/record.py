@@ -46,8 +46,7 @@ class Decision:
         trained_from: ``"cache"``, or ``"images"`` if the frozen blocks run in every step.
         reason: Why, in one sentence.
         cache: ``"built"`` by this run, ``"found"``, or ``"none"``.
-        built_from: Split point of the cache whose hidden states this run's cache was computed from; 0 if it was computed
-            from the images. ``None`` if this run built nothing.
+        built_from: Split point of the cache that this run's was computed from; 0 for the images; ``None`` if it built none.
         built_ahead: Split points of the caches of later stages that were built on the way.
         built_blocks: Blocks that views have passed through for all that was built, per image and view; 0 in older records.
         calibrated: Whether this run chose the codec by measurement.
@@ -66,11 +65,11 @@ class Decision:
         released_optimizer_bytes: Bytes of optimizer state that freezing released.
         lr_scale: What learning rates were multiplied by, beside ``layer_decay``.
         predicted: Predicted cost over all epochs of the stage: ``cached_passes``, building included, and ``live_passes`` in block
-            passes per image, a backward counting two; under ``mode="auto"``, where that decides, what ``predict_costs`` of
-            ``training.stage_costs`` gives, in seconds or views.
+            passes per image, a backward counting two; where ``mode="auto"`` decides, what ``stage_costs.predict_costs`` gives, too.
         build_seconds: Seconds that finding, calibrating and building took.
         token_keep: Share of the patch tokens that each step saw behind the frozen blocks, or behind the first block.
         trained_share: Share of their own weights that the other blocks trained, see ``block_weights``.
+        rows_share: Share of the rows that the stage saw, see ``head_rows``.
     """
 
     stage: int
@@ -100,6 +99,7 @@ class Decision:
     build_seconds: Number = 0.0
     token_keep: Number = 1.0
     trained_share: Number = 1.0
+    rows_share: Number = 1.0
 
     @property
     def has_cache(self) -> bool:

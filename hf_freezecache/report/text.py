@@ -193,7 +193,7 @@ def _training_source(stage: Figures) -> str:
         return "It trained on images, and no block was frozen."
     if stage["trained_from"] == "images":
         return f"It trained on images, and {counted(stage['split_point'], 'frozen block')} ran in every step."
-    images = "each image" if stage["rows"] == 1 else f"{stage['rows']:.3g} of the images"
+    images = "each image" if stage["rows_share"] == 1 else f"{stage['rows_share']:.3g} of the images"
     cache = f"It trained from a cache of {counted(stage['num_views'], 'view')} of {images}"
     if stage["cache"] == "found":
         return f"{cache}, which was found."

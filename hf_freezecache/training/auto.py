@@ -114,7 +114,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         )
     blocks = find_blocks(trainer.model)[1]
     adapters, weights = only_adapters_train(blocks), freezing.block_weights
-    share, qkv_gains, cached_head = None, weights == "qkv", False
+    share, qkv_gains, cached_head = None, weights == "qkv", True
     if not adapters and (qkv_gains or weights is None):
         splits = Splits(trainer.model, call=_first_call(trainer))
         layers = attention_inputs(splits)
@@ -136,8 +136,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "unfrozen_keep": freezing.unfrozen_token_keep or 1.0,
         "trained_share": share if share and weights == "qkv" else 1.0,
         "cached_head": cached_head,
-        "head_rows": freezing.head_rows,
-        "few_rows": few_rows[1],
+        "head_rows": None if freezing.head_rows is None else _part_of_rows(trainer, freezing.head_rows),
+        "few_rows": 1.0 if few_rows is None else _part_of_rows(trainer, few_rows),
     }
     # Perhaps a part of an epoch.
     asked = num_epochs if args.max_steps > 0 or args.num_train_epochs <= 0 else args.num_train_epochs
@@ -155,7 +155,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     if freezing.plain_epochs is None and choice.plain_epochs and trainer._transforms[1] is not None:
         settings["plain_epochs"] = choice.plain_epochs
     if choice.few_rows:
-        settings["head_rows"] = few_rows[0]
+        settings["head_rows"] = few_rows
     # Rates of adapters are the user's: the best ones of frozen and unfrozen runs lie close together.
     higher = 1.0
     if choice.qkv_only or weights == "qkv":
@@ -277,9 +277,7 @@ def _head_trains(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
 
 def _epoch_steps(trainer: Any) -> float | None:
     """Return the images of an epoch over those of an optimizer step; ``None`` if the number of rows is not known."""
-    try:
-        rows = len(trainer.train_dataset)
-    except TypeError:
+    if not (rows := _num_rows(trainer)):
         return None
     args = trainer.args
     batches = rows / (args.train_batch_size * args.world_size)
@@ -287,19 +285,27 @@ def _epoch_steps(trainer: Any) -> float | None:
     return float(batches / args.gradient_accumulation_steps) or None
 
 
-def _few_rows(trainer: Any) -> tuple[float, float]:
-    """Return which share of the rows is enough for a head that trains first, and the share that whole chunks make of it."""
-    classes = num_classes(trainer.model)
+def _few_rows(trainer: Any) -> float | None:
+    """Return which share of the rows is enough for a head that trains first; ``None`` if all are needed, or nothing is known of them."""
+    classes, rows = num_classes(trainer.model), _num_rows(trainer)
+    share = math.ceil(100 * ROWS_PER_CLASS * classes / rows) / 100 if classes is not None and rows else 1.0
+    return max(share, LEAST_ROWS) if share < 1 else None
+
+
+def _part_of_rows(trainer: Any, share: float) -> float:
+    """Return the share of the rows that whole chunks make of a share, in each of the folders of caches."""
+    rows, size = _num_rows(trainer), trainer.cache_config.chunk_size
+    if not rows:
+        return share
+    groups = trainer._process_groups[1].rows_of_groups(rows)
+    return sum(ChunkLayout.of_rows(rows, size, 0, *run).part(share).num_samples for run in groups) / rows
+
+
+def _num_rows(trainer: Any) -> int:
     try:
-        rows = len(trainer.train_dataset)
+        return len(trainer.train_dataset)
     except TypeError:
-        return 1.0, 1.0
-    if classes is None or not rows:
-        return 1.0, 1.0
-    share = max(math.ceil(100 * ROWS_PER_CLASS * classes / rows) / 100, LEAST_ROWS)
-    layout = ChunkLayout(rows, trainer.cache_config.chunk_size, 0)
-    part = layout.part(share)
-    return (1.0, 1.0) if part is layout else (share, part.num_samples / rows)
+        return 0
 
 
 def _first_call(trainer: Any) -> dict[str, Any] | None:

@@ -255,7 +255,7 @@ class StageRunner:
             model = wrap_again(self.runtime.accelerator, model)
         tokens, share = self.tokens.get(stage.split_point), self.freezer.trained_share
         token_keep = 1.0 if tokens is None else tokens.token_keep
-        self.sampler.share = rows_share = self.cache.chooser.rows_share(stage.split_point)
+        self.sampler.share, rows_share = self.cache.chooser.rows_shares(stage.split_point)
         decision = Decision(
             stage=stage.index,
             start_epoch=stage.start_epoch,
@@ -268,6 +268,7 @@ class StageRunner:
             ),
             token_keep=token_keep,
             trained_share=share,
+            rows_share=rows_share,
         )
         self.sampler.num_views = self.config.num_views if stage.split_point > 0 else 0
         split, whole, opened = self.splits.at(stage.split_point), self.splits.at(stage.tokens_point), None

@@ -110,7 +110,7 @@ class StageCache:
         self.process_group.on_main_process(self._hashes)
         lossless = requested_codec(self.config, max(self.split_points))[0].lossless
         if not lossless or self.config.copies_apart:
-            check_rows(self.chooser.data.layout.num_samples)
+            check_rows(self.chooser.at(max(self.split_points)).data.layout.num_samples, self.chooser.head_rows)
 
     def _hashes(self) -> dict[str, str]:
         """Hash code as it is now, and data once: reading a large data set takes a while."""
@@ -378,7 +378,7 @@ class StageCache:
             # Also where views are stored directly: a later stage may be computed from these, and predict.
             views, collate = views.with_geometry(), collate.with_geometry()
         consume = None
-        if source is not None and self.config.consume_previous_cache:
+        if source is not None and self.config.consume_previous_cache and plan.layout == source.layout:
             later = self.split_points[self.split_points.index(split.split_point) + 1 :]
             if source.index.split_point not in later:
                 self.current = None  # half of it may be gone if this build fails

@@ -316,7 +316,11 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
         ]
         current, source = cache.current, states_at(stage, run.stages, run.config)
         there = current is not None and current.index.split_point == source
-        views = {"cached_views": run.config.num_views, "live_views": sum(epochs for epochs, _ in served)}
+        share, ahead = cache.chooser.rows_shares(stage.split_point)[1], [point for _, point in served[1:]]
+        views = {
+            "cached_views": run.config.num_views * (1 if ahead else share),
+            "live_views": sum(epochs for epochs, _ in served),
+        }
         if not there and views["cached_views"] >= views["live_views"]:
             return views
         rows = cache.chooser.data.layout.total_samples / run.runtime.everyone.size
@@ -335,6 +339,11 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
             workers,
             run.freezer.trained_share,
         )
+        # What the head does not see need not come as far.
+        spared = build_seconds(
+            rates, stage.split_point, max(ahead, default=source if there else 0), run.config.num_views, 1, workers[0]
+        )
+        cached -= (1 - share) * spared
         calibration = 0.0
         if not requested_codec(run.config, stage.split_point)[0].lossless:
             suffix = rates.block * (run.splits.num_blocks - stage.split_point)

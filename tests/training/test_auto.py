@@ -297,7 +297,15 @@ def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dat
 
 
 @pytest.mark.parametrize(
-    "freeze", [{"block_weights": "qkv"}, {"block_weights": "all"}, {}], ids=["queries", "frozen", "free"]
+    "freeze",
+    [
+        {"block_weights": "qkv"},
+        {"block_weights": "all"},
+        {},
+        {"head_rows": 0.1},
+        {"block_weights": "qkv", "head_rows": 0.3},
+    ],
+    ids=["queries", "frozen", "free", "frozen, few rows", "queries, few rows"],
 )
 @pytest.mark.parametrize(("epochs", "budget"), [(1.2, 1.0), (2.5, 0.9), (1.0, 1.0), (3.0, 0.35)])
 @pytest.mark.parametrize("batch", [10, 16, 50])
@@ -309,6 +317,16 @@ def test_a_budget_is_not_passed_whatever_epochs_and_batches_are(images, freeze, 
     figures = figures_of(trainer._record)
     assert f"(budget={budget:g} of {epochs:g})" in figures["freezing"]["chosen"]
     assert 0 < sum(stage["passes_spent"] for stage in figures["stages"]) / 12 <= epochs * budget * 1.001
+
+
+@pytest.mark.parametrize("head_rows", [None, 0.2])
+def test_nor_where_the_head_has_to_see_images_in_each_epoch(images, head_rows) -> None:
+    needy, settings = SeesEarlierBlocks(tiny_vit().config), {"num_train_epochs": 1, "trainer": PAIR}
+    trainer = auto_trainer(images, needy, freeze={**QKV, "budget": 0.9, "head_rows": head_rows}, **settings)
+    trainer.train()
+    figures = figures_of(trainer._record)
+    assert [stage["trained_from"] for stage in figures["stages"]] == ["images", "images"]
+    assert 0.7 < sum(stage["passes_spent"] for stage in figures["stages"]) / 12 <= 0.9
 
 
 def test_without_a_budget_a_part_of_an_epoch_stays_one(images) -> None:

@@ -14,6 +14,7 @@ from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.text import describe_schedule, stage_account
+from hf_freezecache.training import stage_costs
 
 SCHEDULE = "0:4,2:1,3:0"
 
@@ -45,8 +46,8 @@ def test_the_cache_of_the_head_holds_a_part_and_trains_as_without_a_cache(train_
     # By hand: two views of all rows to the first block, then those of a part through the others; two epochs of the head cost nothing.
     spent = [stage["passes_spent"] for stage in stages]
     assert spent[0] == pytest.approx(2 * (1 + 3 * part / rows), abs=0.06)
-    assert stages[0]["predicted"]["cached_passes"] == pytest.approx(2 * (1 + 3 * 0.4))
-    assert "two views of 0.4 of the images, which" in stage_account(stages[0]).replace("2 views", "two views")
+    assert stages[0]["predicted"]["cached_passes"] == pytest.approx(2 * (1 + 3 * part / rows))
+    assert f"2 views of {part / rows:.3g} of the images, which" in stage_account(stages[0])
     assert "of each image" in stage_account(stages[1])
     assert "; 0.4 of the rows while the head trains alone" in describe_schedule(figures_of(cached._record))
 
@@ -85,3 +86,37 @@ def test_a_share_is_refused_out_of_its_range_and_without_a_schedule() -> None:
             FreezeConfig(schedule="0:4", head_rows=share)
     with pytest.raises(UnsupportedSetupError, match=r"head_rows=0\.5 needs a schedule"):
         FreezeConfig(head_rows=0.5)
+
+
+def test_chunks_stay_whole_and_are_what_is_counted_and_told(train_dataset) -> None:
+    trainer = trained(train_dataset, 0.1, schedule="0:4", num_train_epochs=1, cache={"chunk_size": 30, "num_views": 1})
+    stage = figures_of(trainer._record)["stages"][0]
+    share = 30 / len(train_dataset)
+    assert (stage["rows_share"], stage["predicted"]["cached_passes"]) == pytest.approx((share, 4 * share))
+    assert f"of {share:.3g} of the images" in stage_account(stage)
+
+
+def test_too_few_rows_for_a_lossy_codec_are_refused_before_anything_is_built(train_dataset) -> None:
+    settings = {"cache": {"codec": "auto", "chunk_size": 2}, "schedule": "0:2,1:4", "num_train_epochs": 2}
+    with pytest.raises(UnsupportedSetupError, match=r"head_rows=0\.02 leaves 2\. Raise it, or use codec='lossless'"):
+        trained(train_dataset, 0.02, **settings)
+    assert not Path("caches").exists()
+
+
+def test_of_an_earlier_cache_nothing_is_consumed_that_is_not_replaced(train_dataset) -> None:
+    settings = {"schedule": "0:2,1:4", "num_train_epochs": 2}
+    trained(train_dataset, cache={"consume_previous_cache": True}, **settings)
+    assert {point: reader.index.num_samples < len(train_dataset) for point, reader in readers().items()} == {
+        2: False,
+        4: True,
+    }
+
+
+def test_where_it_is_decided_by_measurement_only_the_part_is_reckoned_with(train_dataset, monkeypatch) -> None:
+    """Three views of all rows would be as many renderings as three epochs take."""
+    monkeypatch.setattr(stage_costs, "LEAST_SECONDS", 0.0)
+    settings = {"schedule": "0:4", "num_train_epochs": 3, "cache": {"mode": "auto", "num_views": 3}}
+    part, whole = (trained(train_dataset, share, **settings)._record.decisions[0].predicted for share in (0.4, 1.0))
+    assert (whole["cached_views"], whole["live_views"]) == (3, 3)
+    assert "cached_views" not in part
+    assert part["cached_seconds"] > 0
