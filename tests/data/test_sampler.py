@@ -141,7 +141,9 @@ def test_of_a_part_of_the_rows_each_comes_as_often_as_any(
         seen = Counter(row for row, _ in keys)
         assert set(seen) <= set(part.order.tolist())
         assert len(seen) >= min(part.num_samples, layout.num_samples)
-        if len(group_of_rank) == 1:  # else some fill the end
+        if len(group_of_rank) == 1:  # else, and in the last batch, some fill the end
+            keys = list(sampler)
+            seen = Counter(row for row, _ in keys)
             assert max(seen.values()) - min(seen.values()) <= 1
             # All of the part come before any comes again, but for those that are mixed with the next turn.
             first = [row for row, _ in keys[: part.num_samples + window * chunk]]
@@ -153,6 +155,20 @@ def test_of_a_part_of_the_rows_each_comes_as_often_as_any(
                 assert chunks == {key for ahead in sampler.windows(rank) for key in ahead}
     if share == 1:
         assert list(sampler) == list(whole)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_turns_over_a_part_come_one_after_the_other_and_the_last_chunk_stays_short(processes) -> None:
+    sampler = make(44, 3, 1, 4, (0,) * processes)  # 15 chunks, the last of two rows
+    sampler.share = 0.3
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        read = [[chunk for _, chunk in window] for rank in range(processes) for window in sampler.windows(rank)]
+        if processes == 1:
+            order = [chunk for (chunk,) in read]
+            assert [sorted(order[start : start + 5]) for start in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+            assert len(list(sampler)) == 44
+        assert Counter(chunk for window in read for chunk in window) == dict.fromkeys(range(5), 3)
 
 
 @pytest.mark.by_default(1)
