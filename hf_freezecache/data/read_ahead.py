@@ -104,8 +104,9 @@ class ReadAhead(Generic[Chunk]):
 
     def turn_to(self, key: ChunkKey) -> None:
         """Leave out what lies before the window of a chunk, and put that chunk first."""
-        # Where rows come several times in an epoch, it is the turn that is nearest.
-        window = min(self._windows_of.get(key, ()), key=lambda turn: abs(turn - self._window), default=self._window)
+        # Where rows come several times in an epoch it is the next turn: the order never goes back.
+        turns = self._windows_of.get(key, [self._window])
+        window = next((turn for turn in turns if turn >= self._window), turns[-1])
         if window != self._window:
             self._go_to(window)
         # Mostly it is being read: looking for it in the queue would take the time of all chunks ahead, for each of them.
