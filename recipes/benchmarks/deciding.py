@@ -4,7 +4,8 @@
 
 Each case is trained in each mode in each round, in turn, with a folder of caches of its own, but for ``there``, whose cache is built
 before. Nothing is remembered from one run to the next: all check data and code. Seconds are those of ``train()``. ``predicted`` is what
-the decision holds, over what the same way of training took, without what comes before the first stage.
+the decision holds, over what the same way of training took, without what comes before the first stage. The record is written after each case. Cases are long enough for
+the seconds that measuring takes to be a small part of them, as in a run that is worth a decision: some 5 to 30.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Case:
     split_point: int = 9
     epochs: int = 6
     views: int = 1
-    rows: int = 96
+    rows: int = 384
     sleep: float = 0.0
     codec: str = "lossless"
     blocks: int = 0
@@ -65,10 +66,10 @@ CASES = {
     "one epoch, four views": Case(epochs=1, views=4),
     "as many views as epochs": Case(epochs=3, views=3),
     "k=1": Case(split_point=1, epochs=3, views=2),
-    "slow images, few epochs": Case(split_point=1, epochs=3, sleep=0.05),
-    "slow images, many views": Case(epochs=2, views=4, sleep=0.05),
-    "tiny encoder": Case(split_point=2, epochs=4, views=4, rows=1024, blocks=4),
-    "few rows": Case(epochs=12, rows=32),
+    "slow images, few epochs": Case(split_point=1, epochs=3, rows=96, sleep=0.05),
+    "slow images, many views": Case(epochs=2, views=4, rows=96, sleep=0.05),
+    "tiny encoder": Case(split_point=2, epochs=4, views=4, rows=2048, blocks=4),
+    "few rows": Case(epochs=48, rows=32),
     "calibration": Case(epochs=2, codec="auto"),
     "frequent evaluation": Case(epochs=4, evaluate=True),
     "the cache is there": Case(epochs=1, views=2, there=True),
@@ -169,7 +170,9 @@ def main() -> None:
     args = parser.parse_args()
     datasets.disable_progress_bars()
     rows = datasets.Dataset.from_parquet(str(Path(args.data) / "train.parquet"))
-    results = {}
+    config = {name: str(value) for name, value in vars(args).items() if name not in ("json", "cases")}
+    config |= {"model": Path(args.model).name, "data": Path(args.data).name, "threads": str(torch.get_num_threads())}
+    results: dict[str, dict[str, Any]] = {}
     for name in args.cases:
         result = results[name] = compare(args, CASES[name], rows)
         seconds = ", ".join(f"{mode} {result[f'{mode}_seconds']['median']:.1f} s" for mode in MODES)
@@ -178,10 +181,8 @@ def main() -> None:
             f"predicted over outcome {[result[key] and result[key]['median'] for key in result if key.endswith('outcome')]}",
             flush=True,
         )
-    config = {name: str(value) for name, value in vars(args).items() if name not in ("json", "cases")}
-    config |= {"model": Path(args.model).name, "data": Path(args.data).name, "threads": str(torch.get_num_threads())}
-    config["cases"] = {name: dataclasses.asdict(CASES[name]) for name in args.cases}
-    save(args.json, "deciding", config, results)
+        done = {"cases": {name: dataclasses.asdict(CASES[name]) for name in results}}
+        save(args.json, "deciding", config | done, results)
 
 
 if __name__ == "__main__":
