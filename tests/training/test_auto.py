@@ -382,6 +382,30 @@ def test_a_resumed_run_does_what_the_interrupted_one_chose(images, monkeypatch, 
     assert f"lr_scale={expected.lr_scale}; that is" in longer._record.chosen
 
 
+def test_what_an_older_version_chose_without_knowing_all_settings_is_gone_on_with(images, monkeypatch) -> None:
+    settings = {
+        "freeze": QKV,
+        "num_train_epochs": 2,
+        "save_strategy": "epoch",
+        "trainer": PAIR,
+        "cache": {"chunk_size": 4},
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_freezecache.training.auto._few_rows", lambda trainer: None)
+        whole = auto_trainer(images, **settings)
+        whole.train()
+    path = Path("out/checkpoint-5/freezecache_state.json")
+    state = json.loads(path.read_text())
+    for part in ("asked", "settings"):
+        del state["chosen"][part]["head_rows"]
+    path.write_text(json.dumps(state))
+    resumed = auto_trainer(images, **{**settings, "output_dir": "again"})
+    assert resumed.freeze_config.head_rows == 0.8
+    resumed.train(resume_from_checkpoint=str(path.parent))
+    assert resumed.freeze_config.head_rows is None
+    assert_same(parameters_of(whole.model), parameters_of(resumed.model))
+
+
 def test_what_max_steps_makes_of_epochs_is_not_what_was_asked(images) -> None:
     settings = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "trainer": PAIR}
     whole = auto_trainer(images, learning_rate=1e-4, **settings)
