@@ -162,9 +162,8 @@ class CodecChooser:
 
     def rows_shares(self, split_point: int) -> tuple[float, float]:
         """Return the share of the rows that stages behind a split point train on: as it is asked for, and as whole chunks make it."""
-        return self.asked_share(split_point), self.at(
-            split_point
-        ).data.layout.num_samples / self.data.layout.num_samples
+        shown = self.at(split_point).data.layout.num_samples
+        return self.asked_share(split_point), shown / self.data.layout.num_samples
 
     def choose(self, split: Split, source: CacheReader | None) -> tuple[CodecState[Codec], CacheReader | None]:
         """Fit and calibrate a lossy codec at a split point, and decide between the images and an earlier cache.

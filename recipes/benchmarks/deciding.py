@@ -4,8 +4,8 @@
 
 Each case is trained in each mode in each round, in turn, with a folder of caches of its own, but for ``there``, whose cache is built
 before. Nothing is remembered from one run to the next: all check data and code. Seconds are those of ``train()``. ``predicted`` is what
-the decision holds, over what the same way of training took, without what comes before the first stage. The record is written after each case. Cases are long enough for
-the seconds that measuring takes to be a small part of them, as in a run that is worth a decision: some 5 to 30.
+the decision holds, over what the same way of training took, without what comes before the first stage. The record is written after
+each case. Cases take some 2 to 30 seconds: what measuring takes should be a small part of them, as in runs that are worth a decision.
 """
 
 from __future__ import annotations
