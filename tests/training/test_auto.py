@@ -1,31 +1,25 @@
-"""``schedule="auto"``: what the trainer makes of the choice, what the user may fix, and what a resumed run does."""
+"""``schedule="auto"`` and ``num_views="auto"``: what the trainer makes of the choice, and what the user may fix."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.auto import QKV, SHARE, SeesEarlierBlocks, auto_trainer, scales_of
 from support.parity import assert_same, parameters_of
-from support.tiny import PAIR, TinyTransform, make_trainer, tiny_model, tiny_vit, training_arguments
+from support.tiny import PAIR, TinyTransform, make_trainer, tiny_model, tiny_vit
 
-from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
+from hf_freezecache import CacheConfig, FreezeCacheTrainer
 from hf_freezecache.auto_schedule import choose
-from hf_freezecache.errors import ScheduleError, UnsupportedSetupError
+from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.text import describe_schedule
 from hf_freezecache.training.auto import QKV_SCALE
 from hf_freezecache.training.lr_rule import lr_scale
-
-
-def auto_trainer(rows: Any, model: Any = None, freeze: dict[str, Any] | None = None, **settings: Any) -> Any:
-    return make_trainer(tiny_vit() if model is None else model, rows, schedule="auto", freeze=freeze, **settings)
 
 
 def test_where_steps_are_counted_the_head_takes_none_on_top(train_dataset) -> None:
@@ -57,10 +51,6 @@ def test_a_budget_chooses_epochs_views_tokens_and_rates(train_dataset, caplog) -
     assert choice.split_point == 1
     assert "chosen by schedule='auto'" in describe_schedule(figures)
     assert [stage["token_keep"] for stage in figures["stages"]] == [1, choice.token_keep]
-
-
-SHARE = 816 / 2224  # of a tiny block's weights
-QKV = {"budget": 0.5, "block_weights": "qkv"}
 
 
 def test_a_budget_of_some_epochs_trains_queries_keys_and_values_and_ends_with_plain_images(images, caplog) -> None:
@@ -205,11 +195,6 @@ def test_where_no_head_trains_first_rates_decay(train_dataset) -> None:
     assert scales[0] == pytest.approx({point: 3 * scale for point, scale in scales[1].items()}, rel=0.01)
 
 
-def scales_of(trainer: Any) -> list[float]:
-    """What the user's rate is multiplied by: in the stage behind a trained head, and while the head trains alone."""
-    return [float(pair.partition(":")[2]) for pair in trainer.freeze_config.lr_scale.split(",")]
-
-
 def test_low_rates_are_raised_for_a_head_alone_and_behind_one_that_was_trained(train_dataset) -> None:
     """Low rates are for blocks that follow a new head. One that is very low stays low."""
 
@@ -250,94 +235,6 @@ def test_low_rates_are_raised_for_a_head_alone_and_behind_one_that_was_trained(t
     assert [scales(1e-4, cls=cls) for cls in (OwnGroups, OwnOptimizer, OwnClass)] == [by_rule] * 3
 
 
-@pytest.mark.parametrize("other", [1e-2, 1e-5])
-def test_a_run_that_is_resumed_with_another_rate_has_those_of_its_checkpoint(other, train_dataset) -> None:
-    """As under ``Trainer``, whose schedulers come from the checkpoint: rates that were chosen by the old one stay."""
-    settings = {"freeze": {"budget": 0.4}, "num_train_epochs": 3, "save_strategy": "epoch", "learning_rate": 1e-4}
-    whole = auto_trainer(train_dataset, **settings)
-    whole.train()
-    rates = {log["step"]: log["learning_rate"] for log in whole.state.log_history if "learning_rate" in log}
-    for epoch in (1, 2, 3):
-        step = 5 * epoch
-        resumed = auto_trainer(train_dataset, **{**settings, "output_dir": "again", "learning_rate": other})
-        resumed.train(resume_from_checkpoint=f"out/checkpoint-{step}")
-        found = {log["step"]: log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log}
-        assert found == rates
-
-
-def test_a_scale_that_the_user_gives_anew_holds_from_the_checkpoint_on(train_dataset) -> None:
-    settings = {"num_train_epochs": 3, "save_strategy": "epoch", "learning_rate": 1e-3}
-    freeze = {"budget": 0.4, "block_weights": "all"}
-    first = auto_trainer(train_dataset, freeze={**freeze, "lr_scale": "2"}, **settings)
-    first.train()
-    again = {**settings, "output_dir": "again", "freeze": {**freeze, "lr_scale": "4"}}
-    resumed = auto_trainer(train_dataset, **again)
-    resumed.train(resume_from_checkpoint="out/checkpoint-5")
-    rates = [
-        {log["step"]: log["learning_rate"] for log in one.state.log_history if log.get("learning_rate")}
-        for one in (first, resumed)
-    ]
-    later = [step for step in rates[0] if step > 6]
-    assert later
-    assert [rates[1][step] for step in later] == pytest.approx([2 * rates[0][step] for step in later])
-
-
-def test_the_arguments_of_the_user_stay_and_give_the_same_choice_again(train_dataset) -> None:
-    args = training_arguments(num_train_epochs=3)
-    trainers = [
-        FreezeCacheTrainer(
-            model=tiny_vit(), args=args, train_dataset=train_dataset, freeze_config=FreezeConfig("auto", **QKV)
-        )
-        for _ in range(2)
-    ]
-    assert args.num_train_epochs == 3
-    assert [trainer.args.num_train_epochs for trainer in trainers] == [
-        choose(4, 3, 0.5, qkv_share=SHARE, epoch_steps=5).num_epochs
-    ] * 2
-
-
-@pytest.mark.parametrize(
-    "freeze",
-    [
-        {"block_weights": "qkv"},
-        {"block_weights": "all"},
-        {},
-        {"head_rows": 0.1},
-        {"block_weights": "qkv", "head_rows": 0.3},
-    ],
-    ids=["queries", "frozen", "free", "frozen, few rows", "queries, few rows"],
-)
-@pytest.mark.parametrize(("epochs", "budget"), [(1.2, 1.0), (2.5, 0.9), (1.0, 1.0), (3.0, 0.35)])
-@pytest.mark.parametrize("batch", [10, 16, 50])
-def test_a_budget_is_not_passed_whatever_epochs_and_batches_are(images, freeze, epochs, budget, batch) -> None:
-    """Steps are whole, the last of an epoch may be a small one, and the user's last epoch a part of one."""
-    settings = {"num_train_epochs": epochs, "per_device_train_batch_size": batch, "trainer": PAIR}
-    trainer = auto_trainer(images, freeze={**freeze, "budget": budget}, cache={"mode": "always"}, **settings)
-    trainer.train()
-    figures = figures_of(trainer._record)
-    assert f"(budget={budget:g} of {epochs:g})" in figures["freezing"]["chosen"]
-    assert 0 < sum(stage["passes_spent"] for stage in figures["stages"]) / 12 <= epochs * budget * 1.001
-
-
-@pytest.mark.parametrize("head_rows", [None, 0.2])
-def test_nor_where_the_head_has_to_see_images_in_each_epoch(images, head_rows) -> None:
-    needy, settings = SeesEarlierBlocks(tiny_vit().config), {"num_train_epochs": 1, "trainer": PAIR}
-    trainer = auto_trainer(images, needy, freeze={**QKV, "budget": 0.9, "head_rows": head_rows}, **settings)
-    trainer.train()
-    figures = figures_of(trainer._record)
-    assert [stage["trained_from"] for stage in figures["stages"]] == ["images", "images"]
-    assert 0.7 < sum(stage["passes_spent"] for stage in figures["stages"]) / 12 <= 0.9
-
-
-def test_without_a_budget_a_part_of_an_epoch_stays_one(images) -> None:
-    trainer = auto_trainer(
-        images, model=tiny_vit(hidden_size=192, intermediate_size=768), num_train_epochs=2.5, trainer=PAIR
-    )
-    assert (trainer.freeze_config.schedule, trainer.freeze_config.plain_epochs) == ("0:4,2:0", 3)
-    assert trainer.args.num_train_epochs == 4.5
-    assert trainer._record.chosen.startswith("schedule='auto' keeps the 2.5 epochs asked for: ")
-
-
 def test_features_are_augmented_where_blocks_train(images, caplog) -> None:
     mixed = {"feature_augmentation": "mixup:0.2"}
     wide = {
@@ -353,97 +250,6 @@ def test_features_are_augmented_where_blocks_train(images, caplog) -> None:
     assert "feature_augmentation acts on cached stages only" in caplog.text
 
 
-def test_a_resumed_run_does_what_the_interrupted_one_chose(images, monkeypatch, caplog) -> None:
-    """Another choice would follow: where steps have more images, or from a later rule."""
-    settings = {"freeze": {"budget": 0.35}, "num_train_epochs": 3, "save_strategy": "epoch", "trainer": PAIR}
-    whole = auto_trainer(images, **settings)
-    whole.train()
-    monkeypatch.setattr("hf_freezecache.training.auto._few_tokens", lambda splits: True)
-    caplog.clear()
-    for step in (5, 10, 15):
-        resumed = auto_trainer(images, **{**settings, "output_dir": "again"})
-        assert resumed.freeze_config.block_weights == "qkv"
-        resumed._record.asked_epochs = None  # as if its own choice had been the epochs asked for
-        resumed.train(resume_from_checkpoint=f"out/checkpoint-{step}")
-        assert resumed.freeze_config == whole.freeze_config
-        assert resumed.cache_config == whole.cache_config
-        assert resumed.args.num_train_epochs == whole.args.num_train_epochs
-        assert resumed._record.asked_epochs == whole._record.asked_epochs
-        assert_same(parameters_of(whole.model), parameters_of(resumed.model))
-        assert resumed._record.chosen == whole._record.chosen
-        assert "Going on with what the interrupted run chose. schedule='auto' may spend" in caplog.text
-    # Who asks for something else gets it, but for the rates: those of the checkpoint's optimizer are for the old learning rate.
-    other = {"num_train_epochs": 4, "learning_rate": 1e-5, "freeze": {"budget": 0.35, "token_keep": 0.5}}
-    longer = auto_trainer(images, **{**settings, **other})
-    expected = replace(longer.freeze_config, lr_scale=whole.freeze_config.lr_scale)
-    assert longer.freeze_config != expected
-    longer.train(resume_from_checkpoint="out/checkpoint-5")
-    assert longer.freeze_config == expected
-    assert f"lr_scale={expected.lr_scale}; that is" in longer._record.chosen
-
-
-def test_what_an_older_version_chose_without_knowing_all_settings_is_gone_on_with(images, monkeypatch) -> None:
-    settings = {
-        "freeze": QKV,
-        "num_train_epochs": 2,
-        "save_strategy": "epoch",
-        "trainer": PAIR,
-        "cache": {"chunk_size": 4},
-    }
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_freezecache.training.auto._few_rows", lambda trainer: None)
-        whole = auto_trainer(images, **settings)
-        whole.train()
-    path = Path("out/checkpoint-5/freezecache_state.json")
-    state = json.loads(path.read_text())
-    for part in ("asked", "settings"):
-        del state["chosen"][part]["head_rows"]
-    path.write_text(json.dumps(state))
-    resumed = auto_trainer(images, **{**settings, "output_dir": "again"})
-    assert resumed.freeze_config.head_rows == 0.8
-    resumed.train(resume_from_checkpoint=str(path.parent))
-    assert resumed.freeze_config.head_rows is None
-    assert_same(parameters_of(whole.model), parameters_of(resumed.model))
-
-
-def test_what_max_steps_makes_of_epochs_is_not_what_was_asked(images) -> None:
-    settings = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "trainer": PAIR}
-    whole = auto_trainer(images, learning_rate=1e-4, **settings)
-    whole.train()
-    again = {**settings, "output_dir": "again", "per_device_train_batch_size": 25, "learning_rate": 1e-6}
-    resumed = auto_trainer(images, **again)
-    assert resumed.freeze_config != whole.freeze_config
-    assert resumed.cache_config.num_views != whole.cache_config.num_views
-    resumed.train(resume_from_checkpoint="out/checkpoint-10")
-    assert resumed.freeze_config == whole.freeze_config
-    assert resumed.cache_config.num_views == whole.cache_config.num_views
-
-
-def test_of_an_older_checkpoint_the_rates_are_taken(images) -> None:
-    settings = {"freeze": {"budget": 0.35}, "num_train_epochs": 3, "save_strategy": "epoch", "trainer": PAIR}
-    auto_trainer(images, **settings).train()
-    path = Path("out/checkpoint-5/freezecache_state.json")
-    state = json.loads(path.read_text())
-    del state["chosen"]
-    path.write_text(json.dumps({**state, "lr_scale": "1:7,4:8"}))
-    resumed = auto_trainer(images, **{**settings, "output_dir": "again"})
-    expected = replace(resumed.freeze_config, lr_scale="1:7,4:8")
-    resumed.train(resume_from_checkpoint="out/checkpoint-5")
-    assert resumed.freeze_config == expected
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_the_same_to_the_bit(train_dataset) -> None:
-    settings = {"freeze": {"budget": 0.4}, "num_train_epochs": 3, "save_strategy": "epoch"}
-    whole = auto_trainer(train_dataset, **settings)
-    whole.train()
-    for checkpoint in (5, 10, 15):
-        resumed = auto_trainer(train_dataset, **{**settings, "output_dir": "again"})
-        resumed.train(resume_from_checkpoint=f"out/checkpoint-{checkpoint}")
-        assert_same(parameters_of(whole.model), parameters_of(resumed.model))
-        assert resumed._record.chosen == whole._record.chosen
-
-
 def test_one_view_where_views_are_alike(images) -> None:
     flat = auto_trainer(images.with_transform(TinyTransform(augment=False)), num_train_epochs=12)
     drawn = auto_trainer(images.with_transform(TinyTransform(augment=True)), num_train_epochs=12)
@@ -453,9 +259,6 @@ def test_one_view_where_views_are_alike(images) -> None:
         images.with_transform(TinyTransform(augment=False)), cache={"num_views": 3}, num_train_epochs=12
     )
     assert kept.cache_config.num_views == 3
-
-
-# ---- num_views="auto" with a schedule that is written out ----
 
 
 def views_of(rows: Any, schedule: str, epochs: int, mode: str = "always", **settings: Any) -> Any:
@@ -489,18 +292,6 @@ def test_the_epochs_with_frozen_blocks_choose_the_number_of_views(train_dataset,
         assert trainer.cache_config.num_views == choose(4, 12).num_views
 
 
-def test_a_run_stores_the_views_that_were_chosen_and_a_resumed_one_finds_them(train_dataset) -> None:
-    settings = {"schedule": "0:1,3:3", "num_train_epochs": 5, "cache": {"num_views": "auto"}}
-    whole = make_trainer(tiny_vit(), train_dataset, save_strategy="epoch", **settings)
-    whole.train()
-    assert [made.num_views for made in whole._record.decisions] == [2, 2]
-    assert whole._record.cache["num_views"] == 2
-    resumed = make_trainer(tiny_vit(), train_dataset, output_dir="again", **settings)
-    resumed.train(resume_from_checkpoint="out/checkpoint-20")
-    assert_same(parameters_of(whole.model), parameters_of(resumed.model))
-    assert [made.num_views for made in resumed._record.decisions] == [2, 2]
-
-
 @pytest.mark.slow
 def test_a_head_that_does_not_train_is_not_trained_first(train_dataset) -> None:
     model = tiny_vit()
@@ -510,100 +301,6 @@ def test_a_head_that_does_not_train_is_not_trained_first(train_dataset) -> None:
     trainer = auto_trainer(train_dataset, model, num_train_epochs=3)
     assert trainer.freeze_config.schedule == f"0:{choose(4, 3, head_first=False).split_point}"
     trainer.train()
-
-
-def with_lora() -> torch.nn.Module:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
-    torch.manual_seed(0)
-    return peft.get_peft_model(tiny_vit(), config)
-
-
-def test_blocks_of_which_little_trains_have_adapters(train_dataset) -> None:
-    """Norms alone, say: no gradients of the large matrices are needed, whoever made the model so."""
-    model = tiny_vit()
-    for name, parameter in model.vit.named_parameters():
-        parameter.requires_grad_("norm" in name)
-    trainer = auto_trainer(train_dataset, model, freeze={"budget": 0.5}, num_train_epochs=6)
-    choice = choose(4, 6, 0.5, adapters=True, epoch_steps=5)
-    assert trainer.freeze_config.schedule == f"0:{choice.split_point}"
-    assert (trainer.freeze_config.layer_decay, trainer.freeze_config.lr_scale) == (None, None)
-    assert trainer.args.num_train_epochs == choice.num_epochs
-    assert "epochs of all adapters" in trainer._record.chosen
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_adapters_keep_the_share_of_tokens_that_the_user_set(train_dataset) -> None:
-    freeze = {"budget": 0.5, "unfrozen_token_keep": 0.5}
-    settings = {"num_train_epochs": 4, "per_device_train_batch_size": 1}
-    freezing = auto_trainer(train_dataset, with_lora(), freeze, **settings).freeze_config
-    assert (freezing.schedule, freezing.unfrozen_token_keep) == ("0:0", 0.5)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_adapters_keep_the_rate_and_train_from_the_first_epoch(train_dataset, caplog) -> None:
-    caplog.set_level(logging.INFO, "hf_freezecache")
-    trainer = auto_trainer(
-        train_dataset, with_lora(), freeze={"budget": 0.5}, num_train_epochs=6, label_names=["labels"]
-    )
-    choice = choose(4, 6, 0.5, adapters=True, epoch_steps=5)
-    assert choice.head_epochs == 0
-    assert trainer.freeze_config.schedule == f"0:{choice.split_point}"
-    assert (trainer.freeze_config.layer_decay, trainer.freeze_config.lr_scale) == (None, None)
-    lines = [record.getMessage() for record in caplog.records if "auto" in record.name]
-    assert lines[0] == "schedule='auto' may spend 3 epochs of all adapters (budget=0.5 of 6)"
-    assert "layer_decay" not in lines[1]
-    trainer.train()
-    assert trainer.state.epoch == choice.num_epochs
-    assert [stage["trained_from"] for stage in figures_of(trainer._record)["stages"]] == ["cache"]
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_a_part_of_an_epoch_may_be_chosen(train_dataset) -> None:
-    settings = {"per_device_train_batch_size": 2, "label_names": ["labels"], "num_train_epochs": 2}
-    trainer = auto_trainer(train_dataset, with_lora(), freeze={"budget": 0.9}, **settings)
-    choice = choose(4, 2, 0.9, adapters=True, epoch_steps=25)
-    assert choice.num_epochs % 1
-    trainer.train()
-    assert trainer.state.global_step == -(-25 * choice.num_epochs // 1)
-    assert trainer.state.epoch == pytest.approx(choice.num_epochs, abs=0.05)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_where_steps_are_enough_adapters_of_all_blocks_train(images) -> None:
-    settings = {"per_device_train_batch_size": 1, "label_names": ["labels"], "num_train_epochs": 3}
-    trainer = auto_trainer(images, with_lora(), freeze={"budget": 0.5}, trainer=PAIR, **settings)
-    assert (trainer.freeze_config.schedule, trainer.freeze_config.plain_epochs) == ("0:0", 2)
-    assert ": 1.5 epochs without frozen blocks, " in trainer._record.chosen
-    trainer.train()
-    assert trainer.state.global_step == 75
-    assert [stage["trained_from"] for stage in figures_of(trainer._record)["stages"]] == ["images"]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_adapters_that_are_resumed_are_the_same_to_the_bit(train_dataset) -> None:
-    settings = {"freeze": {"budget": 0.5}, "num_train_epochs": 6, "label_names": ["labels"], "save_strategy": "epoch"}
-    whole = auto_trainer(train_dataset, with_lora(), **settings)
-    whole.train()
-    resumed = auto_trainer(train_dataset, with_lora(), **settings)
-    resumed.train(resume_from_checkpoint="out/checkpoint-5")
-    assert_same(parameters_of(whole.model), parameters_of(resumed.model))
-
-
-class SeesEarlierBlocks(type(tiny_vit())):
-    """Its head reads what the third block gives, too: from a cache behind the last one it could not be trained."""
-
-    def forward(self, pixel_values, labels=None, **kwargs):
-        kept = []
-        handle = find_blocks(self)[1][2].register_forward_hook(lambda module, args, output: kept.append(output))
-        try:
-            logits = super().forward(pixel_values, **kwargs).logits
-        finally:
-            handle.remove()
-        third = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
-        logits = logits + self.classifier(third[:, 0])
-        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 @pytest.mark.slow
@@ -629,17 +326,6 @@ def test_a_model_that_needs_all_tokens_gets_them(train_dataset, caplog) -> None:
     trainer.train()
     assert [one.token_keep for one in trainer._record.decisions] == [1, 1]
     assert "schedule='auto' trains on all tokens" in caplog.text
-
-
-def test_a_budget_needs_the_rule(train_dataset) -> None:
-    with pytest.raises(UnsupportedSetupError, match=r"budget=0\.5 is for schedule='auto'"):
-        FreezeConfig("0:1", budget=0.5)
-    with pytest.raises(UnsupportedSetupError, match="max_steps=4 fixes how long to train"):
-        auto_trainer(train_dataset, freeze={"budget": 0.5}, max_steps=4)
-    with pytest.raises(ScheduleError, match="Set budget to at least"):
-        auto_trainer(train_dataset, freeze={"budget": 0.1}, num_train_epochs=1)
-    with pytest.raises(UnsupportedSetupError, match="expected a number above 0 and at most 1"):
-        FreezeConfig("auto", budget=1.5)
 
 
 def test_views_of_a_written_schedule_stay_one() -> None:
@@ -669,8 +355,3 @@ def test_a_head_that_does_not_train_is_refused_in_those_words(train_dataset) -> 
     trainer = make_trainer(model, train_dataset, schedule="0:4,2:2", freeze={"lr_scale": "auto", "layer_decay": 0.8})
     with pytest.raises(UnsupportedSetupError, match="Nothing is left to train"):
         trainer.train()
-
-
-def test_small_budgets_of_long_runs_are_fine(train_dataset) -> None:
-    trainer = auto_trainer(train_dataset, freeze={"budget": 3e-7}, num_train_epochs=4000000)
-    assert trainer.freeze_config.lr_scale.endswith("4:1e+03")
