@@ -6,9 +6,10 @@ import glob
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
+import numpy as np
 import transformers
 from transformers import AutoConfig, TrainingArguments, set_seed
 
@@ -24,6 +25,7 @@ from ..data.task import IMAGE_CLASSIFICATION
 from ..dataset import CachedDataset
 from ..errors import UnsupportedSetupError
 from ..hub.client import quiet_libraries
+from ..model.probe import find_blocks
 from ..trainer import FreezeCacheTrainer
 
 __all__ = ["BuildSettings", "build", "load_images", "make_trainer"]
@@ -39,6 +41,7 @@ class BuildSettings:
         split_point: Number of blocks to run.
         split: Split of the data set.
         num_views: Renderings of each image. View 0 is what evaluation sees; others are cropped and flipped at random.
+            ``"auto"``: as ``CacheConfig`` chooses for the schedule.
         codec: As in ``CacheConfig``.
         cache_dir: Folder of caches.
         image_column: Column of the images.
@@ -48,6 +51,7 @@ class BuildSettings:
         seed: Of views, chunk layout, and the head where the model has none for these classes.
         bf16: Run the prefix under bf16 autocast.
         revision: Branch, tag or commit of the model.
+        head_rows: As in ``FreezeConfig``: share of the rows that a cache behind all blocks holds; ``None`` for all.
         show_progress: Show a progress bar.
     """
 
@@ -55,7 +59,7 @@ class BuildSettings:
     dataset: str
     split_point: int
     split: str = "train"
-    num_views: int = 1
+    num_views: int | Literal["auto"] = 1
     codec: str = "lossless"
     cache_dir: str = "caches"
     image_column: str = "image"
@@ -65,6 +69,7 @@ class BuildSettings:
     seed: int = 0
     bf16: bool = False
     revision: str | None = None
+    head_rows: float | None = None
     show_progress: bool = True
 
 
@@ -109,15 +114,30 @@ def build(settings: BuildSettings) -> tuple[CachedDataset, FreezeCacheTrainer]:
     """
     with quiet_libraries(settings.show_progress), tempfile.TemporaryDirectory(prefix="hf-freezecache-") as scratch:
         trainer = make_trainer(settings, scratch)
+        num_blocks = len(find_blocks(trainer.model)[1])
+        if settings.head_rows not in (None, 1) and settings.split_point != num_blocks:
+            raise UnsupportedSetupError(
+                f"head_rows={settings.head_rows:g} is for the cache that a head trains on alone, behind all {num_blocks} blocks, but "
+                f"split_point is {settings.split_point}. Set split_point={num_blocks}, or leave head_rows out."
+            )
         return trainer.build_cache(settings.split_point), trainer
 
 
-def make_trainer(settings: BuildSettings, scratch: str) -> FreezeCacheTrainer:
+def make_trainer(
+    settings: BuildSettings,
+    scratch: str,
+    freezing: FreezeConfig | None = None,
+    rows: int | None = None,
+    **arguments: Any,
+) -> FreezeCacheTrainer:
     """Return a trainer that can build what the settings say.
 
     Args:
         settings: What to build.
         scratch: Its ``output_dir``, to which nothing is written.
+        freezing: When to freeze; default what builds the cache of ``split_point``.
+        rows: Images, in place of those that there are: the first ones, or all of them over and over.
+        **arguments: Of ``TrainingArguments``, in place of defaults.
 
     Raises:
         FreezeCacheError: Data or model are not as they must be; the message says why.
@@ -136,10 +156,12 @@ def make_trainer(settings: BuildSettings, scratch: str) -> FreezeCacheTrainer:
     auto_class = getattr(transformers, IMAGE_CLASSIFICATION.auto_class)
     model = auto_class.from_pretrained(settings.model, revision=revision, **head)
     processor = AutoImageProcessor.from_pretrained(settings.model, revision=revision)
+    if rows is not None:
+        images = images.select(np.arange(rows) % len(images))
     columns = {"image_column": settings.image_column, "label_column": settings.label_column}
     plain = ImageTransform.from_processor(processor, train=False, **columns)
     transforms: dict[str, Any] = {}
-    if settings.num_views > 1:
+    if settings.num_views != 1:
         augmented = ImageTransform.from_processor(
             processor, train=True, scale=(settings.min_crop_scale, 1.0), **columns
         )
@@ -156,9 +178,10 @@ def make_trainer(settings: BuildSettings, scratch: str) -> FreezeCacheTrainer:
             remove_unused_columns=False,
             report_to="none",
             disable_tqdm=not settings.show_progress,
+            **arguments,
         ),
         train_dataset=images,
-        freeze_config=FreezeConfig(schedule=f"0:{settings.split_point}"),
+        freeze_config=freezing or FreezeConfig(f"0:{settings.split_point}", head_rows=settings.head_rows),
         cache_config=CacheConfig(
             cache_dir=settings.cache_dir,
             codec=settings.codec,

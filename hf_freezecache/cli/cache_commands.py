@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,15 @@ ImageColumn = Annotated[str, typer.Option(help="Column of the images.")]
 LabelColumn = Annotated[str, typer.Option(help="Column of the classes.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward of the prefix.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Run under bf16 autocast.")]
+HeadRows = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="As of FreezeConfig: share of the rows that a head trains on alone. Default: all.",
+        show_default=False,
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
 
 
@@ -59,6 +68,7 @@ def build(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the views and the chunk layout.")] = 0,
     bf16: Bf16 = False,
     revision: Revision = None,
+    head_rows: HeadRows = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -86,6 +96,7 @@ def build(
                 seed=seed,
                 bf16=bf16,
                 revision=revision,
+                head_rows=head_rows,
                 show_progress=sys.stderr.isatty(),
             )
         )
@@ -105,7 +116,9 @@ def plan(
     ] = None,
     schedule: Annotated[
         list[str] | None,
-        typer.Option(help="A schedule, e.g. '0:6,6:11'; give it several times for several.", show_default=False),
+        typer.Option(
+            help="A schedule, e.g. '0:6,6:11' or auto; give it several times for several.", show_default=False
+        ),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Images, in place of those that the data set has.")] = None,
     rates: Annotated[
@@ -118,13 +131,35 @@ def plan(
     ] = None,
     split: Split = "train",
     views: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="INTEGER|auto",
-            help="Renderings of each image; all but the first are augmented. 'auto': as CacheConfig chooses for each schedule.",
+            help="Renderings of each image; all but the first are augmented. 'auto': as CacheConfig chooses for each schedule. "
+            "Default: 1, and as many as schedule auto chooses.",
+            show_default=False,
         ),
-    ] = "1",
-    token_keep: Annotated[float, typer.Option(min=0.01, max=1, help="As of FreezeConfig.")] = 1.0,
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, max=1, help="As of FreezeConfig, for schedule auto.", show_default=False)
+    ] = None,
+    token_keep: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1, help="As of FreezeConfig. Default: 1, or what schedule auto chooses.", show_default=False
+        ),
+    ] = None,
+    block_weights: Annotated[
+        Literal["all", "qkv"] | None,
+        typer.Option(
+            metavar="all|qkv",
+            help="As of FreezeConfig. Default: all, or what schedule auto chooses.",
+            show_default=False,
+        ),
+    ] = None,
+    head_rows: HeadRows = None,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="As of TrainingArguments: schedule auto says what it makes of it.")
+    ] = 5e-5,
     consume_previous_cache: Annotated[
         bool, typer.Option("--consume-previous-cache", help="As of CacheConfig.")
     ] = False,
@@ -142,7 +177,8 @@ def plan(
     """Say what caches of several split points, or of whole schedules, would take: bytes, and the time of building and training.
 
     A few images are rendered, run through the frozen blocks, encoded and decoded. Nothing is trained. "no cache" freezes as many
-    blocks and runs them in every step; "unfrozen" trains all blocks. Caches are taken to be lossless. For another machine give
+    blocks and runs them in every step; "unfrozen" trains all blocks for the epochs given. What schedule auto would choose, epochs
+    included, is said below the table. Caches are taken to be lossless. For another machine give
     what you know of it with --rates: name, rendered_images_per_second (of one process), block_passes_per_second or
     full_training_images_per_second (of one device), encode_, decode_, write_ and read_mb_per_second, devices, processes (that render,
     of each device). What the file leaves out is measured here.
@@ -151,25 +187,39 @@ def plan(
         points = [int(point) for point in (split_points or "").split(",") if point]
     except ValueError:
         raise typer.BadParameter(f"--split-points {split_points}: expected numbers such as '3,6,9'.") from None
-    if views != "auto" and not (views.isdecimal() and int(views) > 0):
-        raise typer.BadParameter(f"--views {views}: expected a whole number of at least 1, or auto.")
+    stored: int | Literal["auto"] | None = "auto" if views == "auto" else None
+    if views not in (None, "auto"):
+        if not (views.isdecimal() and int(views) > 0):
+            raise typer.BadParameter(f"--views {views}: expected a whole number of at least 1, or auto.")
+        stored = int(views)
     with one_line_errors(debug):
         from .given_rates import GivenRates, read_rates
-        from .plan import PlanSettings, check_schedules, table_lines
+        from .planned_runs import PlanSettings, check_schedules
 
-        schedules = [*(f"0:{point}" for point in points), *(schedule or [])]
-        check_schedules(schedules)
-        given = GivenRates() if rates is None else read_rates(rates)
+        asked = PlanSettings(
+            epochs=epochs,
+            schedules=[*(f"0:{point}" for point in points), *(schedule or [])],
+            rows=rows,
+            num_views=stored,
+            consume_previous_cache=consume_previous_cache,
+            given=GivenRates() if rates is None else read_rates(rates),
+            budget=budget,
+            token_keep=token_keep,
+            block_weights=block_weights,
+            head_rows=head_rows,
+            learning_rate=learning_rate,
+        )
+        check_schedules(asked)
 
         from .build import BuildSettings
         from .plan import plan as predict
+        from .plan_table import table_lines
 
         settings = BuildSettings(
             model=model,
             dataset=dataset,
             split_point=1,
             split=split,
-            num_views=1 if views == "auto" else int(views),
             cache_dir=str(cache_dir),
             image_column=image_column,
             label_column=label_column,
@@ -178,7 +228,6 @@ def plan(
             revision=revision,
             show_progress=False,
         )
-        asked = PlanSettings(epochs, schedules, rows, token_keep, consume_previous_cache, given, views == "auto")
         found = predict(settings, asked)
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(table_lines(found)))
 

@@ -14,6 +14,7 @@ from .freezer import Freezer
 __all__ = [
     "MOST_ADAPTERS",
     "only_adapters_train",
+    "qkv_share",
     "qkv_weights",
     "share_of",
     "tokens_and_channels",
@@ -56,6 +57,15 @@ def qkv_weights(splits: Splits) -> set[nn.Parameter]:
             "runs, and those that are given the same tensor. Remove block_weights."
         )
     return training
+
+
+def qkv_share(splits: Splits) -> float:
+    """Return which share of the blocks' weights makes queries, keys and values, and trains.
+
+    Raises:
+        UnsupportedSetupError: See ``qkv_weights``.
+    """
+    return _share(splits, qkv_weights(splits))
 
 
 def withhold_weights(splits: Splits, freezer: Freezer) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..auto_schedule import views_for
 from ..config import CacheConfig, FreezeConfig
@@ -37,6 +37,7 @@ __all__ = [
     "why_live",
 ]
 
+_Number = TypeVar("_Number", int, float)
 
 #: A cache that takes more than this share of what training without one does is not made: a tie goes to what needs no disk.
 _TIE = 0.97
@@ -163,16 +164,19 @@ def predict_passes(
     }
 
 
-def epochs_of(stage: Stage, stages: Sequence[Stage], num_epochs: int) -> int:
+def epochs_of(stage: Stage, stages: Sequence[Stage], num_epochs: _Number) -> _Number:
     """Return the epochs of a stage.
 
     Args:
         stage: The stage.
         stages: All stages of the run, in order.
-        num_epochs: Epochs of the run.
+        num_epochs: Epochs of the run; the last may be a part of one.
     """
-    following = [later.start_epoch for later in stages if later.index > stage.index]
-    return max(min([num_epochs, *following]) - stage.start_epoch, 0)
+    end = num_epochs
+    for later in stages:
+        if later.index > stage.index:
+            end = min(end, later.start_epoch)
+    return max(end - stage.start_epoch, 0)
 
 
 def most_views(stages: Sequence[Stage], num_epochs: int) -> tuple[int, int]:

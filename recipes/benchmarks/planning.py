@@ -17,7 +17,8 @@ from records import load
 
 from hf_freezecache.cli.build import BuildSettings
 from hf_freezecache.cli.given_rates import GivenRates
-from hf_freezecache.cli.plan import PlanSettings, plan
+from hf_freezecache.cli.plan import plan
+from hf_freezecache.cli.planned_runs import PlanSettings
 
 IMAGENET_ROWS = 1281167  # training images of ImageNet-1k
 
@@ -46,8 +47,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     given = rates_of(load(args.record))
-    settings = BuildSettings(args.model, args.data, 1, num_views=args.views, show_progress=False)
-    found = plan(settings, PlanSettings(args.epochs, args.schedules, args.rows, given=GivenRates(**given)))
+    settings = BuildSettings(args.model, args.data, 1, show_progress=False)
+    asked = PlanSettings(args.epochs, args.schedules, args.rows, args.views, given=GivenRates(**given))
+    found = plan(settings, asked)
     config = {"model": Path(args.model).name, "record": args.record, "given": given}
     save(args.json, "planning", config, found.to_dict())
 

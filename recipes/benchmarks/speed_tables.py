@@ -9,7 +9,8 @@ from typing import Any
 
 from records import interval, link, load
 
-from hf_freezecache.cli.plan import Plan, Prediction, table_cells
+from hf_freezecache.cli.plan import Plan, Prediction
+from hf_freezecache.cli.plan_table import table_cells
 
 LOSSLESS = "epoch_cost--deit-tiny--cpu.json"
 AUTO = "epoch_cost--deit-tiny--cpu--auto.json"

@@ -17,11 +17,13 @@ from support.stand_ins import FLOWER_CLASSES, MODEL, make_flowers, publish
 from support.tiny import PROCESSOR, TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache import (
+    CacheConfig,
     CachedDataset,
     SuffixModel,
     split_model,
 )
 from hf_freezecache.cache.verify import verify_cache
+from hf_freezecache.cli.build import load_images
 from hf_freezecache.data.collators import collate_cached
 from hf_freezecache.data.image_transform import ImageTransform
 from hf_freezecache.errors import (
@@ -76,6 +78,36 @@ def test_a_cache_holds_what_the_model_makes_of_the_images(images) -> None:
     written = shard.stat().st_mtime_ns
     assert build("data", "--split-point", "2")["path"] == built["path"]
     assert shard.stat().st_mtime_ns == written
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_head_may_train_on_a_cache_of_some_rows(images) -> None:
+    """Whole chunks of the permuted rows, as a run with the same setting wants them."""
+    rows = images.select([place % len(images) for place in range(4 * CacheConfig().chunk_size)])
+    rows.to_parquet("many/train.parquet")
+    built = build("many", "--split-point", 4, "--head-rows", 0.3)
+    assert built["num_samples"] == 2 * CacheConfig().chunk_size
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    model = type(tiny_vit()).from_pretrained("model")
+    plain = ImageTransform.from_processor(AutoImageProcessor.from_pretrained("model"), train=False)
+    trainer = make_trainer(
+        model,
+        load_images("many", "train", "image", "label").with_transform(plain),
+        schedule="0:4",
+        freeze={"head_rows": 0.3},
+        num_train_epochs=1,
+        cache={
+            "cache_dir": "caches",
+            "chunk_size": CacheConfig().chunk_size,
+            "shard_chunks": CacheConfig().shard_chunks,
+        },
+    )
+    assert trainer.build_cache().reader.directory.name == Path(built["path"]).name
+    status, _, err = call("build", "model", "many", "--split-point", 2, "--head-rows", 0.3)
+    assert status == 1
+    assert_one_line(err)
+    assert "Set split_point=4" in err
 
 
 @pytest.mark.by_default(5)

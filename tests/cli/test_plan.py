@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import concatenate_datasets
+from support.auto import auto_trainer
 from support.commands import assert_one_line, call
-from support.tiny import PROCESSOR, tiny_vit
+from support.tiny import PAIR, PROCESSOR, tiny_vit
 
 from hf_freezecache import CacheConfig
 from hf_freezecache.cli import build as build_module
 from hf_freezecache.cli import plan as plan_module
 from hf_freezecache.cli.given_rates import GivenRates
-from hf_freezecache.cli.plan import PlanSettings, predict
+from hf_freezecache.cli.plan import predict
+from hf_freezecache.cli.planned_runs import PlannedRun, PlanSettings
+from hf_freezecache.report.figures import figures_of
 from hf_freezecache.schedules import plan_stages
 from hf_freezecache.training.planner import predict_passes
 from hf_freezecache.training.stage_costs import Rates
@@ -31,12 +35,14 @@ def measured(cache, splits, split_point, batch_size):
 
 
 def stage_by_stage(schedule: str, rates: dict[int, Rates], rows: int = 1, processes=(0, 0), **settings):
+    """Predict a run of six epochs and two views; ``run`` has more of what it trains."""
     stages, config = (
         plan_stages(schedule, 6, 12),
         CacheConfig(num_views=2, consume_previous_cache="consume" in settings),
     )
     settings.pop("consume", None)
-    return predict(schedule, stages, rates, 12, rows, config, PlanSettings(6, **settings), processes), stages, config
+    run = PlannedRun(stages, 6, 2, **settings.pop("run", {}))
+    return predict(schedule, run, rates, 12, rows, config, PlanSettings(6, **settings), processes), stages, config
 
 
 @pytest.mark.usefixtures("folder")
@@ -45,7 +51,7 @@ def test_predictions_follow_from_what_was_measured(monkeypatch) -> None:
     status, out, err = call("plan", "model", "data", "--epochs", 10, "--views", 2, "--rows", 4, "--json")
     assert status == 0, err
     found = json.loads(out)
-    assert [one["schedule"] for one in found["predictions"]] == ["0:1", "0:2", "0:3"]
+    assert [one["schedule"] for one in found["predictions"]] == ["0:1", "0:2", "0:3", "auto"]
     assert {rate["source"] for rate in found["rates"].values()} == {"measured"}
     assert found["rates"]["block_passes_per_second"]["value"] == 2
     two = found["predictions"][1]
@@ -131,6 +137,69 @@ def test_stages_cost_what_the_planner_says(schedule, consume) -> None:
     assert found.live_seconds == pytest.approx(sum(each["live_passes"] for each in passes))
 
 
+@pytest.mark.parametrize("schedule", ["0:12,2:0", "0:12,2:6", "0:6,2:12", "0:12,2:6,4:12"])
+def test_a_part_of_the_rows_and_of_the_weights_costs_what_the_planner_says(schedule) -> None:
+    rates = {point: Rates(0.0, 0.0, 1.0, 0.0, 0.0, stored_bytes=1.0) for point in range(1, 13)}
+    shares = {"trained_share": 0.25, "head_rows": 0.375}
+    found, stages, config = stage_by_stage(schedule, rates, rows=8, run={**shares, "token_keep": 0.5})
+    passes = [
+        predict_passes(
+            stage,
+            stages,
+            6,
+            12,
+            config,
+            token_keep=0.5 if stage.split_point else 1.0,
+            trained_share=0.25,
+            rows_share=0.375 if stage.split_point == 12 else 1.0,
+        )
+        for stage in stages
+    ]
+    assert found.cached_seconds == pytest.approx(8 * sum(each["cached_passes"] for each in passes))
+    assert found.live_seconds == pytest.approx(8 * sum(each["live_passes"] for each in passes))
+    points = [stage.split_point for stage in stages if stage.split_point]
+    assert found.cache_bytes == sum(2 * (3 if point == 12 else 8) for point in points)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ((), {}),
+        (("--budget", 0.5), {"budget": 0.5}),
+        (("--budget", 0.5, "--block-weights", "qkv"), {"budget": 0.5, "block_weights": "qkv"}),
+        (
+            ("--budget", 0.5, "--token-keep", 0.75, "--head-rows", 0.5, "--views", 1),
+            {"budget": 0.5, "token_keep": 0.75, "head_rows": 0.5},
+        ),
+    ],
+)
+def test_a_schedule_that_is_chosen_is_planned_as_a_run_chooses_it(options, settings, images, monkeypatch) -> None:
+    """So many images as are asked for, in steps of all devices."""
+    monkeypatch.setattr(plan_module, "measure_rates", lambda *_: Rates(0.0, 0.0, 1.0, 0.0, 0.0, stored_bytes=1.0))
+    Path("rates.json").write_text(json.dumps({"devices": 2}))
+    command = ("plan", "model", "data", "--epochs", 6, "--rows", 100, "--batch-size", 5, "--learning-rate", 1e-3)
+    status, out, err = call(*command, "--rates", "rates.json", "--schedule", "auto", *options, "--json")
+    assert status == 0, err
+    (found,) = json.loads(out)["predictions"]
+    rows = concatenate_datasets([images, images])
+    fixed = {"num_views": 1} if "--views" in options else {}
+    caching = {**fixed, "chunk_size": CacheConfig().chunk_size}
+    trainer = auto_trainer(rows, freeze=settings, num_train_epochs=6, learning_rate=1e-3, trainer=PAIR, cache=caching)
+    assert (len(rows), trainer.args.train_batch_size) == (100, 10)
+    assert (found["chosen"], found["epochs"]) == (trainer._record.chosen, trainer.args.num_train_epochs)
+    trainer.train()
+    figures = figures_of(trainer._record)
+    # Of two devices, each runs half of the rows.
+    assert found["cached_seconds"] == pytest.approx(
+        50 * sum(one["passes_spent"] for one in figures["stages"]), rel=0.02
+    )
+    assert found["num_views"] == (None if fixed else trainer.cache_config.num_views)
+    lines = call(*command, "--rates", "rates.json", "--schedule", "auto", *options)[1].splitlines()
+    assert lines[-1] == trainer._record.chosen
+    assert lines[-2].split()[0].strip(",") == "auto"
+
+
 @pytest.mark.parametrize(
     ("schedule", "consume", "written", "peak"),
     [
@@ -182,13 +251,21 @@ def test_a_table_and_wrong_usage(monkeypatch) -> None:
     for schedule, words in (
         ("0:6,x", "'x'"),
         ("3", "'3'"),
-        ("auto", "'0:12,2:6'"),
         ("0:-1", "-1"),
         ("autofreeze(75)", "'autofreeze(75)' decides"),
     ):
         status, _, err = call("plan", "model", "data", "--epochs", 3, "--schedule", schedule)
         assert (status, words in err) == (1, True)
         assert_one_line(err)
+    for options, words in (
+        (("--schedule", "0:2", "--budget", 0.5), "Plan that schedule as well, or remove the budget."),
+        (("--head-rows", 0), "'head_rows'"),
+        (("--budget", 0), "'budget'"),
+    ):
+        status, _, err = call("plan", "model", "data", "--epochs", 3, *options)
+        assert (status, words in err) == (1, True)
+        assert_one_line(err)
+    assert call("plan", "model", "data", "--epochs", 3, "--block-weights", "keys")[0] == 2
 
 
 @pytest.mark.parametrize(
