@@ -210,7 +210,5 @@ def predict(
 
 def _of_views(rates: Rates, num_views: int, measured: int) -> Rates:
     """Return rates with a row rendered in another number of views than was measured: what the views share counts once."""
-    if num_views == measured:
-        return rates
     further = (rates.render_all - rates.render) / max(measured - 1, 1)
     return replace(rates, render_all=rates.render + further * (num_views - 1))
