@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..auto_schedule import views_for
+from ..auto_recipes import views_for
 from ..config import FreezeConfig
 from ..data.layout import ChunkLayout
 from ..errors import UnsupportedSetupError

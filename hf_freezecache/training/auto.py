@@ -56,7 +56,7 @@ DECAY_SCALE = 3.0
 #: 6e-4. A decay gains nothing: 77.9% with 0.85 on CIFAR-10, 84.4 without.
 QKV_SCALE = 4.0
 #: They do up to so many tokens of an image, and from so many channels on, unless the user asks for it. Source: at a cost of one epoch, with 50 tokens (112 pixels) or 17 they
-#: gain, see ``auto_schedule.RECIPES``; with 197 (224 pixels) they have 93.7% where the last eight blocks have 94.5 on Caltech-101, and 92.0
+#: gain, see ``auto_recipes.RECIPES``; with 197 (224 pixels) they have 93.7% where the last eight blocks have 94.5 on Caltech-101, and 92.0
 #: for 95.0 on flowers; at a cost of four, 93.1 where all but one have 95.5 on Caltech-101 (one or two seeds, record of explorations). Nothing
 #: between was tried. The demo's model of 128 channels, with 17 tokens and little pretraining, has 91.1 and 92.5% with them, and 93.0 and 95.3
 #: behind a frozen block.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..auto_schedule import views_for
+from ..auto_recipes import views_for
 from ..config import CacheConfig, FreezeConfig
 from ..data.layout import ChunkLayout
 from ..data.sampler import ChunkSampler
