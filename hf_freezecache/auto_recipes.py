@@ -79,13 +79,22 @@ ADAPTER_RECIPES: tuple[Recipe, ...] = (
 
 
 def longer_head(head_epochs: int, epoch_steps: float | None) -> int:
-    """Return for how many epochs a head trains, for at least so many, if epochs have so many optimizer steps."""
+    """Return for how many epochs the head of a short run trains before the blocks do, see ``HEAD_STEPS``.
+
+    Args:
+        head_epochs: Those of the recipe, the least.
+        epoch_steps: Images of an epoch over those of an optimizer step; ``None`` if that is not known.
+    """
     wanted = math.floor(HEAD_STEPS / epoch_steps + 0.5) if epoch_steps else head_epochs
     return max(head_epochs, min(wanted, MOST_HEAD_EPOCHS))
 
 
 def plain_epochs(num_epochs: float) -> int:
-    """Return how many of so many epochs, the last of which may be a part of one, should show plain images."""
+    """Return how many of the last epochs should show plain images, see ``PLAIN_SHARE``.
+
+    Args:
+        num_epochs: Epochs in which all blocks train; the last may be a part of one.
+    """
     whole = math.ceil(num_epochs)
     if num_epochs < MOST_PLAIN:
         return whole
