@@ -39,12 +39,11 @@ class Recipe:
     few_rows: bool = False
 
 
-#: Where the head sees a part of the rows, it trains for about so many optimizer steps, but no fewer epochs than the recipe says, and no more
-#: than these: they pass through no block, but evaluations come with them. Source: at half an epoch's cost, epochs of 23 to 47 steps; two,
-#: three and four of them have 71.0, 75.2 and 75.4% on Caltech-101 (23 steps), two and four 78.9 and 82.4 on digits (28), two, three and four 82.0, 79.0 and 79.7 on
-#: CIFAR-10 (47). At the cost of one epoch they are level but for Caltech-101, 82.8 and 84.0 with two and four, and so they are at higher costs, where the head sees all
-#: rows (two or three seeds, record of explorations).
-HEAD_STEPS, MOST_HEAD_EPOCHS = 100, 4
+#: A head that sees a part of the rows trains for up to so many epochs, where fewer have too few steps: they pass through no block, but
+#: evaluations come with them. Source: see ``training.auto_rates.HEAD_STEPS``. At the cost of one epoch four are level with two on digits and
+#: CIFAR-10, and have 84.0 for 82.8% on Caltech-101; at higher costs, where the head sees all rows, they are level (two or three seeds, record
+#: of explorations).
+MOST_HEAD_EPOCHS = 4
 #: Share of the epochs behind the head, at the end, that show plain images where no block is frozen, and up to how many all do. The others
 #: show new views. Source: of 2.3 epochs of queries, keys and values, all plain in place of the last alone have 95.7 for 86.8% on digits, 85.4 for 85.4
 #: on Caltech-101 and 87.7 for 88.2 on CIFAR-10; of 6.5 epochs of all weights, the last 2.5 in place of none 96.2 for 89.7% on digits and 85.4
@@ -78,14 +77,15 @@ ADAPTER_RECIPES: tuple[Recipe, ...] = (
 )
 
 
-def longer_head(head_epochs: int, epoch_steps: float | None) -> int:
-    """Return for how many epochs the head of a short run trains before the blocks do, see ``HEAD_STEPS``.
+def longer_head(head_epochs: int, head_steps: float | None, epoch_steps: float | None) -> int:
+    """Return for how many epochs the head of a short run trains before the blocks do, see ``MOST_HEAD_EPOCHS``.
 
     Args:
         head_epochs: Those of the recipe, the least.
+        head_steps: Optimizer steps that suit it; ``None`` if they are not known.
         epoch_steps: Images of an epoch over those of an optimizer step; ``None`` if that is not known.
     """
-    wanted = math.floor(HEAD_STEPS / epoch_steps + 0.5) if epoch_steps else head_epochs
+    wanted = math.floor(head_steps / epoch_steps + 0.5) if epoch_steps and head_steps else head_epochs
     return max(head_epochs, min(wanted, MOST_HEAD_EPOCHS))
 
 

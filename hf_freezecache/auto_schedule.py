@@ -186,6 +186,7 @@ def choose(
     more_epochs: bool = False,
     adapters: bool = False,
     epoch_steps: float | None = None,
+    head_steps: float | None = None,
     qkv_share: float | None = None,
     unfrozen_keep: float = 1.0,
     trained_share: float = 1.0,
@@ -208,6 +209,7 @@ def choose(
         adapters: Whether adapters train in place of the blocks' weights.
         epoch_steps: Images of an epoch over those of an optimizer step, if known; then the last epoch may be a part, of whole steps, where
             adapters train, or queries, keys and values alone.
+        head_steps: Optimizer steps for which a head that sees a part of the rows should train, if known.
         qkv_share: Share of the blocks' weights that makes queries, keys and values, if these may train alone. They do where the budget
             pays for it, or, without one, where that costs no more than ``num_epochs`` epochs without freezing, and not if several views or
             ``token_keep`` are settled.
@@ -251,7 +253,7 @@ def choose(
             return None
         short = one.recipe.few_rows and cached and cached_head
         costs = one.all_blocks(qkv_share, unfrozen_keep, few_rows if short and head_rows is None else one.head_rows)
-        return replace(costs, head_epochs=longer_head(one.head_epochs, epoch_steps)) if short else costs
+        return replace(costs, head_epochs=longer_head(one.head_epochs, head_steps, epoch_steps)) if short else costs
 
     if budget is None:
         head_epochs = head_epochs if more_epochs else min(head_epochs, int(num_epochs // 2))

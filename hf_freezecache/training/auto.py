@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from ..auto_schedule import Choice, choose, counted_epochs
-from ..by_split_point import MOST_LR_SCALE
 from ..data.layout import ChunkLayout
 from ..data.views import ViewDataset, views_differ
 from ..errors import UnsupportedSetupError
@@ -23,10 +22,10 @@ from ..model.split import Splits
 from ..model.withheld import blank_images, outer_parameters
 from ..report.text import counted
 from ..schedules import Stage
+from .auto_rates import DECAY_SCALE, QKV_SCALE, chosen_rates, head_steps
 from .block_weights import only_adapters_train, share_of, tokens_and_channels
 from .checkpoints import Chosen, load_stage
 from .data_checks import num_classes
-from .lr_rule import budget_scale, lr_scale
 from .planner import most_views
 
 __all__ = ["LAYER_DECAY", "resume_choice", "settle_auto", "settle_views"]
@@ -47,44 +46,17 @@ _CHOSEN = (
 #: better: at a cost of one epoch 85.2 and 79.3% without decay, 83.4 and 78.7% with it (means of two seeds, Caltech-101 and CIFAR-10 at
 #: 112 pixels, in the record of explorations). Source of the number: as ``lr_rule.RULE``; BEiT and MAE fine-tune with 0.65 to 0.85.
 LAYER_DECAY = 0.75
-#: With that decay the best learning rate is so many times that without: 6e-4 against 2e-4 for 8 epochs of full fine-tuning. Source:
-#: as ``lr_rule.budget_scale``.
-DECAY_SCALE = 3.0
-#: How many times higher the rates of queries, keys and values are where they train alone. Source: runs of DeiT-Tiny scored on
-#: training rows (record of explorations). At a cost of one epoch, 6e-4 has 85.3% on CIFAR-10 and 8.5e-4 has 83.3; 1.2e-3 has 84.2 on Caltech-101
-#: and 2.4e-3 has 80.5; at two epochs' cost 6e-4 has 85.4 there and 1.2e-3 87.6. The best rates of full fine-tuning of one epoch are 1.5e-4 and
-#: 6e-4. A decay gains nothing: 77.9% with 0.85 on CIFAR-10, 84.4 without.
-QKV_SCALE = 4.0
 #: They do up to so many tokens of an image, and from so many channels on, unless the user asks for it. Source: at a cost of one epoch, with 50 tokens (112 pixels) or 17 they
 #: gain, see ``auto_recipes.RECIPES``; with 197 (224 pixels) they have 93.7% where the last eight blocks have 94.5 on Caltech-101, and 92.0
 #: for 95.0 on flowers; at a cost of four, 93.1 where all but one have 95.5 on Caltech-101 (one or two seeds, record of explorations). Nothing
 #: between was tried. The demo's model of 128 channels, with 17 tokens and little pretraining, has 91.1 and 92.5% with them, and 93.0 and 95.3
 #: behind a frozen block.
 FEW_TOKENS, MANY_CHANNELS = 100, 192
-#: Behind a head that has been trained, blocks want lower rates: 6e-4 to 1.2e-3, where full fine-tuning of the same cost wants 1.2e-3
-#: to 2.4e-3. Source: tuning runs, one seed, of cifar10 (in its record of recipes/benchmarks/time_to_accuracy.py) and Caltech-101, both
-#: at 112 pixels.
-AFTER_HEAD_SCALE = 0.5
-#: Where all blocks follow a new head, low rates are best, and say little of what a head alone wants, or blocks behind a trained one. With
-#: AdamW these have at least such rates: that of the head, and that of blocks, for states of up to so many channels. For wider ones they
-#: fall with the width, since each step moves every weight by the rate, and sums of weights by the sum. Source: full fine-tuning of one
-#: epoch has its best rate at 3.75e-5 on digits and 1.5e-4 on CIFAR-10 (records of recipes/benchmarks/time_to_accuracy.py); what the rule
-#: alone makes of them leaves runs with 50 and 75%, head and blocks at these rates with 80 and 79% (DeiT-Tiny, means of three seeds, record of
-#: explorations). With twice the rate of the head it is 81 and 78%. That of queries, keys and values
-#: is ``QKV_SCALE`` times that of blocks.
-LEAST_HEAD_RATE, LEAST_BLOCK_RATE, WIDTH = 1.2e-3, 1.5e-4, 192
-#: Queries, keys and values that train for fewer epochs than these have the least rate, and for half as many less in proportion: higher rates lose
-#: more than so few steps mend. Source: as there. For 0.2 epochs 3e-4 has 77.8% on Caltech-101 and 1.5e-3 has 75.2, 5e-5 has 79.2 on digits
-#: and 1e-4 has 77.3, 1.5e-4 has 71.2 on CIFAR-10 and 6e-4 has 74.2; for half an epoch, 3e-4 has 77.5 there and 6e-4 has 80.2.
-BRIEF = 0.8
 #: A head that trains before queries, keys and values do needs so many rows of each class, and this share of all: what the other rows
 #: would take trains blocks. Source: at a cost of one epoch, on digits 89.0% with all rows, 93.2 with a fifth and 94.3 with a tenth, which is 9
 #: of each class; on CIFAR-10 84.6, 86.0 and 85.3; on Caltech-101 81.1 with all 15 of a class, 81.5 with 10 and 80.1 with 5 (two or three
 #: seeds, record of explorations, where the head trains apart).
 ROWS_PER_CLASS, LEAST_ROWS = 10, 0.15
-#: But for a head, and for queries, keys and values, no more than so many times the user's rate, and for blocks so many times what the rule
-#: gives: the user may mean it.
-MOST_HEAD_SCALE, MOST_RAISE = 32.0, 4.0
 
 
 def settle_auto(trainer: Any, num_epochs: int) -> None:
@@ -94,7 +66,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
 
     What the user set stays: ``num_views``, ``token_keep``, ``unfrozen_token_keep``, ``block_weights``, ``plain_epochs``, ``head_rows``,
     ``layer_decay``, ``lr_scale``. The choice depends on these, the blocks and what makes their queries, keys and values, the tokens of an image, whether a head trains, whether only
-    adapters do, whether views differ, the epochs, the optimizer steps in one, the rows and classes, and the budget alone; rates also on the user's learning rate, the kind of optimizer and the width of the blocks. A resumed run keeps those of
+    adapters do, whether views differ, the epochs, the optimizer steps in one, the rows and classes, the budget, and, for a head that sees a part
+    of the rows, its rate; rates also on the user's learning rate, the kind of optimizer and the width of the blocks. A resumed run keeps those of
     its checkpoint.
 
     Args:
@@ -112,7 +85,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
             f"budget={freezing.budget:g} chooses the number of epochs, but max_steps={args.max_steps} fixes how long to train. Set "
             "num_train_epochs in place of max_steps, or remove the budget."
         )
-    blocks = find_blocks(trainer.model)[1]
+    blocks = list(find_blocks(trainer.model)[1])
     adapters, weights = only_adapters_train(blocks), freezing.block_weights
     share, qkv_gains, cached_head = None, weights == "qkv", True
     if not adapters and (qkv_gains or weights is None):
@@ -132,6 +105,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "more_epochs": args.max_steps <= 0,
         "adapters": adapters,
         "epoch_steps": _epoch_steps(trainer),
+        "head_steps": head_steps(trainer, blocks),
         "qkv_share": share if qkv_gains else None,
         "unfrozen_keep": freezing.unfrozen_token_keep or 1.0,
         "trained_share": share if share and weights == "qkv" else 1.0,
@@ -164,7 +138,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     elif freezing.layer_decay is None and not adapters and len(stages) == 1:
         settings["layer_decay"], higher = LAYER_DECAY, DECAY_SCALE
     if freezing.lr_scale is None and not adapters:
-        settings["lr_scale"] = _rates(trainer, list(blocks), choice, higher)
+        settings["lr_scale"] = chosen_rates(trainer, blocks, choice, higher)
     views = choice.num_views if free else int(caching.num_views)
     chosen = Chosen(
         asked={
@@ -324,39 +298,6 @@ def _views_differ(trainer: Any) -> bool:
         return views_differ(ViewDataset(trainer.train_dataset, trainer.cache_config.view_seed, *trainer._transforms))
     except Exception:  # it is told once the data are checked
         return True
-
-
-def _width(trainer: Any, blocks: Iterable[nn.Module]) -> int | None:
-    """Return the channels of the hidden states; ``None`` where they are not known, or the optimizer may not be AdamW."""
-    makers = ("create_optimizer", "create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs")
-    own = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
-    own = own or any(getattr(trainer, name).__module__.partition(".")[0] != "transformers" for name in makers)
-    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    if own or not optimizer.startswith(("adamw", "paged_adamw")):
-        return None
-    # The layers of a block that come first take hidden states.
-    linear = (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
-    return next((module.in_features for module in linear), None)
-
-
-def _rates(trainer: Any, blocks: Sequence[nn.Module], choice: Choice, higher: float) -> str:
-    """Return what the user's learning rate is multiplied by in each stage, as ``lr_scale`` has it; blocks bear rates so many times higher."""
-    # The user's rate suits the epochs and the decay that the user trains with.
-    num_blocks, rate = len(blocks), trainer.args.learning_rate
-    stages = choice.stages(num_blocks)
-    least = budget_scale(trainer.freeze_config.budget)
-    scales = {point: least * lr_scale(point, num_blocks) * (higher if point < num_blocks else 1) for _, point in stages}
-    if len(stages) > 1:
-        point = stages[-1][1]
-        scales[point] *= AFTER_HEAD_SCALE
-        if rate > 0 and (width := _width(trainer, blocks)) is not None:
-            unit = min(1.0, WIDTH / width) / rate
-            scales[num_blocks] = max(scales[num_blocks], min(LEAST_HEAD_RATE * unit, MOST_HEAD_SCALE))
-            most = MOST_RAISE * scales[point] if higher == 1 else MOST_HEAD_SCALE
-            least, epochs = min(LEAST_BLOCK_RATE * higher * unit, most), choice.num_epochs - choice.head_epochs
-            brief = choice.qkv_only and epochs < BRIEF
-            scales[point] = least * min(epochs / (BRIEF / 2), 1.0) if brief else max(scales[point], least)
-    return ",".join(f"{point}:{min(scale, MOST_LR_SCALE):.3g}" for point, scale in sorted(scales.items()))
 
 
 def _epochs(choice: Choice) -> str:

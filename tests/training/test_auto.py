@@ -18,7 +18,7 @@ from hf_freezecache.errors import UnsupportedSetupError
 from hf_freezecache.model.probe import find_blocks
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.report.text import describe_schedule
-from hf_freezecache.training.auto import QKV_SCALE
+from hf_freezecache.training.auto_rates import QKV_SCALE
 from hf_freezecache.training.lr_rule import lr_scale
 
 
@@ -112,9 +112,9 @@ def test_the_head_needs_some_rows_of_each_class_before_queries_keys_and_values_t
     assert spent == pytest.approx(4 * part + 4 * (2 + SHARE) * steps / 5, rel=0.005)
     assert 6 - 4 * (2 + SHARE) / 5 < spent <= 6
     # A fifth of an epoch, half of those that bear the least rate, whatever the user's is.
-    for rate, least in ((1e-4, 6.0), (1e-2, 0.06)):
+    for rate, least, head in ((1e-4, 6.0, 4), (1e-2, 0.06, 2)):
         chosen = auto_trainer(images, freeze=QKV, **{**settings, "learning_rate": rate})
-        epochs = chosen.args.num_train_epochs - 4
+        epochs = chosen.args.num_train_epochs - head
         assert scales_of(chosen)[0] == pytest.approx(least * epochs / 0.4, rel=0.01)
     # Not where all rows pass through the blocks all the same, where the user says so, or where its epochs cost passes.
     needy = SeesEarlierBlocks(tiny_vit().config)
@@ -130,6 +130,23 @@ def test_the_head_needs_some_rows_of_each_class_before_queries_keys_and_values_t
     kept = auto_trainer(images, freeze={**QKV, "head_rows": 0.3}, **settings)
     assert kept.freeze_config.head_rows == 0.3
     assert kept.args.num_train_epochs > trainer.args.num_train_epochs
+
+
+def test_a_head_of_a_short_run_trains_for_steps_that_suit_its_rate(images) -> None:
+    """A hundred at the least rate: two epochs at any rate, four at most. Of another optimizer, or at a rate of the user's, nothing is known."""
+
+    def head_epochs(rate: float = 1e-4, model: Any = None, **settings: Any) -> int:
+        batches = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "trainer": PAIR, "learning_rate": rate}
+        freeze = {**QKV, **settings.pop("freeze", {})}
+        schedule = auto_trainer(images, model, freeze, **batches, **settings).freeze_config.schedule
+        return int(schedule.removeprefix("0:4,").removesuffix(":0"))
+
+    # 25 steps in an epoch; the rule gives the head 4 / 0.5**0.4 times the user's rate.
+    assert head_epochs() == 4
+    assert head_epochs(1.2e-3 * 100 / 75 / 5.278) == 3
+    assert head_epochs(1.2e-3 * 2 / 5.278) == head_epochs(1e-2) == 2
+    assert head_epochs(optim="sgd") == head_epochs(freeze={"lr_scale": "2"}) == head_epochs(0.0) == 2
+    assert head_epochs(model=tiny_vit(hidden_size=384), freeze={"block_weights": "qkv"}) == 4  # half the rate
 
 
 class Enlarged(TinyTransform):
