@@ -39,7 +39,7 @@ class Recipe:
     few_rows: bool = False
 
 
-#: A head that sees a part of the rows trains for up to so many epochs, where fewer have too few steps: they pass through no block, but
+#: The head of a short run trains for up to so many epochs, where fewer have too few steps: they pass through no block, but
 #: evaluations come with them. Source: see ``training.auto_rates.HEAD_STEPS``. At the cost of one epoch four are level with two on digits and
 #: CIFAR-10, and have 84.0 for 82.8% on Caltech-101; at higher costs, where the head sees all rows, they are level (two or three seeds, record
 #: of explorations).

@@ -209,7 +209,7 @@ def choose(
         adapters: Whether adapters train in place of the blocks' weights.
         epoch_steps: Images of an epoch over those of an optimizer step, if known; then the last epoch may be a part, of whole steps, where
             adapters train, or queries, keys and values alone.
-        head_steps: Optimizer steps for which a head that sees a part of the rows should train, if known.
+        head_steps: Optimizer steps for which the head of a short run should train, if known.
         qkv_share: Share of the blocks' weights that makes queries, keys and values, if these may train alone. They do where the budget
             pays for it, or, without one, where that costs no more than ``num_epochs`` epochs without freezing, and not if several views or
             ``token_keep`` are settled.

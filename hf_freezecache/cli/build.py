@@ -135,7 +135,7 @@ def make_trainer(
     Args:
         settings: What to build.
         scratch: Its ``output_dir``, to which nothing is written.
-        freezing: When to freeze; default what builds the cache of ``split_point``.
+        freezing: When to freeze, for a run with transforms for training and evaluation; default what builds the cache of ``split_point``.
         rows: Images, in place of those that there are: the first ones, or all of them over and over.
         **arguments: Of ``TrainingArguments``, in place of defaults.
 
@@ -161,7 +161,7 @@ def make_trainer(
     columns = {"image_column": settings.image_column, "label_column": settings.label_column}
     plain = ImageTransform.from_processor(processor, train=False, **columns)
     transforms: dict[str, Any] = {}
-    if settings.num_views != 1:
+    if settings.num_views != 1 or freezing is not None:
         augmented = ImageTransform.from_processor(
             processor, train=True, scale=(settings.min_crop_scale, 1.0), **columns
         )

@@ -158,7 +158,7 @@ def plan(
     ] = None,
     head_rows: HeadRows = None,
     learning_rate: Annotated[
-        float, typer.Option(min=0, help="As of TrainingArguments: schedule auto says what it makes of it.")
+        float, typer.Option(min=0, help="As of TrainingArguments; what schedule auto chooses depends on it.")
     ] = 5e-5,
     consume_previous_cache: Annotated[
         bool, typer.Option("--consume-previous-cache", help="As of CacheConfig.")
@@ -168,7 +168,12 @@ def plan(
     ),
     image_column: ImageColumn = "image",
     label_column: LabelColumn = "label",
-    batch_size: BatchSize = 32,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Images of an optimizer step on one device; what schedule auto chooses depends on it."
+        ),
+    ] = 32,
     bf16: Bf16 = False,
     revision: Revision = None,
     as_json: AsJson = False,

@@ -10,15 +10,12 @@ from typing import Any
 
 from ..config import CacheConfig
 from ..hub.client import quiet_libraries
-from ..model.probe import find_blocks
-from ..schedules import Stage, thawed_to
-from ..training.adapter import start_run
+from ..schedules import thawed_to
 from ..training.planner import epochs_of, states_at
-from ..training.preflight import check_steps
 from ..training.stage_costs import Rates, build_seconds, epoch_seconds, measure_rates
 from .build import BuildSettings, make_trainer
 from .given_rates import shown_rates
-from .planned_runs import PlannedRun, PlanSettings, check_schedules, planned_run, schedules_of, views_to_measure
+from .planned_runs import PlannedRun, PlanSettings, check_schedules, planned_runs, views_to_measure
 
 __all__ = ["Plan", "Prediction", "plan", "predict"]
 
@@ -100,15 +97,10 @@ def plan(settings: BuildSettings, asked: PlanSettings) -> Plan:
     given, settings = asked.given, replace(settings, split_point=1, head_rows=None)
     with quiet_libraries(settings.show_progress), tempfile.TemporaryDirectory(prefix="hf-freezecache-") as scratch:
         trainer = make_trainer(replace(settings, num_views=views_to_measure(asked)), scratch)
-        num_blocks = len(find_blocks(trainer.model)[1])
-        runs = {
-            schedule: planned_run(schedule, settings, asked, trainer, scratch)
-            for schedule in schedules_of(asked, num_blocks)
-        }
+        runs, run = planned_runs(settings, asked, trainer, scratch)
+        num_blocks = run.splits.num_blocks
         points = sorted({stage.split_point for one in runs.values() for stage in one.stages if stage.split_point > 0})
         points = points or [1]
-        run = start_run(trainer, [Stage(place, place, point) for place, point in enumerate(points)], len(points), None)
-        check_steps(run, trainer.model)
         rows = len(trainer.train_dataset) if asked.rows is None else asked.rows
         size = run.runtime.batch_size
         measured = {point: measure_rates(run.cache, run.splits, point, size) for point in points}
@@ -173,10 +165,11 @@ def predict(
         point, epochs = stage.split_point, epochs_of(stage, stages, run.epochs)
         rate, keep = rates.get(point, one), run.token_keep if point else 1.0
         from_cache, from_images = epoch_seconds(rate, point, num_blocks, keep, processes[1], run.trained_share)
-        cached += epochs * (from_cache if point else from_images)
+        cached += epochs * (from_cache if point and point not in run.uncached else from_images)
         live += epochs * from_images
-        source = states_at(stage, stages, config)
-        if source == point:  # nothing is frozen, or the cache is there
+        # A head that trains from images gives no cache on the way.
+        source = 0 if run.uncached else states_at(stage, stages, config)
+        if source == point or point in run.uncached:  # nothing is frozen, or the cache is there
             continue
         lower = [] if config.consume_previous_cache else thawed_to(stage, stages)
         made = [point, *(each for each in lower if states_at(replace(stage, split_point=each), stages, config) < each)]
@@ -187,7 +180,8 @@ def predict(
         new = sum(sizes[each] for each in made)
         written += new
         later = {after.split_point for after in stages[stage.index + 1 :]}
-        if config.consume_previous_cache and source > 0 and source not in later:
+        # One of other rows stays.
+        if config.consume_previous_cache and source > 0 and source not in later and shown[source] == shown[point]:
             held -= sizes[source]
             peak = max(peak, held + max(sizes[source], new) + shard * new)
         held += new

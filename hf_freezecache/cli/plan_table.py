@@ -31,7 +31,8 @@ def table_lines(found: Plan) -> list[str]:
             lines.append(f"{'Given' if source == 'given' else 'Measured here'}: {', '.join(rates)}.")
     chosen = all(one.num_views is not None for one in found.predictions)
     views = "views as num_views='auto' chooses" if chosen else _counted(found.num_views, "view")
-    lines.append(f"{found.rows:,} images, {views}, {_counted(found.epochs, 'epoch')}:")
+    images = "1 image" if found.rows == 1 else f"{found.rows:,} images"
+    lines.append(f"{images}, {views}, {_counted(found.epochs, 'epoch')}:")
     rows = table_cells(found)
     width = max(len(row[0]) for row in rows)
     lines += [" ".join([f"{row[0]:>{width}}", *(f"{cell:>10}" for cell in row[1:])]) for row in rows]

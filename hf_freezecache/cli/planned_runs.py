@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -11,15 +13,20 @@ from ..auto_recipes import views_for
 from ..config import FreezeConfig
 from ..data.layout import ChunkLayout
 from ..errors import UnsupportedSetupError
+from ..model.probe import find_blocks
 from ..model.split import Splits
 from ..schedules import Stage, adaptive_policy, plan_stages
 from ..trainer import FreezeCacheTrainer
+from ..training.adapter import start_run
+from ..training.auto import settle_auto
 from ..training.block_weights import qkv_share
 from ..training.planner import most_views
+from ..training.preflight import check_steps
+from ..training.stage import StageRunner
 from .build import BuildSettings, make_trainer
 from .given_rates import GivenRates
 
-__all__ = ["PlanSettings", "PlannedRun", "check_schedules", "planned_run", "schedules_of", "views_to_measure"]
+__all__ = ["PlanSettings", "PlannedRun", "check_schedules", "planned_runs", "views_to_measure"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class PlannedRun:
         token_keep: Share of the patch tokens that steps see behind frozen blocks.
         trained_share: Share of their own weights that the other blocks train.
         head_rows: Share of the rows that stages see in which all blocks are frozen: whole chunks.
+        uncached: Split points behind which it cannot train from a cache: blocks run in every step.
         chosen: What schedule ``"auto"`` says of its choice.
     """
 
@@ -90,6 +98,7 @@ class PlannedRun:
     token_keep: float = 1.0
     trained_share: float = 1.0
     head_rows: float = 1.0
+    uncached: frozenset[int] = frozenset()
     chosen: str | None = None
 
 
@@ -129,59 +138,114 @@ def schedules_of(asked: PlanSettings, num_blocks: int) -> list[str]:
 
 def views_to_measure(asked: PlanSettings) -> int:
     """Return of how many views of an image the rendering has to be measured: several, where runs may store several."""
-    if asked.num_views is None:
-        return max(views_for(asked.epochs), 2) if _chooses(asked) else 1
-    return views_for(asked.epochs) if asked.num_views == "auto" else asked.num_views
+    if isinstance(asked.num_views, int):
+        return asked.num_views
+    several = views_for(asked.epochs) if asked.num_views == "auto" else 1
+    return max(several, 2) if _chooses(asked) else several
 
 
-def planned_run(
-    schedule: str, settings: BuildSettings, asked: PlanSettings, trainer: FreezeCacheTrainer, scratch: str
-) -> PlannedRun:
-    """Return what a schedule would train.
+def planned_runs(
+    settings: BuildSettings, asked: PlanSettings, trainer: FreezeCacheTrainer, scratch: str
+) -> tuple[dict[str, PlannedRun], StageRunner]:
+    """Return what each schedule would train, with a step of each stage tried.
 
     Args:
-        schedule: The schedule.
         settings: Model and data.
         asked: What to predict.
         trainer: A trainer of model and data.
-        scratch: The ``output_dir`` of another, to which nothing is written.
+        scratch: The ``output_dir`` of others, to which nothing is written.
+
+    Returns:
+        Runs by schedule, and what would run the stages of those that are written out.
 
     Raises:
-        ScheduleError: The schedule asks for more blocks than there are, or the budget pays for nothing.
-        FreezeCacheError: Data or model are not as they must be.
+        ScheduleError: A schedule asks for more blocks than there are, or the budget pays for nothing.
+        FreezeCacheError: Data or model are not as they must be, or the model cannot be trained as it is asked for.
     """
-    splits, freezing = Splits(trainer.model), asked.freezing(schedule)
-    rows, chosen = asked.rows or len(trainer.train_dataset), None
-    num_views, epochs = asked.num_views or 1, float(asked.epochs)
-    if freezing.is_auto:
+    splits, keep = Splits(trainer.model), asked.token_keep or 1.0
+    runs: dict[str, PlannedRun] = {}
+    for schedule in schedules_of(asked, splits.num_blocks):
+        freezing = asked.freezing(schedule)
+        if freezing.is_auto:
+            runs[schedule] = _chosen_run(freezing, settings, asked, trainer, scratch)
+            continue
+        stages = _reached(freezing, asked.epochs, splits.num_blocks)
+        views = most_views(stages, asked.epochs)[0] if asked.num_views == "auto" else asked.num_views or 1
+        runs[schedule] = _run_of(freezing, stages, asked.epochs, views, trainer, asked)
+    points = {one.split_point for each in runs.values() if each.chosen is None for one in each.stages}
+    return runs, _rehearsed(trainer, points or {0}, keep)
+
+
+def _chosen_run(
+    freezing: FreezeConfig, settings: BuildSettings, asked: PlanSettings, trainer: FreezeCacheTrainer, scratch: str
+) -> PlannedRun:
+    """Return what ``"auto"`` chooses, as a trainer of so many images does, with steps of all devices."""
+    devices, views = asked.given.devices, asked.num_views or "auto"
+    with _without_words():
         chooser = make_trainer(
-            replace(
-                settings,
-                num_views=asked.num_views or "auto",
-                batch_size=settings.batch_size * asked.given.devices,
-            ),
+            replace(settings, num_views=views, batch_size=settings.batch_size * devices),
             scratch,
             freezing,
-            rows=rows,
+            rows=asked.rows,
             num_train_epochs=asked.epochs,
             learning_rate=asked.learning_rate,
         )
-        freezing, chosen = chooser.freeze_config or freezing, chooser._record.chosen
-        num_views, epochs = chooser.cache_config.num_views, chooser.args.num_train_epochs
-    stages = [
-        stage
-        for stage in plan_stages(freezing.schedule, math.ceil(epochs), splits.num_blocks)
-        if stage.start_epoch < epochs
-    ]
-    if num_views == "auto":
-        num_views = most_views(stages, asked.epochs)[0]
+    chosen, epochs = chooser.freeze_config or freezing, chooser.args.num_train_epochs
+    stages = _reached(chosen, epochs, len(find_blocks(chooser.model)[1]))
+    found = _run_of(chosen, stages, epochs, int(chooser.cache_config.num_views), trainer, asked)
+    points = {stage.split_point for stage in stages}
+    run = _rehearsed(chooser, points, found.token_keep)
+    kept = {
+        run.tokens[point].token_keep if point in run.tokens else 1.0 for point in points - {0, run.splits.num_blocks}
+    }
+    return replace(
+        found, token_keep=min(kept, default=1.0), uncached=frozenset(run.refusals), chosen=chooser._record.chosen
+    )
+
+
+def _reached(freezing: FreezeConfig, epochs: float, num_blocks: int) -> list[Stage]:
+    return [one for one in plan_stages(freezing.schedule, math.ceil(epochs), num_blocks) if one.start_epoch < epochs]
+
+
+def _run_of(
+    freezing: FreezeConfig,
+    stages: list[Stage],
+    epochs: float,
+    num_views: int,
+    trainer: FreezeCacheTrainer,
+    asked: PlanSettings,
+) -> PlannedRun:
+    rows = asked.rows or len(trainer.train_dataset)
     layout = ChunkLayout(rows, trainer.cache_config.chunk_size, seed=0)
     return PlannedRun(
         stages,
-        epochs,
+        float(epochs),
         num_views,
         token_keep=freezing.token_keep or 1.0,
-        trained_share=qkv_share(splits) if freezing.block_weights == "qkv" else 1.0,
+        trained_share=qkv_share(Splits(trainer.model)) if freezing.block_weights == "qkv" else 1.0,
         head_rows=layout.part(freezing.head_rows or 1.0).num_samples / rows,
-        chosen=chosen,
     )
+
+
+def _rehearsed(trainer: FreezeCacheTrainer, points: Collection[int], token_keep: float) -> StageRunner:
+    """Try a step behind each split point, and return what would run the stages."""
+    stages = [Stage(place, place, point) for place, point in enumerate(sorted(points))]
+    with _without_words():
+        run = start_run(trainer, stages, len(stages), None)
+    run.token_keep = token_keep, 1.0
+    check_steps(run, trainer.model)
+    return run
+
+
+@contextmanager
+def _without_words() -> Iterator[None]:
+    """Let a trainer begin in silence: the plan says what was chosen."""
+    loggers = [logging.getLogger(function.__module__) for function in (settle_auto, check_steps)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

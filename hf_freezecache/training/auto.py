@@ -66,8 +66,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
 
     What the user set stays: ``num_views``, ``token_keep``, ``unfrozen_token_keep``, ``block_weights``, ``plain_epochs``, ``head_rows``,
     ``layer_decay``, ``lr_scale``. The choice depends on these, the blocks and what makes their queries, keys and values, the tokens of an image, whether a head trains, whether only
-    adapters do, whether views differ, the epochs, the optimizer steps in one, the rows and classes, the budget, and, for a head that sees a part
-    of the rows, its rate; rates also on the user's learning rate, the kind of optimizer and the width of the blocks. A resumed run keeps those of
+    adapters do, whether views differ, the epochs, the optimizer steps in one, the rows and classes, the budget, and, for the head of a
+    short run, its rate; rates also on the user's learning rate, the kind of optimizer and the width of the blocks. A resumed run keeps those of
     its checkpoint.
 
     Args:

@@ -40,7 +40,7 @@ BRIEF = 0.8
 #: But for a head, and for queries, keys and values, no more than so many times the user's rate, and for blocks so many times what the rule
 #: gives: the user may mean it.
 MOST_HEAD_SCALE, MOST_RAISE = 32.0, 4.0
-#: So many steps at the least rate, fewer at a higher one in proportion, suit a head that sees a part of the rows: it should go some way,
+#: So many steps at the least rate, fewer at a higher one in proportion, suit the head of a short run, which sees few rows: it should go some way,
 #: and not learn its rows by heart. Source: at half an epoch's cost, with 1.2e-3, 46, 69 and 92 steps have 71.0, 75.2 and 75.4% on Caltech-101,
 #: 56, 112, 140, 168 and 224 have 78.9, 82.4, 83.5, 81.3 and 78.3 on digits, and 94, 141 and 188 have 82.0, 79.0 and 79.7 on CIFAR-10 (two or three seeds,
 #: record of explorations).
