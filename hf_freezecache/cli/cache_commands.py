@@ -112,7 +112,10 @@ def plan(
     dataset: Images,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs that would be trained.", show_default=False)],
     split_points: Annotated[
-        str | None, typer.Option(help="Numbers of frozen blocks, e.g. '3,6,9'; default: some.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Numbers of frozen blocks, e.g. '3,6,9'; default: some, and schedule auto.", show_default=False
+        ),
     ] = None,
     schedule: Annotated[
         list[str] | None,

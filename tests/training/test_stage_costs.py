@@ -50,6 +50,18 @@ def test_no_cache_where_it_does_not_pay(train_dataset, monkeypatch) -> None:
         assert (decision.cache, decision.trained_from, decision.reason) == ("none", "images", says)
 
 
+@pytest.mark.parametrize(("views", "calibration"), [(1, (1 + 2) + 2 * 2), (2, 2 * (1 + 2) + 6 * 2)])
+def test_choosing_a_codec_is_reckoned_with(train_dataset, monkeypatch, views, calibration) -> None:
+    """Each image is rendered and run to the split, and then behind it with some settings: more of them where copies are stored."""
+    rates = Rates(render=1.0, render_all=float(views), block=1.0, encode=0.0, decode=0.0)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: rates)
+    cache = {"mode": "auto", "num_views": views, "codec": "auto", "calibration_samples": 20}
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2", cache=cache, num_train_epochs=3)
+    trainer.train()
+    predicted = trainer._record.decisions[0].predicted["cached_seconds"]
+    assert predicted == pytest.approx(50 * (views * (1 + 2) + 3 * 2 * 3) + 20 * calibration, abs=0.2)
+
+
 def test_what_is_measured(images, monkeypatch) -> None:
     monkeypatch.setattr(stage_costs, "LEAST_SECONDS", 0.0)
     measured = []
