@@ -247,7 +247,7 @@ def given_words(arm: Arm) -> str:
 
 
 def summary() -> str:
-    """Return a short table: the best that each way reaches within one, two, four and eight epochs' cost of full fine-tuning."""
+    """Return a short table: the best that each way reaches within the cost of half an epoch to sixteen of full fine-tuning."""
     ways = {
         '`schedule="auto"`': ("schedule='auto'",),
         "full fine-tuning": ("full fine-tuning", "full, layer-wise decay"),
@@ -261,7 +261,7 @@ def summary() -> str:
         config = record["config"]
         points = [point for point in points_of(record).values() if len(point.accuracies) > 1]
         shown: tuple[float, ...] = ()
-        for budget in (0.5, 1, 2, 4, 8):
+        for budget in (0.5, 1, 2, 4, 8, 16):
             best = []
             for name, own in ways.items():
                 of_own = [point for point in points if line_of(point.arm) in own]
