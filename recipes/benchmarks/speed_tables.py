@@ -18,7 +18,7 @@ EVALUATING = "evaluating--deit-tiny--cpu.json"
 READING = "reading--cpu.json"
 GROWTH = "growth--cpu.json"
 DECIDING = "deciding--deit-tiny--cpu.json"
-SWEEPING = "sweeping--deit-tiny--cpu.json"
+SWEEPING = ("sweeping--deit-tiny--cpu.json", "sweeping--deit-tiny--cpu--six-epochs.json")
 DEMO, UNSEEN = "demo.json", "demo--unseen-digits.json"
 FAULTS = "faults.json"
 SCALE = "scale.json"
@@ -193,19 +193,23 @@ def counted(number: int, one: str, several: str) -> str:
 
 
 def sweeps() -> str:
-    """Return what a sweep over one cache costs."""
-    record = load(SWEEPING)
+    """Return what sweeps over one cache cost, of few epochs and of those that ``recipes/sweep.py`` has by default."""
+    return "\n\n".join(map(_sweep, SWEEPING))
+
+
+def _sweep(name: str) -> str:
+    record = load(name)
     config, results, machine = record["config"], record["results"], record["machine"]
     runs = results["runs"]["cached"]
     words = {"full": "full fine-tuning", "lora": "LoRA"}
     against = [
-        f"{results[arm]['sweep_over_as_many_runs']:.3f} of what {len(runs)} runs of {name} take (one takes "
+        f"{results[arm]['sweep_over_as_many_runs']:.3f} of what {len(runs)} runs of {way} take (one takes "
         f"{results[arm]['run_seconds']['median']:.0f} s, and {counted(len(results['runs'][arm]), 'was', 'were')} timed)"
-        for arm, name in words.items()
+        for arm, way in words.items()
     ]
     seconds = [run["seconds"] for run in runs]
     of_eight = [
-        f"{sum(seconds[:8]) / (8 * results[arm]['run_seconds']['median']):.3f} of {name}" for arm, name in words.items()
+        f"{sum(seconds[:8]) / (8 * results[arm]['run_seconds']['median']):.3f} of {way}" for arm, way in words.items()
     ]
     return (
         f"{len(runs)} runs of {config['epochs']} epochs over one cache, learning rates times heads, {config['split_point']} blocks "
@@ -213,7 +217,7 @@ def sweeps() -> str:
         f"The first 8 take {sum(seconds[:8]):.0f} s: {', '.join(of_eight)}. A run that finds its cache takes "
         f"{statistics.median(seconds[1:]):.1f} s. "
         f"DeiT-Tiny, 224 px, {config['train_images']} training and {config['test_images']} test images; each run is "
-        f"evaluated once, those of the sweep from a cache; {machine['processor']}, {machine['cores']} cores. {link(SWEEPING)}, made by "
+        f"evaluated once, those of the sweep from a cache; {machine['processor']}, {machine['cores']} cores. {link(name)}, made by "
         "`recipes/benchmarks/sweeping.py` around `recipes/sweep.py`."
     )
 
