@@ -130,7 +130,7 @@ def _chooses(asked: PlanSettings) -> bool:
     return True in [asked.freezing(schedule).is_auto for schedule in asked.schedules or ("auto",)]
 
 
-def schedules_of(asked: PlanSettings, num_blocks: int) -> list[str]:
+def _schedules_of(asked: PlanSettings, num_blocks: int) -> list[str]:
     """Return the schedules to predict, for a model of so many blocks."""
     quarters = {max(num_blocks * part // 4, 1) for part in (1, 2, 3)} | {max(num_blocks - 1, 1)}
     return list(asked.schedules) or [*(f"0:{point}" for point in sorted(quarters)), "auto"]
@@ -164,7 +164,7 @@ def planned_runs(
     """
     splits, keep = Splits(trainer.model), asked.token_keep or 1.0
     runs: dict[str, PlannedRun] = {}
-    for schedule in schedules_of(asked, splits.num_blocks):
+    for schedule in _schedules_of(asked, splits.num_blocks):
         freezing = asked.freezing(schedule)
         if freezing.is_auto:
             runs[schedule] = _chosen_run(freezing, settings, asked, trainer, scratch)
