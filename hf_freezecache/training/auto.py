@@ -46,7 +46,7 @@ _CHOSEN = (
 #: better: at a cost of one epoch 85.2 and 79.3% without decay, 83.4 and 78.7% with it (means of two seeds, Caltech-101 and CIFAR-10 at
 #: 112 pixels, in the record of explorations). Source of the number: as ``lr_rule.RULE``; BEiT and MAE fine-tune with 0.65 to 0.85.
 LAYER_DECAY = 0.75
-#: They do up to so many tokens of an image, and from so many channels on, unless the user asks for it. Source: at a cost of one epoch, with 50 tokens (112 pixels) or 17 they
+#: Queries, keys and values train alone for up to so many tokens of an image, and from so many channels on, unless the user asks for it. Source: at a cost of one epoch, with 50 tokens (112 pixels) or 17 they
 #: gain, see ``auto_recipes.RECIPES``; with 197 (224 pixels) they have 93.7% where the last eight blocks have 94.5 on Caltech-101, and 92.0
 #: for 95.0 on flowers; at a cost of four, 93.1 where all but one have 95.5 on Caltech-101 (one or two seeds, record of explorations). Nothing
 #: between was tried. The demo's model of 128 channels, with 17 tokens and little pretraining, has 91.1 and 92.5% with them, and 93.0 and 95.3
