@@ -34,7 +34,16 @@ from ..schedules import Stage
 from .planner import epochs_of, states_at
 from .stage_cache import StageCache
 
-__all__ = ["Rates", "build_seconds", "epoch_seconds", "measure_rates", "predict_costs", "stage_seconds"]
+__all__ = [
+    "Rates",
+    "Rendering",
+    "build_seconds",
+    "epoch_seconds",
+    "measure_rates",
+    "measure_rendering",
+    "predict_costs",
+    "stage_seconds",
+]
 
 #: The most images that are rendered.
 _ROWS = 8
@@ -108,8 +117,53 @@ class Rates:
         return max(ahead / workers, computing + busy)
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """A few rows, rendered, and what one takes.
+
+    Attributes:
+        render: As in ``Rates``.
+        render_all: As in ``Rates``.
+        waiting: As in ``Rates``.
+        examples: A view of each row, as the transform gives it.
+    """
+
+    render: float
+    render_all: float
+    waiting: float
+    examples: list[Any]
+
+
+def measure_rendering(cache: StageCache, images: float = math.inf) -> Rendering:
+    """Render a few rows, and all of their views.
+
+    Args:
+        cache: Of the stage that is to come.
+        images: As in ``measure_rates``.
+
+    Raises:
+        FreezeCacheError: A row cannot be rendered.
+    """
+    data, num_views = cache.chooser.data, cache.config.num_views
+    rows = data.layout.order[: _at_most(_SHARE * images / (1 + num_views / 2), 1, _ROWS)].tolist()
+    with preserved_random_state():
+        views, busy = data.views.reading_once(), time.process_time()
+        render, examples = _per_row(lambda row: views[row, 1 if num_views > 1 else 0], rows)
+        busy = (time.process_time() - busy) / len(examples)
+        render_all = render
+        if num_views > 1:
+            render_all, _ = _per_row(lambda row: views.render_views(row, range(num_views)), rows)
+    waiting = min(max(1 - busy / render, 0.0), 1.0) if render > 0 else 0.0
+    return Rendering(render, render_all, waiting, examples)
+
+
 def measure_rates(
-    cache: StageCache, splits: Splits, split_point: int, batch_size: int, images: float = math.inf
+    cache: StageCache,
+    splits: Splits,
+    split_point: int,
+    batch_size: int,
+    images: float = math.inf,
+    rendering: Rendering | None = None,
 ) -> Rates:
     """Render a few rows, encode, write and decode what they are at a split, and run a batch of them through a few blocks.
 
@@ -122,22 +176,15 @@ def measure_rates(
         split_point: Where the cache would be made.
         batch_size: Images of a batch.
         images: Images that the stage trains on without a cache, those of all epochs: few of them allow little measuring.
+        rendering: Rows that are rendered; otherwise a few are.
 
     Raises:
         FreezeCacheError: A row cannot be rendered, or the frozen blocks fail.
     """
     chooser, config = cache.chooser, cache.config
-    data, num_views = chooser.data, config.num_views
-    most = _at_most(_SHARE * images / (1 + num_views / 2), 1, _ROWS)
-    rows = data.layout.order[:most].tolist()
+    data, examples = chooser.data, (rendering := rendering or measure_rendering(cache, images)).examples
     device = next(splits.model.parameters()).device.type
     with preserved_random_state():
-        views, busy = data.views.reading_once(), time.process_time()
-        render, examples = _per_row(lambda row: views[row, 1 if num_views > 1 else 0], rows)
-        busy = (time.process_time() - busy) / len(examples)
-        render_all = render
-        if num_views > 1:
-            render_all, _ = _per_row(lambda row: views.render_views(row, range(num_views)), rows)
         count = len(examples)
         # Half for the blocks, half for what stands before them, and for the states that are encoded.
         passes = _SHARE_OF_BLOCKS * images * splits.num_blocks / 2
@@ -163,8 +210,8 @@ def measure_rates(
     if not requested_codec(config, split_point)[0].lossless:
         encode, write = encode * _LOSSY_ENCODING, write * _LOSSY_ENCODING
     return Rates(
-        render=render,
-        render_all=render_all,
+        render=rendering.render,
+        render_all=rendering.render_all,
         # Other work on the machine must not leave nothing for the blocks.
         block=max(deep - embed, deep / 4) / depth / repeated,
         encode=encode / count,
@@ -173,7 +220,7 @@ def measure_rates(
         write=write / count / copies,
         embed=embed / repeated,
         cores=available_cores() if device == "cpu" else 0,
-        waiting=min(max(1 - busy / render, 0.0), 1.0) if render > 0 else 0.0,
+        waiting=rendering.waiting,
     )
 
 
@@ -294,8 +341,8 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
 
     Returns:
         ``cached_seconds``, building included, and ``live_seconds``, of training alone, as the main process measured. Where a cache
-        cannot pay, ``cached_views`` and ``live_views``: as many views of each image would be rendered for it as without it. Where
-        there is little that it could save, ``frozen_seconds``, of images and frozen blocks without one. Empty where the cache is
+        cannot pay, ``cached_views`` and ``live_views``: as many views of each image would be rendered for it as without it, in no less
+        time. Where there is little that it could save, ``frozen_seconds``, of images and frozen blocks without one. Empty where the cache is
         there, or an earlier part of the run has decided for one.
 
     Raises:
@@ -322,10 +369,16 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
             "cached_views": run.config.num_views * (1 if ahead else share),
             "live_views": sum(epochs for epochs, _ in served),
         }
-        if not there and views["cached_views"] >= views["live_views"]:
-            return views
         rows = cache.chooser.data.layout.total_samples / run.runtime.everyone.size
-        rates = measure_rates(cache, run.splits, stage.split_point, run.runtime.batch_size, rows * views["live_views"])
+        images, rendering = rows * views["live_views"], None
+        if not there and views["cached_views"] >= views["live_views"]:
+            # As many images run through the blocks. Only reading each row once, for all of its views, could save.
+            if views["live_views"] <= 1:
+                return views
+            rendering = measure_rendering(cache, images)
+            if share * rendering.render_all >= views["live_views"] * rendering.render:
+                return views
+        rates = measure_rates(cache, run.splits, stage.split_point, run.runtime.batch_size, images, rendering)
         frozen = rows * sum(epochs * (rates.render + rates.prefix(point)) for epochs, point in served)
         if frozen < LEAST_SECONDS:
             return {"frozen_seconds": round(frozen, 3)}

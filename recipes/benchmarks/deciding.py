@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import shutil
 import tempfile
 import time
@@ -47,6 +48,7 @@ class Case:
         blocks: Blocks of a small model with random weights, in place of the pretrained one.
         evaluate: Whether each epoch is evaluated.
         there: Whether the cache is there.
+        side: Pixels of a side that images are enlarged to, as photographs are; 0 leaves them as they are.
     """
 
     split_point: int = 9
@@ -58,6 +60,7 @@ class Case:
     blocks: int = 0
     evaluate: bool = False
     there: bool = False
+    side: int = 0
 
 
 CASES = {
@@ -65,6 +68,7 @@ CASES = {
     "one epoch": Case(epochs=1),
     "one epoch, four views": Case(epochs=1, views=4),
     "as many views as epochs": Case(epochs=3, views=3),
+    "as many views as epochs, large images": Case(epochs=3, views=3, rows=192, side=1024),
     "k=1": Case(split_point=1, epochs=3, views=2),
     "slow images, few epochs": Case(split_point=1, epochs=3, rows=96, sleep=0.05),
     "slow images, many views": Case(epochs=2, views=4, rows=96, sleep=0.05),
@@ -85,6 +89,18 @@ class Waiting:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         time.sleep(self.seconds * len(batch["image"]))
         return self.transform(batch)  # type: ignore[no-any-return]
+
+
+def enlarged(rows: datasets.Dataset, side: int) -> datasets.Dataset:
+    """Return rows whose images are JPEG files of ``side * side`` pixels."""
+
+    def encoded(image: Any) -> dict[str, Any]:
+        file = io.BytesIO()
+        image.convert("RGB").resize((side, side)).save(file, "JPEG", quality=90)
+        return {"bytes": file.getvalue(), "path": None}
+
+    columns = {"image": [encoded(image) for image in rows["image"]], "label": list(rows["label"])}
+    return datasets.Dataset.from_dict(columns, features=rows.features)
 
 
 def make_model(args: argparse.Namespace, case: Case, num_labels: int) -> Any:
@@ -130,6 +146,8 @@ def train(args: argparse.Namespace, case: Case, mode: str, rows: datasets.Datase
 
 def compare(args: argparse.Namespace, case: Case, rows: datasets.Dataset) -> dict[str, Any]:
     """Train a case in all modes; return seconds, what was decided, and predictions over outcomes."""
+    if case.side:
+        rows = enlarged(rows.select(range(case.rows)), case.side)
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     ready = Path(tempfile.mkdtemp())
     try:

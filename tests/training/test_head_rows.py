@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,10 @@ def test_of_an_earlier_cache_nothing_is_consumed_that_is_not_replaced(train_data
 def test_where_it_is_decided_by_measurement_only_the_part_is_reckoned_with(train_dataset, monkeypatch) -> None:
     """Three views of all rows would be as many renderings as three epochs take."""
     monkeypatch.setattr(stage_costs, "LEAST_SECONDS", 0.0)
+    measure = stage_costs.measure_rendering
+    monkeypatch.setattr(
+        stage_costs, "measure_rendering", lambda *args: dataclasses.replace(measure(*args), render=1.0, render_all=3.0)
+    )
     settings = {"schedule": "0:4", "num_train_epochs": 3, "cache": {"mode": "auto", "num_views": 3}}
     part, whole = (trained(train_dataset, share, **settings)._record.decisions[0].predicted for share in (0.4, 1.0))
     assert (whole["cached_views"], whole["live_views"]) == (3, 3)

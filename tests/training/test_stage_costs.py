@@ -12,7 +12,7 @@ from support.parity import assert_same, parameters_of
 from support.tiny import SlowTransform, TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache.training import stage_costs
-from hf_freezecache.training.stage_costs import Rates, stage_seconds
+from hf_freezecache.training.stage_costs import Rates, Rendering, stage_seconds
 
 
 @pytest.fixture
@@ -48,6 +48,23 @@ def test_no_cache_where_it_does_not_pay(train_dataset, monkeypatch) -> None:
         trainer.train()
         decision = trainer._record.decisions[0]
         assert (decision.cache, decision.trained_from, decision.reason) == ("none", "images", says)
+
+
+@pytest.mark.parametrize(("render_all", "epochs", "cache"), [(3.0, 3, "none"), (1.2, 3, "built"), (0.5, 1, "none")])
+def test_a_row_that_takes_long_to_read_is_read_once_for_all_of_its_views(
+    train_dataset, monkeypatch, render_all, epochs, cache
+) -> None:
+    """So a cache of as many views as epochs can pay: three views of 50 rows take 60 s, and three epochs without one 150 s."""
+    rendering = Rendering(render=1.0, render_all=render_all, waiting=0.0, examples=[])
+    rates = Rates(render=1.0, render_all=render_all, block=0.0, encode=0.0, decode=0.1)
+    measured = []
+    monkeypatch.setattr(stage_costs, "measure_rendering", lambda *args: rendering)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: measured.append(args[-1]) or rates)
+    settings = {"cache": {"mode": "auto", "num_views": 3}, "num_train_epochs": epochs}
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2", **settings)
+    trainer.train()
+    assert trainer._record.decisions[0].cache == cache
+    assert measured == ([rendering] if cache == "built" else [])  # what was rendered is not rendered again
 
 
 @pytest.mark.parametrize(("views", "calibration"), [(1, (1 + 2) + 2 * 2), (2, 2 * (1 + 2) + 6 * 2)])
