@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,7 +292,7 @@ class Build:
 
 
 def find_finished(
-    cache_dir: Path, split_point: int, fingerprint: Fingerprint, num_views: int, *, more_views: bool
+    cache_dir: Path, split_point: int, fingerprint: Fingerprint, num_views: int, more_views: Mapping[str, str] | None
 ) -> Fingerprint | None:
     """Return the fingerprint of a finished cache: the one asked for, or the same with more views; ``None`` without one.
 
@@ -301,10 +301,12 @@ def find_finished(
         split_point: Number of frozen blocks.
         fingerprint: The fingerprint asked for.
         num_views: Number of views that it asks for.
-        more_views: Whether the views of a cache with more of them are the same, as in lossless caches.
+        more_views: Components that are others in a cache with more views, beside their number; ``None`` if it does not hold the
+            same views, as it does without loss.
     """
-    for number in range(num_views, max(num_views, _MOST_VIEWS if more_views else 0) + 1):
-        candidate = Fingerprint({**fingerprint.components, "number of views": str(number)})
+    for number in range(num_views, max(num_views, 0 if more_views is None else _MOST_VIEWS) + 1):
+        others = (more_views or {}) if number > num_views else {}
+        candidate = Fingerprint({**fingerprint.components, **others, "number of views": str(number)})
         if (cache_dir / cache_name(split_point, candidate) / INDEX_NAME).is_file():
             return candidate
     return None

@@ -16,7 +16,7 @@ from .code_walk import CodeWalk, changed_parts
 from .collators import CheckedCollator
 from .hashing import hash_dataset, hash_object, look_into
 from .layout import ChunkLayout
-from .views import ViewDataset
+from .views import ViewDataset, with_transform
 
 __all__ = ["TrainingData", "UserCode"]
 
@@ -41,6 +41,19 @@ class UserCode:
     transforms: tuple[Any, Any]
     collator: Any
     changing: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def of_views(self, num_views: int) -> UserCode:
+        """Return the code that renders the first views.
+
+        With one view, ``train_transform`` is none of it: the cache is that of a data set that has ``eval_transform`` as its own.
+
+        Args:
+            num_views: How many.
+        """
+        _, eval_transform = self.transforms
+        if num_views > 1 or eval_transform is None or not isinstance(self.dataset, datasets.Dataset):
+            return self
+        return replace(self, dataset=with_transform(self.dataset, eval_transform), transforms=(None, None))
 
     def _parts(self) -> dict[str, tuple[Any, str]]:
         formatted = self.dataset.format if isinstance(self.dataset, datasets.Dataset) else _code_of(self.dataset)
@@ -105,7 +118,8 @@ class TrainingData:
         dataset: The data set that the user passed.
         views: Renders the views.
         collate: The user's collator, with its labels checked.
-        code: The user's transforms and collator as they were passed, for hashing.
+        code: The user's transforms and collator as they were passed, for hashing: what renders the views that are stored.
+        code_of_more: What renders more of them, where that is more code; caches of several views are named by it.
         layout: Which sample lies in which chunk.
         view_seed: Seed of the views.
         has_classes: Whether each label is one of several exclusive classes.
@@ -128,6 +142,13 @@ class TrainingData:
     call: dict[str, Any]
     prefix_inputs: frozenset[str]
     batch_spec: str
+    code_of_more: UserCode | None = None
+
+    def hashes_of_more(self, config: CacheConfig) -> dict[str, str]:
+        """Return the hashes of ``code_of_more``; nothing where that is no more code, or has none: then no cache is named by it."""
+        with suppress(UnsupportedSetupError):
+            return {} if self.code_of_more is None else self.code_of_more.hashes(config)
+        return {}
 
     def dataset_hash(self, config: CacheConfig) -> str:
         """Return the name of the data set in fingerprints, or its hash. Reads the whole data set.

@@ -20,13 +20,13 @@ from .image_transform import ImageTransform
 from .row_reader import DecodedRow, RowReader, can_share_rows
 from .seeding import random_states, seeded
 
-__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "same_examples", "views_differ"]
+__all__ = ["ViewDataset", "ViewKey", "check_repeatable", "same_examples", "views_differ", "with_transform"]
 
 #: (sample index, view): samplers yield it, and data sets take it. View 0 is the base view.
 ViewKey = tuple[int, int]
 
 
-def _with_transform(dataset: Any, transform: Callable[..., Any]) -> Any:
+def with_transform(dataset: Any, transform: Callable[..., Any]) -> Any:
     """Return a ``datasets.Dataset`` with another transform. ``with_transform`` would copy the one that it has."""
     other = copy.copy(dataset)
     other.set_transform(transform)
@@ -68,8 +68,8 @@ class ViewDataset(Dataset):  # type: ignore[type-arg]
             )
         self.dataset = dataset
         self.seed = seed
-        self._base = dataset if eval_transform is None else _with_transform(dataset, eval_transform)
-        self._augmented = dataset if train_transform is None else _with_transform(dataset, train_transform)
+        self._base = dataset if eval_transform is None else with_transform(dataset, eval_transform)
+        self._augmented = dataset if train_transform is None else with_transform(dataset, train_transform)
         self._geometry = False
         self._together = False
         self._reader: RowReader | None = None

@@ -271,7 +271,9 @@ def prepare_data(
     views = ViewDataset(dataset, seed, *transforms)
     collate = CheckedCollator(runtime.collate, runtime.label_names, runtime.num_classes)
     code = UserCode(dataset, transforms, runtime.raw_collator)
-    before = code.walks() if cached and config.transform_id is None else {}
+    # What is stored may be less than what other stages render.
+    stored, walked = code.of_views(config.num_views), cached and config.transform_id is None
+    before, stored_before = (each.walks() if walked else {} for each in (code, stored))
     spec: Any = (type(runtime.model), runtime.args.remove_unused_columns, runtime.label_names, runtime.num_classes)
     name = name_of_checks(dataset, before, seed, config.num_views, *spec)
     if not (sound := bool(_SOUND.get(name))):
@@ -279,8 +281,8 @@ def prepare_data(
     batch = check_batch(views, collate, runtime.label_names, runtime.num_classes)
     if not sound:
         check_collator(views, collate)
-    code = code.without_what_changed_since(before)
-    if cached and (changing := sorted(set().union(*code.changing.values()))):
+    code, stored = code.without_what_changed_since(before), stored.without_what_changed_since(stored_before)
+    if cached and (changing := sorted(set().union(*stored.changing.values()))):
         logger.warning(
             "The training transform changes by itself as it renders (%s). A cached stage shows views as they are rendered when "
             "the cache is built. If such a change is to be seen in later epochs, train them with CacheConfig(mode='never').",
@@ -297,7 +299,7 @@ def prepare_data(
         dataset=dataset,
         views=views,
         collate=collate,
-        code=code,
+        code=stored,
         layout=layout,
         view_seed=seed,
         has_classes=runtime.num_classes is not None and not has_several_labels(batch, runtime.label_names),
@@ -306,4 +308,5 @@ def prepare_data(
         call=call,
         prefix_inputs=prefix_inputs,
         batch_spec=json.dumps([*spec, constants] if constants else spec),
+        code_of_more=None if stored.transforms == transforms else code,
     )

@@ -206,9 +206,9 @@ class StageCache:
         """Return the fingerprint of a finished cache that will do, by now; see ``find_finished``."""
         config = self.config
         # A lossy codec is fitted to all views; and what another run has stored beyond this one's views is not to be consumed.
-        more_views = requested_codec(config, split.split_point)[0].lossless and not config.copies_apart
-        more_views = more_views and not config.consume_previous_cache
-        return find_finished(self._cache_dir, split.split_point, fingerprint, config.num_views, more_views=more_views)
+        same = requested_codec(config, split.split_point)[0].lossless and not config.copies_apart
+        more_views = self.chooser.data.hashes_of_more(config) if same and not config.consume_previous_cache else None
+        return find_finished(self._cache_dir, split.split_point, fingerprint, config.num_views, more_views)
 
     def _reader(self, directory: Path, fingerprint: Fingerprint, **settings: Any) -> CacheReader:
         with self.process_group.fail_together():

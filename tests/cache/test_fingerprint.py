@@ -212,6 +212,39 @@ def test_a_lossy_cache_of_more_views_is_another_cache(images) -> None:
     assert cached_run(images, cache={"codec": "int8", "num_views": 2}) > 0
 
 
+def transforms(strength: float = 0.1, base: float = 0.1) -> dict[str, TinyTransform]:
+    train, evaluation = TinyTransform(True, strength), TinyTransform(False, base)
+    return {"train_transform": train, "eval_transform": evaluation}
+
+
+class Unhashable(TinyTransform):
+    """Augments, and holds what has no content."""
+
+    def __init__(self, augment: bool) -> None:
+        super().__init__(augment)
+        self.rows = (row for row in range(3))
+
+
+def test_one_view_is_named_by_what_renders_it(images) -> None:
+    """That is ``eval_transform``, the data set's own or the trainer's."""
+    one, plain = {"num_views": 1}, TinyTransform(augment=False)
+    assert cached_run(images, cache=one, trainer=transforms()) == 4
+    assert cached_run(images, cache=one, trainer=transforms(strength=0.3)) == 0
+    assert cached_run(images, cache=one, transform=plain) == 0
+    unhashable = {"train_transform": Unhashable(True), "eval_transform": plain}
+    assert cached_run(images, cache=one, trainer=unhashable) == 0
+    with pytest.raises(UnsupportedSetupError, match="transform_id"):
+        cached_run(images, cache={"num_views": 2}, trainer=unhashable)
+    assert cached_run(images, cache=one, trainer=transforms(base=0.2)) == 4
+    assert cached_run(images, cache={"num_views": 2}, trainer=transforms()) == 8
+
+
+def test_one_view_is_among_several_of_the_same_transforms(images) -> None:
+    assert cached_run(images, cache={"num_views": 2}, trainer=transforms()) == 8
+    assert cached_run(images, cache={"num_views": 1}, trainer=transforms()) == 0
+    assert cached_run(images, cache={"num_views": 1}, trainer=transforms(strength=0.3)) == 4
+
+
 @pytest.mark.slow
 def test_a_transform_that_misses_twice_in_a_row_gets_a_hint(images, caplog) -> None:
     for number in range(3):

@@ -91,19 +91,20 @@ def test_a_head_may_train_on_a_cache_of_some_rows(images) -> None:
 
     model = type(tiny_vit()).from_pretrained("model")
     plain = ImageTransform.from_processor(AutoImageProcessor.from_pretrained("model"), train=False)
-    trainer = make_trainer(
-        model,
-        load_images("many", "train", "image", "label").with_transform(plain),
-        schedule="0:4",
-        freeze={"head_rows": 0.3},
-        num_train_epochs=1,
-        cache={
-            "cache_dir": "caches",
-            "chunk_size": CacheConfig().chunk_size,
-            "shard_chunks": CacheConfig().shard_chunks,
-        },
-    )
-    assert trainer.build_cache().reader.directory.name == Path(built["path"]).name
+    rows = load_images("many", "train", "image", "label")
+    defaults = {name: getattr(CacheConfig(), name) for name in ("chunk_size", "shard_chunks")}
+    pair = {"train_transform": TinyTransform(augment=True), "eval_transform": plain}
+    for dataset, transforms in ((rows.with_transform(plain), {}), (rows, pair)):
+        trainer = make_trainer(
+            model,
+            dataset,
+            schedule="0:4",
+            freeze={"head_rows": 0.3},
+            num_train_epochs=1,
+            cache={"cache_dir": "caches", **defaults},
+            trainer=transforms,
+        )
+        assert trainer.build_cache().reader.directory.name == Path(built["path"]).name
     status, _, err = call("build", "model", "many", "--split-point", 2, "--head-rows", 0.3)
     assert status == 1
     assert_one_line(err)
