@@ -22,6 +22,7 @@ from hf_freezecache.cache.index import (
 )
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.cache.verify import verify_cache
+from hf_freezecache.compression.step_search import fit_codec
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import (
     CacheCorruptError,
@@ -89,7 +90,7 @@ def test_refused(sound, name, tmp_path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux")
 def test_no_case_takes_much_memory() -> None:
     done = subprocess.run(
-        [sys.executable, hostile.__file__],
+        [sys.executable, "-m", "support.hostile"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -230,7 +231,7 @@ def test_large_values_of_honest_caches_are_read(tmp_path, dtype, codec) -> None:
         return (hostile.prefix(pixel_values).double() * 0.9 * largest).to(dtype)
 
     chosen = (
-        hostile.fit_codec(PRESETS[codec], states(torch.rand(32, 1, 1, 2) * 8), 1, (2, 2))
+        fit_codec(PRESETS[codec], states(torch.rand(32, 1, 1, 2) * 8), 1, (2, 2))
         if codec == "transform"
         else PRESETS[codec]
     )
