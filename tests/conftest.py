@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import runpy
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
+from support.slow_budget import SlowBudget, spread
 
 # torch and what builds on it is imported where it is used: pytest-xdist's controller runs no test, and starts workers sooner.
 if TYPE_CHECKING:
@@ -37,17 +36,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 #: Files that take longest.
 LONG = (
-    *(
-        "test_crash_safety",
-        "test_distributed",
-        "test_extra_views_training",
-        "test_lossy_training",
-        "test_push_and_pull",
-    ),
-    *("test_readme", "test_trainer", "test_writer"),
+    *("test_crash_safety", "test_distributed", "test_extra_views_training", "test_lossy_training"),
+    *("test_readme", "test_trainer", "test_training_from_the_hub", "test_what_a_repository_says", "test_writer"),
 )
-#: Reason of what ``--slow-budget`` skips.
-OUT_OF_BUDGET = "the time of --slow-budget is used up"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,50 +68,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if number not in kept:
                 item.add_marker("slow")
     items.sort(key=lambda item: item.path.stem not in LONG)
-
-
-def spread(total: int, kept: int) -> set[int]:
-    """Return ``kept`` of the numbers below ``total``, the first and the last among them, evenly spread."""
-    if kept >= total:
-        return set(range(total))
-    return {round(number * (total - 1) / max(1, kept - 1)) for number in range(kept)}
-
-
-class SlowBudget:
-    """Skips slow tests once the time is used up. Every file gets its share of what the files before have left."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.budget = config.getoption("--slow-budget")
-        self.processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        self.began = time.monotonic()
-        self.files: list[Path] = []
-        self.deadlines: dict[Path, float] = {}
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        self.files = list(dict.fromkeys(item.path for item in items if item.get_closest_marker("slow")))
-        self.began = time.monotonic()
-
-    def deadline(self, path: Path) -> float:
-        """Return when the last slow test of a file may start. Files are handed out in order, whole, to all processes."""
-        if path not in self.deadlines:
-            now = time.monotonic()
-            left = max(0.0, self.began + self.budget - now)
-            later = len(self.files) - 1 - self.files.index(path)
-            self.deadlines[path] = now + left / math.ceil(1 + later / self.processes)
-        return self.deadlines[path]
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if item.get_closest_marker("slow") and time.monotonic() > self.deadline(item.path):
-            pytest.skip(OUT_OF_BUDGET)
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        reports = terminalreporter.stats.get("skipped", [])
-        names = [report.nodeid for report in reports if OUT_OF_BUDGET in str(report.longrepr)]
-        terminalreporter.write_line(f"--slow-budget {self.budget:.0f}: {len(names)} slow tests were not run")
-        for name in names:
-            terminalreporter.write_line(f"  {name}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -190,29 +137,10 @@ def model() -> transformers.PreTrainedModel:
     return tiny_vit()
 
 
-def make_images(rows: int, seed: int = 0) -> datasets.Dataset:
-    """Images whose class shows: brighter in one corner of four, noise elsewhere."""
-    import datasets
-    import numpy as np
-    from PIL import Image
-    from support.tiny import IMAGE_SIZE, NUM_CLASSES
-
-    generator = np.random.default_rng(seed)
-    images, labels = [], []
-    for row in range(rows):
-        label = row % NUM_CLASSES
-        pixels = generator.integers(0, 120, (IMAGE_SIZE, IMAGE_SIZE, 3))
-        half = IMAGE_SIZE // 2
-        top, left = divmod(label, 2)
-        pixels[top * half : (top + 1) * half, left * half : (left + 1) * half] += 110
-        images.append(Image.fromarray(pixels.astype(np.uint8)))
-        labels.append(label)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c", "d"])})
-    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-
-
 @pytest.fixture(scope="session")
 def images() -> datasets.Dataset:
+    from support.images import make_images
+
     return make_images(50)
 
 

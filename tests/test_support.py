@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SlowBudget, spread
 from support.children import Child, run_group
+from support.slow_budget import SlowBudget, spread
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 40])

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import make_images
+from support.images import make_images
 from support.tiny import TinyTransform, make_trainer, tiny_vit
 from transformers import ViTForImageClassification
 

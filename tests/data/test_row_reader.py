@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_images
 from PIL import ExifTags, Image, ImageDraw, ImageEnhance
+from support.images import make_images
 from support.tiny import IMAGE_SIZE, TinyTransform
 
 from hf_freezecache.data.image_transform import ImageTransform

@@ -11,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_images
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.images import make_images
 from support.tiny import IMAGE_SIZE, TinyTransform
 
 from hf_freezecache.data.seeding import preserved_random_state, seeded

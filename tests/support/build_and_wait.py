@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import make_images
 
+from support.images import make_images
 from support.tiny import TinyTransform, make_trainer, tiny_vit
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import torch
 import torch.distributed as dist
-from conftest import make_images
 from PIL import ImageDraw
 from torch.utils.data import default_collate
 
@@ -25,6 +24,7 @@ from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.views import ViewDataset
 from hf_freezecache.distributed.process_group import find_process_group
 from support import tiny_copies
+from support.images import make_images
 from support.tiny import IMAGE_SIZE, TinyTransform
 
 #: Shards of eight rows and of three.

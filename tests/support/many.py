@@ -22,12 +22,12 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import make_images
 
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.errors import CacheWriteError, FreezeCacheError
 from hf_freezecache.training import stage_cache, stage_costs
+from support.images import make_images
 from support.other_place import other_place
 from support.tiny import Recorder, SlowTransform, TinyTransform, make_trainer, tiny_vit
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from conftest import make_images
 
 from support.hub_server import HubServer
+from support.images import make_images
 from support.tiny import PROCESSOR, tiny_vit
 
 MODEL = "facebook/deit-tiny-patch16-224"

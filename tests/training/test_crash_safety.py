@@ -14,8 +14,8 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import make_images
 from support import tiny_cache
+from support.images import make_images
 from support.tiny import TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache import CacheConfig

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_images
+from support.images import make_images
 from support.tiny import IMAGE_SIZE, TinyTransform, make_trainer, tiny_vit
 from typer.testing import CliRunner
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_images
+from support.images import make_images
 from support.tiny import TinyTransform, make_trainer, tiny_vit
 from transformers import HfArgumentParser
 
