@@ -32,7 +32,7 @@ from .codec_state import (
     load_state,
     save_state,
 )
-from .fingerprint import Fingerprint
+from .fingerprint import CODE, Fingerprint
 from .index import (
     CODEC_NAME,
     CONSUMED_NAME,
@@ -323,7 +323,7 @@ def explain_miss(cache_dir: Path, fingerprint: Fingerprint) -> str | None:
             logger.warning("Passing over a cache that cannot be read: %s", error)
             continue
         different = fingerprint.difference(other)
-        by_code_alone += bool(different) and set(different) <= {"transform", "data collator"}
+        by_code_alone += bool(different) and set(different) <= CODE
         if nearest is None or len(different) < nearest[0]:
             nearest = (len(different), path.parent, different)
     if nearest is None:

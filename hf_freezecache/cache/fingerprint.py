@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-__all__ = [
-    "Fingerprint",
-]
+__all__ = ["CODE", "Fingerprint"]
+
+#: Components that name the user's code, which renders what is stored.
+CODE = frozenset({"transform", "data collator"})
 
 
 class Fingerprint:
@@ -38,3 +39,13 @@ class Fingerprint:
         """Return the names of the components in which two fingerprints differ, sorted."""
         names = self.components.keys() | other.components.keys()
         return sorted(name for name in names if self.components.get(name) != other.components.get(name))
+
+    def is_rendered_alike(self, other: Fingerprint, also: Mapping[str, str]) -> bool:
+        """Say whether two caches are of the same code.
+
+        Args:
+            other: The other cache's.
+            also: Components of code that the other may be of, instead.
+        """
+        different = CODE & set(self.difference(other))
+        return all(other.components.get(name) == also.get(name) for name in different)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UnsupportedSetupError
 from ..passes import passes_of_step
-from ..training.stage_costs import Rates
+from ..training.image_rates import Rates
 
 __all__ = ["GivenRates", "read_rates", "shown_rates"]
 

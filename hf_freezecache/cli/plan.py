@@ -11,8 +11,9 @@ from typing import Any
 from ..config import CacheConfig
 from ..hub.client import quiet_libraries
 from ..schedules import thawed_to
+from ..training.image_rates import Rates, measure_rates
 from ..training.planner import epochs_of, states_at
-from ..training.stage_costs import Rates, build_seconds, epoch_seconds, measure_rates
+from ..training.stage_costs import build_seconds, epoch_seconds
 from .build import BuildSettings, make_trainer
 from .given_rates import shown_rates
 from .planned_runs import PlannedRun, PlanSettings, check_schedules, planned_runs, views_to_measure

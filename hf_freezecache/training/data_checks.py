@@ -248,6 +248,7 @@ def prepare_data(
     layout: ChunkLayout,
     seed: int,
     cached: bool = True,
+    num_shown: int | None = None,
 ) -> TrainingData:
     """Draw a few views, refuse what would fail later, and return the training data.
 
@@ -261,6 +262,7 @@ def prepare_data(
         layout: Which sample lies in which chunk.
         seed: Seed of the views.
         cached: Whether the run has stages that train from a cache.
+        num_shown: Views of a sample that the run shows; ``None`` for those that it stores.
 
     Raises:
         DataError: The transform or the collator gives batches that cannot be used, or the transform mixes rows.
@@ -275,9 +277,10 @@ def prepare_data(
     stored, walked = code.of_views(config.num_views), cached and config.transform_id is None
     before, stored_before = (each.walks() if walked else {} for each in (code, stored))
     spec: Any = (type(runtime.model), runtime.args.remove_unused_columns, runtime.label_names, runtime.num_classes)
-    name = name_of_checks(dataset, before, seed, config.num_views, *spec)
+    num_shown = max(num_shown or 1, config.num_views)
+    name = name_of_checks(dataset, before, seed, num_shown, *spec)
     if not (sound := bool(_SOUND.get(name))):
-        views = check_views(views, config.num_views, cached)
+        views = check_views(views, num_shown, cached)
     batch = check_batch(views, collate, runtime.label_names, runtime.num_classes)
     if not sound:
         check_collator(views, collate)

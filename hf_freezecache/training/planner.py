@@ -85,6 +85,20 @@ def _num_epochs(args: Any, sampler: ChunkSampler | None) -> int:
     return max(math.ceil(args.max_steps / _steps_per_epoch(args, sampler)), 1)
 
 
+def exact_epochs(args: Any, sampler: ChunkSampler, num_epochs: int) -> float:
+    """Return the epochs of a run, of which the last counts as far as it goes.
+
+    Args:
+        args: ``TrainingArguments``.
+        sampler: Order of the training data.
+        num_epochs: The same, rounded up.
+    """
+    steps = _steps_per_epoch(args, sampler)
+    # As ``Trainer`` rounds them.
+    exact = (args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)) / steps
+    return min(exact, num_epochs) if exact > 0 else num_epochs
+
+
 def _steps_per_epoch(args: Any, sampler: ChunkSampler) -> int:
     batches = len(sampler) / args.train_batch_size / args.world_size
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
@@ -125,7 +139,7 @@ def plan_run(
 def predict_passes(
     stage: Stage,
     stages: Sequence[Stage],
-    num_epochs: int,
+    num_epochs: float,
     num_blocks: int,
     config: CacheConfig,
     token_keep: float = 1.0,
@@ -140,7 +154,7 @@ def predict_passes(
     Args:
         stage: The stage.
         stages: All stages of the run, in order.
-        num_epochs: Epochs of the run.
+        num_epochs: Epochs of the run; the last may be a part of one.
         num_blocks: Blocks of the model.
         config: The user's settings of caches.
         token_keep: Share of the patch tokens that trained blocks see.

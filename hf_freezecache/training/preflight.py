@@ -28,7 +28,7 @@ from ..schedules import Stage
 from .cache_folder import check_folder
 from .data_checks import num_classes, prepare_data
 from .freezer import Freezer
-from .planner import epochs_of, make_sampler, shuffle_seed
+from .planner import epochs_of, exact_epochs, make_sampler, shuffle_seed
 from .rehearsal import rehearse
 from .runtime import Runtime
 from .stage import StageRunner
@@ -248,7 +248,9 @@ def prepare_run(
     cached = config.mode != "never" and any(split_points)
     model = runtime.model
     with one_thread_if_small(model):
-        data = prepare_data(runtime, config, dataset, transforms, layout, config.view_seed, cached)
+        # Stages without frozen blocks show new views, whatever is stored.
+        shown = 2 if 0 in split_points else config.num_views
+        data = prepare_data(runtime, config, dataset, transforms, layout, config.view_seed, cached, shown)
         if config.num_views == 1 and config.chooses_views and transforms[0] is None:
             warn_of_one_view(data.views, stages, num_epochs)
     splits = Splits(model, data.image_shape, data.call, strict=config.mode == "always")
@@ -279,7 +281,18 @@ def prepare_run(
             logger.warning("num_views=1 stores the eval rendering only: train_transform is not used in cached stages.")
     cache.split_points = tuple(stage.split_point for stage in stages)  # others are not known yet, as after a resume
     return StageRunner(
-        runtime, config, stages, num_epochs, data, splits, sampler, augmenter, cache, freezer, record, foreseen
+        runtime,
+        config,
+        stages,
+        exact_epochs(runtime.args, sampler, num_epochs),
+        data,
+        splits,
+        sampler,
+        augmenter,
+        cache,
+        freezer,
+        record,
+        foreseen,
     )
 
 

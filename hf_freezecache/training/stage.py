@@ -73,7 +73,7 @@ class StageRunner:
         runtime: The trainer.
         config: The user's settings of caches.
         stages: All stages of the run, in order, as far as they are known.
-        num_epochs: Epochs of the run.
+        num_epochs: Epochs of the run; the last may be a part of one.
         data: The training data.
         splits: The splits of the model.
         sampler: Order of the samples, of cached and live stages alike.
@@ -103,7 +103,7 @@ class StageRunner:
     runtime: Runtime
     config: CacheConfig
     stages: Sequence[Stage]
-    num_epochs: int
+    num_epochs: float
     data: TrainingData
     splits: Splits
     sampler: ChunkSampler

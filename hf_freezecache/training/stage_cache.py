@@ -283,8 +283,8 @@ class StageCache:
         needed = self.chooser.data.prefix_inputs | ({GEOMETRY_NAME} if config.copies_apart else set())
         suffices = earlier.index.num_views >= config.num_views and needed <= stored
         # A callback may have changed the transform since.
-        same = not {"transform", "data collator"} & set(fingerprint.difference(Fingerprint(earlier.index.fingerprint)))
-        return earlier if suffices and same else None
+        named, more = Fingerprint(earlier.index.fingerprint), self.chooser.data.hashes_of_more(config)
+        return earlier if suffices and fingerprint.is_rendered_alike(named, more) else None
 
     def _is_below(self, split: Split) -> bool:
         """Whether the cache that was opened last lies before a split point, behind blocks that are as they were. Collective."""

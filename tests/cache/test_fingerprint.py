@@ -245,6 +245,18 @@ def test_one_view_is_among_several_of_the_same_transforms(images) -> None:
     assert cached_run(images, cache={"num_views": 1}, trainer=transforms(strength=0.3)) == 4
 
 
+@pytest.mark.parametrize("build_from", ["auto", "previous_cache"])
+def test_a_later_stage_is_built_from_one_view_of_several(images, build_from) -> None:
+    trainer = None
+    for num_views, schedule in ((2, "0:2"), (1, "0:2,1:3")):
+        cache = {"num_views": num_views, "build_from": build_from}
+        trainer = make_trainer(
+            tiny_vit(), images, schedule=schedule, cache=cache, trainer=transforms(), num_train_epochs=2
+        )
+        trainer.train()
+    assert [(each.cache, each.built_from) for each in trainer._record.decisions] == [("found", None), ("built", 2)]
+
+
 @pytest.mark.slow
 def test_a_transform_that_misses_twice_in_a_row_gets_a_hint(images, caplog) -> None:
     for number in range(3):

@@ -19,8 +19,8 @@ from hf_freezecache.cli.plan import predict
 from hf_freezecache.cli.planned_runs import PlannedRun, PlanSettings
 from hf_freezecache.report.figures import figures_of
 from hf_freezecache.schedules import plan_stages
+from hf_freezecache.training.image_rates import Rates
 from hf_freezecache.training.planner import predict_passes
-from hf_freezecache.training.stage_costs import Rates
 
 
 @pytest.fixture

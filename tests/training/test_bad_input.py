@@ -152,6 +152,25 @@ def test_transform_that_mixes_rows_gets_whole_batches_where_nothing_is_cached(im
     assert sizes[-5:] == [10] * 5
 
 
+@pytest.mark.parametrize("schedule", ["0:0,1:2", "0:2,1:0", "0:2"])
+def test_one_view_that_is_stored_does_not_hide_a_transform_that_other_stages_show(images, schedule) -> None:
+    generator, plain = np.random.default_rng(0), TinyTransform(False)
+
+    def drawing(batch):
+        batch = plain(batch)
+        return {**batch, "pixel_values": [pixels * generator.random() for pixels in batch["pixel_values"]]}
+
+    for transform, error in ((mixup_in_the_transform, DataError), (drawing, UnrepeatableTransformError)):
+        pair = {"train_transform": transform, "eval_transform": plain}
+        settings = {"schedule": schedule, "cache": {"num_views": 1}, "trainer": pair, "num_train_epochs": 2}
+        if "0:0" in schedule or "1:0" in schedule:
+            with pytest.raises(error):
+                train(images, **settings)
+            assert no_work_was_done()
+        else:  # nothing shows it
+            train(images, **settings)
+
+
 @pytest.mark.parametrize("label", [4, -1, 1000])
 def test_labels_out_of_range(images, label) -> None:
     labels = list(images["label"])

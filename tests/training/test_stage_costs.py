@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 from support import many
 from support.children import run_group
 from support.parity import assert_same, parameters_of
-from support.tiny import SlowTransform, TinyTransform, make_trainer, tiny_vit
+from support.tiny import Rows, SlowTransform, TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache.training import stage_costs
-from hf_freezecache.training.stage_costs import Rates, Rendering, stage_seconds
+from hf_freezecache.training.image_rates import Rates, Rendering
+from hf_freezecache.training.stage_costs import stage_seconds
 
 
 @pytest.fixture
@@ -65,6 +67,45 @@ def test_a_row_that_takes_long_to_read_is_read_once_for_all_of_its_views(
     trainer.train()
     assert trainer._record.decisions[0].cache == cache
     assert measured == ([rendering] if cache == "built" else [])  # what was rendered is not rendered again
+
+
+def decided(dataset, cache: dict[str, Any], **settings: Any):
+    trainer = make_trainer(tiny_vit(), dataset, schedule="0:2", cache={"mode": "auto", **cache}, **settings)
+    trainer.train()
+    return trainer._record.decisions[0]
+
+
+def test_a_base_view_that_is_soon_rendered_is_no_sign_of_sharing(images, deciding) -> None:
+    """Without a cache two epochs show it once, too."""
+    pair = {"train_transform": SlowTransform(True), "eval_transform": TinyTransform(False)}
+    decision = decided(images, {"num_views": 2}, trainer=pair, num_train_epochs=2)
+    assert (decision.cache, decision.predicted["cached_views"], decision.predicted["live_views"]) == ("none", 2, 2)
+
+
+class ColdRows(Rows):
+    """Rows whose first reading takes long, as from a disk."""
+
+    def __getitem__(self, row: int):
+        if row not in (seen := vars(self).setdefault("seen", set())):
+            seen.add(row)
+            time.sleep(0.02)
+        return super().__getitem__(row)
+
+
+def test_rows_that_no_two_views_share_are_read_as_often(train_dataset, deciding) -> None:
+    rows = ColdRows(train_dataset)
+    decision = decided(rows, {"num_views": 2, "dataset_id": "cold", "transform_id": "1"}, num_train_epochs=2)
+    assert (decision.cache, decision.predicted["cached_views"]) == ("none", 2)
+
+
+def test_what_is_left_of_an_epoch_counts_as_such(train_dataset, monkeypatch) -> None:
+    """50 rows, 5 steps in an epoch, 6 steps: 1.2 epochs."""
+    rates = Rates(render=1.0, render_all=1.0, block=0.0, encode=1.0, decode=1.0)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: rates)
+    for settings in ({"num_train_epochs": 1.2}, {"num_train_epochs": 1.11}, {"max_steps": 6}):
+        decision = decided(train_dataset, {"num_views": 1}, **settings)
+        assert decision.predicted["live_seconds"] == pytest.approx(1.2 * 50)
+        assert decision.predicted["live_passes"] == pytest.approx(1.2 * (2 + 3 * 2))
 
 
 @pytest.mark.parametrize(("views", "calibration"), [(1, (1 + 2) + 2 * 2), (2, 2 * (1 + 2) + 6 * 2)])
