@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.tokens import take_tokens
 from .array_names import BASE, COPY, GEOMETRY, IS_COPY, main_array, side_array, side_arrays
 from .codec import Codec, integers_of
-from .dct import dct_matrix, frequency_order, to_positions
+from .dct import Axes, Inverse, dct_matrix, frequency_order, inverse_dct, rows_then_columns, to_states
 from .predictor import WHOLE, Predictor, token_maps
 from .transform import Transform
 
@@ -32,7 +32,7 @@ class _Constants(NamedTuple):
         mean: ``b'``, coefficients of what ``level`` leaves of ``b``, (hidden, patches).
         residual_mean: ``s'``, coefficients of ``m + s``, (hidden, patches).
         residual_basis: ``S^T``, (hidden, hidden).
-        inverse: ``C^T``, (patches, patches).
+        inverse: ``C``; its matrix is ``C^T``, (patches, patches).
         rows: Inverse DCT of rows at each frequency, (height, patches).
         columns: Inverse DCT of columns at each frequency, (width, patches).
         whole: The geometry of base views, for which a batch has none, (5,).
@@ -43,7 +43,7 @@ class _Constants(NamedTuple):
     mean: Tensor
     residual_mean: Tensor
     residual_basis: Tensor
-    inverse: Tensor
+    inverse: Inverse
     rows: Tensor
     columns: Tensor
     whole: Tensor
@@ -102,7 +102,9 @@ class PredictedViews:
             # Products in full precision, then rounded once.
             exact = torch.float64 if device.type == "cpu" else torch.float32
             height, width = self.predictor.grid
-            _, basis, inverse = self.base.constants(exact, device)
+            _, basis, undo = self.base.constants(exact, device)
+            assert undo.matrix is not None  # of no more than ``_MOST_PATCHES``
+            inverse = undo.matrix
             _, residual_basis, _ = self.residual.constants(exact, device)
             weights = self.predictor.linear_map(exact, device)
             mean = self.base.mean_coefficients(exact, device)
@@ -119,7 +121,7 @@ class PredictedViews:
                 mean.to(dtype),
                 (self.residual.mean_coefficients(exact, device) + behind).to(dtype),
                 residual_basis.T.contiguous().to(dtype),
-                inverse.to(dtype),
+                inverse_dct((height, width), dtype, device),
                 rows.to(device, torch.float32),
                 columns.to(device, torch.float32),
                 torch.tensor(WHOLE, device=device),
@@ -148,8 +150,14 @@ class PredictedViews:
 
         patches = self._residuals(arrays, constants, wide, kept)
         coefficients = integers_of(arrays, BASE).to(wide).add_(constants.mean)
-        moved = self._moved(arrays[GEOMETRY], is_copy, constants, kept)
-        patches.baddbmm_(moved, torch.bmm(coefficients.transpose(1, 2), constants.maps.index_select(0, which)))
+        coefficients = torch.bmm(coefficients.transpose(1, 2), constants.maps.index_select(0, which))
+        geometry = torch.where(is_copy[:, None, None], arrays[GEOMETRY].float(), constants.whole)
+        moves, axes = token_maps(geometry, self.predictor.grid), constants.inverse.axes
+        if axes is None or not constants.inverse.apart or kept is not None:  # as in ``to_states``
+            patches.baddbmm_(self._moved(*moves, constants, kept), coefficients)
+        else:
+            rows, columns = (move.to(wide) @ each for move, each in zip(moves, axes[1:], strict=True))
+            patches.add_(rows_then_columns(coefficients, Axes(axes.order, rows, columns)))
 
         states = patches.new_empty((len(is_copy), prefix_tokens + patches.shape[1], patches.shape[2]), dtype=dtype)
         prefix, base_prefix = (side_arrays(arrays, view, 0)["prefix"] for view in (COPY, BASE))
@@ -171,20 +179,15 @@ class PredictedViews:
             is_copy, residual = is_copy[where], residual[where]
             kept = None if kept is None else kept[where]
         residual = residual.to(dtype).addcmul_(is_copy.to(dtype)[:, None, None], constants.residual_mean)
-        residual = to_positions(residual, self.predictor.grid, dtype, constants.inverse, kept=kept)
-        found = torch.bmm(residual.transpose(1, 2), constants.residual_basis.expand(len(residual), -1, -1))
+        found = to_states(residual, constants.residual_basis, self.predictor.grid, constants.inverse, kept)
         if where is None:
             return found
         return found.new_zeros((len(arrays[IS_COPY]), *found.shape[1:])).index_copy_(0, where, found)
 
-    def _moved(self, geometry: Tensor, is_copy: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
-        """Return ``M C`` of each sample, (batch, patches or kept, patches)."""
-        geometry = torch.where(is_copy[:, None, None], geometry.float(), constants.whole)
-        axes = constants.rows, constants.columns
-        rows, columns = (
-            (tokens @ frequencies).to(constants.inverse.dtype)
-            for tokens, frequencies in zip(token_maps(geometry, self.predictor.grid), axes, strict=True)
-        )
+    def _moved(self, rows: Tensor, columns: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
+        """Return ``M C`` of each sample, (batch, patches or kept, patches), from how its rows and columns move."""
+        dtype = constants.maps.dtype
+        rows, columns = (rows @ constants.rows).to(dtype), (columns @ constants.columns).to(dtype)
         if kept is None:
             return (rows[:, :, None] * columns[:, None]).flatten(1, 2)
         width = self.predictor.grid[1]

@@ -17,7 +17,7 @@ from ..model.tokens import take_tokens
 from .base import FLOATS, INTEGERS, ArraySpec, ArrayStep, check_tensors, digest, largest_of_samples, largest_value
 from .basis import fit_basis
 from .cast import check_finite
-from .dct import inverse_matrices, to_frequencies, to_positions
+from .dct import Inverse, inverse_dct, to_frequencies, to_states
 
 __all__ = ["Transform"]
 
@@ -202,8 +202,8 @@ class Transform(ArrayStep):
         """(samples, tokens, hidden) -> coefficients (samples, hidden, tokens) from low to high frequency."""
         return to_frequencies(self._inverse.to(centred.dtype) @ centred.transpose(1, 2), self._grid)
 
-    def constants(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the mean of the tokens, the basis times the step size, and the inverse matrices of the DCT."""
+    def constants(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Inverse]:
+        """Return the mean of the tokens, the basis times the step size, and what undoes the DCT."""
         key = (dtype, device)
         if key not in self._cached_constants:
             assert self.step is not None
@@ -212,21 +212,21 @@ class Transform(ArrayStep):
             self._cached_constants[key] = (
                 self._mean_tokens(exact, device).to(dtype),
                 (self._basis(exact, device) * self.step).to(dtype),
-                *inverse_matrices(self._grid, dtype, device),
+                inverse_dct(self._grid, dtype, device),
             )
         return self._cached_constants[key]
 
     @functools.cached_property
-    def _cached_constants(self) -> dict[Any, tuple[Tensor, ...]]:
+    def _cached_constants(self) -> dict[Any, tuple[Tensor, Tensor, Inverse]]:
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without derived tensors, which a worker process computes anew."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_cached_constants", "_inverse")}
 
-    def _backward(self, values: Tensor, basis: Tensor, *matrices: Tensor, kept: Tensor | None = None) -> Tensor:
+    def _backward(self, values: Tensor, basis: Tensor, inverse: Inverse, kept: Tensor | None = None) -> Tensor:
         """Coefficients (samples, hidden, tokens) -> (samples, tokens, hidden), in the dtype of the basis."""
-        return to_positions(values, self._grid, basis.dtype, *matrices, kept=kept).transpose(1, 2) @ basis.T
+        return to_states(values.to(basis.dtype), basis.T, self._grid, inverse, kept)
 
     def mean_coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the mean in the transform domain, (hidden, tokens) from low to high frequency, in steps."""
@@ -235,8 +235,8 @@ class Transform(ArrayStep):
     def _mean_tokens(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(tokens, hidden)."""
         wide, step = torch.promote_types(dtype, torch.float32), self.step or 0.0
-        coefficients, matrices = self.mean_coefficients(wide, device) * step, inverse_matrices(self._grid, wide, device)
-        return self._backward(coefficients[None], self._basis(wide, device), *matrices)[0].to(dtype)
+        coefficients, inverse = self.mean_coefficients(wide, device) * step, inverse_dct(self._grid, wide, device)
+        return self._backward(coefficients[None], self._basis(wide, device), inverse)[0].to(dtype)
 
     # ---- The codec ----
 
@@ -308,7 +308,7 @@ class Transform(ArrayStep):
         check_finite(array)
         assert self.step is not None
         wide = torch.float64 if array.dtype == torch.float64 else torch.float32
-        mean, *maps = self.constants(wide, torch.device("cpu"))
+        mean, basis, inverse = self.constants(wide, torch.device("cpu"))
         prefix = array[:, : self.prefix_tokens].to(torch.float16)
         centred = array[:, self.prefix_tokens :].to(wide) - mean
         components = self._inverse.to(wide) @ centred.transpose(1, 2)
@@ -330,7 +330,7 @@ class Transform(ArrayStep):
         check = ((reach > _ORDINARY * self.step) | (extreme > peak)).nonzero()[:, 0]
         if len(check):
             states, skip = array[check, self.prefix_tokens :], exact[check, self.prefix_tokens :]
-            decoded = (self._backward(values[check], *maps) + mean).to(array.dtype).to(wide)
+            decoded = (self._backward(values[check], basis, inverse) + mean).to(array.dtype).to(wide)
             skip = skip | ~torch.isfinite(decoded).all(2)
             error = (decoded - states.to(wide)).masked_fill(skip[..., None], 0)
             excess = ~(error.double().square().mean((1, 2)).sqrt() <= self.error_bound(array[check]))
@@ -371,10 +371,10 @@ class Transform(ArrayStep):
     ) -> Tensor:
         values, prefix = arrays["values"], arrays["prefix"]
         wide = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
-        mean, *maps = self.constants(wide, values.device)
+        mean, basis, inverse = self.constants(wide, values.device)
         kept = None if positions is None else positions[:, self.prefix_tokens :] - self.prefix_tokens
-        patches = self._backward(values, *maps, kept=kept).add_(mean if kept is None else mean[kept])
-        states = patches.new_empty((len(values), self.prefix_tokens + patches.shape[1], len(maps[0])), dtype=dtype)
+        patches = self._backward(values, basis, inverse, kept).add_(mean if kept is None else mean[kept])
+        states = patches.new_empty((len(values), self.prefix_tokens + patches.shape[1], len(basis)), dtype=dtype)
         states[:, : self.prefix_tokens] = prefix
         states[:, self.prefix_tokens :] = patches
         if "exact" in arrays:

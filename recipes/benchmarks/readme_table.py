@@ -287,7 +287,7 @@ def summary() -> str:
         f"{LEAST_SHARE:g} of the cost. Full fine-tuning is the better of "
         'that with and that without layer-wise decay; `schedule="auto"` has all its defaults, and the rate of that without. The '
         "first panels of the picture are by the clock: the first seed of each arm, evaluation left out, on two threads. "
-        "[All arms](docs/schedules.md#what-was-measured)",
+        "[All arms](docs/accuracy.md)",
         "",
         "A part of what full fine-tuning of many epochs costs, with layer-wise decay alone; otherwise as above:",
         "",
@@ -356,9 +356,9 @@ def best_of(rates: dict[float, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 SECTIONS = {
     "summary": ("README.md", summary),
     "figures": ("docs/benchmarks.md", epochs),
-    "fronts": ("docs/schedules.md", fronts),
-    "levers": ("docs/schedules.md", levers),
-    "tried": ("docs/schedules.md", tried),
+    "fronts": ("docs/accuracy.md", fronts),
+    "levers": ("docs/accuracy.md", levers),
+    "tried": ("docs/trials.md", tried),
     "evaluations": ("docs/evaluating.md", evaluations),
     "plans": ("docs/schedules.md", plans),
     "sweeps": ("docs/schedules.md", sweeps),

@@ -54,7 +54,7 @@ def epochs() -> str:
     config, versions, machine = lossless["config"], lossless["versions"], lossless["machine"]
     lines += [
         "",
-        f"DeiT-Tiny, 224 px, bf16, batch {config['batch_size']}, {machine['accelerator'] or machine['processor']}, "
+        f"DeiT-Tiny, 224 px, {'fp32' if config['fp32'] == 'True' else 'bf16'}, batch {config['batch_size']}, {machine['accelerator'] or machine['processor']}, "
         f"{machine['cores']} cores; medians (extremes) of {config['rounds']} interleaved rounds, images rendered live in "
         "the uncached arms; building not included. The limit is the same suffix fed from memory; building is over rendering and running "
         f"the frozen blocks alone. Lossless: {stored_views(config)}; `auto`: {stored_views(auto['config'])}, most of them stored as what others do "

@@ -18,7 +18,19 @@ PAGES = (
         f"docs/{name}.md"
         for name in ("quick_start", "training", "schedules", "evaluating", "compression", "augmented_views")
     ),
-    *(f"docs/{name}.md" for name in ("several_processes", "sharing", "reports", "questions", "benchmarks", "README")),
+    *(
+        f"docs/{name}.md"
+        for name in (
+            "several_processes",
+            "sharing",
+            "reports",
+            "questions",
+            "benchmarks",
+            "accuracy",
+            "trials",
+            "README",
+        )
+    ),
     *(f"docs/{name}.md" for name in ("format", "architectures")),
 )
 
