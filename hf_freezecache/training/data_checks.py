@@ -311,5 +311,5 @@ def prepare_data(
         call=call,
         prefix_inputs=prefix_inputs,
         batch_spec=json.dumps([*spec, constants] if constants else spec),
-        code_of_more=None if stored.transforms == transforms else code,
+        code_of_more=None if stored.transforms is transforms else code,
     )
