@@ -283,7 +283,7 @@ def summary() -> str:
     lines += [
         "",
         "Test accuracy of DeiT-Tiny within the cost of so many epochs of full fine-tuning, counted in passes through blocks, building "
-        "included; means and standard errors of three seeds, learning rates tuned on other images; empty where no run took "
+        "included; means and standard errors of three seeds or more, learning rates tuned on other images; empty where no run took "
         f"{LEAST_SHARE:g} of the cost. Full fine-tuning is the better of "
         'that with and that without layer-wise decay; `schedule="auto"` has all its defaults, and the rate of that without. The '
         "first panels of the picture are by the clock: the first seed of each arm, evaluation left out, on two threads. "
