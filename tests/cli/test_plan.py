@@ -161,7 +161,7 @@ def test_a_part_of_the_rows_and_of_the_weights_costs_what_the_planner_says(sched
     assert found.cache_bytes == sum(2 * (3 if point == 12 else 8) for point in points)
 
 
-@pytest.mark.by_default(4)
+@pytest.mark.by_default(2)
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     ("options", "settings"),

@@ -11,7 +11,7 @@ from hf_freezecache.errors import ScheduleError, UnsupportedSetupError
 from hf_freezecache.report.figures import figures_of
 
 
-@pytest.mark.by_default(30)
+@pytest.mark.by_default(13)
 @pytest.mark.parametrize(
     "freeze",
     [

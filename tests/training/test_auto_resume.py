@@ -15,6 +15,7 @@ from hf_freezecache import FreezeCacheTrainer, FreezeConfig
 from hf_freezecache.auto_schedule import choose
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("other", [1e-2, 1e-5])
 def test_a_run_that_is_resumed_with_another_rate_has_those_of_its_checkpoint(other, train_dataset) -> None:
     """As under ``Trainer``, whose schedulers come from the checkpoint: rates that were chosen by the old one stay."""
