@@ -273,18 +273,20 @@ def prepare_data(
     views = ViewDataset(dataset, seed, *transforms)
     collate = CheckedCollator(runtime.collate, runtime.label_names, runtime.num_classes)
     code = UserCode(dataset, transforms, runtime.raw_collator)
-    # What is stored may be less than what other stages render.
+    # What is stored may be less than what other stages render. Walks take a while: mostly it is the same, and walked once.
     stored, walked = code.of_views(config.num_views), cached and config.transform_id is None
-    before, stored_before = (each.walks() if walked else {} for each in (code, stored))
+    codes = [code] if stored is code else [code, stored]
+    before = [each.walks() if walked else {} for each in codes]
     spec: Any = (type(runtime.model), runtime.args.remove_unused_columns, runtime.label_names, runtime.num_classes)
     num_shown = max(num_shown or 1, config.num_views)
-    name = name_of_checks(dataset, before, seed, num_shown, *spec)
+    name = name_of_checks(dataset, before[0], seed, num_shown, *spec)
     if not (sound := bool(_SOUND.get(name))):
         views = check_views(views, num_shown, cached)
     batch = check_batch(views, collate, runtime.label_names, runtime.num_classes)
     if not sound:
         check_collator(views, collate)
-    code, stored = code.without_what_changed_since(before), stored.without_what_changed_since(stored_before)
+    codes = [each.without_what_changed_since(walks) for each, walks in zip(codes, before, strict=True)]
+    code, stored = codes[0], codes[-1]
     if cached and (changing := sorted(set().union(*stored.changing.values()))):
         logger.warning(
             "The training transform changes by itself as it renders (%s). A cached stage shows views as they are rendered when "
@@ -311,5 +313,5 @@ def prepare_data(
         call=call,
         prefix_inputs=prefix_inputs,
         batch_spec=json.dumps([*spec, constants] if constants else spec),
-        code_of_more=None if stored.transforms is transforms else code,
+        code_of_more=None if stored is code else code,
     )

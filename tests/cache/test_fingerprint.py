@@ -247,7 +247,6 @@ def test_one_view_is_among_several_of_the_same_transforms(images) -> None:
 
 @pytest.mark.parametrize("build_from", ["auto", "previous_cache"])
 def test_a_later_stage_is_built_from_one_view_of_several(images, build_from) -> None:
-    trainer = None
     for num_views, schedule in ((2, "0:2"), (1, "0:2,1:3")):
         cache = {"num_views": num_views, "build_from": build_from}
         trainer = make_trainer(

@@ -150,6 +150,10 @@ def test_transform_that_mixes_rows_gets_whole_batches_where_nothing_is_cached(im
 
     train(images.with_transform(transform), cache={"mode": "never"})
     assert sizes[-5:] == [10] * 5
+    sizes.clear()
+    pair = {"train_transform": transform, "eval_transform": TinyTransform(False)}
+    train(images, schedule="0:0", cache={"mode": "never", "num_views": 1}, trainer=pair)
+    assert sizes[-5:] == [10] * 5
 
 
 @pytest.mark.parametrize("schedule", ["0:0,1:2", "0:2,1:0", "0:2"])
