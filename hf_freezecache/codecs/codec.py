@@ -29,7 +29,7 @@ from .base import (
 from .entropy import Zstd
 from .planes import Planes
 
-__all__ = ["Codec", "integers_of"]
+__all__ = ["Codec", "floats_of", "integers_of"]
 
 _SIDE_BYTES = Planes()
 
@@ -42,6 +42,14 @@ def integers_of(arrays: Mapping[str, Tensor], view: str) -> Tensor:
     """Return what the last array step gave of a view, with the high bytes that lie apart."""
     values, high = arrays[main_array(view)], arrays.get(high_bytes(view))
     return values if high is None else join_bytes(values, high)
+
+
+def floats_of(arrays: Mapping[str, Tensor], view: str, dtype: torch.dtype) -> Tensor:
+    """Return ``integers_of`` in a floating dtype, rounded once, as a new tensor."""
+    values, high = arrays[main_array(view)].to(dtype), arrays.get(high_bytes(view))
+    if high is not None:  # either part is exact in bf16, too
+        values[..., : high.shape[-1]].add_(high, alpha=256)
+    return values
 
 
 @dataclass(frozen=True)

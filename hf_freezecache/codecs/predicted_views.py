@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.tokens import take_tokens
 from .array_names import BASE, COPY, GEOMETRY, IS_COPY, main_array, side_array, side_arrays
-from .codec import Codec, integers_of
+from .codec import Codec, floats_of, integers_of
 from .dct import Axes, Inverse, dct_matrix, frequency_order, inverse_dct, rows_then_columns, to_states
 from .predictor import WHOLE, Predictor, token_maps
 from .transform import Transform
@@ -24,13 +24,12 @@ _MOST_PATCHES = 576
 
 
 class _Constants(NamedTuple):
-    """What is known before any batch; in the dtype of the arithmetic but for ``level``, ``rows``, ``columns`` and ``whole``.
+    """What is known before any batch; in the dtype of the arithmetic but for ``offset``, ``rows``, ``columns`` and ``whole``.
 
     Attributes:
         maps: ``B^T`` and ``B^T A``, (2, hidden, hidden).
-        level: The average of ``b`` over the patches, without and with ``A``, (2, 1, hidden).
-        mean: ``b'``, coefficients of what ``level`` leaves of ``b``, (hidden, patches).
-        residual_mean: ``s'``, coefficients of ``m + s``, (hidden, patches).
+        mean: ``b'``, coefficients of what the average over the patches leaves of ``b``, (hidden, patches).
+        offset: That average, and for predicted views that average through ``A`` and ``m + s``, (2, patches, hidden).
         residual_basis: ``S^T``, (hidden, hidden).
         inverse: ``C``; its matrix is ``C^T``, (patches, patches).
         rows: Inverse DCT of rows at each frequency, (height, patches).
@@ -39,9 +38,8 @@ class _Constants(NamedTuple):
     """
 
     maps: Tensor
-    level: Tensor
     mean: Tensor
-    residual_mean: Tensor
+    offset: Tensor
     residual_basis: Tensor
     inverse: Inverse
     rows: Tensor
@@ -55,8 +53,8 @@ class PredictedViews:
 
     With coefficients ``q`` of the base view and ``r`` of the residual, (patches, hidden) from low to high frequency, inverse DCT
     ``C``, bases ``B`` and ``S`` times their step sizes, means ``b`` and ``s``, the move ``M`` of the tokens and the prediction
-    ``y A + m``, a view is ``M (C q B^T + b) A + m + C r S^T + s``. Tokens and channels are mixed independently, and all means
-    are coefficients too, so it is ``(M C) (q + b') (B^T A) + C (r + s') S^T``: four products in place of six and the move. ``M C`` is
+    ``y A + m``, a view is ``M (C q B^T + b) A + m + C r S^T + s``. Tokens and channels are mixed independently, and ``b``
+    has coefficients too, so it is ``(M C) (q + b') (B^T A) + C r S^T + m + s``: four products in place of six and the move. ``M C`` is
     one matrix for each sample. A base view is the same without move, prediction and residual.
 
     Attributes:
@@ -86,16 +84,6 @@ class PredictedViews:
         exact = (side_array(view, 0, "exact") in arrays for view in (BASE, COPY))
         return IS_COPY in arrays and main_array(BASE) in arrays and not any(exact)
 
-    def check(self) -> None:
-        """Check what was fitted; a file may hold anything.
-
-        Raises:
-            ValueError: The mean that the predictor adds has no coefficients in the residual's basis.
-        """
-        _, basis, _ = self.residual.constants(torch.float64, torch.device("cpu"))
-        if int(torch.linalg.inv_ex(basis).info):
-            raise ValueError("the basis of what copies store cannot be inverted")
-
     def _constants(self, dtype: torch.dtype, device: torch.device) -> _Constants:
         key = (dtype, device)
         if key not in self._cached_constants:
@@ -105,21 +93,20 @@ class PredictedViews:
             _, basis, undo = self.base.constants(exact, device)
             assert undo.matrix is not None  # of no more than ``_MOST_PATCHES``
             inverse = undo.matrix
-            _, residual_basis, _ = self.residual.constants(exact, device)
+            residual_mean, residual_basis, _ = self.residual.constants(exact, device)
             weights = self.predictor.linear_map(exact, device)
             mean = self.base.mean_coefficients(exact, device)
-            # The average over tokens moves nowhere. Apart, it costs bf16 no digits of the rest.
-            level = basis @ mean[:, 0] * inverse[0, 0]
+            # The average over tokens moves nowhere, and what is added to the residual neither. Apart, they cost bf16 no digits of the rest.
+            level = (basis @ mean[:, 0] * inverse[0, 0]).expand(height * width, -1)
             mean = torch.cat([torch.zeros_like(mean[:, :1]), mean[:, 1:]], 1)
             assert self.predictor.mean is not None
-            behind = torch.linalg.solve(residual_basis, (inverse @ self.predictor.mean.to(device, exact)).T)
+            added = self.predictor.mean.to(device, exact) + residual_mean.to(exact)
             order = frequency_order(height, width)
             rows, columns = dct_matrix(height)[order // width].T, dct_matrix(width)[order % width].T
             self._cached_constants[key] = _Constants(
                 torch.stack([basis.T, basis.T @ weights]).to(dtype),
-                torch.stack([level, level @ weights])[:, None].to(torch.promote_types(dtype, torch.float32)),
                 mean.to(dtype),
-                (self.residual.mean_coefficients(exact, device) + behind).to(dtype),
+                torch.stack([level, level @ weights + added]).to(torch.promote_types(dtype, torch.float32)),
                 residual_basis.T.contiguous().to(dtype),
                 inverse_dct((height, width), dtype, device),
                 rows.to(device, torch.float32),
@@ -148,41 +135,40 @@ class PredictedViews:
         constants, which = self._constants(wide, is_copy.device), is_copy.long()
         kept = None if positions is None else positions[:, prefix_tokens:].to(is_copy.device) - prefix_tokens
 
-        patches = self._residuals(arrays, constants, wide, kept)
-        coefficients = integers_of(arrays, BASE).to(wide).add_(constants.mean)
+        coefficients = floats_of(arrays, BASE, wide).add_(constants.mean)
         coefficients = torch.bmm(coefficients.transpose(1, 2), constants.maps.index_select(0, which))
         geometry = torch.where(is_copy[:, None, None], arrays[GEOMETRY].float(), constants.whole)
-        moves, axes = token_maps(geometry, self.predictor.grid), constants.inverse.axes
-        if axes is None or not constants.inverse.apart or kept is not None:  # as in ``to_states``
+        moves, (_, axes, apart) = token_maps(geometry, self.predictor.grid), constants.inverse
+        if not apart:
+            patches = self._residuals(floats_of(arrays, COPY, wide), constants, kept)
             patches.baddbmm_(self._moved(*moves, constants, kept), coefficients)
-        else:
-            rows, columns = (move.to(wide) @ each for move, each in zip(moves, axes[1:], strict=True))
-            patches.add_(rows_then_columns(coefficients, Axes(axes.order, rows, columns)))
+        else:  # as in ``to_states``; products take longer than picking out the copies
+            if axes is not None and kept is None:
+                rows, columns = (move.to(wide) @ each for move, each in zip(moves, axes[1:], strict=True))
+                patches = rows_then_columns(coefficients, Axes(axes.order, rows, columns))
+            else:
+                patches = torch.bmm(self._moved(*moves, constants, kept), coefficients)
+            copies = is_copy.nonzero()[:, 0]
+            residual, kept_of_copies = (
+                integers_of(arrays, COPY)[copies].to(wide),
+                None if kept is None else kept[copies],
+            )
+            patches.index_add_(0, copies, self._residuals(residual, constants, kept_of_copies))
 
         states = patches.new_empty((len(is_copy), prefix_tokens + patches.shape[1], patches.shape[2]), dtype=dtype)
         prefix, base_prefix = (side_arrays(arrays, view, 0)["prefix"] for view in (COPY, BASE))
         states[:, :prefix_tokens] = torch.where(is_copy[:, None, None], prefix, base_prefix)
-        found, level = states[:, prefix_tokens:], constants.level[which]
-        if dtype.itemsize > wide.itemsize:  # added where less is lost
-            found.copy_(patches).add_(level)
-        else:
-            found.copy_(patches.add_(level))
+        if kept is not None or is_copy.device.type != "cpu":
+            offset = constants.offset.index_select(0, which) if kept is None else constants.offset[which[:, None], kept]
+            torch.add(patches, offset, out=states[:, prefix_tokens:])
+        else:  # one by one, their offsets need not be copied
+            for sample, copy in enumerate(is_copy.tolist()):
+                torch.add(patches[sample], constants.offset[int(copy)], out=states[sample, prefix_tokens:])
         return states
 
-    def _residuals(
-        self, arrays: Mapping[str, Tensor], constants: _Constants, dtype: torch.dtype, kept: Tensor | None
-    ) -> Tensor:
-        """Return ``C (r + s') S^T`` of copies and zeros of base views, (batch, patches or kept, hidden)."""
-        is_copy, residual = arrays[IS_COPY], integers_of(arrays, COPY)
-        where = is_copy.nonzero()[:, 0] if is_copy.device.type == "cpu" else None
-        if where is not None:
-            is_copy, residual = is_copy[where], residual[where]
-            kept = None if kept is None else kept[where]
-        residual = residual.to(dtype).addcmul_(is_copy.to(dtype)[:, None, None], constants.residual_mean)
-        found = to_states(residual, constants.residual_basis, self.predictor.grid, constants.inverse, kept)
-        if where is None:
-            return found
-        return found.new_zeros((len(arrays[IS_COPY]), *found.shape[1:])).index_copy_(0, where, found)
+    def _residuals(self, integers: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
+        """Return ``C r S^T``, (batch, patches or kept, hidden), from ``r``, (batch, hidden, patches): zeros from zeros."""
+        return to_states(integers, constants.residual_basis, self.predictor.grid, constants.inverse, kept)
 
     def _moved(self, rows: Tensor, columns: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
         """Return ``M C`` of each sample, (batch, patches or kept, patches), from how its rows and columns move."""

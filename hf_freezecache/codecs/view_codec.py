@@ -197,8 +197,6 @@ class ViewCodec:
             self.copies.codec.check(tokens, hidden)
             if self.copies.predictor is not None:
                 self.copies.predictor.check(tokens, hidden)
-        if self._together is not None:
-            self._together.check()
 
     def abs_bound(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """Return a bound of the absolute values that ``dequantize`` gives; see ``Codec.abs_bound``."""

@@ -27,6 +27,7 @@ from hf_freezecache.codecs import (
 )
 from hf_freezecache.codecs.array_names import BASE, high_bytes, main_array, side_array
 from hf_freezecache.codecs.base import ArraySpec, join_bytes
+from hf_freezecache.codecs.codec import floats_of
 from hf_freezecache.codecs.dct import (
     dct_matrix,
     frequency_order,
@@ -354,6 +355,8 @@ def test_pack_gives_rare_large_integers_as_bytes(samples, components, positions,
         assert is_large.any()
         assert inside
         assert torch.equal(join_bytes(low, high), array)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):  # rounded once
+            assert torch.equal(floats_of({VALUES: low, HIGH: high}, BASE, dtype), array.to(dtype))
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16, torch.float16, torch.float64])
