@@ -301,6 +301,10 @@ class CacheConfig:
         default=8,
         metadata={"help": f"{ADVANCED}chunks whose samples are mixed while training; all are held in memory."},
     )
+    memory_gb: Annotated[float, at_least(0)] = field(
+        default=0.25,
+        metadata={"help": f"{ADVANCED}GB (1e9 bytes) of chunks that a process keeps decoded beyond these."},
+    )
     build_batch_size: Annotated[Optional[int], at_least(1)] = field(
         default=None,
         metadata={
@@ -328,10 +332,7 @@ class CacheConfig:
     )
     dataset_id: Optional[str] = field(
         default=None,
-        metadata={
-            "help": f"{ADVANCED}a name that stands for the training data in the fingerprint. It is needed only for data sets that are "
-            "no datasets.Dataset. Change it whenever the data change."
-        },
+        metadata={"help": f"{ADVANCED}names training data that are no datasets.Dataset, in the fingerprint."},
     )
     lock_timeout: Annotated[float, at_least(0)] = field(
         default=30.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         tokens: Draws the tokens that items hold; ``None`` for all. Keys are then ``(i, v, epoch)``. Packed items hold the
             positions as ``packed.kept``, for ``ViewCodec.dequantize``, and of the arrays what it needs for these tokens.
         whole: Packed items hold all tokens all the same: something else is to see all before others are dropped.
+        held_bytes: Beyond these, decoded chunks stay in memory for good, up to so many bytes, and are read no more. They are those that
+            are read first: where all are read in turn, throwing out the oldest would keep none.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         keep_read: bool = False,
         tokens: TokenSubset | None = None,
         whole: bool = False,
+        held_bytes: int = 0,
     ) -> None:
         self.reader = reader
         self.max_chunks = max_chunks
@@ -89,6 +92,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         self._chunks: OrderedDict[ChunkKey, Chunk] = OrderedDict()
         self._unread: dict[ChunkKey, int] = {}
         self._ahead: ReadAhead[Chunk] | None = None
+        self._held: dict[ChunkKey, Chunk] = {}
+        self._room_to_hold = self.held_bytes = held_bytes
 
     @classmethod
     def from_pretrained(
@@ -285,17 +290,19 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave decoded chunks behind when copied into a worker process."""
-        return {**self.__dict__, "_chunks": OrderedDict(), "_unread": {}, "_ahead": None}
+        empty: dict[str, Any] = {"_chunks": OrderedDict(), "_unread": {}, "_ahead": None, "_held": {}}
+        return {**self.__dict__, **empty, "_room_to_hold": self.held_bytes}
 
-    def read_ahead(self, sampler: ReadingOrder, rank: int = 0, threads: int = 1) -> None:
+    def read_ahead(self, sampler: ReadingOrder, rank: int = 0, threads: int = 1, within_window: bool = False) -> None:
         """Read chunks in threads before they are needed, as far as ``max_chunks`` leaves room. In worker processes it has no effect.
 
         Args:
             sampler: Gives the order, of the data set's own cache.
             rank: Process whose samples are read here.
             threads: Threads that read; 0 reads chunks when they are needed.
+            within_window: Threads read the chunks of a window when its first sample is needed, and rest while steps compute.
         """
-        self._ahead = ReadAhead(self._read, sampler, rank, threads) if threads else None
+        self._ahead = ReadAhead(self._read, sampler, rank, threads, within_window) if threads else None
 
     @property
     def _read(self) -> Callable[[ChunkKey], Chunk]:
@@ -304,6 +311,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
 
     def _chunk(self, view: int, chunk: int) -> Chunk:
         key = (view, chunk)
+        if key in self._held:
+            return self._held[key]
         if key in self._chunks:
             self._chunks.move_to_end(key)
             return self._chunks[key]
@@ -314,6 +323,12 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             self._read_on()
             parts = self._ahead.take(key)
         self.decoded_chunks += 1
+        size = sum(part.nbytes for part in parts.values())
+        if size <= self._room_to_hold:
+            self._room_to_hold -= size
+            self._held[key] = parts
+            self._read_on()
+            return parts
         self._chunks[key] = parts
         self._unread[key] = len(next(iter(parts.values())))
         while len(self._chunks) > self.max_chunks:
@@ -327,7 +342,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         if self._ahead is None:
             return
         unread = sum(count > 0 for count in self._unread.values())
-        self._ahead.read_on(self._chunks, self.max_chunks - unread)
+        self._ahead.read_on(ChainMap(self._chunks, self._held), self.max_chunks - unread)
         for key in list(self._chunks):
             if len(self._chunks) + len(self._ahead) > self.max_chunks and self._unread[key] <= 0:
                 del self._chunks[key], self._unread[key]
@@ -362,6 +377,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
             places.append((self._chunk(view, chunk), row))
             if self.tokens is not None:
                 kept.append(self.tokens.positions(sample_index, view, *epoch))
+            if (view, chunk) in self._held:
+                continue
             # In an epoch each sample is read once: a chunk read to its end makes room at once.
             self._unread[view, chunk] -= 1
             if self._unread[view, chunk] == 0:

@@ -89,6 +89,7 @@ def test_a_config_can_be_changed_and_copied() -> None:
         ({"chunk_size": 0}, "of at least 1"),
         ({"shard_chunks": 0}, "of at least 1"),
         ({"shuffle_window": 0}, "of at least 1"),
+        ({"memory_gb": -1}, "of at least 0"),
         ({"calibration_samples": 3}, "of at least 4"),
         ({"build_batch_size": 0}, "of at least 1"),
         ({"build_num_workers": -1}, "of at least 0"),
@@ -164,7 +165,7 @@ def test_every_field_has_help_and_few_are_shown_first() -> None:
     named = {setting.name: str(setting.metadata["help"]) for setting in dataclasses.fields(CacheConfig)}
     advanced = [name for name, words in named.items() if words.startswith(ADVANCED)]
     assert list(named) == VISIBLE + advanced
-    assert len(advanced) == 14
+    assert len(advanced) == 15
     document = CacheConfig.__doc__ or ""
     for name, words in named.items():
         assert f"    {name}: {words}" in document
@@ -376,6 +377,7 @@ def test_every_field_is_a_flag() -> None:
         "chunk_size": 4,
         "shard_chunks": 5,
         "shuffle_window": 6,
+        "memory_gb": 0.5,
         "build_batch_size": 7,
         "build_num_workers": 1,
         "view_seed": 9,

@@ -63,12 +63,22 @@ class ReadAhead(Generic[Chunk]):
         sampler: Its order is followed.
         rank: Process of the run whose stream is followed.
         threads: Threads that read, at least one.
+        within_window: Chunks of a window are read once the first sample of it is asked for, not before: steps that take all cores then wait
+            for none.
     """
 
-    def __init__(self, read: Callable[[ChunkKey], Chunk], sampler: ReadingOrder, rank: int, threads: int) -> None:
+    def __init__(
+        self,
+        read: Callable[[ChunkKey], Chunk],
+        sampler: ReadingOrder,
+        rank: int,
+        threads: int,
+        within_window: bool = False,
+    ) -> None:
         self.read = read
         self.sampler = sampler
         self.rank = rank
+        self.within_window = within_window
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="freezecache-read")
         # Without this, a training that ends early would read on what is still queued.
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
@@ -139,6 +149,8 @@ class ReadAhead(Generic[Chunk]):
             room: So many chunks may be read or wait.
         """
         while self._queue and len(self._reading) < room:
+            if self.within_window and self._queue[0][0] != self._window:
+                break
             _, key = self._queue.popleft()
             if key not in held and key not in self._reading:
                 self._reading[key] = self._pool.submit(self.read, key)

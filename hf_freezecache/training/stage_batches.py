@@ -76,6 +76,7 @@ def cached_batches(
         keep_read=runtime.args.world_size > 1,
         tokens=tokens,
         whole=augmenter is not None,
+        held_bytes=int(config.memory_gb * 1e9),
     )
     bf16 = runtime.accelerator.mixed_precision == "bf16"
     step = CachedStep(
@@ -90,7 +91,9 @@ def cached_batches(
         # Trainer looks at each loss by default, or at none; the first steps were rehearsed.
         runtime.args.logging_nan_inf_filter or runtime.accelerator.device.type == "cpu",
     )
-    dataset.read_ahead(sampler, runtime.everyone.rank, reading_threads(runtime))
+    threads, idle = reading_threads(runtime), torch.get_num_threads()
+    # The steps' own threads have nothing to do while a window is read.
+    dataset.read_ahead(sampler, runtime.everyone.rank, threads or idle * (idle > 1), within_window=not threads)
     order: Any = sampler if tokens is None else EpochKeys(sampler)
     return runtime.without_workers().make_loader(dataset, order, collate_cached), step
 
@@ -99,7 +102,7 @@ def reading_threads(runtime: Runtime) -> int:
     """Return the number of threads that read a cache ahead of the steps: as many as the user asks for workers.
 
     Workers would each decode nearly every chunk, since a batch mixes samples of several; threads decode each once. Where the user
-    asks for none, one thread reads beside an accelerator; on a CPU it would only take the steps' own cores.
+    asks for none, one thread reads beside an accelerator; on a CPU it would only take the steps' own cores while they compute.
     """
     workers: int = runtime.args.dataloader_num_workers
     return workers or int(runtime.accelerator.device.type != "cpu")

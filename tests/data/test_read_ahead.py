@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import threading
 from collections import Counter
 
@@ -65,16 +66,17 @@ def test_windows_of_an_opened_part_are_its_chunks_and_views(reader) -> None:
     assert {key for window in windows for key in window} == {(1, 9), (1, 2), (1, 4)}
 
 
+@pytest.mark.parametrize("within_window", [False, True])
 @pytest.mark.parametrize(("threads", "batch_size", "processes"), [(1, 4, 1), (3, 1, 1), (2, 10, 1), (2, 4, 2)])
 def test_samples_are_the_same_each_chunk_is_read_once_and_memory_is_bounded(
-    reader, threads, batch_size, processes, monkeypatch
+    reader, threads, batch_size, processes, within_window, monkeypatch
 ) -> None:
     max_chunks = WINDOW + min(batch_size, WINDOW)
     sampler = sampler_of(reader, processes, batch_size)
     datasets = [CachedDataset(reader, max_chunks, packed=True, keep_read=processes > 1) for _ in range(processes)]
     plain = CachedDataset(reader, reader.layout.num_chunks * 2, packed=True, keep_read=True)
     for rank, dataset in enumerate(datasets):
-        dataset.read_ahead(sampler, rank, threads)
+        dataset.read_ahead(sampler, rank, threads, within_window)
     read: Counter[tuple[int, int]] = Counter()
     decode = CacheReader.entropy_decode_chunk
     for epoch in range(3):
@@ -143,6 +145,56 @@ def test_chunks_of_the_next_window_are_read_while_this_one_is_used(reader) -> No
     )
 
 
+def test_within_a_window_all_chunks_are_read_with_the_first_and_none_beyond(reader) -> None:
+    sampler = sampler_of(reader)
+    dataset = CachedDataset(reader, 2 * WINDOW, packed=True)
+    dataset.read_ahead(sampler, threads=2, within_window=True)
+    for window in sampler.windows():
+        keys = [(int(reader.layout.members(chunk)[row]), view) for view, chunk in window for row in (0, 1)]
+        dataset[keys[0]]
+        assert set(dataset._ahead._reading) | dataset._chunks.keys() == set(window)
+        for key in keys:
+            dataset[key]
+        assert not dataset._ahead
+        dataset._chunks.clear()
+        dataset._unread.clear()
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+@pytest.mark.parametrize("held", [0, 1, 5, 1000])
+def test_what_is_held_is_read_once_and_takes_no_more_than_its_room(reader, held, threads) -> None:
+    sampler, layout = sampler_of(reader), reader.layout
+    plain = CachedDataset(reader, layout.num_chunks * 2, packed=True, keep_read=True)
+    chunks = layout.num_chunks * reader.index.num_views
+    sizes = [sum(part.nbytes for part in plain._read((0, chunk)).values()) for chunk in range(layout.num_chunks)]
+    room = int(held * max(sizes) * 1.2)
+    dataset = CachedDataset(reader, 2 * WINDOW, packed=True, held_bytes=room)
+    dataset.read_ahead(sampler, threads=threads)
+    epochs = 3 * reader.index.num_views
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        for key in sampler:
+            found, expected = dataset[key], plain[key]
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            in_memory = sum(part.nbytes for parts in dataset._held.values() for part in parts.values())
+            assert in_memory == room - dataset._room_to_hold <= room
+            assert len(dataset._chunks) + (len(dataset._ahead) if threads else 0) <= 2 * WINDOW
+    assert min(held, chunks) <= len(dataset._held) <= chunks
+    # Each chunk that is not held is read in each epoch that shows it, the others in one.
+    assert (
+        dataset.decoded_chunks == len(dataset._held) + (chunks - len(dataset._held)) * epochs // reader.index.num_views
+    )
+
+
+def test_a_worker_holds_chunks_of_its_own(reader) -> None:
+    dataset = CachedDataset(reader, 2 * WINDOW, packed=True, held_bytes=2**30)
+    dataset[0]
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert len(dataset._held) == 1
+    assert not copied._held
+    assert copied._room_to_hold == 2**30
+
+
 @pytest.mark.parametrize("skipped", [1, 7, 20, 44])
 def test_an_epoch_that_goes_on_in_its_midst_reads_only_what_lies_ahead(reader, skipped) -> None:
     sampler = sampler_of(reader)
@@ -200,7 +252,10 @@ def test_no_thread_outlives_its_data_set(reader) -> None:
         assert not thread.is_alive()
 
 
-def test_workers_of_the_user_become_threads_and_each_chunk_is_decoded_once(train_dataset, monkeypatch) -> None:
+@pytest.mark.parametrize(("memory_gb", "times"), [(0, 2), (0.25, 1)])
+def test_workers_of_the_user_become_threads_and_each_chunk_is_decoded_once(
+    memory_gb, times, train_dataset, monkeypatch
+) -> None:
     decoded: Counter[tuple[str, int, int]] = Counter()
     decode = CacheReader.entropy_decode_chunk
 
@@ -210,14 +265,14 @@ def test_workers_of_the_user_become_threads_and_each_chunk_is_decoded_once(train
             decoded[name[:16], view, chunk] += 1
         return decode(self, view, chunk)
 
-    cache = {"num_views": 1, "chunk_size": 8}
+    cache = {"num_views": 1, "chunk_size": 8, "memory_gb": memory_gb}
     monkeypatch.setattr(CacheReader, "entropy_decode_chunk", counted)
     trainer = make_trainer(
         tiny_vit(), train_dataset, cache=cache, schedule="0:2", num_train_epochs=2, dataloader_num_workers=2
     )
     trainer.train()
     assert len(decoded) == 7  # 50 rows in chunks of 8
-    assert set(decoded.values()) == {2}
+    assert set(decoded.values()) == {times}  # in two epochs
 
 
 @given(rows=st.integers(1, 60), batch=st.integers(1, 7), batches=st.integers(1, 4), processes=st.integers(1, 4))
