@@ -327,7 +327,6 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         if size <= self._room_to_hold:
             self._room_to_hold -= size
             self._held[key] = parts
-            self._read_on()
             return parts
         self._chunks[key] = parts
         self._unread[key] = len(next(iter(parts.values())))

@@ -162,7 +162,7 @@ def test_within_a_window_all_chunks_are_read_with_the_first_and_none_beyond(read
 
 @pytest.mark.parametrize("threads", [0, 1, 2])
 @pytest.mark.parametrize("held", [0, 1, 5, 1000])
-def test_what_is_held_is_read_once_and_takes_no_more_than_its_room(reader, held, threads) -> None:
+def test_what_is_held_is_read_once_and_takes_no_more_than_its_room(reader, held, threads, monkeypatch) -> None:
     sampler, layout = sampler_of(reader), reader.layout
     plain = CachedDataset(reader, layout.num_chunks * 2, packed=True, keep_read=True)
     chunks = layout.num_chunks * reader.index.num_views
@@ -170,15 +170,25 @@ def test_what_is_held_is_read_once_and_takes_no_more_than_its_room(reader, held,
     room = int(held * max(sizes) * 1.2)
     dataset = CachedDataset(reader, 2 * WINDOW, packed=True, held_bytes=room)
     dataset.read_ahead(sampler, threads=threads)
+    read: list[tuple[int, int]] = []
+    decode = CacheReader.entropy_decode_chunk
+    monkeypatch.setattr(
+        CacheReader, "entropy_decode_chunk", lambda self, *key: (read.append(key), decode(self, *key))[1]
+    )
     epochs = 3 * reader.index.num_views
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
+        expected_of = {key: plain[key] for key in sampler}
+        read.clear()
+        there = set(dataset._held)
         for key in sampler:
-            found, expected = dataset[key], plain[key]
+            found, expected = dataset[key], expected_of[key]
             assert all(torch.equal(found[name], expected[name]) for name in expected)
             in_memory = sum(part.nbytes for parts in dataset._held.values() for part in parts.values())
             assert in_memory == room - dataset._room_to_hold <= room
             assert len(dataset._chunks) + (len(dataset._ahead) if threads else 0) <= 2 * WINDOW
+        assert there.isdisjoint(read)
+        assert max(Counter(read).values(), default=1) == 1
     assert min(held, chunks) <= len(dataset._held) <= chunks
     # Each chunk that is not held is read in each epoch that shows it, the others in one.
     assert (
