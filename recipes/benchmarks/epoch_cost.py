@@ -7,7 +7,9 @@
 
 All arms run in one process, in turn, several rounds; figures are medians of images/s over rounds, and ratios are taken
 round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory; ``decode`` only reads the
-cache, through its sampler, and restores hidden states. ``full`` and ``frozen`` are measured
+cache, through its sampler, and restores hidden states. ``cached`` and ``decode`` keep decoded chunks in memory as training does by default,
+all that these few rows have; ``cached_read`` and ``decode_read`` read each chunk from its file in each epoch, as of caches far larger than
+that. These arms take turns several times in each round. ``full`` and ``frozen`` are measured
 twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
 the image pipeline out. With ``--token-keep``, ``cached_kept`` is ``cached`` with that share of the patch tokens, and its ratio to
 ``cached`` is what fewer tokens gain. Peak memory of each arm is that of a process of its own. Building is compared with rendering
@@ -68,6 +70,10 @@ SHAPES = {  # width, heads, blocks; patches of 16 pixels
     "mini": (16, 2, 2),  # to try a script
 }
 SEED = 0
+#: Arms that read a cache. They and ``limit`` are fast.
+READING = ("cached", "cached_read", "cached_kept", "decode", "decode_read")
+#: So many times in each round the fast arms take turns: the machine's speed drifts within seconds.
+TURNS = 4
 #: Random resized crop and flip to 224 pixels, and the whole image.
 AUGMENT, PLAIN = (
     ImageTransform(size=224, train=train, scale=(0.35, 1.0), mean=[0.5] * 3, std=[0.5] * 3) for train in (True, False)
@@ -99,7 +105,6 @@ class Bench:
         rows = datasets.load_dataset("parquet", data_files=files)["train"].shuffle(seed=SEED).select(range(args.images))
         self.rows, self.views = rows, ViewDataset(rows, SEED, AUGMENT, PLAIN)
         self.layout = ChunkLayout(len(rows), 32, SEED)
-        self.sampler = ChunkSampler([self.layout], SEED, SEED, args.views, 8)
         self.split = split_model(self.model, split_point)
         if split_point:
             freeze(self.split)
@@ -155,39 +160,50 @@ class Bench:
         settings = {"batch_size": self.args.batch_size, "num_workers": self.args.workers}
         return build_cache(folder, self.plan(), views, collator, self.prefix, **settings)
 
-    def loader(
-        self, dataset: Any, collator: Callable[..., Any], with_epochs: bool = False, workers: int | None = None
-    ) -> DataLoader:
-        return DataLoader(
+    def sampler(self) -> ChunkSampler:
+        """Return the order of an arm: each is in an epoch of its own."""
+        return ChunkSampler([self.layout], SEED, SEED, self.args.views, 8)
+
+    def endless(
+        self,
+        dataset: Any,
+        collator: Callable[..., Any],
+        sampler: ChunkSampler,
+        with_epochs: bool = False,
+        workers: int | None = None,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        loader = DataLoader(
             dataset,
             self.args.batch_size,
-            sampler=EpochKeys(self.sampler) if with_epochs else self.sampler,
+            sampler=EpochKeys(sampler) if with_epochs else sampler,
             collate_fn=collator,
             num_workers=self.args.workers if workers is None else workers,
             drop_last=True,
             pin_memory=self.device.type == "cuda",
         )
-
-    def endless(self, loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
         for epoch in itertools.count():
-            self.sampler.set_epoch(epoch)
+            sampler.set_epoch(epoch)
             yield from loader
 
     def batches(self, arm: str) -> Iterator[dict[str, torch.Tensor]]:
         """Return the arm's endless stream of batches."""
         if arm in ("full", "frozen"):
-            return self.endless(self.loader(self.views, collate))
-        if arm in ("cached", "decode", "cached_kept"):
+            return self.endless(self.views, collate, self.sampler())
+        if arm in READING:
             reader = CacheReader(next(self.folder.glob(f"k{self.split_point:02d}-*")))
             self.stored = reader.views
             tokens = None
             if arm == "cached_kept":
                 prefix, (height, width) = token_grid(reader.index.hidden_shape[0], (3, 224, 224), self.model.config)
                 tokens = TokenSubset(SEED, prefix, height * width, self.args.token_keep)
-            dataset = CachedDataset(reader, 8 + min(self.args.batch_size, 8), packed=True, tokens=tokens)
-            # As in training: threads read ahead in place of workers, one beside an accelerator.
-            dataset.read_ahead(self.sampler, threads=self.args.workers or int(self.device.type != "cpu"))
-            return self.endless(self.loader(dataset, collate_cached, tokens is not None, workers=0))
+            held = 0 if arm.endswith("_read") else int(CacheConfig.memory_gb * 1e9)
+            dataset = CachedDataset(
+                reader, 8 + min(self.args.batch_size, 8), packed=True, tokens=tokens, held_bytes=held
+            )
+            # As in training: threads read ahead in place of workers, one beside an accelerator; or those of the steps within a window.
+            threads, sampler = self.args.workers or int(self.device.type != "cpu"), self.sampler()
+            dataset.read_ahead(sampler, threads=threads or self.args.threads, within_window=not threads)
+            return self.endless(dataset, collate_cached, sampler, tokens is not None, workers=0)
         kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
         if arm == "limit":
             kept = [{"hidden_states": self.dequantize(batch), "labels": batch["labels"]} for batch in kept]
@@ -315,6 +331,11 @@ def main() -> None:
         save(args.json, "epoch_cost", config, results)
 
 
+def _from(arms: list[str], first: int) -> list[str]:
+    """Return the arms, beginning with another one."""
+    return arms[first % len(arms) :] + arms[: first % len(arms)]
+
+
 def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str, Any]:
     frozen, full = Bench(args, split_point, folder), Bench(args, 0, folder)
     _ = frozen.codecs  # chosen before anything is timed
@@ -333,21 +354,31 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         "frozen": frozen,
         "frozen_in_memory": frozen,
         "cached": frozen,
+        "cached_read": frozen,
         "limit": frozen,
         "decode": frozen,
+        "decode_read": frozen,
     }
     if args.token_keep < 1:
         benches["cached_kept"] = frozen
     streams = {arm: bench.batches(arm) for arm, bench in benches.items()}
     rates: dict[str, list[float]] = {arm: [] for arm in benches}
+    # Whoever keeps chunks in memory has read all views of all of them once before.
+    whole = args.views * len(frozen.views) // args.batch_size
     for arm, bench in benches.items():
-        bench.rate(streams[arm], 2, arm != "decode")  # warm up
+        bench.rate(streams[arm], whole if arm in READING else 2, not arm.startswith("decode"))
+    fast = [arm for arm in benches if arm in (*READING, "limit")]
+    slow = [arm for arm in benches if arm not in fast]
     for turn in range(args.rounds):
-        order = list(benches)
-        for arm in order[turn % len(order) :] + order[: turn % len(order)]:
-            # Fast arms get more steps, so that every sample covers seconds.
-            steps = args.steps * {"cached": 4, "cached_kept": 4, "limit": 4, "decode": 16}.get(arm, 1)
-            rates[arm].append(benches[arm].rate(streams[arm], steps, arm != "decode"))
+        for arm in _from(slow, turn):
+            rates[arm].append(benches[arm].rate(streams[arm], args.steps))
+        turns: dict[str, list[float]] = {arm: [] for arm in fast}
+        for arm in itertools.chain.from_iterable(_from(fast, turn + part) for part in range(TURNS)):
+            decodes = arm.startswith("decode")
+            # Reading alone takes little: it gets more steps.
+            turns[arm].append(benches[arm].rate(streams[arm], args.steps * (4 if decodes else 1), not decodes))
+        for arm, found in turns.items():
+            rates[arm].append(statistics.harmonic_mean(found))
 
     def ratio(a: str, b: str) -> dict[str, Any]:
         return spread([x / y for x, y in zip(rates[a], rates[b], strict=True)])
@@ -356,7 +387,9 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         f"{a}/{b}": ratio(a, b)
         for a, b in [
             ("cached", "limit"),
+            ("cached_read", "limit"),
             ("decode", "limit"),
+            ("decode_read", "limit"),
             ("cached", "frozen"),
             ("cached", "frozen_in_memory"),
             ("cached", "full"),
