@@ -9,7 +9,8 @@ All arms run in one process, in turn, several rounds; figures are medians of ima
 round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory; ``decode`` only reads the
 cache, through its sampler, and restores hidden states. ``cached`` and ``decode`` keep decoded chunks in memory as training does by default,
 all that these few rows have; ``cached_read`` and ``decode_read`` read each chunk from its file in each epoch, as of caches far larger than
-that. These arms take turns several times in each round. ``full`` and ``frozen`` are measured
+that. These arms take turns several times in each round, a window of chunks at a time, and their ratios are taken turn by turn:
+the machine's speed drifts within seconds. ``full`` and ``frozen`` are measured
 twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
 the image pipeline out. With ``--token-keep``, ``cached_kept`` is ``cached`` with that share of the patch tokens, and its ratio to
 ``cached`` is what fewer tokens gain. Peak memory of each arm is that of a process of its own. Building is compared with rendering
@@ -72,8 +73,8 @@ SHAPES = {  # width, heads, blocks; patches of 16 pixels
 SEED = 0
 #: Arms that read a cache. They and ``limit`` are fast.
 READING = ("cached", "cached_read", "cached_kept", "decode", "decode_read")
-#: So many times in each round the fast arms take turns: the machine's speed drifts within seconds.
-TURNS = 4
+#: So many times in each round the fast arms take turns. Each trains on a window, of so many chunks of so many rows, so that each reads as much.
+TURNS, WINDOW, CHUNK = 4, 8, 32
 #: Random resized crop and flip to 224 pixels, and the whole image.
 AUGMENT, PLAIN = (
     ImageTransform(size=224, train=train, scale=(0.35, 1.0), mean=[0.5] * 3, std=[0.5] * 3) for train in (True, False)
@@ -104,7 +105,7 @@ class Bench:
         files = {"train": str(Path(args.data) / "train*.parquet")}
         rows = datasets.load_dataset("parquet", data_files=files)["train"].shuffle(seed=SEED).select(range(args.images))
         self.rows, self.views = rows, ViewDataset(rows, SEED, AUGMENT, PLAIN)
-        self.layout = ChunkLayout(len(rows), 32, SEED)
+        self.layout = ChunkLayout(len(rows), CHUNK, SEED)
         self.split = split_model(self.model, split_point)
         if split_point:
             freeze(self.split)
@@ -148,7 +149,7 @@ class Bench:
                 eval_transform=PLAIN,
                 freeze_config=FreezeConfig(schedule=f"0:{self.split_point}"),
                 cache_config=CacheConfig(
-                    cache_dir=f"{folder}/caches", codec=self.args.codec, num_views=self.args.views, chunk_size=32
+                    cache_dir=f"{folder}/caches", codec=self.args.codec, num_views=self.args.views, chunk_size=CHUNK
                 ),
             )
             return trainer.build_cache(self.split_point).reader.views
@@ -162,7 +163,7 @@ class Bench:
 
     def sampler(self) -> ChunkSampler:
         """Return the order of an arm: each is in an epoch of its own."""
-        return ChunkSampler([self.layout], SEED, SEED, self.args.views, 8)
+        return ChunkSampler([self.layout], SEED, SEED, self.args.views, WINDOW)
 
     def endless(
         self,
@@ -198,7 +199,7 @@ class Bench:
                 tokens = TokenSubset(SEED, prefix, height * width, self.args.token_keep)
             held = 0 if arm.endswith("_read") else int(CacheConfig.memory_gb * 1e9)
             dataset = CachedDataset(
-                reader, 8 + min(self.args.batch_size, 8), packed=True, tokens=tokens, held_bytes=held
+                reader, WINDOW + min(self.args.batch_size, WINDOW), packed=True, tokens=tokens, held_bytes=held
             )
             # As in training: threads read ahead in place of workers, one beside an accelerator; or those of the steps within a window.
             threads, sampler = self.args.workers or int(self.device.type != "cpu"), self.sampler()
@@ -369,19 +370,20 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         bench.rate(streams[arm], whole if arm in READING else 2, not arm.startswith("decode"))
     fast = [arm for arm in benches if arm in (*READING, "limit")]
     slow = [arm for arm in benches if arm not in fast]
+    steps = min(WINDOW * CHUNK, len(frozen.views)) // args.batch_size
+    turns: dict[str, list[float]] = {arm: [] for arm in fast}
     for turn in range(args.rounds):
         for arm in _from(slow, turn):
             rates[arm].append(benches[arm].rate(streams[arm], args.steps))
-        turns: dict[str, list[float]] = {arm: [] for arm in fast}
         for arm in itertools.chain.from_iterable(_from(fast, turn + part) for part in range(TURNS)):
             decodes = arm.startswith("decode")
-            # Reading alone takes little: it gets more steps.
-            turns[arm].append(benches[arm].rate(streams[arm], args.steps * (4 if decodes else 1), not decodes))
-        for arm, found in turns.items():
-            rates[arm].append(statistics.harmonic_mean(found))
+            turns[arm].append(benches[arm].rate(streams[arm], steps, not decodes))
+    for arm, found in turns.items():
+        rates[arm] = [statistics.median(found[start : start + TURNS]) for start in range(0, len(found), TURNS)]
 
     def ratio(a: str, b: str) -> dict[str, Any]:
-        return spread([x / y for x, y in zip(rates[a], rates[b], strict=True)])
+        values = turns if a in turns and b in turns else rates
+        return spread([x / y for x, y in zip(values[a], values[b], strict=True)])
 
     ratios = {
         f"{a}/{b}": ratio(a, b)
