@@ -9,8 +9,8 @@ All arms run in one process, in turn, several rounds; figures are medians of ima
 round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory; ``decode`` only reads the
 cache, through its sampler, and restores hidden states. ``cached`` and ``decode`` keep decoded chunks in memory as training does by default,
 all that these few rows have; ``cached_read`` and ``decode_read`` read each chunk from its file in each epoch, as of caches far larger than
-that. These arms take turns several times in each round, a window of chunks at a time, and their ratios are taken turn by turn:
-the machine's speed drifts within seconds. ``full`` and ``frozen`` are measured
+that. These arms take turns step by step, or beside an accelerator, which runs ahead of the host, window by window; their ratios are
+taken over windows of chunks: the machine's speed drifts within seconds. ``full`` and ``frozen`` are measured
 twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
 the image pipeline out. With ``--token-keep``, ``cached_kept`` is ``cached`` with that share of the patch tokens, and its ratio to
 ``cached`` is what fewer tokens gain. Peak memory of each arm is that of a process of its own. Building is compared with rendering
@@ -73,8 +73,8 @@ SHAPES = {  # width, heads, blocks; patches of 16 pixels
 SEED = 0
 #: Arms that read a cache. They and ``limit`` are fast.
 READING = ("cached", "cached_read", "cached_kept", "decode", "decode_read")
-#: So many times in each round the fast arms take turns. Each trains on a window, of so many chunks of so many rows, so that each reads as much.
-TURNS, WINDOW, CHUNK = 4, 8, 32
+#: So many windows the fast arms train on in each round, of so many chunks of so many rows.
+WINDOWS, WINDOW, CHUNK = 6, 8, 32
 #: Random resized crop and flip to 224 pixels, and the whole image.
 AUGMENT, PLAIN = (
     ImageTransform(size=224, train=train, scale=(0.35, 1.0), mean=[0.5] * 3, std=[0.5] * 3) for train in (True, False)
@@ -371,18 +371,23 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
     fast = [arm for arm in benches if arm in (*READING, "limit")]
     slow = [arm for arm in benches if arm not in fast]
     steps = min(WINDOW * CHUNK, len(frozen.views)) // args.batch_size
-    turns: dict[str, list[float]] = {arm: [] for arm in fast}
+    at_once = 1 if frozen.device.type == "cpu" else steps
+    windows: dict[str, list[float]] = {arm: [] for arm in fast}
     for turn in range(args.rounds):
         for arm in _from(slow, turn):
             rates[arm].append(benches[arm].rate(streams[arm], args.steps))
-        for arm in itertools.chain.from_iterable(_from(fast, turn + part) for part in range(TURNS)):
-            decodes = arm.startswith("decode")
-            turns[arm].append(benches[arm].rate(streams[arm], steps, not decodes))
-    for arm, found in turns.items():
-        rates[arm] = [statistics.median(found[start : start + TURNS]) for start in range(0, len(found), TURNS)]
+        for _ in range(WINDOWS):
+            parts: dict[str, list[float]] = {arm: [] for arm in fast}
+            for part in range(steps // at_once):
+                for arm in _from(fast, part):
+                    parts[arm].append(benches[arm].rate(streams[arm], at_once, not arm.startswith("decode")))
+            for arm, found in parts.items():
+                windows[arm].append(statistics.harmonic_mean(found))  # equally many images in each part
+    for arm, found in windows.items():
+        rates[arm] = [statistics.median(found[start : start + WINDOWS]) for start in range(0, len(found), WINDOWS)]
 
     def ratio(a: str, b: str) -> dict[str, Any]:
-        values = turns if a in turns and b in turns else rates
+        values = windows if a in windows and b in windows else rates
         return spread([x / y for x, y in zip(values[a], values[b], strict=True)])
 
     ratios = {

@@ -4,7 +4,7 @@
 
 From a small base, one of these is multiplied at a time: rows by 2, 4 and 8, views by 2, 4 and 8, the pixels of an image by 2 and 4, the
 width by 2 and 4. Each case runs in a process of its own, in turns, ``--rounds`` times: it builds the cache of a ViT with random
-weights, and trains two epochs from it. CPU seconds of building and of an epoch (other work on the machine disturbs them little), bytes,
+weights, and trains two epochs from it, with ``memory_gb=0``: what is kept in memory up to that bound would grow up to it. CPU seconds of building and of an epoch (other work on the machine disturbs them little), bytes,
 and memory added to that of the base. Prints the exponent of each, the slope in logarithms from the base to the largest: 1 is
 linear, and with the width matrices grow by its square.
 """
@@ -132,7 +132,7 @@ def measure(case: Case) -> dict[str, float]:
             train_transform=ImageTransform(train=True, **looks),
             eval_transform=ImageTransform(train=False, **looks),
             freeze_config=FreezeConfig(schedule=f"0:{SPLIT_POINT}"),
-            cache_config=CacheConfig(cache_dir=f"{folder}/caches", num_views=case.views),
+            cache_config=CacheConfig(cache_dir=f"{folder}/caches", num_views=case.views, memory_gb=0),
             callbacks=[times],
         )
         began = time.process_time()

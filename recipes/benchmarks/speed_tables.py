@@ -45,10 +45,18 @@ def epochs() -> str:
         cells = [f"{name.removeprefix('k=')} of 12", f"{result['images_per_second']['cached']['median']:.0f}"]
         cells += [ratio(result, one) for one in ("cached/full", "cached/frozen", "cached_kept/cached")]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| frozen blocks | codec | of the limit | building | cache per view |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| frozen blocks | codec | of the limit | of it, each chunk read | building | cache per view |",
+        "|---" * 6 + "|",
+    ]
     for name, (codec, record, digits) in itertools.product(points, (("lossless", lossless, 0), ("`auto`", auto, 1))):
         result = record["results"][name]
-        cells = [f"{name.removeprefix('k=')} of 12", codec, interval(result["ratios"]["cached/limit"])]
+        cells = [
+            f"{name.removeprefix('k=')} of 12",
+            codec,
+            *(interval(result["ratios"][f"{arm}/limit"]) for arm in ("cached", "cached_read")),
+        ]
         cells += [interval(result["build_ratio"]), f"{result['cache_bytes_per_image'] / 1024:.{digits}f} KiB"]
         lines.append(f"| {' | '.join(cells)} |")
     config, versions, machine = lossless["config"], lossless["versions"], lossless["machine"]
@@ -56,7 +64,8 @@ def epochs() -> str:
         "",
         f"DeiT-Tiny, 224 px, {'fp32' if config['fp32'] == 'True' else 'bf16'}, batch {config['batch_size']}, {machine['accelerator'] or machine['processor']}, "
         f"{machine['cores']} cores; medians (extremes) of {config['rounds']} interleaved rounds, images rendered live in "
-        "the uncached arms; building not included. The limit is the same suffix fed from memory; building is over rendering and running "
+        "the uncached arms; building not included. The limit is the same suffix fed from memory, once with decoded chunks held in memory, as by default up "
+        "to `memory_gb`, and once with each chunk read from its file in each epoch; building is over rendering and running "
         f"the frozen blocks alone. Lossless: {stored_views(config)}; `auto`: {stored_views(auto['config'])}, most of them stored as what others do "
         "not predict. "
         f"torch {versions['torch']}, transformers {versions['transformers']}; lossless {link(LOSSLESS)}, "
@@ -89,7 +98,7 @@ def growths() -> str:
             "",
             f"Exponents from {first['rows']} rows, {first['views']} view of {round(first['pixels'] ** 0.5)} px and a width of {first['width']} "
             "to the largest: 1 is linear; with the width, matrices grow by its square. CPU seconds of one thread, medians of "
-            f"{config['rounds']} rounds, {config['blocks']} blocks, {config['split_point']} of them frozen; {machine['processor']}. "
+            f"{config['rounds']} rounds, {config['blocks']} blocks, {config['split_point']} of them frozen, `memory_gb=0`; {machine['processor']}. "
             f"{link(GROWTH)}, made by `recipes/benchmarks/growth.py`.",
         ]
     )
