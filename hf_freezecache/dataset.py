@@ -64,7 +64,7 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         tokens: Draws the tokens that items hold; ``None`` for all. Keys are then ``(i, v, epoch)``. Packed items hold the
             positions as ``packed.kept``, for ``ViewCodec.dequantize``, and of the arrays what it needs for these tokens.
         whole: Packed items hold all tokens all the same: something else is to see all before others are dropped.
-        held_bytes: Beyond these, decoded chunks stay in memory for good, up to so many bytes, and are read no more. They are those that
+        held_bytes: Beyond these, decoded chunks stay in memory, up to so many bytes, and are read no more. They are those that
             are read first: where all are read in turn, throwing out the oldest would keep none.
     """
 
@@ -308,6 +308,13 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
     def _read(self) -> Callable[[ChunkKey], Chunk]:
         """Reads and decodes a chunk. It holds no reference to the data set: threads that still read would keep all chunks alive."""
         return functools.partial(_read_chunk, self.reader, self.packed, self.geometry)
+
+    def forget_chunks(self) -> None:
+        """Let go of all decoded chunks; samples that are asked for later are read anew."""
+        self._chunks.clear()
+        self._unread.clear()
+        self._held.clear()
+        self._room_to_hold = self.held_bytes
 
     def _chunk(self, view: int, chunk: int) -> Chunk:
         key = (view, chunk)

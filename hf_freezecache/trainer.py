@@ -153,7 +153,7 @@ class FreezeCacheTrainer(Trainer):
             with compiling_by_block(self.accelerator):
                 return super().train(**kwargs)
         finally:
-            self._freezer.thaw()
+            self._run.end()
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any

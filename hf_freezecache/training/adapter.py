@@ -36,6 +36,7 @@ from .preflight import check_arguments, check_cache_dir, check_overrides, check_
 from .rehearsal_copy import rehearsing
 from .runtime import Runtime
 from .stage import StageRunner
+from .stage_opening import open_cache
 from .weights import check_saving, restore_weights
 
 __all__ = [
@@ -324,8 +325,7 @@ def build_cache_of(trainer: Any, split_point: int | None) -> CachedDataset:
             "The processes have different weights in the blocks to freeze: each of them would write other hidden states "
             "into the cache. Load the model from one checkpoint, or seed its initialisation."
         )
-    ahead = [run.splits.at(point) for point in run.built_ahead(first)]
-    return CachedDataset(run.open_cache(split, ahead).reader)
+    return CachedDataset(open_cache(run, split, [run.splits.at(point) for point in run.built_ahead(first)]).reader)
 
 
 def resume_weights_of(trainer: Any, checkpoint: str, model: nn.Module | None) -> bool:

@@ -15,9 +15,9 @@ from ..data.feature_augmenter import FeatureAugmenter
 from ..data.kept_tokens import TokenSubset
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
+from ..dataset import CachedDataset
 from ..distributed.ddp import is_replicated, wrap_again
 from ..errors import UnsupportedSetupError
-from ..hub.provenance import keep_provenance
 from ..model.compiled import CompiledBlocks
 from ..model.split import Split, Splits
 from ..report.record import Decision, RunRecord, progress_to_dict
@@ -34,9 +34,8 @@ from .learning_rates import LearningRates
 from .offload import Step
 from .planner import Outlook, predict_passes, steps_of_head, why_live
 from .runtime import Runtime
-from .sharing import provenance_of
 from .stage_batches import cached_batches, live_batches
-from .stage_cache import OpenedCache, StageCache
+from .stage_cache import StageCache
 from .stage_costs import predict_costs
 from .stage_opening import open_for
 from .transform_watch import TransformWatch
@@ -308,21 +307,6 @@ class StageRunner:
             return []
         return [point for point in thawed_to(stage, self.stages) if point not in self.refusals]
 
-    def open_cache(self, split: Split, ahead: Sequence[Split] = ()) -> OpenedCache:
-        """Find or build the cache of a split point, and write down beside it what it was made of. Collective.
-
-        Args:
-            split: The model, split there.
-            ahead: See ``StageCache.open``.
-
-        Raises:
-            FreezeCacheError: See ``StageCache.open``.
-        """
-        opened = self.cache.open(split, ahead)
-        if self.runtime.cache_group.is_main_process:
-            keep_provenance(Path(opened.reader.directory), lambda: provenance_of(self, opened.reader))
-        return opened
-
     # ---- Steps ----
 
     def training_step(
@@ -398,3 +382,9 @@ class StageRunner:
         if measured is None:
             return {}
         return epoch_logs(self.record, measured, float(state.epoch or 0.0), self.current.stage.index)
+
+    def end(self) -> None:
+        """End training: nothing is frozen any more, and chunks of a cache do not stay in memory."""
+        self.freezer.thaw()
+        if self.active is not None and isinstance(cached := self.active.loader.dataset, CachedDataset):
+            cached.forget_chunks()

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..errors import CacheWriteError
+from ..hub.provenance import keep_provenance
+from ..model.split import Split
 from ..report.record import Decision
 from ..schedules import Stage
 from .checkpoints import last_complete
+from .sharing import provenance_of
 from .stage_cache import OpenedCache
 
-__all__ = ["open_for"]
+__all__ = ["open_cache", "open_for"]
 
 logger = logging.getLogger(__name__)
+
+
+def open_cache(run: Any, split: Split, ahead: Sequence[Split] = ()) -> OpenedCache:
+    """Find or build the cache of a split point, and write down beside it what it was made of. Collective.
+
+    Args:
+        run: The ``StageRunner``.
+        split: The model, split there.
+        ahead: See ``StageCache.open``.
+
+    Raises:
+        FreezeCacheError: See ``StageCache.open``.
+    """
+    opened: OpenedCache = run.cache.open(split, ahead)
+    if run.runtime.cache_group.is_main_process:
+        keep_provenance(Path(opened.reader.directory), lambda: provenance_of(run, opened.reader))
+    return opened
 
 
 def open_for(run: Any, stage: Stage, decision: Decision) -> OpenedCache | None:
@@ -38,7 +59,7 @@ def open_for(run: Any, stage: Stage, decision: Decision) -> OpenedCache | None:
     points = run.built_ahead(stage)
     try:
         with run.runtime.everyone.fail_together() if several else nullcontext():
-            return run.open_cache(run.splits.at(stage.split_point), [run.splits.at(point) for point in points])
+            return open_cache(run, run.splits.at(stage.split_point), [run.splits.at(point) for point in points])
     except CacheWriteError as error:
         if run.config.mode == "auto":
             # The record goes to the Hub: the message with the user's folders is for the log alone.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support import tiny_cache
 from support.tiny import make_trainer, tiny_vit
 from torch.utils.data import BatchSampler
+from transformers import TrainerCallback
 
 from hf_freezecache.cache.reader import CacheReader
 from hf_freezecache.data.layout import ChunkLayout
@@ -194,6 +195,25 @@ def test_what_is_held_is_read_once_and_takes_no_more_than_its_room(reader, held,
     assert (
         dataset.decoded_chunks == len(dataset._held) + (chunks - len(dataset._held)) * epochs // reader.index.num_views
     )
+
+
+def test_no_chunk_outlives_its_stage_and_the_last_is_let_go_with_training(train_dataset) -> None:
+    held: list[dict[int, int]] = []
+
+    def alive() -> dict[int, int]:
+        gc.collect()
+        caches = [one for one in gc.get_objects() if isinstance(one, CachedDataset) and one.packed and one.held_bytes]
+        return {one.reader.index.split_point: len(one._held) + len(one._chunks) for one in caches}
+
+    class Looks(TrainerCallback):
+        def on_epoch_end(self, *args, **kwargs) -> None:
+            held.append(alive())
+
+    trainer = make_trainer(tiny_vit(), train_dataset, cache={"chunk_size": 10}, schedule="0:1,2:2", num_train_epochs=3)
+    trainer.add_callback(Looks())
+    trainer.train()
+    assert held == [{1: 5}, {1: 5}, {2: 5}]
+    assert not any(alive().values())
 
 
 def test_a_worker_holds_chunks_of_its_own(reader) -> None:
