@@ -303,7 +303,7 @@ class CacheConfig:
     )
     memory_gb: Annotated[float, at_least(0)] = field(
         default=0.25,
-        metadata={"help": f"{ADVANCED}GB (1e9 bytes) of chunks that a process keeps decoded beyond these."},
+        metadata={"help": f"{ADVANCED}GB (1e9 bytes) of chunks that a process keeps decoded, beyond the window."},
     )
     build_batch_size: Annotated[Optional[int], at_least(1)] = field(
         default=None,
@@ -332,7 +332,9 @@ class CacheConfig:
     )
     dataset_id: Optional[str] = field(
         default=None,
-        metadata={"help": f"{ADVANCED}names training data that are no datasets.Dataset, in the fingerprint."},
+        metadata={
+            "help": f"{ADVANCED}names training data that are no datasets.Dataset, in the fingerprint. Change it whenever the data change."
+        },
     )
     lock_timeout: Annotated[float, at_least(0)] = field(
         default=30.0,

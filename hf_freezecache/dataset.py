@@ -310,7 +310,8 @@ class CachedDataset(Dataset):  # type: ignore[type-arg]
         return functools.partial(_read_chunk, self.reader, self.packed, self.geometry)
 
     def forget_chunks(self) -> None:
-        """Let go of all decoded chunks; samples that are asked for later are read anew."""
+        """Let go of all decoded chunks, and of threads that read ahead; samples that are asked for later are read anew."""
+        self._ahead = None
         self._chunks.clear()
         self._unread.clear()
         self._held.clear()

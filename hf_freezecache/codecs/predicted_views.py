@@ -100,7 +100,7 @@ class PredictedViews:
             level = (basis @ mean[:, 0] * inverse[0, 0]).expand(height * width, -1)
             mean = torch.cat([torch.zeros_like(mean[:, :1]), mean[:, 1:]], 1)
             assert self.predictor.mean is not None
-            added = self.predictor.mean.to(device, exact) + residual_mean.to(exact)
+            added = self.predictor.mean.to(device, exact) + residual_mean
             order = frequency_order(height, width)
             rows, columns = dct_matrix(height)[order // width].T, dct_matrix(width)[order % width].T
             self._cached_constants[key] = _Constants(
@@ -158,17 +158,18 @@ class PredictedViews:
         states = patches.new_empty((len(is_copy), prefix_tokens + patches.shape[1], patches.shape[2]), dtype=dtype)
         prefix, base_prefix = (side_arrays(arrays, view, 0)["prefix"] for view in (COPY, BASE))
         states[:, :prefix_tokens] = torch.where(is_copy[:, None, None], prefix, base_prefix)
-        if kept is not None or is_copy.device.type != "cpu":
+        if kept is None and is_copy.device.type == "cpu" and not torch.compiler.is_compiling():
+            # One by one, their offsets need not be copied.
+            for sample, copied in enumerate(is_copy.tolist()):
+                torch.add(patches[sample], constants.offset[int(copied)], out=states[sample, prefix_tokens:])
+        else:
             offset = constants.offset.index_select(0, which) if kept is None else constants.offset[which[:, None], kept]
-            torch.add(patches, offset, out=states[:, prefix_tokens:])
-        else:  # one by one, their offsets need not be copied
-            for sample, copy in enumerate(is_copy.tolist()):
-                torch.add(patches[sample], constants.offset[int(copy)], out=states[sample, prefix_tokens:])
+            states[:, prefix_tokens:] = offset.add_(patches)
         return states
 
-    def _residuals(self, integers: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
-        """Return ``C r S^T``, (batch, patches or kept, hidden), from ``r``, (batch, hidden, patches): zeros from zeros."""
-        return to_states(integers, constants.residual_basis, self.predictor.grid, constants.inverse, kept)
+    def _residuals(self, coefficients: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
+        """Return ``C r S^T``, (batch, patches or kept, hidden), from ``r`` as it is stored, (batch, hidden, patches): zeros from zeros."""
+        return to_states(coefficients, constants.residual_basis, self.predictor.grid, constants.inverse, kept)
 
     def _moved(self, rows: Tensor, columns: Tensor, constants: _Constants, kept: Tensor | None) -> Tensor:
         """Return ``M C`` of each sample, (batch, patches or kept, patches), from how its rows and columns move."""

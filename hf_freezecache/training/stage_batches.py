@@ -91,9 +91,9 @@ def cached_batches(
         # Trainer looks at each loss by default, or at none; the first steps were rehearsed.
         runtime.args.logging_nan_inf_filter or runtime.accelerator.device.type == "cpu",
     )
-    threads, idle = reading_threads(runtime), torch.get_num_threads()
-    # The steps' own threads have nothing to do while a window is read.
-    dataset.read_ahead(sampler, runtime.everyone.rank, threads or idle * (idle > 1), within_window=not threads)
+    threads, at_once = reading_threads(runtime), min(torch.get_num_threads(), window)
+    # Otherwise the cores of the steps have nothing to do while a window is read.
+    dataset.read_ahead(sampler, runtime.everyone.rank, threads or at_once * (at_once > 1), within_window=not threads)
     order: Any = sampler if tokens is None else EpochKeys(sampler)
     return runtime.without_workers().make_loader(dataset, order, collate_cached), step
 

@@ -6,7 +6,7 @@ With ``N`` rows, ``V`` views, ``E`` epochs and no worker processes, a stage take
     E N (render + prefix + suffix)                                          without one.
 
 Worker processes render, or decode, while the model computes; where it computes on the same cores, only what they wait is overlapped.
-Evaluating, saving and entering the stage cost the same both ways.
+Evaluating, saving and entering the stage cost the same both ways. That chunks which stay in memory are decoded once is left out.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 The model of ``--model`` has its weights, those of ``--shapes`` random ones. Two parts for each of them and each split point:
 
 * ``images_per_second``: the arms of ``epoch_cost.py`` in turns, several rounds, and ``lora_in_memory``: all blocks adapted, images in
-  memory. ``limit`` is the suffix fed from memory.
+  memory. ``limit`` is the suffix fed from memory, and ``cached`` reads each chunk from its file in each epoch.
 * ``trainer``: ``Trainer`` and ``FreezeCacheTrainer``, live and cached, as users run them. ``synchronizations`` are the times in a step
   that the host waits for the device, as CUDA tells (``None`` elsewhere), and ``scalar_reads`` those in which it reads a number of any
   tensor, also of the optimizer's on the CPU;
@@ -160,7 +160,8 @@ def measure(args: argparse.Namespace, split_point: int, folder: str, deadline: f
         benches["lora_in_memory"] = LoraBench(args, folder)
     except ImportError:
         print("lora_in_memory is left out: PEFT is not installed")
-    streams = {arm: bench.batches("full_in_memory" if "lora" in arm else arm) for arm, bench in benches.items()}
+    fed = {"lora_in_memory": "full_in_memory", "cached": "cached_read"}
+    streams = {arm: bench.batches(fed.get(arm, arm)) for arm, bench in benches.items()}
     rates: dict[str, list[float]] = {arm: [] for arm in benches}
     for arm, bench in benches.items():
         bench.rate(streams[arm], 2)  # warm up

@@ -7,10 +7,10 @@
 
 All arms run in one process, in turn, several rounds; figures are medians of images/s over rounds, and ratios are taken
 round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory; ``decode`` only reads the
-cache, through its sampler, and restores hidden states. ``cached`` and ``decode`` keep decoded chunks in memory as training does by default,
-all that these few rows have; ``cached_read`` and ``decode_read`` read each chunk from its file in each epoch, as of caches far larger than
-that. These arms take turns step by step, or beside an accelerator, which runs ahead of the host, window by window; their ratios are
-taken over windows of chunks: the machine's speed drifts within seconds. ``full`` and ``frozen`` are measured
+cache, through its sampler, and restores hidden states. ``cached`` and ``decode`` keep decoded chunks in memory, as training does by default up to
+``memory_gb``, and have read all views once before; ``cached_read`` and ``decode_read`` read each chunk from its file in each epoch, as of caches
+far larger than that, with files that the system keeps in memory. These arms take turns step by step, and their ratios are taken over windows
+of chunks, since the machine's speed drifts within seconds; where threads read ahead, they take turns by several windows. ``full`` and ``frozen`` are measured
 twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
 the image pipeline out. With ``--token-keep``, ``cached_kept`` is ``cached`` with that share of the patch tokens, and its ratio to
 ``cached`` is what fewer tokens gain. Peak memory of each arm is that of a process of its own. Building is compared with rendering
@@ -201,9 +201,10 @@ class Bench:
             dataset = CachedDataset(
                 reader, WINDOW + min(self.args.batch_size, WINDOW), packed=True, tokens=tokens, held_bytes=held
             )
-            # As in training: threads read ahead in place of workers, one beside an accelerator; or those of the steps within a window.
+            # As in training: threads read ahead in place of workers, one beside an accelerator; or as many as steps have, within a window.
             threads, sampler = self.args.workers or int(self.device.type != "cpu"), self.sampler()
-            dataset.read_ahead(sampler, threads=threads or self.args.threads, within_window=not threads)
+            at_once = torch.get_num_threads()
+            dataset.read_ahead(sampler, threads=threads or at_once * (at_once > 1), within_window=not threads)
             return self.endless(dataset, collate_cached, sampler, tokens is not None, workers=0)
         kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
         if arm == "limit":
@@ -310,7 +311,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="steps per arm and round")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a slow arm in a round")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--views", type=int, default=1, help="stored views of each image")
     parser.add_argument("--codec", default="lossless", help="name of a codec, or auto")
@@ -370,21 +371,23 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
         bench.rate(streams[arm], whole if arm in READING else 2, not arm.startswith("decode"))
     fast = [arm for arm in benches if arm in (*READING, "limit")]
     slow = [arm for arm in benches if arm not in fast]
-    steps = min(WINDOW * CHUNK, len(frozen.views)) // args.batch_size
-    at_once = 1 if frozen.device.type == "cpu" else steps
+    steps = max(min(WINDOW * CHUNK, len(frozen.views)) // args.batch_size, 1)
+    # Threads that read ahead for one arm would do so beside the next.
+    at_once = steps * WINDOWS if args.workers or frozen.device.type != "cpu" else 1
     windows: dict[str, list[float]] = {arm: [] for arm in fast}
     for turn in range(args.rounds):
         for arm in _from(slow, turn):
             rates[arm].append(benches[arm].rate(streams[arm], args.steps))
-        for _ in range(WINDOWS):
+        for _ in range(max(steps * WINDOWS // max(at_once, steps), 1)):
             parts: dict[str, list[float]] = {arm: [] for arm in fast}
-            for part in range(steps // at_once):
-                for arm in _from(fast, part):
+            for part in range(max(steps // at_once, 1)):
+                for arm in _from(fast, turn + part):
                     parts[arm].append(benches[arm].rate(streams[arm], at_once, not arm.startswith("decode")))
             for arm, found in parts.items():
                 windows[arm].append(statistics.harmonic_mean(found))  # equally many images in each part
     for arm, found in windows.items():
-        rates[arm] = [statistics.median(found[start : start + WINDOWS]) for start in range(0, len(found), WINDOWS)]
+        each = len(found) // args.rounds
+        rates[arm] = [statistics.median(found[start : start + each]) for start in range(0, len(found), each)]
 
     def ratio(a: str, b: str) -> dict[str, Any]:
         values = windows if a in windows and b in windows else rates

@@ -47,31 +47,38 @@ def epochs() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "| frozen blocks | codec | of the limit | of it, each chunk read | building | cache per view |",
+        "| frozen blocks | codec | of the limit, chunks in memory | of the limit, each chunk read | building | cache per view |",
         "|---" * 6 + "|",
     ]
     for name, (codec, record, digits) in itertools.product(points, (("lossless", lossless, 0), ("`auto`", auto, 1))):
         result = record["results"][name]
-        cells = [
-            f"{name.removeprefix('k=')} of 12",
-            codec,
-            *(interval(result["ratios"][f"{arm}/limit"]) for arm in ("cached", "cached_read")),
-        ]
+        ratios, read = result["ratios"], "cached_read/limit"
+        # Records of before chunks were held in memory have one arm, which reads each.
+        of_limit = [ratios["cached/limit"], ratios[read]] if read in ratios else [None, ratios["cached/limit"]]
+        cells = [f"{name.removeprefix('k=')} of 12", codec]
+        cells += ["" if value is None else interval(value) for value in of_limit]
         cells += [interval(result["build_ratio"]), f"{result['cache_bytes_per_image'] / 1024:.{digits}f} KiB"]
         lines.append(f"| {' | '.join(cells)} |")
     config, versions, machine = lossless["config"], lossless["versions"], lossless["machine"]
     lines += [
         "",
-        f"DeiT-Tiny, 224 px, {'fp32' if config['fp32'] == 'True' else 'bf16'}, batch {config['batch_size']}, {machine['accelerator'] or machine['processor']}, "
-        f"{machine['cores']} cores; medians (extremes) of {config['rounds']} interleaved rounds, images rendered live in "
-        "the uncached arms; building not included. The limit is the same suffix fed from memory, once with decoded chunks held in memory, as by default up "
-        "to `memory_gb`, and once with each chunk read from its file in each epoch; building is over rendering and running "
+        f"DeiT-Tiny, 224 px, {'fp32' if config['fp32'] == 'True' else 'bf16'}, batch {config['batch_size']}, {of_both(lossless, auto)}, "
+        f"{machine['cores']} cores; medians (extremes) of interleaved rounds, or of windows of chunks "
+        f"where arms are compared with the limit; lossless {config['rounds']}, `auto` {auto['config']['rounds']} rounds. Images are rendered live in "
+        "the uncached arms; building not included. The limit is the same suffix fed from memory. Decoded chunks stay in memory up "
+        f"to `memory_gb`; the first table is of {'these' if 'cached_read' in lossless['results'][points[0]]['images_per_second'] else 'chunks that are read in each epoch'}. Building is over rendering and running "
         f"the frozen blocks alone. Lossless: {stored_views(config)}; `auto`: {stored_views(auto['config'])}, most of them stored as what others do "
         "not predict. "
         f"torch {versions['torch']}, transformers {versions['transformers']}; lossless {link(LOSSLESS)}, "
         f"`auto` {link(AUTO)}, made by `recipes/benchmarks/epoch_cost.py`.",
     ]
     return "\n".join(lines)
+
+
+def of_both(lossless: dict[str, Any], auto: dict[str, Any]) -> str:
+    """Return what computed both records, told apart if it is not the same."""
+    first, second = (record["machine"]["accelerator"] or record["machine"]["processor"] for record in (lossless, auto))
+    return first if first == second else f"{first} (lossless) and {second} (`auto`)"
 
 
 def stored_views(config: dict[str, Any]) -> str:
