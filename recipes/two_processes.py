@@ -80,6 +80,7 @@ def main() -> None:
     found = trainer.evaluate()
     if args.should_log:
         print(f"{args.world_size} processes: accuracy {found['eval_accuracy']:.1%}")
+    trainer.accelerator.end_training()  # a process that ends with its group open may be aborted
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ class ChunkSamples(Sequence[dict[str, Tensor]]):
             shape[axis - 1] = len(self._positions[0])
         # A chunk whose numbers are small may have a narrower type than another.
         dtype = functools.reduce(torch.promote_types, {array.dtype for array in arrays.values()})
-        stacked = torch.zeros(len(self), *shape, dtype=dtype)
+        everywhere = all(name in chunk for chunk, _ in self._places)
+        stacked = (torch.empty if everywhere else torch.zeros)(len(self), *shape, dtype=dtype)
         sources = {key: _as_numpy(array) for key, array in arrays.items() if array.dtype == dtype}
         target = _as_numpy(stacked)
         for place, (chunk, row) in enumerate(self._places):
