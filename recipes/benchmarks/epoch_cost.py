@@ -373,21 +373,21 @@ def measure(args: argparse.Namespace, split_point: int, folder: str) -> dict[str
     slow = [arm for arm in benches if arm not in fast]
     steps = max(min(WINDOW * CHUNK, len(frozen.views)) // args.batch_size, 1)
     # Threads that read ahead for one arm would do so beside the next.
-    at_once = steps * WINDOWS if args.workers or frozen.device.type != "cpu" else 1
+    ahead = args.workers or frozen.device.type != "cpu"
+    samples, turns, at_once = (1, 1, steps * WINDOWS) if ahead else (WINDOWS, steps, 1)
     windows: dict[str, list[float]] = {arm: [] for arm in fast}
     for turn in range(args.rounds):
         for arm in _from(slow, turn):
             rates[arm].append(benches[arm].rate(streams[arm], args.steps))
-        for _ in range(max(steps * WINDOWS // max(at_once, steps), 1)):
+        for _ in range(samples):
             parts: dict[str, list[float]] = {arm: [] for arm in fast}
-            for part in range(max(steps // at_once, 1)):
+            for part in range(turns):
                 for arm in _from(fast, turn + part):
                     parts[arm].append(benches[arm].rate(streams[arm], at_once, not arm.startswith("decode")))
             for arm, found in parts.items():
                 windows[arm].append(statistics.harmonic_mean(found))  # equally many images in each part
     for arm, found in windows.items():
-        each = len(found) // args.rounds
-        rates[arm] = [statistics.median(found[start : start + each]) for start in range(0, len(found), each)]
+        rates[arm] = [statistics.median(found[start : start + samples]) for start in range(0, len(found), samples)]
 
     def ratio(a: str, b: str) -> dict[str, Any]:
         values = windows if a in windows and b in windows else rates

@@ -4,8 +4,8 @@
 
 From a small base, one of these is multiplied at a time: rows by 2, 4 and 8, views by 2, 4 and 8, the pixels of an image by 2 and 4, the
 width by 2 and 4. Each case runs in a process of its own, in turns, ``--rounds`` times: it builds the cache of a ViT with random
-weights, and trains two epochs from it, with ``memory_gb=0``: what is kept in memory up to that bound would grow up to it. CPU seconds of building and of an epoch (other work on the machine disturbs them little), bytes,
-and memory added to that of the base. Prints the exponent of each, the slope in logarithms from the base to the largest: 1 is
+weights, and trains two epochs from it. Nothing is kept in memory (``memory_gb=0``): up to that bound it grows with the rows. CPU
+seconds of building and of an epoch (other work on the machine disturbs them little), bytes, and memory added to that of the base. Prints the exponent of each, the slope in logarithms from the base to the largest: 1 is
 linear, and with the width matrices grow by its square.
 """
 

@@ -105,7 +105,7 @@ def growths() -> str:
             "",
             f"Exponents from {first['rows']} rows, {first['views']} view of {round(first['pixels'] ** 0.5)} px and a width of {first['width']} "
             "to the largest: 1 is linear; with the width, matrices grow by its square. CPU seconds of one thread, medians of "
-            f"{config['rounds']} rounds, {config['blocks']} blocks, {config['split_point']} of them frozen, `memory_gb=0`; {machine['processor']}. "
+            f"{config['rounds']} rounds, {config['blocks']} blocks, {config['split_point']} of them frozen; {machine['processor']}. "
             f"{link(GROWTH)}, made by `recipes/benchmarks/growth.py`.",
         ]
     )
