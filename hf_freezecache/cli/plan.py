@@ -13,7 +13,7 @@ from ..hub.client import quiet_libraries
 from ..schedules import thawed_to
 from ..training.image_rates import Rates, measure_rates
 from ..training.planner import epochs_of, states_at
-from ..training.stage_costs import build_seconds, epoch_seconds
+from ..training.stage_costs import build_seconds, decoded_share, epoch_seconds
 from .build import BuildSettings, make_trainer
 from .given_rates import shown_rates
 from .planned_runs import PlannedRun, PlanSettings, check_schedules, planned_runs, views_to_measure
@@ -155,17 +155,18 @@ def predict(
         asked: What to predict.
         processes: Of each device: those that render while building, and those that prepare data while training.
     """
-    share, stages, num_views = rows / asked.given.devices, run.stages, run.num_views
+    devices, stages, num_views = asked.given.devices, run.stages, run.num_views
     rates = {point: _of_views(rate, num_views, config.num_views) for point, rate in rates.items()}
     one = next(iter(rates.values()))
     shown = {point: run.head_rows if point == num_blocks else 1.0 for point in rates}
     sizes = {point: shown[point] * rows * num_views * rate.stored_bytes for point, rate in rates.items()}
-    shard = min(rows, asked.given.devices * config.chunk_size * config.shard_chunks) / rows
+    shard = min(rows, devices * config.chunk_size * config.shard_chunks) / rows
     build = cached = live = written = held = peak = 0.0
     for stage in stages:
         point, epochs = stage.split_point, epochs_of(stage, stages, run.epochs)
         rate, keep = rates.get(point, one), run.token_keep if point else 1.0
-        from_cache, from_images = epoch_seconds(rate, point, num_blocks, keep, processes[1], run.trained_share)
+        decoded = decoded_share(rate, config, epochs, num_views, rows, devices, shown.get(point, 1.0))
+        from_cache, from_images = epoch_seconds(rate, point, num_blocks, keep, processes[1], run.trained_share, decoded)
         cached += epochs * (from_cache if point and point not in run.uncached else from_images)
         live += epochs * from_images
         # A head that trains from images gives no cache on the way.
@@ -187,6 +188,7 @@ def predict(
             peak = max(peak, held + max(sizes[source], new) + shard * new)
         held += new
         peak = max(peak, held)
+    share = rows / devices
     return Prediction(
         schedule=schedule,
         split_points=[stage.split_point for stage in stages],

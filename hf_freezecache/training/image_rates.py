@@ -49,6 +49,7 @@ class Rates:
         encode: Encoding one view.
         decode: Decoding one view.
         stored_bytes: Bytes of one view, stored without loss; not seconds.
+        decoded_bytes: Bytes of one view as memory holds it while training; not seconds.
         write: Writing one view to disk.
         read: Reading one view from disk, which worker processes do not share out; 0 where files stay in memory.
         embed: A forward pass through what stands before the blocks.
@@ -62,6 +63,7 @@ class Rates:
     encode: float
     decode: float
     stored_bytes: float = 0.0
+    decoded_bytes: float = 0.0
     write: float = 0.0
     read: float = 0.0
     embed: float = 0.0
@@ -183,8 +185,11 @@ def measure_rates(
         copies = _ROWS // count
         write, _ = _timed(lambda: _write(frames * copies, Path(config.freezecache_dir)))
         decode, _ = _timed(lambda: lossless.decode(frames, stored.shape, stored.dtype))
+    size: float = stored.nbytes
     if not requested_codec(config, split_point)[0].lossless:
         encode, write = encode * _LOSSY_ENCODING, write * _LOSSY_ENCODING
+        # Integers of a byte, and those of the first view beside what it predicts.
+        size = stored.numel() * (2 - 1 / config.num_views)
     return Rates(
         render=rendering.render,
         render_all=rendering.render_all,
@@ -193,6 +198,7 @@ def measure_rates(
         encode=encode / count,
         decode=decode / count,
         stored_bytes=sum(map(len, frames)) / count,
+        decoded_bytes=size / count,
         write=write / count / copies,
         embed=embed / repeated,
         cores=available_cores() if device == "cpu" else 0,

@@ -2,25 +2,28 @@
 
 With ``N`` rows, ``V`` views, ``E`` epochs and no worker processes, a stage takes
 
-    N (render all views + V prefix + V encode) + E N (decode + suffix)      with a cache,
+    N (render all views + V prefix + V encode) + D N decode + E N suffix    with a cache,
     E N (render + prefix + suffix)                                          without one.
 
-Worker processes render, or decode, while the model computes; where it computes on the same cores, only what they wait is overlapped.
-Evaluating, saving and entering the stage cost the same both ways. That chunks which stay in memory are decoded once is left out.
+``D`` is ``E`` where memory holds no decoded chunks, and at most ``V`` where it holds all of them. Worker processes render, or decode, while
+the model computes; where it computes on the same cores, only what they wait is overlapped. Evaluating, saving and entering the stage cost
+the same both ways.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from ..compression.base_view import requested_codec
+from ..config import CacheConfig
 from ..passes import passes_of_step
 from ..schedules import Stage
 from .image_rates import Rates, measure_rates, measure_rendering
 from .planner import epochs_of, states_at
 
-__all__ = ["build_seconds", "epoch_seconds", "predict_costs", "stage_seconds"]
+__all__ = ["build_seconds", "decoded_share", "epoch_seconds", "predict_costs", "stage_seconds"]
 
 #: Where as many views are rendered for a cache as without one, rendering them together must take no more than this share to be worth a
 #: closer look: the rest of a build, and what a few rows do not tell, are a tenth.
@@ -56,8 +59,40 @@ def build_seconds(
     return rates.together(reading, num_views * prefix, workers, waiting) + writing
 
 
+def decoded_share(
+    rates: Rates, config: CacheConfig, epochs: float, num_views: int, rows: float, readers: int = 1, part: float = 1.0
+) -> float:
+    """Return the share of the chunks read in some epochs that have to be decoded, since memory does not hold them yet.
+
+    An epoch reads each chunk in one view, the views in turn, and each process those that it is dealt: one of ``readers`` has read a
+    chunk in an earlier turn of its view with a probability of one in ``readers``.
+
+    Args:
+        rates: What one image takes.
+        config: The user's settings of caches: how much a process holds.
+        epochs: Epochs; the last may be a part of one.
+        num_views: Views that are stored.
+        rows: Rows of the cache, if it held all.
+        readers: Processes that read it.
+        part: Share of the rows that it holds. An epoch shows them the more often.
+    """
+    size, turns = rates.decoded_bytes * num_views * rows * part, epochs / part
+    not_held = 1 - min(config.memory_gb * 1e9 / size, 1) if size else 1.0
+    decoded = 0.0
+    for turn in range(math.ceil(turns)):
+        not_read = (1 - 1 / readers) ** (turn // num_views)
+        decoded += min(turns - turn, 1.0) * max(not_read, not_held)
+    return decoded / turns if turns else 1.0
+
+
 def epoch_seconds(
-    rates: Rates, split_point: int, num_blocks: int, token_keep: float, workers: int, trained_share: float = 1.0
+    rates: Rates,
+    split_point: int,
+    num_blocks: int,
+    token_keep: float,
+    workers: int,
+    trained_share: float = 1.0,
+    decoded: float = 1.0,
 ) -> tuple[float, float]:
     """Return the seconds per row of an epoch, from a cache and without one.
 
@@ -68,17 +103,18 @@ def epoch_seconds(
         token_keep: Share of the patch tokens that steps see behind the split.
         workers: Processes, or threads, that prepare data.
         trained_share: Share of their own weights that the other blocks train.
+        decoded: See ``decoded_share``.
     """
     suffix = rates.block * passes_of_step(num_blocks, split_point, token_keep, trained_share)
     live = rates.together(rates.render, rates.prefix(split_point) + suffix, workers, rates.waiting)
     # Threads share one disk.
-    cached = rates.together(rates.decode, suffix, workers)
-    return max(cached, rates.read) if workers else cached + rates.read, live
+    cached, read = rates.together(decoded * rates.decode, suffix, workers), decoded * rates.read
+    return max(cached, read) if workers else cached + read, live
 
 
 def stage_seconds(
     rates: Rates,
-    stages: Sequence[tuple[float, int]],
+    stages: Sequence[tuple[float, int, float]],
     num_blocks: int,
     built_from: int,
     num_views: int,
@@ -90,7 +126,7 @@ def stage_seconds(
 
     Args:
         rates: What one image takes.
-        stages: (epochs, split point) of each. The first has the deepest split point.
+        stages: (epochs, split point, ``decoded_share``) of each. The first has the deepest split point.
         num_blocks: Blocks of the model.
         built_from: Split point from whose cache states are computed; 0 for the images.
         num_views: Views that are stored.
@@ -103,8 +139,8 @@ def stage_seconds(
     """
     cached = build_seconds(rates, stages[0][1], built_from, num_views, len(stages), workers[0])
     live = 0.0
-    for epochs, split_point in stages:
-        in_epoch = epoch_seconds(rates, split_point, num_blocks, token_keep, workers[1], trained_share)
+    for epochs, split_point, decoded in stages:
+        in_epoch = epoch_seconds(rates, split_point, num_blocks, token_keep, workers[1], trained_share, decoded)
         cached += epochs * in_epoch[0]
         live += epochs * in_epoch[1]
     return cached, live
@@ -162,9 +198,17 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
         if frozen < LEAST_SECONDS:
             return {"frozen_seconds": round(frozen, 3)}
         workers = (cache.num_workers, run.runtime.args.dataloader_num_workers)
+        readers = cache.process_group.size
+
+        def decoded(epochs: float, part: float) -> float:
+            return decoded_share(rates, run.config, epochs, run.config.num_views, rows * readers, readers, part)
+
         cached, live = stage_seconds(
             rates,
-            served,
+            [
+                (epochs, point, decoded(epochs, share if point == stage.split_point else 1.0))
+                for epochs, point in served
+            ],
             run.splits.num_blocks,
             source if there else 0,
             run.config.num_views,

@@ -17,8 +17,20 @@ import torch
 PACKAGES = ("hf-freezecache", "torch", "transformers", "accelerate", "datasets", "safetensors", "zstandard", "numpy")
 
 
+def _processor_time() -> tuple[int, int]:
+    """Return ticks in which processors were wanted, and those of them that the host gave to others; 0 where that is unknown."""
+    stat = Path("/proc/stat")
+    ticks = [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]] if stat.exists() else [0] * 8
+    _, _, _, idle, waiting, *_, stolen = ticks
+    return sum(ticks) - idle - waiting, stolen
+
+
+_BEGAN = _processor_time()
+
+
 def machine() -> dict[str, Any]:
-    """Return processor, cores, memory and accelerator."""
+    """Return processor, cores, memory and accelerator, and the share of wanted time that others took since the benchmark began."""
+    wanted, stolen = (now - then for now, then in zip(_processor_time(), _BEGAN, strict=True))
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -30,6 +42,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "stolen_share": round(stolen / wanted, 3) if wanted else 0.0,
     }
 
 

@@ -232,6 +232,27 @@ def test_a_head_that_trains_from_images_gives_no_cache() -> None:
     assert found.cached_seconds == 2 * 12 + 2 * 6 + 4 * 3 * 6
 
 
+@pytest.mark.parametrize(
+    ("schedule", "held", "devices", "decoded"),
+    [
+        ("0:6", 0.0, 1, 6),
+        ("0:6", 1.0, 1, 2),
+        ("0:6", 0.5, 1, 2 + 4 / 2),
+        ("0:6", 1.0, 2, (2 + 2 / 2 + 2 / 4) / 2),
+        ("0:12", 1.0, 1, 2 / 2),  # of half of the rows, which an epoch shows twice
+    ],
+)
+def test_what_memory_holds_is_decoded_once(schedule, held, devices, decoded) -> None:
+    size = 1e9 * CacheConfig().memory_gb / (2 * 10) / held if held else 0.0
+    rates = {
+        6: Rates(0.0, 0.0, 0.0, 0.0, 1.0, decoded_bytes=size),
+        12: Rates(0.0, 0.0, 0.0, 0.0, 1.0, decoded_bytes=size),
+    }
+    given = GivenRates(devices=devices)
+    found, *_ = stage_by_stage(schedule, rates, rows=10, run={"head_rows": 0.5}, given=given)
+    assert found.cached_seconds == pytest.approx(10 * decoded)
+
+
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(("options", "views"), [((), 2), (("--views", "auto"), 2), (("--views", 3), 3)])
 def test_rendering_is_measured_of_several_views_where_several_may_be_chosen(monkeypatch, options, views) -> None:
