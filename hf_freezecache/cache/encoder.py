@@ -10,7 +10,7 @@ import torch
 
 from ..model.threads import available_cores
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "encodes_beside"]
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
@@ -18,6 +18,12 @@ _Arguments = ParamSpec("_Arguments")
 #: With no more cores than these a forward pass waits for a thread beside it as long as that takes. Source: builds of DeiT-Tiny with
 #: ``codec="auto"`` behind 6 blocks, on two cores, take 1.23 of rendering and prefix with such a thread, 1.15 without (medians of six).
 _FEW_CORES = 2
+
+
+def encodes_beside(device: torch.device) -> bool:
+    """Say whether chunks are encoded in a thread while blocks compute on a device: not where these need all of few cores."""
+    threads = torch.get_num_threads()
+    return device.type != "cpu" or not available_cores() <= threads <= _FEW_CORES
 
 
 class Encoder:
@@ -29,8 +35,7 @@ class Encoder:
 
     def follow(self, device: torch.device) -> None:
         """Choose how later jobs run, by where the blocks do, and whether they leave a core."""
-        threads = torch.get_num_threads()
-        self._beside = device.type != "cpu" or not available_cores() <= threads <= _FEW_CORES
+        self._beside = encodes_beside(device)
 
     def submit(
         self, job: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs

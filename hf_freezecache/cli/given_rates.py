@@ -32,7 +32,7 @@ class GivenRates:
         write_mb_per_second: Of the disk that holds the caches, all processes together.
         read_mb_per_second: The same of reading. Without it no step waits for the disk.
         devices: Devices that train, each with rendering processes and a copy of the model.
-        processes: Processes of each device that render, and threads that read caches. 0: the device waits meanwhile.
+        processes: Processes of each device that render, and threads that read caches. 0: the device waits while images are rendered.
     """
 
     name: str | None = None
@@ -84,10 +84,11 @@ class GivenRates:
             # Several views share the reading of a row, here as there.
             several = measured.render_all / measured.render if measured.render > 0 else 1.0
             rates = replace(rates, render=1 / rendered, render_all=several / rendered)
+        elsewhere: dict[str, Any] = {"embed": 0.0, "cores": 0, "beside": True}  # an accelerator, as a rule
         if (passes := self.block_passes_per_second) is not None:
-            rates = replace(rates, block=1 / passes, embed=0.0, cores=0)
+            rates = replace(rates, block=1 / passes, **elsewhere)
         if (images := self.full_training_images_per_second) is not None:
-            rates = replace(rates, block=1 / images / passes_of_step(num_blocks, 0), embed=0.0, cores=0)
+            rates = replace(rates, block=1 / images / passes_of_step(num_blocks, 0), **elsewhere)
         # Devices take turns at one disk.
         for name, sharing in (("encode", 1), ("decode", 1), ("write", self.devices), ("read", self.devices)):
             rate = getattr(self, f"{name}_mb_per_second")

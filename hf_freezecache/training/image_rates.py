@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from ..cache.encoder import encodes_beside
 from ..codecs import make_codec
 from ..compression.base_view import requested_codec
 from ..data.seeding import preserved_random_state
+from ..model.devices import finish_device
 from ..model.split import Splits
 from ..model.threads import available_cores
 from .stage_cache import StageCache
@@ -52,9 +55,10 @@ class Rates:
         decoded_bytes: Bytes of one view as memory holds it while training; not seconds.
         write: Writing one view to disk.
         read: Reading one view from disk, which worker processes do not share out; 0 where files stay in memory.
-        embed: A forward pass through what stands before the blocks.
+        embed: Collating, moving to the device, and a forward pass through what stands before the blocks.
         cores: Cores of a CPU that the model computes on, and worker processes as well; 0 beside an accelerator. No seconds.
         waiting: Share of rendering that takes no core, as where images are fetched; no seconds.
+        beside: Whether chunks are encoded in a thread while the blocks compute; see ``cache.encoder``.
     """
 
     render: float
@@ -69,6 +73,7 @@ class Rates:
     embed: float = 0.0
     cores: int = 0
     waiting: float = 0.0
+    beside: bool = False
 
     def prefix(self, split_point: int, start: int = 0) -> float:
         """Return the seconds from the images, or from the block ``start``, to a split point."""
@@ -87,6 +92,18 @@ class Rates:
             return ahead + computing
         busy = ahead * (1 - waiting) / self.cores if self.cores else 0.0
         return max(ahead / workers, computing + busy)
+
+    def while_encoding(self, building: float, encoding: float, num_caches: int) -> float:
+        """Return what a build takes that encodes the states of each cache, in a thread of its own if that is how it is done.
+
+        Args:
+            building: Seconds of what comes before.
+            encoding: Seconds in which one thread encodes the states of one cache.
+            num_caches: Caches that are written.
+        """
+        if not self.beside:
+            return building + encoding * num_caches
+        return max(encoding, building + (encoding * num_caches / self.cores if self.cores else 0.0))
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,7 @@ def measure_rates(
     """
     chooser, config = cache.chooser, cache.config
     data, examples = chooser.data, (rendering := rendering or measure_rendering(cache, images)).examples
-    device = next(splits.model.parameters()).device.type
+    device = next(splits.model.parameters()).device
     with preserved_random_state():
         count = len(examples)
         # Half for the blocks, half for what stands before them, and for the states that are encoded.
@@ -169,17 +186,22 @@ def measure_rates(
         repeated = _at_most(passes, count, max(batch_size, count))
         depth = _at_most(passes / repeated, 1, min(_BLOCKS, splits.num_blocks))
 
-        def run(split_point: int, examples: list[Any]) -> Tensor:
+        def prepare(examples: list[Any]) -> dict[str, Any]:
             batch = data.collate(examples)
             inputs = {name: batch[name] for name in ("pixel_values", *sorted(data.prefix_inputs))}
-            return chooser.run(splits.at(split_point).prefix, **inputs).cpu()  # type: ignore[no-any-return]
+            return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)  # type: ignore[no-any-return]
 
-        stored = run(split_point, examples)
+        def run(split_point: int, inputs: dict[str, Any]) -> Tensor:
+            states: Tensor = chooser.run(splits.at(split_point).prefix, **inputs)
+            finish_device(device)
+            return states
+
+        stored = run(split_point, prepare(examples)).cpu()
         # Images that are there cost nothing more.
-        batch = (examples * math.ceil(repeated / count))[:repeated]
+        preparing, batch = _timed(lambda: prepare((examples * math.ceil(repeated / count))[:repeated]))
         # The first call allocates, and may compile.
         embed, _ = min((_timed(lambda: run(0, batch)) for _ in range(2)), key=lambda timed: timed[0])
-        deep = [_timed(lambda: run(depth, batch))[0] for _ in range(1 if device == "cpu" else 2)][-1]
+        deep = [_timed(lambda: run(depth, batch))[0] for _ in range(1 if device.type == "cpu" else 2)][-1]
         lossless = make_codec("lossless")
         encode, frames = _timed(lambda: lossless.encode(stored))
         copies = _ROWS // count
@@ -200,9 +222,10 @@ def measure_rates(
         stored_bytes=sum(map(len, frames)) / count,
         decoded_bytes=size / count,
         write=write / count / copies,
-        embed=embed / repeated,
-        cores=available_cores() if device == "cpu" else 0,
+        embed=(preparing + embed) / repeated,
+        cores=available_cores() if device.type == "cpu" else 0,
         waiting=rendering.waiting,
+        beside=encodes_beside(device),
     )
 
 

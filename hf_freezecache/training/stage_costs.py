@@ -5,9 +5,9 @@ With ``N`` rows, ``V`` views, ``E`` epochs and no worker processes, a stage take
     N (render all views + V prefix + V encode) + D N decode + E N suffix    with a cache,
     E N (render + prefix + suffix)                                          without one.
 
-``D`` is ``E`` where memory holds no decoded chunks, and at most ``V`` where it holds all of them. Worker processes render, or decode, while
-the model computes; where it computes on the same cores, only what they wait is overlapped. Evaluating, saving and entering the stage cost
-the same both ways.
+``D`` is ``E`` where memory holds no decoded chunks, and at most ``V`` where it holds all of them. Worker processes render, and threads
+decode and encode, while the model computes; where it computes on the same cores, only what they wait is overlapped. Saving and entering
+the stage cost the same both ways, and evaluating does without ``cache_eval``.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def build_seconds(
     """
     prefix = rates.prefix(split_point, built_from)
     reading = rates.render_all if built_from == 0 else (rates.decode + rates.read) * num_views
-    writing = num_views * (rates.encode + rates.write) * num_caches
     waiting = rates.waiting if built_from == 0 else 0.0
-    return rates.together(reading, num_views * prefix, workers, waiting) + writing
+    computed = rates.together(reading, num_views * prefix, workers, waiting)
+    return rates.while_encoding(computed, num_views * rates.encode, num_caches) + num_views * rates.write * num_caches
 
 
 def decoded_share(
@@ -101,15 +101,16 @@ def epoch_seconds(
         split_point: Number of frozen blocks.
         num_blocks: Blocks of the model.
         token_keep: Share of the patch tokens that steps see behind the split.
-        workers: Processes, or threads, that prepare data.
+        workers: Processes that render, and threads that read caches; of these there is one beside an accelerator in any case.
         trained_share: Share of their own weights that the other blocks train.
         decoded: See ``decoded_share``.
     """
     suffix = rates.block * passes_of_step(num_blocks, split_point, token_keep, trained_share)
     live = rates.together(rates.render, rates.prefix(split_point) + suffix, workers, rates.waiting)
+    threads = workers or int(rates.cores == 0)
     # Threads share one disk.
-    cached, read = rates.together(decoded * rates.decode, suffix, workers), decoded * rates.read
-    return max(cached, read) if workers else cached + read, live
+    cached, read = rates.together(decoded * rates.decode, suffix, threads), decoded * rates.read
+    return max(cached, read) if threads else cached + read, live
 
 
 def stage_seconds(

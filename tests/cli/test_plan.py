@@ -31,7 +31,7 @@ def folder(images) -> None:
 
 
 def measured(cache, splits, split_point, batch_size):
-    return Rates(1.0, 2.0, 0.5, 0.125, 0.125 * split_point, stored_bytes=2.0**20, write=0.125)
+    return Rates(1.0, 2.0, 0.5, 0.125, 0.125 * split_point, stored_bytes=2.0**20, write=0.125, cores=1)
 
 
 def stage_by_stage(schedule: str, rates: dict[int, Rates], rows: int = 1, processes=(0, 0), **settings):
@@ -114,8 +114,9 @@ def test_given_rates_take_the_place_of_measured_ones(monkeypatch) -> None:
     block = 1 / 5 / (3 * 4)
     assert one["split_points"] == [1, 3]
     # One device in two renders with four processes, and gets half of the disk. Deeper states come from the cache before.
-    first = max(2 / 10 / 4, 2 * block) + 2 * 0.25
-    second = max(2 * (mb / 8 + 2 * mb / 16) / 4, 2 * 2 * block) + 2 * 0.25
+    # Chunks are encoded meanwhile, and written.
+    first = max(2 / 10 / 4, 2 * block, 2 * 0.125) + 2 * 0.125
+    second = max(2 * (mb / 8 + 2 * mb / 16) / 4, 2 * 2 * block, 2 * 0.125) + 2 * 0.125
     assert one["build_seconds"] == pytest.approx(share * (first + second))
     epochs = 4 * max(mb / 8 / 4, 9 * block, 2 * mb / 16) + 6 * max(mb / 8 / 4, 3 * block, 2 * mb / 16)
     assert one["cached_seconds"] == pytest.approx(share * (first + second + epochs))
@@ -245,8 +246,8 @@ def test_a_head_that_trains_from_images_gives_no_cache() -> None:
 def test_what_memory_holds_is_decoded_once(schedule, held, devices, decoded) -> None:
     size = 1e9 * CacheConfig().memory_gb / (2 * 10) / held if held else 0.0
     rates = {
-        6: Rates(0.0, 0.0, 0.0, 0.0, 1.0, decoded_bytes=size),
-        12: Rates(0.0, 0.0, 0.0, 0.0, 1.0, decoded_bytes=size),
+        6: Rates(0.0, 0.0, 0.0, 0.0, 1.0, decoded_bytes=size, cores=1),
+        12: Rates(0.0, 0.0, 0.0, 0.0, 1.0, decoded_bytes=size, cores=1),
     }
     given = GivenRates(devices=devices)
     found, *_ = stage_by_stage(schedule, rates, rows=10, run={"head_rows": 0.5}, given=given)

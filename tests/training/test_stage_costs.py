@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.dataset import CachedDataset
 from hf_freezecache.training import planner, stage_costs
 from hf_freezecache.training.image_rates import Rates, Rendering
-from hf_freezecache.training.stage_costs import decoded_share, stage_seconds
+from hf_freezecache.training.stage_costs import build_seconds, decoded_share, stage_seconds
 
 
 @pytest.fixture
@@ -248,8 +249,9 @@ def test_waiting_takes_no_core(images, monkeypatch) -> None:
 def test_what_is_counted() -> None:
     rates = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25)
     # Two views: rendered together, six blocks each, encoded; then four epochs of half the tokens.
-    cached, live = stage_seconds(rates, [(4, 6, 1.0)], 12, 0, 2, 0.5, (0, 0))
-    assert cached == pytest.approx(5 + 2 * 6 + 2 * 0.5 + 4 * (0.25 + 9))
+    for cores, read in ((2, 0.25), (0, 0.0)):  # a thread reads beside an accelerator in any case
+        cached, live = stage_seconds(replace(rates, cores=cores), [(4, 6, 1.0)], 12, 0, 2, 0.5, (0, 0))
+        assert cached == pytest.approx(5 + 2 * 6 + 2 * 0.5 + 4 * (read + 9))
     assert live == pytest.approx(4 * (3 + 6 + 9))
     # Two workers render while the model computes.
     cached, live = stage_seconds(rates, [(4, 6, 1.0)], 12, 0, 2, 0.5, (2, 2))
@@ -260,22 +262,63 @@ def test_what_is_counted() -> None:
     assert stage_seconds(shared, [(4, 6, 1.0)], 12, 0, 2, 0.5, (2, 2))[1] == pytest.approx(4 * (15 + 3 * 0.4 / 2))
     assert stage_seconds(shared, [(4, 6, 1.0)], 12, 0, 2, 0.5, (0, 0))[1] == pytest.approx(4 * (3 + 6 + 9))
     # What stands before the blocks runs where images are, and is not trained.
-    before = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25, embed=0.75)
+    before = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25, embed=0.75, cores=2)
     assert stage_seconds(before, [(4, 6, 1.0)], 12, 0, 2, 0.5, (0, 0)) == (
         pytest.approx(5 + 2 * 6.75 + 2 * 0.5 + 4 * (0.25 + 9)),
         pytest.approx(4 * (3 + 6.75 + 9)),
     )
     # From the cache of block 3; and the head's cache gives that of block 6 as well.
+    rates = replace(rates, cores=1)
     assert stage_seconds(rates, [(1, 6, 1.0)], 12, 3, 1, 1.0, (0, 0))[0] == pytest.approx(0.25 + 3 + 0.5 + 0.25 + 18)
     cached, live = stage_seconds(rates, [(2, 12, 1.0), (1, 6, 1.0)], 12, 0, 1, 1.0, (0, 0))
     assert cached == pytest.approx(5 + 12 + 2 * 0.5 + 2 * 0.25 + 0.25 + 18)
     assert live == pytest.approx(2 * (3 + 12) + 3 + 6 + 18)
 
     # Chunks that stay in memory are decoded, and read, the less.
-    held = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25, read=0.125)
+    held = Rates(render=3.0, render_all=5.0, block=1.0, encode=0.5, decode=0.25, read=0.125, cores=1)
     before, after = (stage_seconds(held, [(4, 6, decoded)], 12, 0, 2, 0.5, (0, 0)) for decoded in (1.0, 0.5))
     assert before[0] - after[0] == pytest.approx(4 * 0.5 * (0.25 + 0.125))
     assert before[1] == after[1]
+
+
+@pytest.mark.parametrize(
+    ("cores", "beside", "encode", "seconds"),
+    [
+        (2, False, 0.5, 5 + 12 + 2 * 2 * 0.5),
+        (4, True, 0.5, 5 + 12 + 2 * 2 * 0.5 / 4),
+        (0, True, 0.5, 5 + 12),
+        (0, True, 20.0, 2 * 20.0),  # each of two caches has a thread
+    ],
+)
+def test_chunks_are_encoded_beside_the_blocks_where_that_is_done(cores, beside, encode, seconds) -> None:
+    rates = Rates(3.0, 5.0, 1.0, encode, 0.25, write=0.125, cores=cores, beside=beside)
+    assert build_seconds(rates, 6, 0, 2, 2, 0) == pytest.approx(seconds + 2 * 2 * 0.125)
+
+
+def test_blocks_are_timed_without_collating(train_dataset, monkeypatch) -> None:
+    """Beside an accelerator, collating and copying take longer than blocks."""
+    measure = stage_costs.measure_rates
+
+    def measured(cache, *args):
+        data, collate = cache.chooser.data, cache.chooser.data.collate
+
+        def slow(items):
+            time.sleep(0.3)
+            return collate(items)
+
+        object.__setattr__(data, "collate", slow)
+        try:
+            raise Measured(measure(cache, *args))
+        finally:
+            object.__setattr__(data, "collate", collate)
+
+    monkeypatch.setattr(stage_costs, "measure_rates", measured)
+    cache = {"mode": "auto", "num_views": 1}
+    with pytest.raises(Measured) as raised:
+        make_trainer(tiny_vit(), train_dataset, schedule="0:2", cache=cache, num_train_epochs=8).train()
+    (rates,) = raised.value.args
+    assert rates.embed > 0.3 / 10
+    assert rates.block < 0.1 / 10
 
 
 ROWS = 600
