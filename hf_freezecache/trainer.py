@@ -6,6 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from .training.adapter import (
     build_cache_of,
     check_setup,
     check_train_arguments,
-    find_process_groups,
     optimizer_ready,
     plan_stages_of,
     prepare_optimizer,
@@ -40,8 +40,10 @@ from .training.checkpoints import move_scheduler, move_to_world_size
 from .training.freezer import Freezer
 from .training.hooks import check_trainer_hooks
 from .training.learning_rates import begin_after
+from .training.optimizer_arguments import copied_arguments
+from .training.placement import find_process_groups
 from .training.planner import shuffle_seed
-from .training.preflight import check_pushed, check_steps
+from .training.preflight import check_plain_training, check_pushed, check_steps
 from .training.reporting import describe, install_callbacks, report_callbacks, write_model_card
 from .training.sharing import push_cache
 from .training.stage import StageRunner
@@ -85,6 +87,7 @@ class FreezeCacheTrainer(Trainer):
     model: Any
     model_wrapped: Any
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
 
     def __init__(
         self,
@@ -98,26 +101,18 @@ class FreezeCacheTrainer(Trainer):
         self.freeze_config = freeze_config
         self.cache_config = cache_config or CacheConfig()
         self._transforms = (train_transform, eval_transform)
-        # All processes of the run, and those that share this one's folder of caches.
-        self._process_groups = (ProcessGroup(), ProcessGroup())
+        self._process_groups = (ProcessGroup(), ProcessGroup())  # the run's, and those that share a folder of caches
         self._freezer = Freezer()
         self._record = RunRecord()
         self._chosen = None  # by ``schedule="auto"``
-        #: What the last call of ``train()`` or ``build_cache()`` works with; ``None`` without ``freeze_config``.
-        self._run: StageRunner | None = None
-        if freeze_config is None and self._transforms != (None, None):
-            raise UnsupportedSetupError(
-                "train_transform and eval_transform are used with freeze_config only; without it set a transform on the "
-                "data set, as for Trainer."
-            )
-        if freeze_config is not None:
+        self._run: StageRunner | None = None  # of the last ``train()`` or ``build_cache()``
+        if freeze_config is None:
+            check_plain_training(self._transforms, self.cache_config)
+        else:
             check_trainer_hooks(Trainer)
         super().__init__(*args, **kwargs)
+        self.optimizer_cls_and_kwargs = copied_arguments(self.optimizer_cls_and_kwargs)
         if freeze_config is None:
-            if self.cache_config.feature_augmentation is not None:
-                logger.warning(
-                    "feature_augmentation acts on cached stages only: without freeze_config it does nothing."
-                )
             return
         self._process_groups = find_process_groups(self)
         check_setup(self, FreezeCacheTrainer)
@@ -145,8 +140,7 @@ class FreezeCacheTrainer(Trainer):
         if self._freezer.begin(self.optimizer, stages[0].split_point):
             self.optimizer, self.lr_scheduler = None, None
         self._record.decisions, self._record.epochs = [], []
-        augmenter = augmenter_of(self, FreezeCacheTrainer)
-        self._run = start_run(self, stages, num_epochs, augmenter, FreezeCacheTrainer)
+        self._run = start_run(self, stages, num_epochs, augmenter_of(self, FreezeCacheTrainer), FreezeCacheTrainer)
         describe(self)
         self._record.preflight_seconds = round(time.perf_counter() - started, 3)
         try:
@@ -172,8 +166,7 @@ class FreezeCacheTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """As ``Trainer``; blocks that no stage will train are not in the optimizer.
 
-        The model is final here (``model_init``, restored weights) and the optimizer does not exist yet. Groups saved in a
-        checkpoint hold what was trained when it was saved, see ``optimizer_ready``; ``_run_epoch`` freezes the rest.
+        The model is final here (``model_init``, restored weights); the optimizer does not exist yet, see ``optimizer_ready``.
         """
         run = self._run
         if run is None:
@@ -193,6 +186,15 @@ class FreezeCacheTrainer(Trainer):
             move_scheduler(self.lr_scheduler, run.moved_to)
         # The caller keeps what it gets for the whole run: not the wrapper, which the next stage replaces.
         return self.model, prepared[1]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``, which uses its arguments up: rehearsing needs them as well, and another ``train()``."""
+        asked = self.optimizer_cls_and_kwargs
+        self.optimizer_cls_and_kwargs = copied_arguments(asked)
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        finally:
+            self.optimizer_cls_and_kwargs = asked
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer``; where the head trains first, alone, the schedule begins when blocks thaw."""
@@ -218,7 +220,9 @@ class FreezeCacheTrainer(Trainer):
                 callback.stage_began(self.args, self.state)
         run.begin_epoch(epoch)
         batch_size, entering_seconds = self.get_total_train_batch_size(self.args), time.perf_counter() - started
-        run.stopwatch = Stopwatch(self.state.global_step, batch_size, len(run.sampler), entering_seconds)
+        run.stopwatch = Stopwatch(
+            self.state.global_step, batch_size, len(run.sampler), entering_seconds, self.args.device
+        )
         loader = run.current.loader
         super()._run_epoch(*args, **{**kwargs, "model": self.model_wrapped, "train_dataloader": loader})
         if logs := run.cost_logs(self.state):
@@ -246,20 +250,18 @@ class FreezeCacheTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """As ``Trainer`` for images; for cached batches see ``CachedStep.floating_point_ops``."""
-        step = None if self._run is None else self._run.step
-        counted = None if step is None else step.floating_point_ops(inputs)
+        step = self._run and self._run.step
+        counted = step.floating_point_ops(inputs) if step else None
         return int(super().floating_point_ops(inputs)) if counted is None else counted
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        step = None if self._run is None else self._run.step
-        super()._track_num_input_tokens(inputs if step is None else step.as_images(inputs))
+        step = self._run and self._run.step
+        super()._track_num_input_tokens(step.as_images(inputs) if step else inputs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        stopwatch = None if self._run is None else self._run.stopwatch
-        if stopwatch is None:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-            return
-        with stopwatch.paused():
+        stopwatch = self._run and self._run.stopwatch
+        waits = self.control.should_log or self.control.should_evaluate or self.control.should_save
+        with stopwatch.paused(waits) if stopwatch else nullcontext():
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -355,8 +357,6 @@ class FreezeCacheTrainer(Trainer):
             UnsupportedSetupError: There is no cache yet.
             FreezeCacheError: As ``CachedDataset.push_to_hub``.
         """
-        if self._run is None:
-            raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
         return push_cache(self._run, repo_id, private, settings)
 
     # ---- The Hub ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,10 @@ class ChunkSampler(Sampler[ViewKey]):
         return self.layouts[0].num_samples
 
     def __iter__(self) -> Iterator[ViewKey]:
-        """Yield the keys of one epoch."""
+        """Yield the keys of the epoch that is set now, whatever is set meanwhile."""
+        yield from copy.copy(self)._keys()
+
+    def _keys(self) -> Iterator[ViewKey]:
         if len(self.group_of_rank) == 1:
             windows, generator = self._windows(0)
             yield from itertools.chain.from_iterable(self._mix(0, windows, generator))

@@ -6,6 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+from ..model.devices import finish_device
+
 __all__ = ["Stopwatch"]
 
 
@@ -19,17 +23,32 @@ class Stopwatch:
         images_per_step: Images of a full step.
         images: Images of the epoch; its last step may have fewer.
         entering_seconds: What entering a stage took just before.
+        device: The training device: what it was given is part of the time.
     """
 
-    def __init__(self, step: int, images_per_step: int, images: int, entering_seconds: float) -> None:
+    def __init__(
+        self,
+        step: int,
+        images_per_step: int,
+        images: int,
+        entering_seconds: float,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
+        self._device = device
         self._step, self._images_per_step, self._images = step, images_per_step, images
         self._entering_seconds = entering_seconds
         self._since = time.perf_counter()
         self._pause: float | None = None
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock while the context is active."""
+    def paused(self, waits: bool = True) -> Iterator[None]:
+        """Stop the clock while the context is active.
+
+        Args:
+            waits: Whether something follows that waits for the device.
+        """
+        if waits:
+            finish_device(self._device)
         self._pause = time.perf_counter()
         try:
             yield
@@ -41,6 +60,8 @@ class Stopwatch:
         """Return ``images``, ``seconds`` and ``entering_seconds`` since the last time; ``None`` if no step was done."""
         if step <= self._step:
             return None
+        if self._pause is None:
+            finish_device(self._device)
         now = time.perf_counter() if self._pause is None else self._pause
         images = min((step - self._step) * self._images_per_step, self._images)
         taken = {"images": images, "seconds": now - self._since, "entering_seconds": self._entering_seconds}

@@ -16,8 +16,6 @@ from torch.utils.data import IterableDataset
 from ..compression.base_view import requested_codec
 from ..data.feature_augmenter import FeatureAugmenter
 from ..dataset import CachedDataset
-from ..distributed.ddp import check_parallelism
-from ..distributed.process_group import ProcessGroup, find_process_group
 from ..errors import DataError, UnsupportedSetupError
 from ..model.hashing import hash_prefix
 from ..model.split import find_blocks
@@ -31,8 +29,9 @@ from .data_checks import num_classes, with_columns_removed
 from .evaluation_check import check_evaluation
 from .hooks import check_trainer_attributes
 from .learning_rates import LearningRates
+from .placement import place_model
 from .planner import make_sampler, plan_run
-from .preflight import check_arguments, check_cache_dir, check_overrides, check_steps, make_augmenter, prepare_run
+from .preflight import check_cache_dir, check_overrides, check_steps, make_augmenter, prepare_run
 from .rehearsal_copy import rehearsing
 from .runtime import Runtime
 from .stage import StageRunner
@@ -44,7 +43,6 @@ __all__ = [
     "begin_from",
     "build_cache_of",
     "check_setup",
-    "find_process_groups",
     "optimizer_ready",
     "plan_stages_of",
     "prepare_optimizer",
@@ -54,22 +52,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-def find_process_groups(trainer: Any) -> tuple[ProcessGroup, ProcessGroup]:
-    """Return all processes of the run, and those that share this one's folder of caches. Collective.
-
-    Raises:
-        UnsupportedSetupError: Parameters or batches are divided in a way that does not fit; see ``check_parallelism``.
-    """
-    args, accelerator = trainer.args, trainer.accelerator
-    fsdp = bool(trainer.is_fsdp_enabled)
-    check_parallelism(accelerator, args, deepspeed=trainer.is_deepspeed_enabled, fsdp=fsdp)
-    check_arguments(args)
-    everyone = find_process_group(args.world_size, accelerator.local_process_index, per_node=False)
-    if trainer.cache_config.cache_placement != "node":
-        return everyone, everyone
-    return everyone, find_process_group(args.world_size, accelerator.local_process_index, per_node=True)
 
 
 def check_setup(trainer: Any, base: type) -> None:
@@ -92,7 +74,7 @@ def check_setup(trainer: Any, base: type) -> None:
             "train_dataset is an IterableDataset: its rows have no number by which to find their hidden states. Use "
             "a map-style data set (datasets.load_dataset without streaming=True)."
         )
-    check_overrides(type(trainer), base)
+    check_overrides(trainer, base)
     stages, num_epochs = plan_stages_of(trainer)
     if trainer.freeze_config.is_auto:
         settle_auto(trainer, num_epochs)
@@ -210,6 +192,9 @@ def start_run(
                 check_evaluation(trainer, base)
 
     everyone, cache_group = trainer._process_groups
+    if base is not None:
+        check_overrides(trainer, base)  # once more: a method may have been set on the trainer since
+    place_model(trainer)
     if trainer.args.load_best_model_at_end or trainer.args.save_strategy != "no":
         check_saving(trainer.model)
     runtime = Runtime(
@@ -224,6 +209,7 @@ def start_run(
         raw_collator=trainer.data_collator,
         collate=trainer._get_collator_with_removed_columns(trainer.data_collator, description="training"),
         prepare_inputs=trainer._prepare_inputs,
+        to_device=trainer._prepare_input,
         rehearsing=lambda: rehearsing(trainer),
         autocast=trainer.compute_loss_context_manager,
         compile_settings=compile_settings(trainer.accelerator),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..codecs import ViewCodec
 from ..codecs.array_names import KEPT
 from ..data.collators import split_packed
 from ..data.feature_augmenter import FeatureAugmenter
+from ..data.seeding import preserved_random_state
 from ..errors import UnsupportedSetupError
 from ..model.split import Split
 from ..model.tokens import take_tokens, token_grid
@@ -62,13 +64,36 @@ def train_on_states(
             return training_step(model, {**batch, "pixel_values": images}, *args, **kwargs)
 
     loss = step(float("nan"))
-    # A loss may be NaN for reasons of its own: then it stays NaN where 0 stands for what does not exist.
-    if looks and bool(torch.isnan(loss)) and not bool(torch.isnan(step(0.0))):
-        raise UnsupportedSetupError(
-            f"The loss of {type(split.model).__name__} depends on the images or on outputs of the first {split.split_point} "
-            f"blocks, which do not exist while training from a cache: {_NO_IMAGE}"
-        )
+    if looks and bool(torch.isnan(loss)):
+        with _leaving_no_trace(split.model, model):
+            again = step(0.0)
+        # A loss may be NaN for reasons of its own: then it stays NaN where 0 stands for what does not exist.
+        if not bool(torch.isnan(again)):
+            raise UnsupportedSetupError(
+                f"The loss of {type(split.model).__name__} depends on the images or on outputs of the first {split.split_point} "
+                f"blocks, which do not exist while training from a cache: {_NO_IMAGE}"
+            )
     return loss
+
+
+@contextmanager
+def _leaving_no_trace(model: nn.Module, wrapped: nn.Module) -> Iterator[None]:
+    """Take a step for its loss alone: gradients, buffers and random states stay as they are, and no other process takes part.
+
+    The loss may be NaN on one process of several.
+    """
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with preserved_random_state(), getattr(wrapped, "no_sync", nullcontext)():
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for buffer, value in buffers:
+            buffer.data.copy_(value)
 
 
 def predict_on_states(
@@ -112,7 +137,7 @@ class CachedStep:
         dtype: Dtype of the hidden states.
         compute_dtype: Dtype of the decoder's arithmetic; ``None`` for fp32.
         augmenter: Augments hidden states, if the user asks for it.
-        prepare_inputs: Moves a batch to the training device.
+        to_device: Moves packed tensors to the training device. What else a user's trainer does with a batch, ``training_step`` does.
         num_tokens: Tokens per sample that a step trains on.
         looks: Whether each loss is looked at, see ``train_on_states``.
     """
@@ -122,7 +147,7 @@ class CachedStep:
     dtype: torch.dtype
     compute_dtype: torch.dtype | None
     augmenter: FeatureAugmenter | None
-    prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    to_device: Callable[[dict[str, Any]], dict[str, Any]]
     num_tokens: int
     looks: bool = True
 
@@ -154,8 +179,7 @@ class CachedStep:
         packed, rest = split_packed(inputs) if isinstance(inputs, Mapping) else ({}, {})
         if not packed:
             return training_step(model, inputs, *args, **kwargs)
-        batch = self.prepare_inputs(rest) if rest else {}
-        packed = self.prepare_inputs(packed)
+        packed = self.to_device(packed)
         positions = packed.pop(KEPT, None)
         # An augmentation sees all tokens: it may need their grid.
         early = positions if self.augmenter is None else None
@@ -163,12 +187,12 @@ class CachedStep:
             hidden_states = self.decoder.dequantize(packed, self.dtype, self.compute_dtype, early)
         if self.augmenter is not None:
             grid = token_grid(hidden_states.shape[1], self.split.image_shape, getattr(self.split.model, "config", None))
-            hidden_states = self.augmenter.step(hidden_states, batch.get("labels"), grid, global_step)
+            hidden_states = self.augmenter.step(hidden_states, self.to_device(rest).get("labels"), grid, global_step)
             if positions is not None:
                 hidden_states = take_tokens(hidden_states, positions)
         try:
             return train_on_states(
-                self.split, hidden_states, batch, training_step, model, *args, looks=self.looks, **kwargs
+                self.split, hidden_states, rest, training_step, model, *args, looks=self.looks, **kwargs
             )
         finally:
             if self.augmenter is not None:
@@ -199,7 +223,7 @@ class CachedStep:
         """
         packed, rest = split_packed(inputs)
         with torch.no_grad():
-            hidden_states = self.decoder.dequantize(self.prepare_inputs(packed), self.dtype, self.compute_dtype)
+            hidden_states = self.decoder.dequantize(self.to_device(packed), self.dtype, self.compute_dtype)
         return predict_on_states(self.split, hidden_states, rest, prediction_step, model, *args, **kwargs)
 
     @property

@@ -26,6 +26,7 @@ __all__ = [
     "SavedStage",
     "announce_stage",
     "check_complete",
+    "check_goes_on",
     "find_checkpoint",
     "last_complete",
     "load_stage",
@@ -89,6 +90,32 @@ class SavedStage:
         return 0 if self.stage is None else self.stage.split_point
 
 
+def check_goes_on(saved: Stage | None, frozen: int, stages: Sequence[Stage], stage: Stage) -> None:
+    """Refuse a checkpoint of whose frozen blocks the stage in which a run goes on trains some: its optimizer knows them no more.
+
+    Args:
+        saved: The stage in which it was saved; ``None`` where the run begins without one.
+        frozen: Blocks that were frozen there.
+        stages: The stages of the run.
+        stage: The one in which it goes on.
+
+    Raises:
+        UnsupportedSetupError: It is of another schedule, or its epochs had fewer steps.
+    """
+    if stage.split_point >= frozen or (saved in stages and saved is not None and saved.index <= stage.index):
+        return
+    if saved is None or saved not in stages:
+        raise UnsupportedSetupError(
+            f"The checkpoint was saved with {frozen} frozen blocks, the schedule now asks for {stage.split_point}, without such a "
+            "stage before. Resume with the schedule of the interrupted run."
+        )
+    raise UnsupportedSetupError(
+        f"The checkpoint was saved in the stage from epoch {saved.start_epoch}, with {frozen} frozen blocks. Epochs have more steps "
+        f"now: the run would go on in the stage from epoch {stage.start_epoch}, and train blocks from {stage.split_point} on. Resume "
+        "with the batch size, the gradient accumulation and the rows of the interrupted run."
+    )
+
+
 def save_stage(checkpoint: Path, saved: SavedStage) -> None:
     """Write what ``load_stage`` reads into a checkpoint folder, which is made if need be.
 
@@ -117,7 +144,7 @@ def _flaw(checkpoint: Path) -> str | None:
             json.loads((checkpoint / STATE_NAME).read_bytes())
         except ValueError:
             return f"{STATE_NAME} is cut off"
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    for path in sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*/adapter_model*.safetensors")]):
         try:
             with safe_open(path, "pt"):
                 pass
@@ -127,7 +154,9 @@ def _flaw(checkpoint: Path) -> str | None:
         if not zipfile.is_zipfile(path):  # the directory of a zip file is its end
             return f"{path.name} is cut off"
     weights = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
-    if not any(any(checkpoint.glob(pattern)) for pattern in weights):
+    # An adapter with a name has a folder of its own.
+    named = ("*/adapter_model*.safetensors", "*/adapter_model*.bin")
+    if not any(any(checkpoint.glob(pattern)) for pattern in (*weights, *named)):
         return "its weights are missing"
     if (checkpoint / "optimizer.pt").is_file() and not any(checkpoint.glob("rng_state*.pth")):
         return "its random states are missing"

@@ -25,7 +25,7 @@ from ..data.views import ViewDataset, check_repeatable
 from ..distributed.process_group import ProcessGroup
 from ..errors import DataError, UnsupportedSetupError
 from .label_check import check_label_rows, has_several_labels
-from .rehearsal import observed_call
+from .observed_call import observed_call
 from .remembered import Remembered
 from .runtime import Runtime
 

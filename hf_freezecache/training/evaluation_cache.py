@@ -144,7 +144,7 @@ class EvaluationCache:
                 return images
             reader = opened.reader
             step = CachedStep(
-                split, reader.views, reader.dtype, None, None, runtime.prepare_inputs, reader.index.hidden_shape[0]
+                split, reader.views, reader.dtype, None, None, runtime.to_device, reader.index.hidden_shape[0]
             )
             threads = reading_threads(runtime)
             dataset = CachedDataset(reader, _CHUNKS + threads, packed=True, keep_read=True)

@@ -66,6 +66,7 @@ TRAINER_HOOKS = (
     _hook("_remove_unused_columns", "dataset description", "columns are removed as Trainer does"),
     _hook("_get_output_dir", "trial", "the folder of a checkpoint"),
     _hook("_prepare_inputs", "inputs", "batches go to the training device"),
+    _hook("_prepare_input", "data", "packed hidden states go to the training device"),
     _hook("_track_num_input_tokens", "inputs", "inputs of cached batches are counted as those of images"),
 )
 

@@ -190,20 +190,40 @@ def check_augmenter(
         augmenter.check_loss(first_tensor(outputs), outputs, labels)
 
 
-def check_overrides(trainer_class: type, base: type) -> None:
-    """Refuse overrides of what cached training does not use.
+def check_plain_training(transforms: tuple[Any, Any], config: CacheConfig) -> None:
+    """Refuse settings that do nothing without ``freeze_config``, or say so.
 
     Args:
-        trainer_class: The class of the user's trainer.
+        transforms: The user's ``train_transform`` and ``eval_transform``.
+        config: The user's settings of caches.
+
+    Raises:
+        UnsupportedSetupError: There are transforms.
+    """
+    if transforms != (None, None):
+        raise UnsupportedSetupError(
+            "train_transform and eval_transform are used with freeze_config only; without it set a transform on the "
+            "data set, as for Trainer."
+        )
+    if config.feature_augmentation is not None:
+        logger.warning("feature_augmentation acts on cached stages only: without freeze_config it does nothing.")
+
+
+def check_overrides(trainer: Any, base: type) -> None:
+    """Refuse overrides of what cached training does not use, by the trainer's class or set on the trainer itself.
+
+    Args:
+        trainer: The user's trainer.
         base: ``FreezeCacheTrainer``.
 
     Raises:
-        UnsupportedSetupError: The class overrides the sampler or the loader of training data.
+        UnsupportedSetupError: The sampler or the loader of training data is overridden.
     """
-    for name in ("_get_train_sampler", "get_train_dataloader"):
-        if getattr(trainer_class, name) is not getattr(base, name):
+    kind = type(trainer)
+    for name in ("_get_train_sampler", "get_train_dataloader", "_get_dataloader"):
+        if name in vars(trainer) or getattr(kind, name, None) is not getattr(base, name, None):
             raise UnsupportedSetupError(
-                f"{trainer_class.__name__} overrides {name}, which cached training would not use: it shuffles by chunks of "
+                f"{kind.__name__} overrides {name}, which cached training would not use: it shuffles by chunks of "
                 "the cache. Remove the override, or train without freeze_config."
             )
 

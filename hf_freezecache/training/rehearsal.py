@@ -8,10 +8,9 @@ Loss and gradients of both steps must agree. Then a cached stage trains on what 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,10 +29,10 @@ from .draws import drawing, watching_draws
 from .fewer_tokens import LiveStep, check_fewer_tokens, example_positions, refusal
 from .freezer import check_something_trains
 from .moved_weights import move_parameters, move_with_what_trains, noting_uses, trained_parameters
-from .rehearsal_copy import duplicate, keeping_parameters
+from .rehearsal_copy import duplicate, keeping_generators, keeping_parameters, without_scaling
 from .step_outcome import TOLERANCES, StepOutcome, difference, same_values, sleeps
 
-__all__ = ["observed_call", "rehearse"]
+__all__ = ["rehearse"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,54 +40,6 @@ logger = logging.getLogger(__name__)
 _STATES = "packed.rehearsed"
 #: Further random states to compare under, where random numbers are drawn before the split.
 _TRIALS = 7
-
-
-# ---- What the model is called with ----
-
-
-class _Observed(Exception):
-    """Ends a computation of the loss once the model is called."""
-
-
-def observed_call(
-    trainer: Any, model: nn.Module, batch: dict[str, Tensor], label_names: tuple[str, ...]
-) -> tuple[dict[str, Any], frozenset[str]]:
-    """Return the arguments that a trainer's ``compute_loss`` calls its model with, for the first row of a batch.
-
-    Args:
-        trainer: A copy of the trainer, see ``rehearsal_copy.rehearsing``.
-        model: The model, not wrapped.
-        batch: A collated batch: name -> (rows, ...).
-        label_names: Names under which the model takes labels.
-
-    Returns:
-        The arguments by name, without what is ``None``, and the names of those that come from the batch, beside
-        ``pixel_values``. Where the model is not called as a whole, they are the entries of the batch that its forward names.
-    """
-    calls: list[dict[str, Any]] = []
-    parameters = inspect.signature(model.forward).parameters
-
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append({**dict(zip(parameters, args, strict=False)), **kwargs})
-        raise _Observed
-
-    prepared = trainer._prepare_inputs(dict(batch))
-    handle = model.register_forward_pre_hook(observe, with_kwargs=True)
-    try:
-        trainer.compute_loss(model, dict(prepared))
-    except Exception as error:  # what is wrong with the loss, rehearsing the step will tell
-        if not isinstance(error, _Observed):
-            logger.debug("compute_loss ended with %r before the model was called.", error)
-    finally:
-        handle.remove()
-    not_inputs = {"pixel_values", "labels", *label_names}
-    # Other images than those of the batch tell nothing of it; rehearsing the step will find them.
-    if calls and calls[0].get("pixel_values") is prepared["pixel_values"]:
-        given = {name: value for name, value in calls[0].items() if value is not None}
-    else:
-        given = {name: value for name, value in prepared.items() if name in {"pixel_values", *parameters}}
-    call = first_row(given)
-    return call, frozenset(call.keys() & prepared.keys() - not_inputs)
 
 
 # ---- One step ----
@@ -116,13 +67,21 @@ class _Rehearsal:
         model: The model.
         wrapped: The model in its wrapper for several processes.
         batch: The first rows, collated.
+        live_loader: Makes the loader that the trainer's ``get_train_dataloader`` gives.
         may_grow: Whether more rows are tried if these do not do.
     """
 
     def __init__(
-        self, trainer: Any, model: nn.Module, wrapped: nn.Module, batch: Mapping[str, Tensor], may_grow: bool
+        self,
+        trainer: Any,
+        model: nn.Module,
+        wrapped: nn.Module,
+        batch: Mapping[str, Tensor],
+        live_loader: Callable[[], Any],
+        may_grow: bool,
     ) -> None:
         self.trainer, self.model, self.wrapped, self.batch = trainer, model, wrapped, batch
+        self.live_loader = live_loader
         self.may_grow = may_grow
         #: What draws the tokens that are kept behind the split, and those of the first rows; ``None`` if all are.
         self.tokens: TokenSubset | None = None
@@ -138,7 +97,7 @@ class _Rehearsal:
         kept = dict(vars(original))
         original.current_gradient_accumulation_steps = 1  # `Trainer` sets it with the first batch
         take = step or (lambda training_step, global_step, *args: training_step(*args))
-        trainer._run = original._run = SimpleNamespace(step=step, training_step=take)
+        trainer._run = original._run = SimpleNamespace(step=step, training_step=take, live_loader=self.live_loader)
         trainer.state = original.state = copy.copy(trainer.state)
         trainer.state.global_step = int(progress * max(trainer.state.max_steps - 1, 0))
         trainer.state.epoch = progress * (trainer.state.num_train_epochs or 0)
@@ -146,7 +105,11 @@ class _Rehearsal:
         # Each process by itself: not all parameters that the wrapper knows get a gradient here.
         alone = getattr(self.wrapped, "no_sync", nullcontext)()
         try:
-            with keeping_parameters(trainer), drawing(seed), alone, watching_draws(split) as drawn:
+            with ExitStack() as stack:
+                contexts = (keeping_parameters(trainer), keeping_generators(original), drawing(seed), alone)
+                for context in (*contexts, without_scaling(trainer.accelerator)):
+                    stack.enter_context(context)
+                drawn = stack.enter_context(watching_draws(split))
                 loss = trainer.training_step(self.wrapped, inputs).detach()
                 gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
             changed = {n: b.detach().clone() for n, b, before in buffers if not same_values(b, before)}
@@ -352,7 +315,8 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
     model, frozen = run.runtime.model, run.frozen or 0
     refusals: dict[int, str] = {}
     with run.runtime.rehearsing() as trainer:
-        rehearsal = _Rehearsal(trainer, model, wrapped, run.runtime.prepare_inputs(dict(batch)), may_grow)
+        # Each step prepares the batch by itself, once.
+        rehearsal = _Rehearsal(trainer, model, wrapped, batch, run.live_loader, may_grow)
         for stage in sorted(run.foreseen, key=lambda stage: stage.split_point):
             if stage.split_point < frozen or stage.split_point in refusals:
                 continue

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.seeding import preserved_random_state
 
-__all__ = ["duplicate", "keeping_parameters", "rehearsing"]
+__all__ = ["duplicate", "keeping_generators", "keeping_parameters", "rehearsing", "without_scaling"]
 
 #: Packages whose objects a trainer shares with its stand-in. Objects of other classes are the user's own.
 _SHARED = frozenset({"torch", "transformers", "accelerate", "datasets", "numpy", "PIL", "hf_freezecache", "builtins"})
@@ -42,7 +44,7 @@ def rehearsing(trainer: Any) -> Iterator[Any]:
 
     Methods that the user's class overrides run on the copy. What they may change is put back when the context ends:
 
-    - attributes of the trainer, and the content of its lists, dicts, sets and deques;
+    - attributes of the trainer, the content of its lists, dicts, sets and deques, and the states of its random generators;
     - attributes, buffers and ``training`` of all modules that it holds; gradients and ``requires_grad`` of parameters;
     - the configuration of the model, and attributes of objects of the user's own classes that it holds;
     - what the accelerator knows of loaders and models, and the random states of Python, NumPy, torch and the device.
@@ -71,6 +73,7 @@ def rehearsing(trainer: Any) -> Iterator[Any]:
             stack.enter_context(_preserved_device_state(trainer.args.device))
         for attributes in _changeable(trainer):
             stack.callback(_remember(attributes))
+        stack.enter_context(keeping_generators(trainer))
         stack.enter_context(_without_gradients(_modules(trainer)))
         _begin(stand_in)
         yield stand_in
@@ -158,6 +161,21 @@ def _remember(attributes: dict[str, Any]) -> Callable[[], None]:
     return restore
 
 
+def _state_of(generator: Any) -> Callable[[], None] | None:
+    """Return what puts the state of a random generator back; ``None`` for other objects."""
+    if isinstance(generator, np.random.Generator):
+        bits, state = generator.bit_generator, copy.deepcopy(generator.bit_generator.state)
+        return lambda: setattr(bits, "state", state)
+    for kind, get, put in (
+        (torch.Generator, "get_state", "set_state"),
+        (np.random.RandomState, "get_state", "set_state"),
+        (random.Random, "getstate", "setstate"),
+    ):
+        if isinstance(generator, kind):
+            return functools.partial(getattr(generator, put), getattr(generator, get)())
+    return None
+
+
 def _refill(container: Any, content: Any) -> None:
     """Give a list, dict, set or deque the content of a copy of it again; ``None`` is that of one that was empty."""
     if content is None:
@@ -205,6 +223,31 @@ def keeping_parameters(trainer: Any) -> Iterator[None]:
             for parameter, version, value in values:
                 if parameter._version != version or not torch.equal(parameter, value):
                     parameter.data.copy_(value)
+
+
+@contextmanager
+def keeping_generators(trainer: Any) -> Iterator[None]:
+    """Put the states of random generators back that a trainer holds, or an object of the user's own in it: each step shall draw the same."""
+    held = [vars(trainer), *_changeable(trainer)]
+    states = [state for attributes in held for value in attributes.values() if (state := _state_of(value)) is not None]
+    try:
+        yield
+    finally:
+        for put_back in states:
+            put_back()
+
+
+@contextmanager
+def without_scaling(accelerator: Any) -> Iterator[None]:
+    """Leave the loss unscaled while the context is active: the scale at which fp16 begins is too large for most models, by design."""
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is not None:
+        accelerator.scaler = torch.amp.GradScaler(enabled=False)
+    try:
+        yield
+    finally:
+        if scaler is not None:
+            accelerator.scaler = scaler
 
 
 @contextmanager

@@ -52,7 +52,8 @@ class Runtime:
         num_classes: Classes of the model; ``None`` if its labels are not classes.
         raw_collator: The user's collator, as it was passed.
         collate: The same, with unused columns removed as ``Trainer`` does.
-        prepare_inputs: Moves a batch to the training device.
+        prepare_inputs: Prepares a batch of images as ``training_step`` does: moves it to the training device, and what a user's trainer adds.
+        to_device: Moves tensors to the training device.
         rehearsing: Enters a copy of the trainer, on which a step leaves nothing behind; see ``rehearsal_copy``.
         autocast: Enters the run's autocast.
         compile_settings: Keyword arguments of ``torch.compile``; ``None`` if nothing is to be compiled.
@@ -69,6 +70,7 @@ class Runtime:
     raw_collator: Any
     collate: Callable[[list[Any]], dict[str, Any]]
     prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    to_device: Callable[[dict[str, Any]], dict[str, Any]]
     rehearsing: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
     compile_settings: Mapping[str, Any] | None
@@ -82,7 +84,8 @@ class Runtime:
             function: Called with ``inputs`` on the training device.
             inputs: Tensors, or dicts of tensors.
         """
-        inputs = self.prepare_inputs(inputs)
+        prepared = self.prepare_inputs(dict(inputs))
+        inputs = {name: prepared[name] for name in inputs}
         training = self.model.training
         try:
             self.model.eval()

@@ -25,7 +25,7 @@ def push_cache(run: Any, repo_id: str, private: bool, settings: dict[str, Any]) 
     """Push the cache that was opened last to a data set on the Hub. Collective; the main process pushes.
 
     Args:
-        run: The ``StageRunner``.
+        run: The ``StageRunner``; ``None`` before ``train()`` and ``build_cache()``.
         repo_id: ``user/name``.
         private: Whether the repository is to be private.
         settings: As for ``CachedDataset.push_to_hub``.
@@ -34,7 +34,7 @@ def push_cache(run: Any, repo_id: str, private: bool, settings: dict[str, Any]) 
         UnsupportedSetupError: There is no cache, or each machine has a part of it.
         FreezeCacheError: See ``CachedDataset.push_to_hub``.
     """
-    reader = run.cache.current
+    reader = None if run is None else run.cache.current
     if reader is None:
         raise UnsupportedSetupError("There is no cache to push: call train() or build_cache() first.")
     if run.runtime.cache_group.num_groups > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,6 @@ from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
 from ..dataset import CachedDataset
 from ..distributed.ddp import is_replicated, wrap_again
-from ..errors import UnsupportedSetupError
 from ..model.compiled import CompiledBlocks
 from ..model.split import Split, Splits
 from ..report.record import Decision, RunRecord, progress_to_dict
@@ -25,7 +25,7 @@ from ..report.run_log import decision_logs, epoch_logs
 from ..report.stopwatch import Stopwatch
 from ..schedules import Stage, stage_at, thawed_to
 from .adaptive import AdaptiveStages
-from .checkpoints import Chosen, SavedStage, save_stage
+from .checkpoints import Chosen, SavedStage, check_goes_on, save_stage
 from .decisions import describe_cache
 from .evaluation_cache import EvaluationCache
 from .freezer import Freezer
@@ -167,11 +167,14 @@ class StageRunner:
 
     def live_loader(self) -> Any:
         """Return a loader that renders views as they are needed."""
-        return live_batches(self.runtime, self.data, self.sampler)[0]
+        # Of an order of its own: iterating over it must not turn that of the run to another epoch.
+        return live_batches(self.runtime, self.data, copy.copy(self.sampler))[0]
 
     def evaluation_loader(self, trainer: Any, images: Any) -> Any:
         """Return what an evaluation reads: ``images``, the trainer's loader, or a cache in a stage that has one. Collective."""
         if self.active is None or self.active.decision.trained_from != "cache":
+            return images
+        if trainer.model is not self.runtime.model:  # another has taken its place since
             return images
         return self.evaluation.loader(trainer, images, self.runtime, self.splits, self.active.stage.split_point)
 
@@ -220,13 +223,10 @@ class StageRunner:
             before ``enter``: its buckets of gradients would stay beside those of the new one.
 
         Raises:
-            UnsupportedSetupError: The checkpoint is of another schedule, and had more blocks frozen.
+            UnsupportedSetupError: See ``check_goes_on``.
         """
-        if self.active is None and self.saved not in self.stages and stage.split_point < self.frozen_before:
-            raise UnsupportedSetupError(
-                f"The checkpoint was saved with {self.frozen_before} frozen blocks, the schedule now asks for "
-                f"{stage.split_point}, without such a stage before. Resume with the schedule of the interrupted run."
-            )
+        if self.active is None:
+            check_goes_on(self.saved, self.frozen_before, self.stages, stage)
         if (active := self.active) is not None:
             accelerator, self.active = self.runtime.accelerator, None
             accelerator._dataloaders = [known for known in accelerator._dataloaders if known is not active.loader]

@@ -86,7 +86,7 @@ def cached_batches(
         # What bf16 rounds off the states is far below what the codec did.
         torch.bfloat16 if bf16 else None,
         augmenter,
-        runtime.prepare_inputs,
+        runtime.to_device,
         reader.index.hidden_shape[0] if tokens is None else tokens.num_kept,
         # Trainer looks at each loss by default, or at none; the first steps were rehearsed.
         runtime.args.logging_nan_inf_filter or runtime.accelerator.device.type == "cpu",

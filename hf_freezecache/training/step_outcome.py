@@ -47,6 +47,10 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(torch.nan_to_num(a, 0.123), torch.nan_to_num(b, 0.123))
 
 
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.nan_to_num(tensor, 0.0, 0.0, 0.0)
+
+
 def difference(live: StepOutcome, cached: StepOutcome, tolerance: float) -> str | None:
     """Say how two steps differ; ``None`` if they agree."""
     expected, found = float(live.loss), float(cached.loss)
@@ -66,6 +70,10 @@ def difference(live: StepOutcome, cached: StepOutcome, tolerance: float) -> str 
         names = sorted({*live.buffers, *cached.buffers})
         return f"buffers of the model ({', '.join(names[:3])}) are updated otherwise from the cache than on images"
     pairs = [(name, g.float(), cached.gradients[name].float()) for name, g in gradients.items() if g is not None]  # type: ignore[union-attr]
+    for name, gradient, other in pairs:
+        if not torch.equal(gradient.isfinite(), other.isfinite()):
+            return f"the gradient of {name} is infinite or no number elsewhere from the cache than on images"
+    pairs = [(name, _finite(gradient), _finite(other)) for name, gradient, other in pairs]
     total = sum(float(g.square().sum()) for _, g, _ in pairs) ** 0.5
     for name, gradient, other in pairs:
         if torch.equal(gradient, other):

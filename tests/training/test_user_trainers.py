@@ -1,0 +1,328 @@
+"""What users of ``Trainer`` do around training: their own loaders, optimizers, batches, generators and callbacks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.parity import assert_same, parameters_of
+from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_freezecache.data.layout import ChunkLayout
+from hf_freezecache.data.sampler import ChunkSampler
+from hf_freezecache.errors import UnsupportedSetupError
+from hf_freezecache.training.placement import place_model
+
+
+def trained(rows, mode: str = "always", **settings: Any):
+    cache = {"mode": mode, "cache_dir": f"caches-{mode}", **settings.pop("cache", {})}
+    model = settings.pop("model", None) or tiny_vit()
+    trainer = make_trainer(model, rows, cache=cache, **{"schedule": "0:2", "num_train_epochs": 2, **settings})
+    trainer.train()
+    return trainer
+
+
+def assert_cached_as_live(rows, **settings: Any):
+    """Train on images and from a cache; losses and weights must be the same."""
+    live, cached = (trained(rows, mode, **settings) for mode in ("never", "always"))
+    assert [one.trained_from for one in cached._record.decisions if one.split_point] == ["cache"]
+    np.testing.assert_equal(cached.losses, live.losses)  # NaN in the same places
+    assert_same(parameters_of(cached.model), parameters_of(live.model))
+    return live, cached
+
+
+# ---- Going on ----
+
+
+@pytest.mark.parametrize("changed", [{"per_device_train_batch_size": 5}, {"gradient_accumulation_steps": 1}])
+def test_a_run_whose_epochs_have_more_steps_is_not_resumed_where_fewer_blocks_are_frozen(
+    train_dataset, changed
+) -> None:
+    """The optimizer of the checkpoint knows the blocks no more that this epoch trains: they would stay as they are, unseen."""
+    settings = {"schedule": "0:0,2:2", "num_train_epochs": 4, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"gradient_accumulation_steps": 2} if "gradient_accumulation_steps" in changed else {}
+    whole = make_trainer(tiny_vit(), train_dataset, **settings)
+    whole.train()
+    step = whole.state.max_steps // 2 + 1
+    resumed = make_trainer(tiny_vit(), train_dataset, output_dir="again", **{**settings, **changed})
+    with pytest.raises(UnsupportedSetupError, match=r"epochs had fewer|more steps now.*Resume with the batch size"):
+        resumed.train(resume_from_checkpoint=f"out/checkpoint-{step}")
+    # In the stage of the checkpoint it goes on.
+    same = make_trainer(tiny_vit(), train_dataset, output_dir="again", **{**settings, **changed})
+    same.train(resume_from_checkpoint=f"out/checkpoint-{whole.state.max_steps}")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_with_a_name_is_resumed(train_dataset) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+        return peft.get_peft_model(tiny_vit(), config, adapter_name="digits")
+
+    settings = {"schedule": "0:2", "num_train_epochs": 2, "save_strategy": "epoch"}
+    whole = make_trainer(adapted(), train_dataset, **settings)
+    whole.train()
+    for asked in (True, "out/checkpoint-5"):
+        resumed = make_trainer(adapted(), train_dataset, **settings)
+        resumed.train(resume_from_checkpoint=asked)
+        assert_same(parameters_of(resumed.model), parameters_of(whole.model))
+
+
+# ---- Optimizers ----
+
+
+@pytest.mark.parametrize("iterators", [False, True])
+@pytest.mark.parametrize("schedule", ["0:0,1:2", "0:2,1:0"])
+def test_groups_of_an_optimizers_class_and_arguments_stay(train_dataset, iterators, schedule) -> None:
+    model = tiny_vit()
+    collected: Callable[[Any], Any] = iter if iterators else list
+    groups = [
+        {"params": collected(model.vit.parameters()), "lr": 1e-5},
+        {"params": collected(model.classifier.parameters()), "lr": 1e-2},
+    ]
+    asked = (torch.optim.AdamW, {"params": groups, "lr": 1e-3, "weight_decay": 0.0})
+    trainer = make_trainer(
+        model, train_dataset, None, schedule, num_train_epochs=2, trainer={"optimizer_cls_and_kwargs": asked}
+    )
+    for _ in range(2):
+        trainer.train()
+        found = [(group["initial_lr"], len(group["params"])) for group in trainer.optimizer.param_groups]
+        assert [rate for rate, _ in found] == [1e-5, 1e-2]
+        assert found[1][1] == 2
+        trained_too = sum(p.requires_grad for p in model.vit.parameters()) if schedule == "0:2,1:0" else None
+        assert trained_too is None or found[0][1] == trained_too
+    assert set(groups[0]) == {"params", "lr"}  # the user's own are as they were
+
+
+# ---- Loaders ----
+
+
+@pytest.mark.parametrize("name", ["get_train_dataloader", "_get_train_sampler", "_get_dataloader"])
+def test_a_loader_set_on_the_trainer_itself_is_refused(train_dataset, name) -> None:
+    trainer = make_trainer(tiny_vit(), train_dataset, schedule="0:2")
+    setattr(trainer, name, lambda *args, **kwargs: None)
+    with pytest.raises(UnsupportedSetupError, match=f"overrides {name}"):
+        trainer.train()
+
+
+def test_a_class_with_loaders_of_its_own_is_refused(train_dataset) -> None:
+    class Own(Recorder):
+        def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._get_dataloader(*args, **kwargs)
+
+    with pytest.raises(UnsupportedSetupError, match="overrides _get_dataloader"):
+        make_trainer(tiny_vit(), train_dataset, schedule="0:2", cls=Own)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_epoch_that_has_begun_keeps_its_order_and_its_views(processes) -> None:
+    sampler = ChunkSampler([ChunkLayout(60, 4, 0)], 1, 2, 3, 2, (0,) * processes, 4)
+    sampler.set_epoch(2)
+    expected = list(sampler)
+    begun = iter(sampler)
+    first = [next(begun) for _ in range(5)]
+    sampler.set_epoch(0)
+    assert first + list(begun) == expected
+    assert list(sampler) != expected
+
+
+@pytest.mark.parametrize("schedule", ["0:0", "0:2"])
+def test_a_callback_that_looks_at_a_batch_within_an_epoch_changes_nothing(train_dataset, schedule) -> None:
+    class Looks(TrainerCallback):
+        batches = 0
+
+        def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+            self.batches += len(next(iter(train_dataloader))["labels"]) > 0
+
+    def run(callbacks):
+        cache = {"num_views": 3, "shuffle_window": 2, "chunk_size": 4}
+        return trained(
+            train_dataset, schedule=schedule, num_train_epochs=3, cache=cache, trainer={"callbacks": callbacks}
+        )
+
+    looks = Looks()
+    assert run([looks]).losses == run([]).losses
+    assert looks.batches == 15
+
+
+class Annealed(Recorder):
+    """Weighs the loss by the number of batches."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * (1 + self.state.global_step / len(self.get_train_dataloader()))
+
+
+def test_a_loss_may_ask_for_the_loader(train_dataset) -> None:
+    live, _ = assert_cached_as_live(train_dataset, cls=Annealed)
+    assert len(live.losses) == 10
+
+
+# ---- Batches ----
+
+
+class Shifts(Recorder):
+    """Changes labels, and adds an entry that the loss takes out."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = dict(super()._prepare_inputs(inputs))
+        if "labels" in inputs:
+            inputs["labels"] = (inputs["labels"] + 1) % 4
+        inputs["weight"] = 2.0
+        return inputs
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        weight = inputs.pop("weight")
+        return super().compute_loss(model, inputs, *args, **kwargs) * weight
+
+
+def test_batches_are_prepared_once(train_dataset) -> None:
+    live, _ = assert_cached_as_live(train_dataset, cls=Shifts)
+    plain = trained(train_dataset, "never")
+    assert live.losses[0] != plain.losses[0]
+
+
+class NotANumber(Recorder):
+    """Gives a loss that is no number in one step, with gradients that are."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + float("nan") if self.state.global_step == 3 else loss
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_of_a_loss_that_is_no_number_count_once(train_dataset, accumulation) -> None:
+    settings = {
+        "gradient_accumulation_steps": accumulation,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "num_train_epochs": 4,
+    }
+    live, _ = assert_cached_as_live(train_dataset, cls=NotANumber, **settings)
+    assert sum(np.isnan(live.losses)) == accumulation
+
+
+# ---- Random numbers ----
+
+
+def draw(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return float(torch.rand((), generator=generator))
+    return float(generator.random() if hasattr(generator, "random") else generator.random_sample())
+
+
+class Draws(Recorder):
+    """Weighs each batch at random, by a generator of its own."""
+
+    make: Callable[[], Any]
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "generator"):
+            self.generator = type(self).make()
+        return super().compute_loss(*args, **kwargs) * (1 + draw(self.generator))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.Generator().manual_seed(3),
+        lambda: np.random.default_rng(3),
+        lambda: np.random.RandomState(3),
+        lambda: random.Random(3),
+    ],
+    ids=["torch", "numpy", "RandomState", "random"],
+)
+@pytest.mark.parametrize("early", [True, False])
+def test_a_generator_of_the_trainers_own_draws_as_in_training_alone(train_dataset, make, early) -> None:
+    class Own(Draws):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if early:
+                self.generator = make()
+
+    Own.make = staticmethod(make)
+    live, _ = assert_cached_as_live(train_dataset, cls=Own)
+    first = trained(train_dataset, "never").losses[0]
+    assert live.losses[0] / first == pytest.approx(1 + draw(make()))  # rehearsing has drawn nothing
+
+
+class Holder:
+    """An object of the user's own with a generator in it."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(5)
+
+
+def test_a_generator_within_an_object_of_the_users_own_draws_as_in_training_alone(train_dataset) -> None:
+    class Own(Recorder):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.holder = Holder()
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) * (1 + draw(self.holder.generator))
+
+    assert_cached_as_live(train_dataset, cls=Own)
+
+
+# ---- Evaluating, precision, devices ----
+
+
+def test_a_model_that_took_the_place_of_the_trained_one_is_evaluated(images) -> None:
+    rows, held_out = images.with_transform(TinyTransform(True)), images.with_transform(TinyTransform(False))
+    cache = {"cache_eval": True, "cache_dir": "caches"}
+    trainer = make_trainer(tiny_vit(), rows, held_out, "0:2", cache, num_train_epochs=1, eval_strategy="epoch")
+    trainer.train()
+    logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [trainer.evaluate()["eval_loss"]] == logged
+    torch.manual_seed(7)
+    other = tiny_vit()
+    nn.init.normal_(other.classifier.weight)
+    trainer.model = other
+    plain = make_trainer(other, rows, held_out, None)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+
+
+class HalfOnCpu(Recorder):
+    """fp16 as on a GPU: accelerate offers it there alone."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state._mixed_precision = "fp16"
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+
+
+@pytest.fixture
+def _no_precision_left() -> Any:
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("_no_precision_left")
+def test_fp16_is_rehearsed_without_the_scale_at_which_it_begins(train_dataset) -> None:
+    """At that scale all gradients of the first steps are infinite."""
+    live, cached = assert_cached_as_live(train_dataset, cls=HalfOnCpu, num_train_epochs=4)
+    assert isinstance(cached.accelerator.scaler, torch.amp.GradScaler)
+    assert cached.accelerator.scaler.get_scale() == live.accelerator.scaler.get_scale() < 2.0**40
+
+
+def test_a_model_that_is_still_on_the_cpu_goes_to_the_training_device() -> None:
+    device = torch.device("meta")
+    for parallel, expected in ((False, "meta"), (True, "cpu")):
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(device=device), model=nn.Linear(2, 2), is_model_parallel=parallel
+        )
+        place_model(trainer)
+        assert trainer.model.weight.device.type == expected
