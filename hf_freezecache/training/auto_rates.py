@@ -51,7 +51,8 @@ def _width(trainer: Any, blocks: Iterable[nn.Module]) -> int | None:
     """Return the channels of the hidden states; ``None`` where they are not known, or the optimizer may not be AdamW."""
     makers = ("create_optimizer", "create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs")
     own = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
-    own = own or any(getattr(trainer, name).__module__.partition(".")[0] != "transformers" for name in makers)
+    packages = {getattr(trainer, name).__module__.partition(".")[0] for name in makers}
+    own = own or not packages <= {"transformers", "hf_freezecache"}
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if own or not optimizer.startswith(("adamw", "paged_adamw")):
         return None

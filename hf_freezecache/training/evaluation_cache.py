@@ -23,7 +23,6 @@ from ..codecs.array_names import is_packed
 from ..compression.base_view import CodecChooser
 from ..config import CacheConfig
 from ..data.chunk_samples import ChunkSamples
-from ..data.collators import collate_cached
 from ..data.layout import ChunkLayout
 from ..data.read_ahead import StoredOrder
 from ..data.seeding import preserved_random_state, random_states
@@ -44,7 +43,7 @@ from .data_checks import name_of_checks, prepare_data
 from .evaluation_comparison import EvaluationStep, compare_evaluations
 from .remembered import Remembered
 from .runtime import Runtime
-from .stage_batches import reading_threads
+from .stage_batches import collator_of_cached, reading_threads
 from .stage_cache import StageCache
 
 __all__ = ["EvaluationCache"]
@@ -200,7 +199,7 @@ class EvaluationCache:
         draws = _would_draw(images)
         # Workers would each decode all chunks.
         reading = replace(runtime.without_workers(), batch_size=runtime.args.eval_batch_size)
-        loader = reading.make_loader(cached, SequentialSampler(cached), collate_cached, draws)
+        loader = reading.make_loader(cached, SequentialSampler(cached), collator_of_cached(runtime), draws)
         loaders = runtime.accelerator._dataloaders
         loaders[:] = [other for other in loaders if other is not loader]  # it keeps them all
         return loader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from ..cache.reader import CacheReader
 from ..config import CacheConfig
 from ..data.collators import collate_cached
 from ..data.feature_augmenter import FeatureAugmenter
+from ..data.gathered import GathersAhead
 from ..data.kept_tokens import EpochKeys, KeptTokensCollator, KeptTokensViews, TokenSubset
 from ..data.sampler import ChunkSampler
 from ..data.training_data import TrainingData
@@ -19,7 +21,7 @@ from .cached_step import CachedStep
 from .fewer_tokens import LiveStep
 from .runtime import Runtime
 
-__all__ = ["cached_batches", "live_batches"]
+__all__ = ["cached_batches", "collator_of_cached", "live_batches", "reading_threads"]
 
 
 def live_batches(
@@ -95,7 +97,12 @@ def cached_batches(
     # Otherwise the cores of the steps have nothing to do while a window is read.
     dataset.read_ahead(sampler, runtime.everyone.rank, threads or at_once * (at_once > 1), within_window=not threads)
     order: Any = sampler if tokens is None else EpochKeys(sampler)
-    return runtime.without_workers().make_loader(dataset, order, collate_cached), step
+    return runtime.without_workers().make_loader(dataset, order, collator_of_cached(runtime)), step
+
+
+def collator_of_cached(runtime: Runtime) -> Callable[[Any], Any]:
+    """Return what makes batches of a cache: where threads read ahead, another gathers ahead."""
+    return GathersAhead(runtime.accelerator.device) if reading_threads(runtime) else collate_cached
 
 
 def reading_threads(runtime: Runtime) -> int:

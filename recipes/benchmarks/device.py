@@ -10,7 +10,8 @@ The model of ``--model`` has its weights, those of ``--shapes`` random ones. Two
 * ``trainer``: ``Trainer`` and ``FreezeCacheTrainer``, live and cached, as users run them. ``synchronizations`` are the times in a step
   that the host waits for the device, as CUDA tells (``None`` elsewhere), and ``scalar_reads`` those in which it reads a number of any
   tensor, also of the optimizer's on the CPU;
-  ``operations`` have the largest shares of the time of the device, or of the processor where there is no other.
+  ``operations`` have the largest shares of the time of the device, or of the processor where there is no other. All steps lie in one epoch,
+if there are images enough, and each is counted from the end of the one before, so that fetching its batch is part of it.
 
 The record is written after each split point: one that runs out of time holds what was reached. With ``--seconds`` nothing begins
 after so many.
@@ -39,8 +40,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_freezecache import CacheConfig, FreezeCacheTrainer, FreezeConfig
 from hf_freezecache.model.probe import find_blocks
 
-#: Steps of a trainer: to warm up, then to count in, then to profile.
-WARM, COUNTED, PROFILED = 4, 2, 4
+#: Steps of a trainer: to warm up, then to time, then to count in, then to profile.
+WARM, TIMED, COUNTED, PROFILED = 3, 6, 2, 3
 OPERATIONS = 12
 #: An arm that is fast gets more steps, so that each sample takes a while.
 MORE_STEPS = {"cached": 4, "limit": 4}
@@ -56,38 +57,42 @@ class LoraBench(Bench):
 
 
 class Watching(TrainerCallback):
-    """Counts in some steps of a run, and profiles others: forward, backward, clipping and the optimizer's step."""
+    """Times some steps of a run, counts in others, and profiles others: fetching, forward, backward, clipping and the optimizer's step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.synchronizations: list[int] = []
+        self.synchronizations: int | None = None
         self.profiler: Any = None
-        self.seconds = 0.0
+        self.seconds = self.profiled_seconds = 0.0
         self._stack = ExitStack()
         self._warned: list[Any] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        if WARM <= step < WARM + COUNTED and self.device.type == "cuda":
-            self._warned = self._stack.enter_context(warnings.catch_warnings(record=True))
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-        if step == WARM + COUNTED:
-            on_device = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps, cuda = state.global_step, self.device.type == "cuda"
+        if steps not in (WARM, WARM + TIMED, WARM + TIMED + COUNTED, WARM + TIMED + COUNTED + PROFILED):
+            return
+        if steps == WARM + TIMED + COUNTED and cuda:
+            torch.cuda.set_sync_debug_mode("default")
+            self.synchronizations = sum("synchronizing" in str(each.message) for each in self._warned)
+            self._stack.close()
+        if cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if steps == WARM:
+            self.seconds -= now
+        elif steps == WARM + TIMED:
+            self.seconds += now
+            if cuda:
+                self._warned = self._stack.enter_context(warnings.catch_warnings(record=True))
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+        elif steps == WARM + TIMED + COUNTED:
+            on_device = [ProfilerActivity.CUDA] if cuda else []
             self.profiler = profile(activities=[ProfilerActivity.CPU, *on_device])
             self.profiler.__enter__()
-            self.seconds -= time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step - 1
-        if WARM <= step < WARM + COUNTED and self.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-            self.synchronizations.append(sum("synchronizing" in str(each.message) for each in self._warned))
-            self._stack.close()
-        if step == WARM + COUNTED + PROFILED - 1:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter()
+            self.profiled_seconds -= time.perf_counter()
+        else:
+            self.profiled_seconds += now
             self.profiler.__exit__(None, None, None)
 
     def found(self) -> dict[str, Any]:
@@ -107,10 +112,10 @@ class Watching(TrainerCallback):
         largest = sorted(times, key=lambda key: -times[key])[:OPERATIONS]
         reads = sum(event.count for event in events if event.key == "aten::_local_scalar_dense")
         return {
-            "synchronizations": self.synchronizations[-1] if self.synchronizations else None,
+            "synchronizations": None if self.synchronizations is None else self.synchronizations / COUNTED,
             "scalar_reads": reads / PROFILED,
-            "step_seconds": round(self.seconds / PROFILED, 6),
-            "busy_share": round(busy / self.seconds, 3),
+            "step_seconds": round(self.seconds / TIMED, 6),
+            "busy_share": round(busy / self.profiled_seconds, 3),
             "operations": {key: round(times[key] / busy, 3) for key in largest if times[key] > 0},
         }
 
@@ -121,7 +126,7 @@ def train(args: argparse.Namespace, bench: Bench, arm: str, folder: str) -> dict
     settings = TrainingArguments(
         output_dir=f"{folder}/out",
         per_device_train_batch_size=args.batch_size,
-        max_steps=WARM + COUNTED + PROFILED,
+        max_steps=WARM + TIMED + COUNTED + PROFILED,
         bf16=not args.fp32,
         use_cpu=not cuda,
         dataloader_num_workers=args.workers,
@@ -182,12 +187,17 @@ def measure(args: argparse.Namespace, split_point: int, folder: str, deadline: f
     for arm in ("full", "frozen", "cached"):
         if time.monotonic() < deadline:
             result["trainer"][arm] = train(args, full if arm == "full" else frozen, arm, folder)
+    if "cached" in result["trainer"]:
+        rate = args.batch_size / result["trainer"]["cached"]["step_seconds"]
+        result["trainer_cached/limit"] = round(rate / result["images_per_second"]["limit"]["median"], 4)
     return result
 
 
 def shown(name: str, found: dict[str, Any]) -> str:
     rates = {arm: round(values["median"], 1) for arm, values in found["images_per_second"].items()}
     lines = [f"{name}: images/s {rates}, cached/limit {found['cached/limit']['median']:.3f}"]
+    if "trainer_cached/limit" in found:
+        lines.append(f"{name}: the trainer's cached images/s are {found['trainer_cached/limit']:.3f} of the limit")
     for arm, one in found["trainer"].items():
         largest = ", ".join(f"{key} {share:.0%}" for key, share in list(one["operations"].items())[:3])
         lines.append(

@@ -6,13 +6,13 @@
     python recipes/benchmarks/epoch_cost.py --model DIR --data DIR --codec auto --views 4 --json FILE
 
 All arms run in one process, in turn, several rounds; figures are medians of images/s over rounds, and ratios are taken
-round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory; ``decode`` only reads the
+round by round. ``limit`` feeds the same suffix with batches of hidden states that lie in memory, of the accelerator if there is one; ``decode`` only reads the
 cache, through its sampler, and restores hidden states. ``cached`` and ``decode`` keep decoded chunks in memory, as training does by default up to
 ``memory_gb``, and have read all views once before; ``cached_read`` and ``decode_read`` read each chunk from its file in each epoch, as of caches
 far larger than that, with files that the system keeps in memory. These arms take turns step by step, and their ratios are taken over windows
 of chunks, since the machine's speed drifts within seconds; where threads read ahead, they take turns by several windows. ``full`` and ``frozen`` are measured
 twice: with images rendered live, as in training, and (``..._in_memory``) with rendered images in memory, which leaves
-the image pipeline out. With ``--token-keep``, ``cached_kept`` is ``cached`` with that share of the patch tokens, and its ratio to
+the image pipeline out; it is the accelerator's memory, too. With ``--token-keep``, ``cached_kept`` is ``cached`` with that share of the patch tokens, and its ratio to
 ``cached`` is what fewer tokens gain. Peak memory of each arm is that of a process of its own. Building is compared with rendering
 the same views and running the bare prefix on them, each measured before and after; calibrating is not part of it. Lossy codecs are
 those that ``FreezeCacheTrainer`` chooses for these rows and views. The record is written after each split point.
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from record import save, spread
 from torch.utils.data import DataLoader
@@ -103,7 +104,8 @@ class Bench:
             model = DeiTForImageClassification(DeiTConfig(**sizes, intermediate_size=4 * width, num_labels=1000))
         self.model = model.to(self.device)
         files = {"train": str(Path(args.data) / "train*.parquet")}
-        rows = datasets.load_dataset("parquet", data_files=files)["train"].shuffle(seed=SEED).select(range(args.images))
+        rows = datasets.load_dataset("parquet", data_files=files)["train"].shuffle(seed=SEED)
+        rows = rows.select(np.arange(args.images) % len(rows))  # some come again where there are too few
         self.rows, self.views = rows, ViewDataset(rows, SEED, AUGMENT, PLAIN)
         self.layout = ChunkLayout(len(rows), CHUNK, SEED)
         self.split = split_model(self.model, split_point)
@@ -206,7 +208,7 @@ class Bench:
             at_once = torch.get_num_threads()
             dataset.read_ahead(sampler, threads=threads or at_once * (at_once > 1), within_window=not threads)
             return self.endless(dataset, collate_cached, sampler, tokens is not None, workers=0)
-        kept = list(itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4))
+        kept = [self.moved(b) for b in itertools.islice(self.batches("cached" if arm == "limit" else "full"), 4)]
         if arm == "limit":
             kept = [{"hidden_states": self.dequantize(batch), "labels": batch["labels"]} for batch in kept]
         return itertools.cycle(kept)
@@ -217,10 +219,14 @@ class Bench:
         with torch.no_grad():
             return self.stored.dequantize(packed, torch.float32, compute_dtype, positions)
 
+    def moved(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a batch on the device."""
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         """Train on one batch."""
         self.model.train()
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        batch = self.moved(batch)
         labels, hidden_states = batch["labels"], batch.get("hidden_states")
         if any(is_packed(name) for name in batch):
             hidden_states = self.dequantize(batch)
@@ -245,7 +251,7 @@ class Bench:
             if train:
                 self.step(batch)
             else:
-                self.dequantize({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
+                self.dequantize(self.moved(batch))
         self.finish()
         return steps * self.args.batch_size / (time.perf_counter() - started)
 

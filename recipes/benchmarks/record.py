@@ -67,9 +67,17 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def _version(package: str) -> str | None:
+    """Return the version of a package; ``None`` where it is not installed: a checkout can be run as it is."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def save(path: Path, benchmark: str, config: dict[str, Any], results: dict[str, Any], quiet: bool = False) -> None:
     """Write a record, whole or not at all."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
     record = {
         "benchmark": benchmark,

@@ -16,6 +16,8 @@
   wall-clock, images/s, peak memory. With ``--again`` once more over the caches that are there then.
 * ``table``, ``plot``: from records.
 
+With ``--rates`` nothing is tuned: rates are those that another record has chosen, for the same model, data and size of images.
+
 Runs that are in the record are not repeated: a run that was stopped goes on where it was. A record holds one data set.
 
 The cost is counted in passes through blocks, forward 1 and backward 2, in epochs of full fine-tuning; a step that sees a
@@ -73,6 +75,8 @@ class Record:
 
     def __init__(self, path: Path, config: dict[str, Any], grid: tuple[int, int]) -> None:
         self.path, self.config, self.grid = path, config, grid
+        #: Another record whose learning rates are taken; ``None`` for those of this one.
+        self.rates: Record | None = None
         self.runs: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self.read()
@@ -117,6 +121,8 @@ class Record:
 
     def rate_of(self, arm: Arm) -> float | None:
         """Return the learning rate of an arm, its own or that of full fine-tuning; ``None`` if it is not known yet."""
+        if self.rates is not None:
+            return self.rates.rate_of(arm)
         if arm.tuned:
             return self.best_rate(arm)
         known = [Arm.parse(name) for name in dict.fromkeys(run["arm"] for run in self.find(phase="tune"))]
@@ -130,7 +136,7 @@ class Record:
 def plan(args: argparse.Namespace, record: Record) -> Iterator[Job]:
     """Yield jobs in order of worth, those that are done included; test runs of an arm once its rate is chosen."""
     for arm in chosen_arms(args.arms):
-        if "tune" in args.phase and arm.tuned:
+        if "tune" in args.phase and arm.tuned and record.rates is None:
             scores = record.scores(arm.name)
             for lr in [*scores, *rates_to_try(arm, scores, record.grid)]:
                 yield from (Job("tune", arm.name, lr, seed) for seed in args.tune_seeds)
@@ -275,6 +281,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--grid", type=int, nargs=2, default=GRID, help="learning rates of an arm at first, and at most"
     )
+    parser.add_argument("--rates", type=Path, help="take the learning rates of another record, and tune none")
     parser.add_argument("--processes", type=int, default=1, help="runs side by side, one thread each if above 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of a run by itself")
     parser.add_argument("--budget", type=float, default=math.inf, help="start no run after so many seconds")
@@ -306,6 +313,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Run the phases that train."""
     record = Record(args.json[0], describe(args), tuple(args.grid))
+    record.rates = None if args.rates is None else Record(args.rates, {}, tuple(args.grid))
     threads = 1 if args.processes > 1 else args.threads
     task = Task(
         model=args.model,

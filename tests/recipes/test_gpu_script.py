@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -35,10 +36,14 @@ def test_every_step_runs_dry(images) -> None:
     for name in ("train", "test"):
         images.to_parquet(f"data/{name}.parquet")
     done = run("30", "model", "data", "out", "--dry")
-    assert done.stdout.splitlines()[-1] == "records in out; 0 of 5 steps failed", done.stdout
+    assert done.stdout.splitlines()[-1] == "records in out; 0 of 6 steps failed", done.stdout
     (found,) = json.loads(Path("out/device.json").read_text())["results"].values()
     assert {"full_in_memory", "frozen", "cached", "limit"} <= set(found["images_per_second"])
     assert list(found["trainer"]) == ["full", "frozen", "cached"]
+    assert found["trainer_cached/limit"] > 0
+    with tarfile.open("out/records.tar.gz") as packed:
+        names = {Path(name).name for name in packed.getnames()}
+    assert {"device.json", "reading.json", "evaluating.json", "time_to_accuracy.json", "tests.log"} <= names
     for one in found["trainer"].values():
         assert one["synchronizations"] is None or one["synchronizations"] >= 0
         assert 0 < sum(one["operations"].values()) <= 1.01
@@ -51,8 +56,8 @@ def test_every_step_runs_dry(images) -> None:
 def test_without_time_nothing_begins() -> None:
     done = run("0", "model", "data", "out", PYTHON="no-such-program")
     assert done.returncode == 1
-    assert done.stdout.count("no time is left") == 5
-    assert done.stdout.splitlines()[-1] == "records in out; 5 of 5 steps failed"
+    assert done.stdout.count("no time is left") == 6
+    assert done.stdout.splitlines()[-1] == "records in out; 6 of 6 steps failed"
 
 
 @pytest.mark.slow
@@ -64,7 +69,7 @@ def test_it_ends_in_time_whatever_a_step_does() -> None:
     done = run("0.15", "model", "data", "out", PYTHON=str(stubborn.absolute()))
     assert time.monotonic() - began < 0.15 * 60 + 2
     assert "begun" in done.stdout
-    assert done.stdout.splitlines()[-1] == "records in out; 5 of 5 steps failed"
+    assert done.stdout.splitlines()[-1] == "records in out; 6 of 6 steps failed"
 
 
 def test_wrong_usage_is_told() -> None:
