@@ -27,6 +27,7 @@ from .by_block import compile_settings
 from .checkpoints import announce_stage, find_checkpoint, load_stage, take_over_progress
 from .data_checks import num_classes, with_columns_removed
 from .evaluation_check import check_evaluation
+from .evaluation_costs import planned_evaluations
 from .hooks import check_trainer_attributes
 from .learning_rates import LearningRates
 from .placement import place_model
@@ -233,6 +234,7 @@ def start_run(
         policy, num_blocks = adaptive_policy(trainer.freeze_config.schedule), run.splits.num_blocks
         run.adaptive = None if policy is None else AdaptiveStages(policy, num_blocks, everyone, list(run.stages))
         run.rates = LearningRates.of(trainer.freeze_config)
+        run.evaluations = planned_evaluations(trainer, run.sampler, num_epochs)
         freezing = trainer.freeze_config
         if freezing.block_weights == "qkv":
             qkv_weights(run.splits)  # or says why not, before anything is built

@@ -34,6 +34,7 @@ __all__ = [
     "shuffle_seed",
     "states_at",
     "steps_of_head",
+    "steps_per_epoch",
     "why_live",
 ]
 
@@ -82,7 +83,7 @@ def _num_epochs(args: Any, sampler: ChunkSampler | None) -> int:
     """Return the number of epochs of a run, rounded up; ``max_steps`` rules if it is set."""
     if args.max_steps <= 0 or sampler is None:
         return max(math.ceil(args.num_train_epochs), 1)
-    return max(math.ceil(args.max_steps / _steps_per_epoch(args, sampler)), 1)
+    return max(math.ceil(args.max_steps / steps_per_epoch(args, sampler)), 1)
 
 
 def exact_epochs(args: Any, sampler: ChunkSampler, num_epochs: int) -> float:
@@ -93,13 +94,19 @@ def exact_epochs(args: Any, sampler: ChunkSampler, num_epochs: int) -> float:
         sampler: Order of the training data.
         num_epochs: The same, rounded up.
     """
-    steps = _steps_per_epoch(args, sampler)
+    steps = steps_per_epoch(args, sampler)
     # As ``Trainer`` rounds them.
     exact = (args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)) / steps
     return min(exact, num_epochs) if exact > 0 else num_epochs
 
 
-def _steps_per_epoch(args: Any, sampler: ChunkSampler) -> int:
+def steps_per_epoch(args: Any, sampler: ChunkSampler) -> int:
+    """Return the optimizer steps of an epoch, as ``Trainer`` counts them.
+
+    Args:
+        args: ``TrainingArguments``.
+        sampler: Order of the training data.
+    """
     batches = len(sampler) / args.train_batch_size / args.world_size
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
@@ -115,7 +122,7 @@ def steps_of_head(stages: Sequence[Stage], num_blocks: int, args: Any, sampler: 
         sampler: Order of the training data.
     """
     thawing = next((stage for stage in stages if stage.split_point != num_blocks), None)
-    return 0 if thawing is None else thawing.start_epoch * _steps_per_epoch(args, sampler)
+    return 0 if thawing is None else thawing.start_epoch * steps_per_epoch(args, sampler)
 
 
 def plan_run(

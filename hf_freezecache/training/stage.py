@@ -28,6 +28,7 @@ from .adaptive import AdaptiveStages
 from .checkpoints import Chosen, SavedStage, check_goes_on, save_stage
 from .decisions import describe_cache
 from .evaluation_cache import EvaluationCache
+from .evaluation_costs import Evaluations
 from .freezer import Freezer
 from .frozen_weights import FrozenWeights
 from .learning_rates import LearningRates
@@ -96,6 +97,7 @@ class StageRunner:
         stage_logs: What to log of the stage that was entered last.
         watch: Looks whether the transform is still what it was when the cache of the stage was opened.
         rates: What the user asks of learning rates.
+        evaluations: What is evaluated while training, if caches are to serve that.
         evaluation: Evaluates from caches, if the user asks for it.
     """
 
@@ -127,6 +129,7 @@ class StageRunner:
     watch: TransformWatch | None = None
     frozen_weights: FrozenWeights | None = None
     rates: LearningRates = field(default_factory=LearningRates)
+    evaluations: Evaluations = field(default_factory=Evaluations)
     evaluation: EvaluationCache = field(init=False)
     _compiled: CompiledBlocks = field(init=False, repr=False)
 

@@ -7,7 +7,7 @@ With ``N`` rows, ``V`` views, ``E`` epochs and no worker processes, a stage take
 
 ``D`` is ``E`` where memory holds no decoded chunks, and at most ``V`` where it holds all of them. Worker processes render, and threads
 decode and encode, while the model computes; where it computes on the same cores, only what they wait is overlapped. Saving and entering
-the stage cost the same both ways, and evaluating does without ``cache_eval``.
+the stage cost the same both ways, and so does evaluating, but for ``cache_eval``; see ``evaluation_costs``.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
         token_keep: Share of the patch tokens that its steps see behind the split.
 
     Returns:
-        ``cached_seconds``, building included, and ``live_seconds``, of training alone, as the main process measured. Where a cache
-        cannot pay, ``cached_views`` and ``live_views``: as many views of each image would be rendered for it as without it, in no less
+        ``cached_seconds``, building included, and ``live_seconds``, of training, as the main process measured; with ``cache_eval`` those
+        of evaluating besides, up to the split. Where a cache cannot pay, ``cached_views`` and ``live_views``: as many views of each image would be rendered for it as without it, in no less
         time. Where there is little that it could save, ``frozen_seconds``, of images and frozen blocks without one. Empty where the cache is
         there, or an earlier part of the run has decided for one.
 
@@ -186,8 +186,8 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
             "live_views": sum(epochs for epochs, _ in served),
         }
         rows = cache.chooser.data.layout.total_samples / run.runtime.everyone.size
-        images, rendering = rows * views["live_views"], None
-        if not there and views["cached_views"] >= views["live_views"]:
+        images, rendering, evaluated = rows * views["live_views"], None, run.evaluations.images(views["live_views"])
+        if not there and not evaluated and views["cached_views"] >= views["live_views"]:
             # As many images run through the blocks. Only reading each row once, for all of its views, could save.
             if views["live_views"] <= 1 or not cache.chooser.data.views.reading_once().reads_once:
                 return views
@@ -196,9 +196,10 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
                 return views
         rates = measure_rates(cache, run.splits, stage.split_point, run.runtime.batch_size, images, rendering)
         frozen = rows * sum(epochs * (rates.render + rates.prefix(point)) for epochs, point in served)
-        if frozen < LEAST_SECONDS:
-            return {"frozen_seconds": round(frozen, 3)}
         workers = (cache.num_workers, run.runtime.args.dataloader_num_workers)
+        evaluating = run.evaluations.seconds(rates, served, workers[1])
+        if frozen + evaluating[1] < LEAST_SECONDS:
+            return {"frozen_seconds": round(frozen + evaluating[1], 3)}
         readers = cache.process_group.size
 
         def decoded(epochs: float, part: float) -> float:
@@ -228,7 +229,7 @@ def predict_costs(run: Any, stage: Stage, token_keep: float) -> dict[str, float]
             forwards, measured = _CALIBRATION_PASSES[run.config.num_views > 1]
             forward = forwards * (rates.render + rates.prefix(stage.split_point)) + measured * suffix
             calibration = forward * min(run.config.calibration_samples, rows)
-        cached = rows * cached + calibration + _BUILD_SECONDS * len(served)
-        return {"cached_seconds": round(cached, 3), "live_seconds": round(rows * live, 3)}
+        cached = rows * cached + calibration + _BUILD_SECONDS * len(served) + evaluating[0]
+        return {"cached_seconds": round(cached, 3), "live_seconds": round(rows * live + evaluating[1], 3)}
 
     return run.runtime.everyone.on_main_process(predict)  # type: ignore[no-any-return]

@@ -254,6 +254,23 @@ def compiled() -> dict[str, Any]:
     return found
 
 
+class OneNotANumber(Recorder):
+    """The loss of one process is no number in one step; its gradients are."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + float("nan") if (self.state.global_step, self.args.process_index) == (3, 1) else loss
+
+
+def not_a_number(mode: str) -> dict[str, Any]:
+    rows = make_images(ROWS).with_transform(TinyTransform(True))
+    cache = {"mode": mode, "cache_dir": f"caches-{mode}"}
+    trainer = make_trainer(tiny_vit(), rows, schedule="0:2", cache=cache, cls=OneNotANumber, num_train_epochs=2)
+    trainer.train()
+    losses = [str(loss) for loss in trainer.losses]  # JSON has no NaN
+    return {"losses": losses, "sum": sum(float(p.detach().double().sum()) for p in trainer.model.parameters())}
+
+
 def deciding() -> dict[str, Any]:
     """``mode="auto"``, where a cache pays and where it does not."""
     stage_costs.LEAST_SECONDS = 0.1

@@ -394,6 +394,42 @@ def test_memory_decides_where_decoding_costs(train_dataset, monkeypatch, memory)
     assert decision.cache == ("built" if memory else "none")
 
 
+@pytest.mark.parametrize(
+    ("settings", "evaluations"),
+    [
+        ({"eval_strategy": "epoch"}, 2),
+        ({"eval_strategy": "steps", "eval_steps": 5}, 2),
+        ({"eval_strategy": "steps", "eval_steps": 0.1}, 10),
+        ({"eval_strategy": "steps", "eval_steps": 11}, 0),
+        ({"eval_strategy": "no"}, 0),
+    ],
+)
+@pytest.mark.parametrize("cache_eval", [True, False])
+def test_evaluating_from_a_cache_is_reckoned_with(
+    images, train_dataset, monkeypatch, cache_eval, settings, evaluations
+) -> None:
+    """Two views for two epochs save nothing, but 50 rows that are evaluated each time do: each takes 1 + 2 s before the split."""
+    rates = Rates(render=1.0, render_all=2.0, block=1.0, encode=0.5, decode=0.25, cores=1)
+    monkeypatch.setattr(stage_costs, "measure_rates", lambda *args: rates)
+    monkeypatch.setattr(stage_costs, "measure_rendering", lambda *args: Rendering(1.0, 2.0, 0.0, []))
+    cache = {"mode": "auto", "num_views": 2, "cache_eval": cache_eval}
+    held_out = {
+        "a": images.with_transform(TinyTransform(False)).select(range(20)),
+        "b": images.with_transform(TinyTransform(False)).select(range(30)),
+    }
+    trainer = make_trainer(tiny_vit(), train_dataset, held_out, "0:2", cache, num_train_epochs=2, **settings)
+    trainer.train()
+    decision, counted = trainer._record.decisions[0], evaluations if cache_eval else 0
+    if not counted:
+        assert (decision.cache, decision.predicted["cached_views"]) == ("none", 2)
+        return
+    trained = 50 * 2 * (1 + 2 + 3 * 2), 50 * (2 + 2 * 2 + 2 * 0.5 + 2 * (0.25 + 3 * 2))
+    assert decision.predicted["live_seconds"] == pytest.approx(trained[0] + counted * 50 * (1 + 2), abs=0.2)
+    expected = trained[1] + 50 * (1 + 2 + 0.5) + counted * 50 * 0.25
+    assert decision.predicted["cached_seconds"] == pytest.approx(expected, abs=0.2)
+    assert decision.cache == ("built" if expected < 0.97 * (trained[0] + counted * 150) else "none")
+
+
 @pytest.mark.slow
 def test_two_processes_decide_alike(tmp_path) -> None:
     run_group(many.main, "deciding", folders=[tmp_path] * 2)

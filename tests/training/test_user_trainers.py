@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import many
+from support.children import run_group
 from support.parity import assert_same, parameters_of
 from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
 from torch import nn
@@ -209,6 +212,15 @@ def test_gradients_of_a_loss_that_is_no_number_count_once(train_dataset, accumul
     }
     live, _ = assert_cached_as_live(train_dataset, cls=NotANumber, **settings)
     assert sum(np.isnan(live.losses)) == accumulation
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_process_keeps_the_others_in_step(tmp_path) -> None:
+    run_group(many.main, "not_a_number:never", "not_a_number:always", folders=[tmp_path] * 2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"found-{rank}-of-2.json").read_text())
+        assert found["not_a_number:always"] == found["not_a_number:never"]
+        assert found["not_a_number:always"]["losses"].count("nan") == rank
 
 
 # ---- Random numbers ----
