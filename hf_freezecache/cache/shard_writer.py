@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -122,39 +124,54 @@ def _specs(extras: dict[str, Tensor]) -> list[ExtraSpec]:
 class FreshBase:
     """Gives the base view of chunks of a shard that is being written, as a reader will decode them.
 
-    One encoder's thread adds each chunk, and then takes it for each view that is written at once. Nothing is read.
+    An encoder's threads add each chunk, and take it for each view that is written at once. The base view of a chunk is submitted before
+    the others, so that they wait for what has begun. Nothing is read.
 
     Attributes:
         codec: Codec of the base view.
         uses: Views that take each chunk. After the last of them it is forgotten.
-        chunks: (place in the shard) -> hidden states (samples, tokens, hidden), and geometry (samples, 5).
+        chunks: (place in the shard) -> hidden states (samples, tokens, hidden), and geometry (samples, 5), once they are there.
         left: (place in the shard) -> views that have not taken it.
     """
 
     codec: Codec
     uses: int
-    chunks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    chunks: dict[int, Future[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     left: dict[int, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def expect(self, position: int) -> None:
+        """Say that a chunk will come, before it is submitted."""
+        self.chunks[position], self.left[position] = Future(), self.uses
 
     def add(self, position: int, frames: list[bytes], hidden_states: Tensor, geometry: Tensor) -> None:
         """Keep a chunk as its frames are decoded; ``hidden_states`` gives shape and dtype."""
         decoded = self.codec.decode(frames, tuple(hidden_states.shape), hidden_states.dtype)
-        self.chunks[position], self.left[position] = (decoded, geometry), self.uses
+        self.chunks[position].set_result((decoded, geometry))
+
+    def fail(self, position: int, error: BaseException) -> None:
+        """Let those who wait for a chunk that will not come fail as it did."""
+        self.chunks[position].set_exception(error)
 
     def __call__(self, position: int) -> tuple[Tensor, Tensor]:
-        """Return hidden states and geometry of a chunk, by its place in the shard."""
-        self.left[position] -= 1
-        if self.left[position]:
-            return self.chunks[position]
-        del self.left[position]
-        return self.chunks.pop(position)
+        """Return hidden states and geometry of a chunk, by its place in the shard.
+
+        Raises:
+            DataError: The base view could not be encoded.
+        """
+        found = self.chunks[position].result()
+        with self._lock:
+            self.left[position] -= 1
+            if not self.left[position]:
+                del self.left[position], self.chunks[position]
+        return found
 
 
 @dataclass
 class ShardWriter:
-    """Writes one shard, chunk by chunk. Where that is faster, a thread encodes while the next batch is computed.
+    """Writes one shard, chunk by chunk. Where that is faster, threads encode while the next batch is computed.
 
-    It holds at most one incomplete chunk, one chunk that is being encoded, and one batch.
+    It holds at most one incomplete chunk, as many chunks that are being encoded as the encoder takes at once, and one batch.
 
     Attributes:
         file: The shard, open for writing.
@@ -176,7 +193,7 @@ class ShardWriter:
     hidden: list[Tensor] = field(default_factory=list)
     extras: list[dict[str, Tensor]] = field(default_factory=list)
     ends: list[list[int]] = field(default_factory=list)
-    pending: Future[list[bytes]] | None = None
+    pending: deque[Future[list[bytes]]] = field(default_factory=deque)
     metadata: dict[str, str] = field(default_factory=dict)
     position: int = 0
     chunks: int = 0
@@ -281,10 +298,20 @@ class ShardWriter:
         if len(hidden) > size:
             self.hidden = [hidden[size:]]
             self.extras = [{name: value[size:] for name, value in extras.items()}]
-        self._flush()
+        self._flush(self.encoder.at_once - 1)
         chunk_extras = {name: value[:size] for name, value in extras.items()}
-        self.pending = self.encoder.submit(self._encode, self.chunks, hidden[:size], chunk_extras)
+        if self.fresh is not None:
+            self.fresh.expect(self.chunks)
+        self.pending.append(self.encoder.submit(self._encoded, self.chunks, hidden[:size], chunk_extras))
         self.chunks += 1
+
+    def _encoded(self, chunk: int, hidden_states: Tensor, extras: dict[str, Tensor]) -> list[bytes]:
+        try:
+            return self._encode(chunk, hidden_states, extras)
+        except BaseException as error:
+            if self.fresh is not None:
+                self.fresh.fail(chunk, error)
+            raise
 
     def _encode(self, chunk: int, hidden_states: Tensor, extras: dict[str, Tensor]) -> list[bytes]:
         base, geometry = None, None
@@ -305,11 +332,11 @@ class ShardWriter:
         ]
         return frames
 
-    def _flush(self) -> None:
-        if self.pending is not None:
-            frames, self.pending = self.pending.result(), None
+    def _flush(self, left: int = 0) -> None:
+        """Write the chunks that were submitted first, until so many are left."""
+        while len(self.pending) > left:
             ends = [self.position]
-            for frame in frames:
+            for frame in self.pending.popleft().result():
                 self.file.write(frame)
                 self.position += len(frame)
                 ends.append(self.position)
@@ -328,7 +355,7 @@ class ShardWriter:
 class BaseShard:
     """Gives hidden states and geometry of the base view of a shard's chunks, as a reader will decode them.
 
-    Calls come one after the other, from an encoder's thread. The shard of the base view is complete before any of them.
+    Calls come from an encoder's threads. The shard of the base view is complete before any of them.
 
     Attributes:
         directory: The cache.

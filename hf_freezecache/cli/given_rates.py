@@ -84,7 +84,7 @@ class GivenRates:
             # Several views share the reading of a row, here as there.
             several = measured.render_all / measured.render if measured.render > 0 else 1.0
             rates = replace(rates, render=1 / rendered, render_all=several / rendered)
-        elsewhere: dict[str, Any] = {"embed": 0.0, "cores": 0, "beside": True}  # an accelerator, as a rule
+        elsewhere: dict[str, Any] = {"embed": 0.0, "cores": 0, "encoders": 1}  # an accelerator, as a rule
         if (passes := self.block_passes_per_second) is not None:
             rates = replace(rates, block=1 / passes, **elsewhere)
         if (images := self.full_training_images_per_second) is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..cache.encoder import encodes_beside
+from ..cache.encoder import encoding_threads
 from ..codecs import make_codec
 from ..compression.base_view import requested_codec
 from ..data.seeding import preserved_random_state
@@ -58,7 +58,7 @@ class Rates:
         embed: Collating, moving to the device, and a forward pass through what stands before the blocks.
         cores: Cores of a CPU that the model computes on, and worker processes as well; 0 beside an accelerator. No seconds.
         waiting: Share of rendering that takes no core, as where images are fetched; no seconds.
-        beside: Whether chunks are encoded in a thread while the blocks compute; see ``cache.encoder``.
+        encoders: Threads that encode the chunks of a cache while the blocks compute; 0 if that is done in between.
     """
 
     render: float
@@ -73,7 +73,7 @@ class Rates:
     embed: float = 0.0
     cores: int = 0
     waiting: float = 0.0
-    beside: bool = False
+    encoders: int = 0
 
     def prefix(self, split_point: int, start: int = 0) -> float:
         """Return the seconds from the images, or from the block ``start``, to a split point."""
@@ -94,16 +94,16 @@ class Rates:
         return max(ahead / workers, computing + busy)
 
     def while_encoding(self, building: float, encoding: float, num_caches: int) -> float:
-        """Return what a build takes that encodes the states of each cache, in a thread of its own if that is how it is done.
+        """Return what a build takes that encodes the states of each cache, in threads of its own if that is how it is done.
 
         Args:
             building: Seconds of what comes before.
             encoding: Seconds in which one thread encodes the states of one cache.
             num_caches: Caches that are written.
         """
-        if not self.beside:
+        if self.encoders == 0:
             return building + encoding * num_caches
-        return max(encoding, building + (encoding * num_caches / self.cores if self.cores else 0.0))
+        return max(encoding / self.encoders, building + (encoding * num_caches / self.cores if self.cores else 0.0))
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def measure_rates(
         embed=(preparing + embed) / repeated,
         cores=available_cores() if device.type == "cpu" else 0,
         waiting=rendering.waiting,
-        beside=encodes_beside(device),
+        encoders=encoding_threads(device),
     )
 
 

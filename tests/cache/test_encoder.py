@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import closing
 
 import pytest
 import torch
-from support.tiny import make_trainer, tiny_vit
+from support.tiny import TinyTransform, make_trainer, tiny_vit
 
 from hf_freezecache.cache import encoder as encoder_module
 from hf_freezecache.cache.encoder import Encoder
+from hf_freezecache.cache.shard_writer import ShardWriter
+from hf_freezecache.codecs import ViewCodec
+from hf_freezecache.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -65,3 +69,58 @@ def test_both_ways_store_the_same_bytes(train_dataset, monkeypatch, tmp_path, co
         stored.append({path.name: path.read_bytes() for path in sorted(directory.rglob("*.safetensors"))})
     assert stored[0] == stored[1]
     assert len(stored[0]) >= 2
+
+
+def beside_an_accelerator(monkeypatch) -> list[int]:
+    """Let builds go as if the blocks computed elsewhere, on a machine of five cores; return the threads that encode."""
+    threads: list[int] = []
+    follow, encode = Encoder.follow, ShardWriter._encode
+    monkeypatch.setattr(encoder_module, "available_cores", lambda: 5)
+    monkeypatch.setattr(Encoder, "follow", lambda self, device: follow(self, torch.device("meta")))
+
+    def noting(self, *args):
+        threads.append(threading.get_ident())
+        time.sleep(0.02)
+        return encode(self, *args)
+
+    monkeypatch.setattr(ShardWriter, "_encode", noting)
+    return threads
+
+
+@pytest.mark.parametrize(("codec", "views"), [("lossless", 1), ("transform", 1), ("auto", 3)])
+def test_several_threads_store_the_same_bytes(images, monkeypatch, codec, views) -> None:
+    """Views beyond the first wait for the first, as it is decoded."""
+    stored = []
+    for several in (False, True):
+        threads = beside_an_accelerator(monkeypatch) if several else []
+        cache = {
+            "num_views": views,
+            "chunk_size": 3,
+            "shard_chunks": 5,
+            "codec": codec,
+            "copies": "residual" if views > 1 else "auto",
+            "calibration_samples": 20,
+            "transform_id": "tiny",
+            "cache_dir": f"caches-{several}",
+        }
+        rows = images.with_transform(TinyTransform(True))
+        directory = make_trainer(tiny_vit(), rows, schedule="0:2", cache=cache).build_cache().reader.directory
+        stored.append({path.name: path.read_bytes() for path in sorted(directory.rglob("*.safetensors"))})
+    assert stored[0] == stored[1]
+    assert len(set(threads)) == 4
+
+
+def test_a_base_view_that_cannot_be_encoded_leaves_nobody_waiting(images, monkeypatch) -> None:
+    beside_an_accelerator(monkeypatch)
+    encode = ViewCodec.encode
+
+    def fails(self, view, *args):
+        if view == 0:
+            raise ValueError("too large")
+        return encode(self, view, *args)
+
+    monkeypatch.setattr(ViewCodec, "encode", fails)
+    cache = {"num_views": 3, "chunk_size": 3, "codec": "auto", "copies": "residual", "calibration_samples": 20}
+    rows = images.with_transform(TinyTransform(True))
+    with pytest.raises(DataError, match="could not be encoded: too large"):
+        make_trainer(tiny_vit(), rows, schedule="0:2", cache=cache).build_cache()

@@ -282,16 +282,17 @@ def test_what_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "beside", "encode", "seconds"),
+    ("cores", "encoders", "encode", "seconds"),
     [
-        (2, False, 0.5, 5 + 12 + 2 * 2 * 0.5),
-        (4, True, 0.5, 5 + 12 + 2 * 2 * 0.5 / 4),
-        (0, True, 0.5, 5 + 12),
-        (0, True, 20.0, 2 * 20.0),  # each of two caches has a thread
+        (2, 0, 0.5, 5 + 12 + 2 * 2 * 0.5),
+        (4, 1, 0.5, 5 + 12 + 2 * 2 * 0.5 / 4),
+        (0, 1, 0.5, 5 + 12),
+        (0, 1, 20.0, 2 * 20.0),  # each of two caches has a thread
+        (0, 2, 20.0, 20.0),
     ],
 )
-def test_chunks_are_encoded_beside_the_blocks_where_that_is_done(cores, beside, encode, seconds) -> None:
-    rates = Rates(3.0, 5.0, 1.0, encode, 0.25, write=0.125, cores=cores, beside=beside)
+def test_chunks_are_encoded_beside_the_blocks_where_that_is_done(cores, encoders, encode, seconds) -> None:
+    rates = Rates(3.0, 5.0, 1.0, encode, 0.25, write=0.125, cores=cores, encoders=encoders)
     assert build_seconds(rates, 6, 0, 2, 2, 0) == pytest.approx(seconds + 2 * 2 * 0.125)
 
 
