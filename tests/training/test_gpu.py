@@ -39,7 +39,7 @@ def test_cached_equals_live(images, precision, tolerance, token_keep) -> None:
 
 
 def test_threads_that_read_and_gather_change_nothing(images) -> None:
-    one, several = (trained(images, "always", dataloader_num_workers=workers) for workers in (0, 3))
+    one, several = (trained(images, "always", dataloader_num_workers=workers) for workers in (0, 2))
     assert several[0] == pytest.approx(one[0], rel=1e-4)
     assert several[1] == pytest.approx(one[1], rel=1e-4)
 
