@@ -151,7 +151,9 @@ class FreshBase:
 
     def fail(self, position: int, error: BaseException) -> None:
         """Let those who wait for a chunk that will not come fail as it did."""
-        self.chunks[position].set_exception(error)
+        expected = self.chunks.get(position)
+        if expected is not None and not expected.done():
+            expected.set_exception(error)
 
     def __call__(self, position: int) -> tuple[Tensor, Tensor]:
         """Return hidden states and geometry of a chunk, by its place in the shard.

@@ -12,6 +12,8 @@ from ..model.devices import finish_device
 
 __all__ = ["Stopwatch"]
 
+_CPU = torch.device("cpu")
+
 
 class Stopwatch:
     """Times the training of one epoch, without the pauses in which it is evaluated and saved.
@@ -32,7 +34,7 @@ class Stopwatch:
         images_per_step: int,
         images: int,
         entering_seconds: float,
-        device: torch.device = torch.device("cpu"),  # noqa: B008
+        device: torch.device = _CPU,
     ) -> None:
         self._device = device
         self._step, self._images_per_step, self._images = step, images_per_step, images

@@ -47,7 +47,7 @@ class FrozenWeights:
     def _states(self) -> Tensor:
         runtime, data, model = self._runtime, self._data, self._split.model
         names = ("pixel_values", *sorted(data.prefix_inputs))
-        inputs = runtime.prepare_inputs(first_row({name: data.example_batch[name] for name in names}))
+        inputs = runtime.to_device(first_row({name: data.example_batch[name] for name in names}))
         training, buffers = model.training, [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
         model.train()
         try:

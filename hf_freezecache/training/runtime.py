@@ -78,15 +78,14 @@ class Runtime:
     def run_frozen(self, function: Callable[..., Any], **inputs: Any) -> Any:
         """Call a function of tensors on the training device, in eval mode, without gradients.
 
-        The run's own autocast is on: hidden states computed in fp32 are not those of a bf16 run.
+        The run's own autocast is on: hidden states computed in fp32 are not those of a bf16 run. Where a user's trainer does something to
+        images in ``_prepare_inputs``, rehearsing a step fails: there are none in a cached one.
 
         Args:
             function: Called with ``inputs`` on the training device.
             inputs: Tensors, or dicts of tensors.
         """
-        prepared = self.prepare_inputs(dict(inputs))
-        inputs = {name: prepared[name] for name in inputs}
-        training = self.model.training
+        inputs, training = self.to_device(inputs), self.model.training
         try:
             self.model.eval()
             with torch.no_grad(), self.autocast(), self.accelerator.autocast():

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
-from hf_freezecache.errors import UnsupportedSetupError
+from hf_freezecache.errors import UnsupportedModelError, UnsupportedSetupError
 from hf_freezecache.training.placement import place_model
 from hf_freezecache.training.step_outcome import StepOutcome, difference
 
@@ -193,6 +193,38 @@ def test_batches_are_prepared_once(train_dataset) -> None:
     live, _ = assert_cached_as_live(train_dataset, cls=Shifts)
     plain = trained(train_dataset, "never")
     assert live.losses[0] != plain.losses[0]
+
+
+class ShiftsLabels(Recorder):
+    """Asks for labels, which what frozen blocks take has not."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = dict(super()._prepare_inputs(inputs))
+        return inputs | {"labels": (inputs["labels"] + 1) % 4}
+
+
+class Brightens(Recorder):
+    """Changes images."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = dict(super()._prepare_inputs(inputs))
+        return inputs | {"pixel_values": inputs["pixel_values"] + 0.5}
+
+
+@pytest.mark.parametrize("augmentation", [None, "token_flip:0.5"])
+def test_preparing_may_ask_for_labels(images, augmentation) -> None:
+    rows, cache = images.with_transform(TinyTransform(False)), {"num_views": 1}
+    if augmentation is None:
+        assert_cached_as_live(rows, cls=ShiftsLabels, cache=cache)
+    else:
+        losses = trained(rows, cls=ShiftsLabels, cache={**cache, "feature_augmentation": augmentation}).losses
+        assert all(map(np.isfinite, losses))
+
+
+def test_images_that_are_changed_in_each_step_are_not_cached(train_dataset) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"pixel_values is read \(add\)"):
+        trained(train_dataset, cls=Brightens)
+    assert trained(train_dataset, "auto", cls=Brightens).losses == trained(train_dataset, "never", cls=Brightens).losses
 
 
 class NotANumber(Recorder):
