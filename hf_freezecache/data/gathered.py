@@ -22,8 +22,9 @@ class GathersAhead:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Otherwise a thread pins by way of the first GPU, and takes memory there.
-        use = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        use: tuple[Any, tuple[Any, ...]] = (None, ())
+        if device.type == "cuda":  # otherwise a thread pins by way of the first GPU, and takes memory there
+            use = (torch.cuda.set_device, (torch.cuda.current_device() if device.index is None else device.index,))
         self._thread = ThreadPoolExecutor(1, "freezecache-gather", *use)
         weakref.finalize(self, self._thread.shutdown, wait=False)
 

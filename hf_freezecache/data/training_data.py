@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..config import CacheConfig
 from ..errors import UnsupportedSetupError
@@ -97,16 +98,25 @@ class UserCode:
 
 
 def _code_of(dataset: Any) -> Any:
-    """Return the code that renders the rows of a data set of the user's own: its class, and transforms as torchvision has them."""
+    """Return the code that renders the rows of a data set of the user's own: its class, and transforms as torchvision has them.
+
+    So of the data sets that it holds, as those of a ``Subset`` or a ``ConcatDataset``.
+    """
     parts: list[Any] = []
-    for _ in range(_NESTED):
+    waiting, seen = [dataset], 0
+    while waiting and seen < _NESTED:
+        dataset, seen = waiting.pop(0), seen + 1
         if isinstance(dataset, datasets.Dataset):
-            return [*parts, dataset.format]
+            parts.append(dataset.format)
+            continue
         held = vars(dataset) if hasattr(dataset, "__dict__") else {}
         parts.append({name: held[name] for name in ("transform", "target_transform", "transforms") if held.get(name)})
         parts += [vars(type(dataset))[name] for name in ("__getitem__", "__getitems__") if name in vars(type(dataset))]
-        if (dataset := held.get("dataset")) is None:  # as a Subset has it
-            break
+        for name, value in held.items():
+            several = value if isinstance(value, (list, tuple)) else [value]
+            waiting += [one for one in several if isinstance(one, (Dataset, datasets.Dataset))]
+            if name == "dataset" and value is not None and not isinstance(value, (Dataset, datasets.Dataset)):
+                waiting.append(value)
     return parts
 
 

@@ -164,6 +164,13 @@ def augmenter_of(trainer: Any, base: type) -> FeatureAugmenter | None:
     return make_augmenter(trainer.cache_config, trainer.args, trainer.model, own_loss)
 
 
+def _collator_of(trainer: Any) -> Any:
+    """Return the user's collator. As ``Trainer`` does, columns are removed behind it where the data set cannot lose them."""
+    if isinstance(trainer.train_dataset, datasets.Dataset) and trainer._transforms == (None, None):
+        return trainer.data_collator
+    return trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+
+
 def start_run(
     trainer: Any, stages: list[Stage], num_epochs: int, augmenter: FeatureAugmenter | None, base: type | None = None
 ) -> StageRunner:
@@ -208,12 +215,13 @@ def start_run(
         label_names=tuple(trainer.label_names or ()),
         num_classes=num_classes(trainer.model),
         raw_collator=trainer.data_collator,
-        collate=trainer._get_collator_with_removed_columns(trainer.data_collator, description="training"),
+        collate=_collator_of(trainer),
         prepare_inputs=trainer._prepare_inputs,
         to_device=trainer._prepare_input,
         rehearsing=lambda: rehearsing(trainer),
         autocast=trainer.compute_loss_context_manager,
         compile_settings=compile_settings(trainer.accelerator),
+        known_loss=trainer.compute_loss_func is None and trainer.compute_loss.__module__.startswith("hf_freezecache."),
     )
     foreseen = foreseen_of(trainer, stages, num_epochs) if base is not None else ()
     run = prepare_run(

@@ -77,7 +77,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
 
     Raises:
         ScheduleError: See ``choose``.
-        UnsupportedSetupError: There is a budget, but ``max_steps`` says how long to train.
+        UnsupportedSetupError: There is a budget, but ``max_steps`` says how long to train, or a scheduler of the user's own does.
     """
     freezing, caching, args = trainer.freeze_config, trainer.cache_config, trainer.args
     if freezing.budget is not None and args.max_steps > 0:
@@ -102,7 +102,8 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
         "head_first": _head_trains(trainer.model, blocks),
         "token_keep": freezing.token_keep,
         "cached": caching.mode != "never",
-        "more_epochs": args.max_steps <= 0,
+        # A scheduler of the user's own knows how many steps there are to be.
+        "more_epochs": args.max_steps <= 0 and trainer.lr_scheduler is None,
         "adapters": adapters,
         "epoch_steps": _epoch_steps(trainer),
         "head_steps": head_steps(trainer, blocks),
@@ -118,6 +119,12 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     choice = choose(len(blocks), asked, freezing.budget, num_views=None if free else caching.num_views, **settled)
     if free and choice.num_views > 1 and not _views_differ(trainer):
         choice = choose(len(blocks), asked, freezing.budget, num_views=1, **settled)
+    if trainer.lr_scheduler is not None and args.max_steps <= 0 and choice.num_epochs != asked:
+        raise UnsupportedSetupError(
+            f"schedule='auto' would train for {choice.num_epochs:g} epochs in place of {asked:g}, but the learning-rate scheduler that was "
+            "passed in `optimizers` is made for these. Pass optimizers=(optimizer, None) with lr_scheduler_type, remove the budget, or write "
+            "the schedule out."
+        )
     stages = choice.stages(len(blocks))
     known = {name: getattr(freezing, name) for name in _CHOSEN}
     settings: dict[str, Any] = {name: None for name, value in known.items() if value is None}

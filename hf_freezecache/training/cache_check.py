@@ -19,7 +19,9 @@ from ..cache.reader import CacheReader
 from ..compression.base_view import CodecChooser
 from ..compression.remeasure import Looks, Pairs, look, measure, read_pairs
 from ..data.collators import collate_cached
+from ..data.layout import ChunkLayout
 from ..data.seeding import preserved_random_state
+from ..data.views import same_examples
 from ..dataset import CachedDataset
 from ..errors import CacheMismatchError
 from ..model.hashing import hash_config, hash_suffix, hash_tensors
@@ -233,6 +235,24 @@ def _notes(reader: CacheReader) -> dict[str, dict[str, float | None]]:
         return {}
 
 
+def _check_number_of_rows(reader: CacheReader, layout: ChunkLayout) -> None:
+    """Refuse a cache of more or fewer rows than the data set has now: it goes by a name of the user's, ``dataset_id``.
+
+    Args:
+        reader: The cache.
+        layout: Of the run.
+
+    Raises:
+        CacheMismatchError: The numbers differ.
+    """
+    stored, rows = reader.layout.total_samples, layout.total_samples
+    if stored != rows:
+        raise CacheMismatchError(
+            f"The cache {reader.directory} is of {stored} rows, and the data set has {rows} under the same dataset_id. Give it another "
+            "dataset_id, or delete the folder to rebuild."
+        )
+
+
 def spot_check(
     chooser: CodecChooser, split: Split, reader: CacheReader, mixed_precision: str, num_samples: int = 4
 ) -> None:
@@ -250,6 +270,7 @@ def spot_check(
     Raises:
         CacheMismatchError: The cache does not hold what its rows give now.
     """
+    _check_number_of_rows(reader, chooser.at(split.split_point).data.layout)
     data, available = chooser.data, reader.available_rows()
     if not len(available):
         return
@@ -276,7 +297,7 @@ def spot_check(
         errors = (difference.square().mean((1, 2)) / exact.square().mean((1, 2))).sqrt()
         worst = int((errors / limits).argmax())
         error, limit = float(errors[worst]), float(limits[worst])
-    extras = [name for name in stored if name != "hidden_states" and not torch.equal(stored[name], batch[name])]
+    extras = [name for name in stored if name != "hidden_states" and not same_examples(stored[name], batch[name])]
     if not error <= limit or extras:
         raise CacheMismatchError(
             f"Cache {reader.directory} has the right fingerprint but not what rows {rows} give now (hidden states "

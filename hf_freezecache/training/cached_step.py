@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..errors import UnsupportedSetupError
 from ..model.split import Split
 from ..model.tokens import take_tokens, token_grid
 from ..model.withheld import Withheld
+from .rehearsal_copy import keeping_generators, preserved_device_state
 
 __all__ = ["CachedStep", "predict_on_states", "train_on_states"]
 
@@ -58,15 +59,16 @@ def train_on_states(
         UnsupportedSetupError: Model or loss use images, or what frozen blocks gave, which do not exist.
     """
 
-    def step(fill: float) -> Tensor:
+    def step(fill: float, model: nn.Module) -> Tensor:
         images = Withheld.of(split.placeholder(len(hidden_states)), "pixel_values", _NO_IMAGE)
         with split.injecting(hidden_states, fill):
             return training_step(model, {**batch, "pixel_values": images}, *args, **kwargs)
 
-    loss = step(float("nan"))
+    loss = step(float("nan"), model)
     if looks and bool(torch.isnan(loss)):
-        with _leaving_no_trace(split.model, model):
-            again = step(0.0)
+        # Without a wrapper: the loss may be NaN on one process of several.
+        with _leaving_no_trace(split.model, getattr(training_step, "__self__", None)):
+            again = step(0.0, split.model)
         # A loss may be NaN for reasons of its own: then it stays NaN where 0 stands for what does not exist.
         if not bool(torch.isnan(again)):
             raise UnsupportedSetupError(
@@ -77,17 +79,18 @@ def train_on_states(
 
 
 @contextmanager
-def _leaving_no_trace(model: nn.Module, wrapped: nn.Module) -> Iterator[None]:
-    """Take a step for its loss alone: gradients, buffers and random states stay as they are, and no other process takes part.
-
-    The loss may be NaN on one process of several.
-    """
+def _leaving_no_trace(model: nn.Module, trainer: Any) -> Iterator[None]:
+    """Take a step for its loss alone: gradients, buffers and random states stay as they are, those of a trainer's own generators too."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with preserved_random_state(), getattr(wrapped, "no_sync", nullcontext)():
+        with ExitStack() as stack:
+            stack.enter_context(preserved_random_state())
+            stack.enter_context(preserved_device_state(next(model.parameters()).device))
+            if trainer is not None:
+                stack.enter_context(keeping_generators(trainer))
             yield
     finally:
         for parameter, gradient in gradients:
@@ -140,6 +143,7 @@ class CachedStep:
         to_device: Moves packed tensors to the training device. What else a user's trainer does with a batch, ``training_step`` does.
         num_tokens: Tokens per sample that a step trains on.
         looks: Whether each loss is looked at, see ``train_on_states``.
+        prepare_inputs: Does with a batch what ``training_step`` does, for the labels that the augmenter mixes.
     """
 
     split: Split
@@ -150,6 +154,7 @@ class CachedStep:
     to_device: Callable[[dict[str, Any]], dict[str, Any]]
     num_tokens: int
     looks: bool = True
+    prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def __call__(
         self,
@@ -187,7 +192,8 @@ class CachedStep:
             hidden_states = self.decoder.dequantize(packed, self.dtype, self.compute_dtype, early)
         if self.augmenter is not None:
             grid = token_grid(hidden_states.shape[1], self.split.image_shape, getattr(self.split.model, "config", None))
-            hidden_states = self.augmenter.step(hidden_states, self.to_device(rest).get("labels"), grid, global_step)
+            labels = (self.prepare_inputs or self.to_device)(dict(rest)).get("labels")
+            hidden_states = self.augmenter.step(hidden_states, labels, grid, global_step)
             if positions is not None:
                 hidden_states = take_tokens(hidden_states, positions)
         try:

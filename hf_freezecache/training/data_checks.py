@@ -21,7 +21,7 @@ from ..data.layout import ChunkLayout
 from ..data.seeding import seeded
 from ..data.task import IMAGE_CLASSIFICATION, task_of
 from ..data.training_data import TrainingData, UserCode
-from ..data.views import ViewDataset, check_repeatable
+from ..data.views import ViewDataset, check_repeatable, same_examples
 from ..distributed.process_group import ProcessGroup
 from ..errors import DataError, UnsupportedSetupError
 from .label_check import check_label_rows, has_several_labels
@@ -147,7 +147,7 @@ def check_collator(views: ViewDataset, collate: Collator, trials: int = 32) -> N
         with seeded(trial + 1, 0, 0):
             together = collate([first, second])
         for name, value in alone.items():
-            if not torch.equal(together[name][:1], value):
+            if not same_examples(together[name][:1], value):
                 raise DataError(
                     f"The data_collator gives a sample another {name!r} when it is collated with another sample, or in "
                     "another draw. Hidden states are cached sample by sample, so a collator that mixes samples (Mixup, "

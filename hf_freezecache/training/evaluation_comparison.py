@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..cache.reader import CacheReader
 from ..data.collators import collate_cached
 from ..data.seeding import preserved_random_state
+from ..data.views import same_examples
 from ..errors import UnsupportedSetupError
 from ..model.hashing import hash_config
 from ..model.probe import evaluating, first_row, other_images
@@ -161,5 +162,8 @@ def _same(exact: Any, found: Any) -> bool:
     if not isinstance(found, Tensor) or isinstance(found, Withheld) or exact.shape != found.shape:
         return False
     if exact.device.type == "cpu" or not exact.is_floating_point():
-        return torch.equal(exact, found)
+        return same_examples(exact, found)
+    if not torch.equal(exact.isnan(), found.isnan()):
+        return False
+    exact, found = exact.nan_to_num(), found.nan_to_num()
     return bool((exact - found).abs().max() <= _TOLERANCE * exact.abs().max())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 __all__ = ["copied_arguments"]
 
@@ -18,11 +21,18 @@ def copied_arguments(asked: tuple[Any, dict[str, Any]] | None) -> tuple[Any, dic
     kind, arguments = asked[0], dict(asked[1])
     if "params" in arguments:
         groups = _listed(arguments["params"])
-        if isinstance(groups, list):
-            groups = [{**one, "params": _listed(one.get("params"))} if isinstance(one, dict) else one for one in groups]
-        arguments["params"] = groups
+        arguments["params"] = [_copied(one) for one in groups] if isinstance(groups, list) else groups
     return kind, arguments
 
 
+def _copied(group: Any) -> Any:
+    if not isinstance(group, dict):
+        return group
+    return {name: _listed(value) if name == "params" else value for name, value in group.items()}
+
+
 def _listed(parameters: Any) -> Any:
-    return list(parameters) if isinstance(parameters, list) or hasattr(parameters, "__next__") else parameters
+    """Return what an optimizer takes for several parameters as a list; a tensor, and what it does not take, as it is."""
+    if isinstance(parameters, (Tensor, Mapping, str)) or not isinstance(parameters, Iterable):
+        return parameters
+    return list(parameters)

@@ -215,6 +215,8 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
         DataError: The step on images fails.
     """
     split, runtime = run.splits.at(split_point), run.runtime
+    if added := sorted(run.data.prefix_inputs - rehearsal.batch.keys()):
+        return f"frozen blocks take {', '.join(added)}, which _prepare_inputs adds to each batch: a cache is built of what the collator gives"
     inputs = {name: rehearsal.batch[name] for name in ("pixel_values", *sorted(run.data.prefix_inputs))}
     live = rehearsal.live(split, 0)
     if rehearsal.may_grow and bool(torch.isnan(live.loss)):
@@ -315,8 +317,9 @@ def _rehearse(run: Any, wrapped: nn.Module, batch: Mapping[str, Tensor], may_gro
     model, frozen = run.runtime.model, run.frozen or 0
     refusals: dict[int, str] = {}
     with run.runtime.rehearsing() as trainer:
-        # Each step prepares the batch by itself, once.
-        rehearsal = _Rehearsal(trainer, model, wrapped, batch, run.live_loader, may_grow)
+        # As a loader gives it: each step prepares it, once.
+        moved = run.runtime.to_device(dict(batch))
+        rehearsal = _Rehearsal(trainer, model, wrapped, moved, run.live_loader, may_grow)
         for stage in sorted(run.foreseen, key=lambda stage: stage.split_point):
             if stage.split_point < frozen or stage.split_point in refusals:
                 continue

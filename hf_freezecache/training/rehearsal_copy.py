@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from ..data.seeding import preserved_random_state
 
-__all__ = ["duplicate", "keeping_generators", "keeping_parameters", "rehearsing", "without_scaling"]
+__all__ = [
+    "duplicate",
+    "keeping_generators",
+    "keeping_parameters",
+    "preserved_device_state",
+    "rehearsing",
+    "without_scaling",
+]
 
 #: Packages whose objects a trainer shares with its stand-in. Objects of other classes are the user's own.
 _SHARED = frozenset({"torch", "transformers", "accelerate", "datasets", "numpy", "PIL", "hf_freezecache", "builtins"})
@@ -69,8 +76,7 @@ def rehearsing(trainer: Any) -> Iterator[Any]:
     # A method that was set on the trainer itself, as `trainer.compute_loss = ...`, may call the trainer's own.
     stand_in._original = trainer
     with preserved_random_state(), ExitStack() as stack:
-        if trainer.args.device.type != "cpu":
-            stack.enter_context(_preserved_device_state(trainer.args.device))
+        stack.enter_context(preserved_device_state(trainer.args.device))
         for attributes in _changeable(trainer):
             stack.callback(_remember(attributes))
         stack.enter_context(keeping_generators(trainer))
@@ -172,7 +178,8 @@ def _state_of(generator: Any) -> Callable[[], None] | None:
         (random.Random, "getstate", "setstate"),
     ):
         if isinstance(generator, kind):
-            return functools.partial(getattr(generator, put), getattr(generator, get)())
+            with suppress(NotImplementedError):  # of the operating system: it has no state
+                return functools.partial(getattr(generator, put), getattr(generator, get)())
     return None
 
 
@@ -251,8 +258,11 @@ def without_scaling(accelerator: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _preserved_device_state(device: torch.device) -> Iterator[None]:
-    """Restore the generator of an accelerator when the context ends."""
+def preserved_device_state(device: torch.device) -> Iterator[None]:
+    """Restore the generator of an accelerator when the context ends. That of the CPU is left alone."""
+    if device.type == "cpu":
+        yield
+        return
     module = torch.get_device_module(device.type)
     at = () if device.type == "mps" else (device,)  # there is one of these
     state = module.get_rng_state(*at)

@@ -56,6 +56,7 @@ class Runtime:
         to_device: Moves tensors to the training device.
         rehearsing: Enters a copy of the trainer, on which a step leaves nothing behind; see ``rehearsal_copy``.
         autocast: Enters the run's autocast.
+        known_loss: Whether the loss is the model's own, as ``Trainer`` computes it.
         compile_settings: Keyword arguments of ``torch.compile``; ``None`` if nothing is to be compiled.
     """
 
@@ -74,6 +75,7 @@ class Runtime:
     rehearsing: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
     compile_settings: Mapping[str, Any] | None
+    known_loss: bool = True
 
     def run_frozen(self, function: Callable[..., Any], **inputs: Any) -> Any:
         """Call a function of tensors on the training device, in eval mode, without gradients.
@@ -137,7 +139,8 @@ class Runtime:
     def unwrap(self, wrapped: nn.Module, batch: dict[str, Tensor]) -> nn.Module:
         """Return the model without its wrapper for several processes, or a compiler's, for a new one around what trains now.
 
-        DDP is told to look for unused parameters in every step, ``Trainer``'s default, only where the model has some.
+        DDP is told to look for unused parameters in every step, ``Trainer``'s default, where the model has some, or where its forward or
+        its loss are the user's own: other batches may use other parameters.
 
         Args:
             wrapped: The model in its wrapper.
@@ -151,7 +154,9 @@ class Runtime:
             return inner
 
         unused = self.parameters_without_gradient(batch)
-        handler.find_unused_parameters = unused is None or bool(unused)
+        forward = getattr(self.model, "get_base_model", lambda: self.model)()  # behind adapters
+        known = self.known_loss and type(forward).__module__.startswith("transformers.")
+        handler.find_unused_parameters = unused is None or bool(unused) or not known
         if unused:
             logger.warning(
                 "The loss does not depend on %d parameters that are to be trained (%s, ...): DDP looks for them in every "

@@ -92,6 +92,7 @@ def cached_batches(
         reader.index.hidden_shape[0] if tokens is None else tokens.num_kept,
         # Trainer looks at each loss by default, or at none; the first steps were rehearsed.
         runtime.args.logging_nan_inf_filter or runtime.accelerator.device.type == "cpu",
+        runtime.prepare_inputs,
     )
     threads, at_once = reading_threads(runtime), min(torch.get_num_threads(), window)
     # Otherwise the cores of the steps have nothing to do while a window is read.
@@ -102,7 +103,7 @@ def cached_batches(
 
 def collator_of_cached(runtime: Runtime) -> Callable[[Any], Any]:
     """Return what makes batches of a cache: where threads read ahead, another gathers ahead."""
-    return GathersAhead(runtime.accelerator.device) if reading_threads(runtime) else collate_cached
+    return GathersAhead(runtime.args.device) if reading_threads(runtime) else collate_cached
 
 
 def reading_threads(runtime: Runtime) -> int:

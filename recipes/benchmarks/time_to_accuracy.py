@@ -16,7 +16,8 @@
   wall-clock, images/s, peak memory. With ``--again`` once more over the caches that are there then.
 * ``table``, ``plot``: from records.
 
-With ``--rates`` nothing is tuned: rates are those that another record has chosen, for the same model, data and size of images.
+With ``--rates`` nothing is tuned: rates are those that another record has chosen, for the same size of images and batches;
+that model and data are alike is not checked.
 
 Runs that are in the record are not repeated: a run that was stopped goes on where it was. A record holds one data set.
 
@@ -310,10 +311,22 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def rates_of(args: argparse.Namespace, grid: tuple[int, int]) -> Record:
+    """Return the record whose learning rates are taken, and say which arms have none."""
+    if not args.rates.is_file():
+        raise SystemExit(f"--rates {args.rates}: there is no such record.")
+    record = Record(args.rates, {"image_size": args.image_size, "batch_size": args.batch_size}, grid)
+    for arm in chosen_arms(args.arms):
+        if record.rate_of(arm) is None:
+            print(f"{arm.name} is left out: {args.rates} has no learning rate of it", flush=True)
+    return record
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the phases that train."""
     record = Record(args.json[0], describe(args), tuple(args.grid))
-    record.rates = None if args.rates is None else Record(args.rates, {}, tuple(args.grid))
+    if args.rates is not None:
+        record.rates = rates_of(args, tuple(args.grid))
     threads = 1 if args.processes > 1 else args.threads
     task = Task(
         model=args.model,

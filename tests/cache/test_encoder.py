@@ -107,7 +107,7 @@ def test_several_threads_store_the_same_bytes(images, monkeypatch, codec, views)
         directory = make_trainer(tiny_vit(), rows, schedule="0:2", cache=cache).build_cache().reader.directory
         stored.append({path.name: path.read_bytes() for path in sorted(directory.rglob("*.safetensors"))})
     assert stored[0] == stored[1]
-    assert len(set(threads)) == 4
+    assert 1 < len(set(threads)) <= 4
 
 
 def test_a_base_view_that_cannot_be_encoded_leaves_nobody_waiting(images, monkeypatch) -> None:

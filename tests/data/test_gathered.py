@@ -59,6 +59,16 @@ def test_a_loader_pins_in_the_thread(dataset, monkeypatch) -> None:
     assert threading.get_ident() not in pinned
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda", 5), ("cuda:1", 1)])
+def test_the_thread_uses_the_gpu_of_its_process(dataset, monkeypatch, device, index) -> None:
+    """One GPU alone has no number in accelerate, and CUDA wants one."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    assert GathersAhead(torch.device(device))(dataset.__getitems__([0, 1])).to(CPU)
+    assert used == [index]
+
+
 def test_what_goes_wrong_is_raised_where_the_batch_is_asked_for(dataset, monkeypatch) -> None:
     samples = dataset.__getitems__([0, 1, 2])
 

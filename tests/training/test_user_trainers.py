@@ -16,11 +16,15 @@ from support.children import run_group
 from support.parity import assert_same, parameters_of
 from support.tiny import Recorder, TinyTransform, make_trainer, tiny_vit
 from torch import nn
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import TrainerCallback
 
 from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
-from hf_freezecache.errors import UnsupportedModelError, UnsupportedSetupError
+from hf_freezecache.errors import CacheMismatchError, UnsupportedModelError, UnsupportedSetupError
+from hf_freezecache.stages import Stage
+from hf_freezecache.training import runtime as runtime_module
+from hf_freezecache.training.adapter import start_run
 from hf_freezecache.training.placement import place_model
 from hf_freezecache.training.step_outcome import StepOutcome, difference
 
@@ -84,16 +88,15 @@ def test_an_adapter_with_a_name_is_resumed(train_dataset) -> None:
 # ---- Optimizers ----
 
 
-@pytest.mark.parametrize("iterators", [False, True])
+@pytest.mark.parametrize("collected", [list, iter, tuple])
 @pytest.mark.parametrize("schedule", ["0:0,1:2", "0:2,1:0"])
-def test_groups_of_an_optimizers_class_and_arguments_stay(train_dataset, iterators, schedule) -> None:
+def test_groups_of_an_optimizers_class_and_arguments_stay(train_dataset, collected, schedule) -> None:
     model = tiny_vit()
-    collected: Callable[[Any], Any] = iter if iterators else list
     groups = [
         {"params": collected(model.vit.parameters()), "lr": 1e-5},
         {"params": collected(model.classifier.parameters()), "lr": 1e-2},
     ]
-    asked = (torch.optim.AdamW, {"params": groups, "lr": 1e-3, "weight_decay": 0.0})
+    asked = (torch.optim.AdamW, {"params": collected(groups), "lr": 1e-3, "weight_decay": 0.0})
     trainer = make_trainer(
         model, train_dataset, None, schedule, num_train_epochs=2, trainer={"optimizer_cls_and_kwargs": asked}
     )
@@ -105,6 +108,26 @@ def test_groups_of_an_optimizers_class_and_arguments_stay(train_dataset, iterato
         trained_too = sum(p.requires_grad for p in model.vit.parameters()) if schedule == "0:2,1:0" else None
         assert trained_too is None or found[0][1] == trained_too
     assert set(groups[0]) == {"params", "lr"}  # the user's own are as they were
+
+
+def test_auto_keeps_to_the_steps_of_a_scheduler_of_the_users_own(train_dataset) -> None:
+    def made(freeze: dict[str, Any], **settings: Any):
+        model = tiny_vit()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        # Raises on a step more.
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=30)
+        own = {"optimizers": (optimizer, scheduler)}
+        return make_trainer(
+            model, train_dataset, None, "auto", trainer=own, freeze=freeze, num_train_epochs=6, **settings
+        )
+
+    trainer = made({})
+    assert trainer.args.num_train_epochs == 6
+    trainer.train()
+    assert trainer.state.global_step == 30
+    with pytest.raises(UnsupportedSetupError, match="learning-rate scheduler that was passed"):
+        made({"budget": 0.5})
+    assert made({}, max_steps=30).args.max_steps == 30
 
 
 # ---- Loaders ----
@@ -211,14 +234,39 @@ class Brightens(Recorder):
         return inputs | {"pixel_values": inputs["pixel_values"] + 0.5}
 
 
-@pytest.mark.parametrize("augmentation", [None, "token_flip:0.5"])
-def test_preparing_may_ask_for_labels(images, augmentation) -> None:
-    rows, cache = images.with_transform(TinyTransform(False)), {"num_views": 1}
-    if augmentation is None:
-        assert_cached_as_live(rows, cls=ShiftsLabels, cache=cache)
-    else:
-        losses = trained(rows, cls=ShiftsLabels, cache={**cache, "feature_augmentation": augmentation}).losses
-        assert all(map(np.isfinite, losses))
+class ShiftedTransform(TinyTransform):
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return super().__call__({**batch, "label": [(label + 1) % 4 for label in batch["label"]]})
+
+
+def test_preparing_may_ask_for_labels(train_dataset) -> None:
+    assert_cached_as_live(train_dataset, cls=ShiftsLabels)
+
+
+@pytest.mark.parametrize("augmentation", ["mixup:1", "token_flip:0.5"])
+def test_labels_that_are_mixed_are_those_of_the_prepared_batch(images, augmentation) -> None:
+    cache = {"feature_augmentation": augmentation, "num_views": 1}
+    losses = [
+        trained(images.with_transform(transform), cls=cls, cache={**cache, "cache_dir": cls.__name__}).losses
+        for cls, transform in ((ShiftsLabels, TinyTransform(False)), (Recorder, ShiftedTransform(False)))
+    ]
+    assert losses[0] == losses[1]
+
+
+class Interpolates(Recorder):
+    """Adds an argument that frozen blocks take."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return dict(super()._prepare_inputs(inputs)) | {"interpolate_pos_encoding": torch.tensor(True)}
+
+
+def test_inputs_of_frozen_blocks_that_are_added_to_batches_are_named(train_dataset) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match="frozen blocks take interpolate_pos_encoding, which _prepare_inputs"
+    ):
+        trained(train_dataset, cls=Interpolates)
+    losses = [trained(train_dataset, mode, cls=Interpolates).losses for mode in ("auto", "never")]
+    assert losses[0] == losses[1]
 
 
 def test_images_that_are_changed_in_each_step_are_not_cached(train_dataset) -> None:
@@ -300,6 +348,15 @@ def test_a_generator_of_the_trainers_own_draws_as_in_training_alone(train_datase
     assert live.losses[0] / first == pytest.approx(1 + draw(make()))  # rehearsing has drawn nothing
 
 
+def test_a_generator_without_a_state_is_no_obstacle(train_dataset) -> None:
+    class Own(Recorder):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.generator = random.SystemRandom()
+
+    assert_cached_as_live(train_dataset, cls=Own)
+
+
 class Holder:
     """An object of the user's own with a generator in it."""
 
@@ -317,6 +374,137 @@ def test_a_generator_within_an_object_of_the_users_own_draws_as_in_training_alon
             return super().compute_loss(*args, **kwargs) * (1 + draw(self.holder.generator))
 
     assert_cached_as_live(train_dataset, cls=Own)
+
+
+# ---- Data ----
+
+
+class MissingTransform(TinyTransform):
+    """Gives two targets for each image, of which some are missing."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        targets = [torch.tensor([float(label), float("nan") if label % 2 else 1.0]) for label in batch["label"]]
+        return {**super().__call__(batch), "labels": targets}
+
+
+class Regression(Recorder):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        labels = inputs.pop("labels")
+        outputs, there = model(**inputs), ~labels.isnan()
+        loss = (outputs.logits[:, :2][there] - labels[there]).square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_labels_that_are_missing_are_equal(images) -> None:
+    rows = images.with_transform(MissingTransform(True))
+
+    def run():
+        return trained(rows, cls=Regression, num_train_epochs=1)
+
+    first, again = run(), run()
+    assert [one.cache for one in (first._record.decisions[0], again._record.decisions[0])] == ["built", "found"]
+    assert first.losses == again.losses
+    assert first.losses == [
+        pytest.approx(loss) for loss in trained(rows, "never", cls=Regression, num_train_epochs=1).losses
+    ]
+
+
+class Wrapped(Dataset):
+    """Rows of other data sets, under a name of its own."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.inner[row]
+
+
+class Transformed(Dataset):
+    def __init__(self, rows: Any, transform: Any) -> None:
+        self.rows, self.transform = list(rows), transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Any:
+        return {name: values[0] for name, values in self.transform({k: [v] for k, v in self.rows[row].items()}).items()}
+
+
+@pytest.mark.parametrize(
+    "wrap", [Wrapped, lambda rows: ConcatDataset([rows]), lambda rows: [Wrapped(rows)]], ids=["one", "several", "list"]
+)
+def test_a_transform_behind_a_wrapper_is_seen(images, wrap) -> None:
+    def cached(strength: float):
+        inner = wrap(Transformed(images, TinyTransform(True, strength)))
+        rows = Wrapped(ConcatDataset(inner)) if isinstance(inner, list) else inner
+        trainer = trained(rows, num_train_epochs=1, cache={"dataset_id": "rows", "cache_dir": "caches"})
+        return trainer._record.decisions[0].cache
+
+    assert [cached(0.1), cached(0.1), cached(0.1000001)] == ["built", "found", "built"]
+
+
+@pytest.mark.parametrize("rows", [40, 45])
+def test_more_or_fewer_rows_under_one_name_are_refused(images, rows) -> None:
+    def run(count: int):
+        dataset = Wrapped(images.select(range(count)).with_transform(TinyTransform(False)))
+        return trained(dataset, num_train_epochs=1, cache={"dataset_id": "rows", "cache_dir": "caches"})
+
+    run(42)
+    with pytest.raises(CacheMismatchError, match=f"is of 42 rows, and the data set has {rows}"):
+        run(rows)
+
+
+class WeighedTransform(TinyTransform):
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        found = super().__call__({"image": batch["pixel_values"], "label": batch["labels"]})
+        return {**found, "sample_weight": [float(label) for label in batch["labels"]]}
+
+
+class Weighs(Recorder):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        weights = inputs.pop("sample_weight")
+        outputs = model(pixel_values=inputs["pixel_values"])
+        losses = nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+        loss = (losses * weights).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_what_a_transform_gives_stays_where_trainer_removes_columns(images) -> None:
+    rows = images.rename_columns({"image": "pixel_values", "label": "labels"}).with_transform(WeighedTransform(False))
+    settings = {"cls": Weighs, "remove_unused_columns": True, "cache": {"num_views": 1}}
+    assert_cached_as_live(rows, **settings)
+
+
+def test_unused_parameters_are_looked_for_where_forward_or_loss_are_the_users_own(train_dataset, monkeypatch) -> None:
+    class OwnForward(type(tiny_vit())):
+        pass
+
+    class OwnLoss(Recorder):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    def looks(model: nn.Module, cls: type, **settings: Any) -> bool:
+        trainer = make_trainer(model, train_dataset, None, "0:2", cls=cls, **settings)
+        run = start_run(trainer, [Stage(0, 0, 2)], 1, None)
+        monkeypatch.setattr(runtime_module, "is_replicated", lambda accelerator: True)
+        monkeypatch.setattr(runtime_module, "unwrapped", lambda accelerator, wrapped: wrapped)
+        trainer.accelerator.ddp_handler = SimpleNamespace(find_unused_parameters=None)
+        run.runtime.unwrap(trainer.model, run.data.example_batch)
+        return bool(trainer.accelerator.ddp_handler.find_unused_parameters)
+
+    assert not looks(tiny_vit(), Recorder)
+    assert looks(tiny_vit(), OwnLoss)
+    assert looks(tiny_vit(), Recorder, trainer={"compute_loss_func": lambda *args, **kwargs: None})
+    own = tiny_vit()
+    own.__class__ = OwnForward
+    assert looks(own, Recorder)
 
 
 # ---- Evaluating, precision, devices ----
