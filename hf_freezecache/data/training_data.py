@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -103,20 +104,27 @@ def _code_of(dataset: Any) -> Any:
     So of the data sets that it holds, as those of a ``Subset`` or a ``ConcatDataset``.
     """
     parts: list[Any] = []
-    waiting, seen = [dataset], 0
-    while waiting and seen < _NESTED:
-        dataset, seen = waiting.pop(0), seen + 1
+    waiting, seen, known = deque([(dataset, 1)]), {id(dataset)}, set()
+    while waiting:
+        dataset, depth = waiting.popleft()
         if isinstance(dataset, datasets.Dataset):
             parts.append(dataset.format)
             continue
         held = vars(dataset) if hasattr(dataset, "__dict__") else {}
-        parts.append({name: held[name] for name in ("transform", "target_transform", "transforms") if held.get(name)})
-        parts += [vars(type(dataset))[name] for name in ("__getitem__", "__getitems__") if name in vars(type(dataset))]
-        for name, value in held.items():
-            several = value if isinstance(value, (list, tuple)) else [value]
-            waiting += [one for one in several if isinstance(one, (Dataset, datasets.Dataset))]
-            if name == "dataset" and value is not None and not isinstance(value, (Dataset, datasets.Dataset)):
-                waiting.append(value)
+        transforms = {name: held[name] for name in ("transform", "target_transform", "transforms") if held.get(name)}
+        key = (type(dataset), *((name, id(value)) for name, value in transforms.items()))
+        if key not in known:  # many parts may be rendered alike
+            known.add(key)
+            parts.append(transforms)
+            parts += [
+                vars(type(dataset))[name] for name in ("__getitem__", "__getitems__") if name in vars(type(dataset))
+            ]
+        for name, value in held.items() if depth < _NESTED else ():
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                inner = isinstance(one, (Dataset, datasets.Dataset)) or (name == "dataset" and one is not None)
+                if inner and id(one) not in seen:
+                    seen.add(id(one))
+                    waiting.append((one, depth + 1))
     return parts
 
 

@@ -119,7 +119,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
     choice = choose(len(blocks), asked, freezing.budget, num_views=None if free else caching.num_views, **settled)
     if free and choice.num_views > 1 and not _views_differ(trainer):
         choice = choose(len(blocks), asked, freezing.budget, num_views=1, **settled)
-    if trainer.lr_scheduler is not None and args.max_steps <= 0 and choice.num_epochs != asked:
+    if trainer.lr_scheduler is not None and args.max_steps <= 0 and not math.isclose(choice.num_epochs, asked):
         raise UnsupportedSetupError(
             f"schedule='auto' would train for {choice.num_epochs:g} epochs in place of {asked:g}, but the learning-rate scheduler that was "
             "passed in `optimizers` is made for these. Pass optimizers=(optimizer, None) with lr_scheduler_type, remove the budget, or write "
@@ -156,6 +156,7 @@ def settle_auto(trainer: Any, num_epochs: int) -> None:
             "num_views": None if free else views,
             "eval_transform": trainer._transforms[1] is not None,
             "feature_augmentation": caching.feature_augmentation is not None,
+            "scheduler": True if trainer.lr_scheduler is not None else None,
         },
         settings=settings,
         num_views=views if free else None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from ..model.withheld import Withheld
 from .rehearsal_copy import keeping_generators, preserved_device_state
 
 __all__ = ["CachedStep", "predict_on_states", "train_on_states"]
+
+logger = logging.getLogger(__name__)
 
 _NO_IMAGE = (
     "frozen blocks ran on the images before, once for each view. Augment in the data set's transform, or by "
@@ -65,33 +68,51 @@ def train_on_states(
             return training_step(model, {**batch, "pixel_values": images}, *args, **kwargs)
 
     loss = step(float("nan"), model)
-    if looks and bool(torch.isnan(loss)):
-        # Without a wrapper: the loss may be NaN on one process of several.
-        with _leaving_no_trace(split.model, getattr(training_step, "__self__", None)):
-            again = step(0.0, split.model)
-        # A loss may be NaN for reasons of its own: then it stays NaN where 0 stands for what does not exist.
-        if not bool(torch.isnan(again)):
-            raise UnsupportedSetupError(
-                f"The loss of {type(split.model).__name__} depends on the images or on outputs of the first {split.split_point} "
-                f"blocks, which do not exist while training from a cache: {_NO_IMAGE}"
-            )
+    # A loss may be NaN for reasons of its own: then it stays NaN where 0 stands for what does not exist.
+    if (
+        looks
+        and bool(torch.isnan(loss))
+        and not _stays_nan(lambda: step(0.0, split.model), split.model, training_step, hidden_states.device)
+    ):
+        raise UnsupportedSetupError(
+            f"The loss of {type(split.model).__name__} depends on the images or on outputs of the first {split.split_point} "
+            f"blocks, which do not exist while training from a cache: {_NO_IMAGE}"
+        )
     return loss
 
 
+def _stays_nan(
+    step: Callable[[], Tensor], model: nn.Module, training_step: Callable[..., Tensor], device: torch.device
+) -> bool:
+    """Say whether the loss of another step is NaN, too, or cannot be had: without a wrapper, since one process of several may ask."""
+    try:
+        with _leaving_no_trace(model), _drawing_nothing(training_step, device):
+            return bool(torch.isnan(step()))
+    except UnsupportedSetupError:
+        raise
+    except Exception as error:  # a loss that asks for the wrapper, say
+        logger.debug("A second look at a loss of NaN failed with %r", error)
+        return True
+
+
 @contextmanager
-def _leaving_no_trace(model: nn.Module, trainer: Any) -> Iterator[None]:
-    """Take a step for its loss alone: gradients, buffers and random states stay as they are, those of a trainer's own generators too."""
+def _drawing_nothing(training_step: Callable[..., Tensor], device: torch.device) -> Iterator[None]:
+    """Put random states back: the global ones, those of the device, and of generators of the trainer's own."""
+    trainer = getattr(training_step, "__self__", None)
+    own = nullcontext() if trainer is None else keeping_generators(trainer)
+    with preserved_random_state(), preserved_device_state(device), own:
+        yield
+
+
+@contextmanager
+def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Leave gradients and buffers as they are, whatever a step does."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with ExitStack() as stack:
-            stack.enter_context(preserved_random_state())
-            stack.enter_context(preserved_device_state(next(model.parameters()).device))
-            if trainer is not None:
-                stack.enter_context(keeping_generators(trainer))
-            yield
+        yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -192,7 +213,7 @@ class CachedStep:
             hidden_states = self.decoder.dequantize(packed, self.dtype, self.compute_dtype, early)
         if self.augmenter is not None:
             grid = token_grid(hidden_states.shape[1], self.split.image_shape, getattr(self.split.model, "config", None))
-            labels = (self.prepare_inputs or self.to_device)(dict(rest)).get("labels")
+            labels = self._labels(rest, training_step, hidden_states)
             hidden_states = self.augmenter.step(hidden_states, labels, grid, global_step)
             if positions is not None:
                 hidden_states = take_tokens(hidden_states, positions)
@@ -203,6 +224,17 @@ class CachedStep:
         finally:
             if self.augmenter is not None:
                 self.augmenter.targets = None
+
+    def _labels(
+        self, rest: Mapping[str, Any], training_step: Callable[..., Tensor], hidden_states: Tensor
+    ) -> Tensor | None:
+        """Return the labels that are mixed: as ``training_step`` will have them, which prepares the batch once more."""
+        if self.prepare_inputs is None or not (self.augmenter and self.augmenter.mixes):
+            return self.to_device(dict(rest)).get("labels")
+        images = Withheld.of(self.split.placeholder(len(hidden_states)), "pixel_values", _NO_IMAGE)
+        copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in rest.items()}
+        with _drawing_nothing(training_step, hidden_states.device):
+            return self.prepare_inputs({**copied, "pixel_values": images}).get("labels")
 
     def predict(
         self,

@@ -33,6 +33,6 @@ def _copied(group: Any) -> Any:
 
 def _listed(parameters: Any) -> Any:
     """Return what an optimizer takes for several parameters as a list; a tensor, and what it does not take, as it is."""
-    if isinstance(parameters, (Tensor, Mapping, str)) or not isinstance(parameters, Iterable):
+    if isinstance(parameters, (Tensor, Mapping, str, set, frozenset)) or not isinstance(parameters, Iterable):
         return parameters
     return list(parameters)

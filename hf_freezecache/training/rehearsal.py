@@ -101,6 +101,8 @@ class _Rehearsal:
         trainer.state = original.state = copy.copy(trainer.state)
         trainer.state.global_step = int(progress * max(trainer.state.max_steps - 1, 0))
         trainer.state.epoch = progress * (trainer.state.num_train_epochs or 0)
+        # Nor what it does to its batch in place.
+        inputs = {name: value.clone() if type(value) is Tensor else value for name, value in inputs.items()}
         buffers = [(name, buffer, buffer.detach().clone()) for name, buffer in self.model.named_buffers()]
         # Each process by itself: not all parameters that the wrapper knows get a gradient here.
         alone = getattr(self.wrapped, "no_sync", nullcontext)()

@@ -23,6 +23,7 @@ from hf_freezecache.data.layout import ChunkLayout
 from hf_freezecache.data.sampler import ChunkSampler
 from hf_freezecache.errors import CacheMismatchError, UnsupportedModelError, UnsupportedSetupError
 from hf_freezecache.stages import Stage
+from hf_freezecache.training import evaluation_comparison as comparison
 from hf_freezecache.training import runtime as runtime_module
 from hf_freezecache.training.adapter import start_run
 from hf_freezecache.training.placement import place_model
@@ -234,21 +235,33 @@ class Brightens(Recorder):
         return inputs | {"pixel_values": inputs["pixel_values"] + 0.5}
 
 
+class ShiftsInPlace(Recorder):
+    """Changes the tensors of its batch, and looks at images."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        assert inputs["pixel_values"].shape[1] == 3
+        inputs["labels"].add_(1).remainder_(4)
+        return inputs
+
+
 class ShiftedTransform(TinyTransform):
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return super().__call__({**batch, "label": [(label + 1) % 4 for label in batch["label"]]})
 
 
-def test_preparing_may_ask_for_labels(train_dataset) -> None:
-    assert_cached_as_live(train_dataset, cls=ShiftsLabels)
+@pytest.mark.parametrize("cls", [ShiftsLabels, ShiftsInPlace])
+def test_preparing_may_ask_for_labels(train_dataset, cls) -> None:
+    assert_cached_as_live(train_dataset, cls=cls)
 
 
+@pytest.mark.parametrize("shifts", [ShiftsLabels, ShiftsInPlace])
 @pytest.mark.parametrize("augmentation", ["mixup:1", "token_flip:0.5"])
-def test_labels_that_are_mixed_are_those_of_the_prepared_batch(images, augmentation) -> None:
+def test_labels_that_are_mixed_are_those_of_the_prepared_batch(images, augmentation, shifts) -> None:
     cache = {"feature_augmentation": augmentation, "num_views": 1}
     losses = [
         trained(images.with_transform(transform), cls=cls, cache={**cache, "cache_dir": cls.__name__}).losses
-        for cls, transform in ((ShiftsLabels, TinyTransform(False)), (Recorder, ShiftedTransform(False)))
+        for cls, transform in ((shifts, TinyTransform(False)), (Recorder, ShiftedTransform(False)))
     ]
     assert losses[0] == losses[1]
 
@@ -293,6 +306,24 @@ def test_gradients_of_a_loss_that_is_no_number_count_once(train_dataset, accumul
     }
     live, _ = assert_cached_as_live(train_dataset, cls=NotANumber, model={"hidden_dropout_prob": 0.1}, **settings)
     assert sum(np.isnan(live.losses)) == accumulation
+
+
+class LooksOnce(NotANumber):
+    """Fails when a step is taken again, as a loss does that asks a model for its wrapper."""
+
+    asked = 0
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked += self.state.global_step == 3
+        if self.asked > 1:
+            raise AttributeError("module")
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_second_look_that_fails_ends_nothing(train_dataset) -> None:
+    trainer = trained(train_dataset, cls=LooksOnce, num_train_epochs=4, max_grad_norm=0.0, optim="sgd")
+    assert trainer.asked == 2
+    assert np.isnan(trainer.losses).tolist() == [step == 3 for step in range(20)]
 
 
 @pytest.mark.slow
@@ -435,6 +466,18 @@ class Transformed(Dataset):
         return {name: values[0] for name, values in self.transform({k: [v] for k, v in self.rows[row].items()}).items()}
 
 
+def test_many_parts_are_looked_into_and_a_circle_ends(images) -> None:
+    def cached(strength: float):
+        parts = [Wrapped(Transformed(images.select(range(4)), TinyTransform(True))) for _ in range(11)]
+        parts.append(Wrapped(Transformed(images.select(range(6)), TinyTransform(True, strength))))
+        rows = Wrapped(ConcatDataset(parts))
+        rows.parent = rows.inner.parent = rows
+        cache = {"dataset_id": "rows", "cache_dir": "caches"}
+        return trained(rows, num_train_epochs=1, cache=cache)._record.decisions[0].cache
+
+    assert [cached(0.2), cached(0.2), cached(0.2000001)] == ["built", "found", "built"]
+
+
 @pytest.mark.parametrize(
     "wrap", [Wrapped, lambda rows: ConcatDataset([rows]), lambda rows: [Wrapped(rows)]], ids=["one", "several", "list"]
 )
@@ -560,6 +603,20 @@ def test_infinite_gradients_hide_no_difference() -> None:
     assert "gradient of b differs" in str(difference(step(infinite, 1.0), step(infinite, 2.0), 1e-3))
     assert "gradient of a is infinite" in str(difference(step(infinite, 1.0), step(1.0, 1.0), 1e-3))
     assert "gradient of a is infinite" in str(difference(step(1.0, 1.0), step(float("nan"), 1.0), 1e-3))
+
+
+def test_what_is_not_finite_in_an_evaluation_must_be_so_on_both_sides() -> None:
+    """On an accelerator, where kernels round."""
+    infinite, nan = float("inf"), float("nan")
+    for exact, found, same in (
+        ([1.0, -infinite, nan], [1.0 + 1e-6, -infinite, nan], True),
+        ([1.0, -infinite], [2.0, -infinite], False),
+        ([1.0, -infinite], [1.0, infinite], False),
+        ([1.0, nan], [1.0, 2.0], False),
+        ([1.0, 2.0], [1.0, nan], False),
+        ([nan, infinite], [nan, infinite], True),
+    ):
+        assert comparison._rounded_alike(torch.tensor(exact), torch.tensor(found)) is same
 
 
 def test_a_model_that_is_still_on_the_cpu_goes_to_the_training_device() -> None:
