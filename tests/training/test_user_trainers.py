@@ -315,7 +315,7 @@ class LooksOnce(NotANumber):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         self.asked += self.state.global_step == 3
-        if self.asked > 1:
+        if self.state.global_step == 3 and self.asked > 1:
             raise AttributeError("module")
         return super().compute_loss(*args, **kwargs)
 
