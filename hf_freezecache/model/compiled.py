@@ -11,6 +11,9 @@ from torch import nn
 
 __all__ = ["CompiledBlocks"]
 
+#: Modes of ``torch.compile`` in which outputs lie in memory that the next step uses again.
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
 
 class CompiledBlocks:
     """Runs the forwards of blocks compiled by ``torch.compile``.
@@ -41,6 +44,9 @@ class CompiledBlocks:
         if self._settings is None:
             yield
             return
+        if self._settings.get("mode") in _CUDA_GRAPHS and next(self._blocks[0].parameters()).is_cuda:
+            # Without it, each block would be a step by itself, in which what the one before gave is no longer needed.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         patched = [block for block in self._blocks[start:] if "forward" not in vars(block)]
         for block in patched:
             if block not in self._forwards:

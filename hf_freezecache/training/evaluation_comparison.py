@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -139,8 +139,17 @@ def _name(trainer: Any, reader: CacheReader, step: CachedStep, runtime: Runtime)
         str(args.device),
         str(runtime.accelerator.mixed_precision),
         torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
+        *_matmul_precision(),
     )
+
+
+def _matmul_precision() -> tuple[str | None, ...]:
+    """Return how products are rounded, as far as torch says: it has an old way to say so, which fails once the new one was used, as by ``tf32=True``."""
+    backends = (torch.backends, torch.backends.cuda.matmul)
+    said = [getattr(backend, "fp32_precision", None) for backend in backends]
+    with suppress(RuntimeError):
+        said.append(torch.get_float32_matmul_precision())
+    return tuple(said)
 
 
 def _with_states(

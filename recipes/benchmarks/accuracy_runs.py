@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import tempfile
@@ -239,6 +240,10 @@ class Runner:
     def run(self, folder: str, caches: str) -> dict[str, Any]:
         """Train, then evaluate; ``folder`` is for what is thrown away, ``caches`` for caches."""
         args = self.arguments(folder)
+        if torch.cuda.is_available():  # earlier runs of this process are no part of the peak
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         began, cpu = time.perf_counter(), time.process_time()
         kind = self.arm.kind
         if kind in ("full", "lora"):

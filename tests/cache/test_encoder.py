@@ -87,6 +87,7 @@ def beside_an_accelerator(monkeypatch) -> list[int]:
     return threads
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(("codec", "views"), [("lossless", 1), ("transform", 1), ("auto", 3)])
 def test_several_threads_store_the_same_bytes(images, monkeypatch, codec, views) -> None:
     """Views beyond the first wait for the first, as it is decoded."""

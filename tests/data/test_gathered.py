@@ -81,6 +81,7 @@ def test_what_goes_wrong_is_raised_where_the_batch_is_asked_for(dataset, monkeyp
         batch.to(CPU)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("token_keep", [None, 0.5])
 def test_training_and_evaluating_are_the_same_and_no_thread_stays(images, token_keep) -> None:
     def run(workers: int):

@@ -358,6 +358,7 @@ def test_chunks_are_decoded_as_often_as_is_reckoned_with(reader, held, readers, 
     assert dataset.decoded_chunks / read == pytest.approx(share, abs=0.05)
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(("codec", "views"), [("lossless", 1), ("lossless", 2), ("auto", 1), ("auto", 3)])
 def test_memory_holds_about_as_much_as_is_reckoned_with(train_dataset, monkeypatch, codec, views) -> None:
     rates, held = [], {}
@@ -395,6 +396,7 @@ def test_memory_decides_where_decoding_costs(train_dataset, monkeypatch, memory)
     assert decision.cache == ("built" if memory else "none")
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     ("settings", "evaluations"),
     [

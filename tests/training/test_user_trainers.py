@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +28,7 @@ from hf_freezecache.stages import Stage
 from hf_freezecache.training import evaluation_comparison as comparison
 from hf_freezecache.training import runtime as runtime_module
 from hf_freezecache.training.adapter import start_run
+from hf_freezecache.training.cache_check import spot_check
 from hf_freezecache.training.placement import place_model
 from hf_freezecache.training.step_outcome import StepOutcome, difference
 
@@ -50,6 +53,7 @@ def assert_cached_as_live(rows, **settings: Any):
 # ---- Going on ----
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("changed", [{"per_device_train_batch_size": 5}, {"gradient_accumulation_steps": 1}])
 def test_a_run_whose_epochs_have_more_steps_is_not_resumed_where_fewer_blocks_are_frozen(
     train_dataset, changed
@@ -89,6 +93,7 @@ def test_an_adapter_with_a_name_is_resumed(train_dataset) -> None:
 # ---- Optimizers ----
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("collected", [list, iter, tuple])
 @pytest.mark.parametrize("schedule", ["0:0,1:2", "0:2,1:0"])
 def test_groups_of_an_optimizers_class_and_arguments_stay(train_dataset, collected, schedule) -> None:
@@ -163,6 +168,7 @@ def test_an_epoch_that_has_begun_keeps_its_order_and_its_views(processes) -> Non
     assert list(sampler) != expected
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("schedule", ["0:0", "0:2"])
 def test_a_callback_that_looks_at_a_batch_within_an_epoch_changes_nothing(train_dataset, schedule) -> None:
     class Looks(TrainerCallback):
@@ -250,11 +256,13 @@ class ShiftedTransform(TinyTransform):
         return super().__call__({**batch, "label": [(label + 1) % 4 for label in batch["label"]]})
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("cls", [ShiftsLabels, ShiftsInPlace])
 def test_preparing_may_ask_for_labels(train_dataset, cls) -> None:
     assert_cached_as_live(train_dataset, cls=cls)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("shifts", [ShiftsLabels, ShiftsInPlace])
 @pytest.mark.parametrize("augmentation", ["mixup:1", "token_flip:0.5"])
 def test_labels_that_are_mixed_are_those_of_the_prepared_batch(images, augmentation, shifts) -> None:
@@ -273,6 +281,7 @@ class Interpolates(Recorder):
         return dict(super()._prepare_inputs(inputs)) | {"interpolate_pos_encoding": torch.tensor(True)}
 
 
+@pytest.mark.slow
 def test_inputs_of_frozen_blocks_that_are_added_to_batches_are_named(train_dataset) -> None:
     with pytest.raises(
         UnsupportedModelError, match="frozen blocks take interpolate_pos_encoding, which _prepare_inputs"
@@ -282,6 +291,7 @@ def test_inputs_of_frozen_blocks_that_are_added_to_batches_are_named(train_datas
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_images_that_are_changed_in_each_step_are_not_cached(train_dataset) -> None:
     with pytest.raises(UnsupportedModelError, match=r"pixel_values is read \(add\)"):
         trained(train_dataset, cls=Brightens)
@@ -296,6 +306,7 @@ class NotANumber(Recorder):
         return loss + float("nan") if self.state.global_step == 3 else loss
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_gradients_of_a_loss_that_is_no_number_count_once(train_dataset, accumulation) -> None:
     settings = {
@@ -355,6 +366,7 @@ class Draws(Recorder):
         return super().compute_loss(*args, **kwargs) * (1 + draw(self.generator))
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -379,6 +391,7 @@ def test_a_generator_of_the_trainers_own_draws_as_in_training_alone(train_datase
     assert live.losses[0] / first == pytest.approx(1 + draw(make()))  # rehearsing has drawn nothing
 
 
+@pytest.mark.slow
 def test_a_generator_without_a_state_is_no_obstacle(train_dataset) -> None:
     class Own(Recorder):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -395,6 +408,7 @@ class Holder:
         self.generator = np.random.default_rng(5)
 
 
+@pytest.mark.slow
 def test_a_generator_within_an_object_of_the_users_own_draws_as_in_training_alone(train_dataset) -> None:
     class Own(Recorder):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -466,6 +480,7 @@ class Transformed(Dataset):
         return {name: values[0] for name, values in self.transform({k: [v] for k, v in self.rows[row].items()}).items()}
 
 
+@pytest.mark.slow
 def test_many_parts_are_looked_into_and_a_circle_ends(images) -> None:
     def cached(strength: float):
         parts = [Wrapped(Transformed(images.select(range(4)), TinyTransform(True))) for _ in range(11)]
@@ -478,6 +493,7 @@ def test_many_parts_are_looked_into_and_a_circle_ends(images) -> None:
     assert [cached(0.2), cached(0.2), cached(0.2000001)] == ["built", "found", "built"]
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(
     "wrap", [Wrapped, lambda rows: ConcatDataset([rows]), lambda rows: [Wrapped(rows)]], ids=["one", "several", "list"]
 )
@@ -491,6 +507,7 @@ def test_a_transform_behind_a_wrapper_is_seen(images, wrap) -> None:
     assert [cached(0.1), cached(0.1), cached(0.1000001)] == ["built", "found", "built"]
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("rows", [40, 45])
 def test_more_or_fewer_rows_under_one_name_are_refused(images, rows) -> None:
     def run(count: int):
@@ -617,6 +634,48 @@ def test_what_is_not_finite_in_an_evaluation_must_be_so_on_both_sides() -> None:
         ([nan, infinite], [nan, infinite], True),
     ):
         assert comparison._rounded_alike(torch.tensor(exact), torch.tensor(found)) is same
+
+
+@pytest.fixture
+def _new_way_of_tf32() -> Any:
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    yield
+    torch.backends.fp32_precision = before
+
+
+@pytest.mark.usefixtures("_new_way_of_tf32")
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has one way alone")
+def test_products_may_be_rounded_the_new_way(images) -> None:
+    """As ``tf32=True`` asks for, on a GPU."""
+    rows, held_out = images.with_transform(TinyTransform(True)), images.with_transform(TinyTransform(False))
+    cache = {"cache_eval": True, "cache_dir": "caches"}
+    trainer = make_trainer(tiny_vit(), rows, held_out, "0:2", cache, num_train_epochs=1, eval_strategy="epoch")
+    trainer.train()
+    assert len(list(Path("caches").glob("k02-*"))) == 2
+
+
+class HalfTransform(TinyTransform):
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        found = super().__call__(batch)
+        return {**found, "pixel_values": [pixels.to(torch.bfloat16) for pixels in found["pixel_values"]]}
+
+
+@pytest.mark.by_default(1)
+@pytest.mark.parametrize("narrow", [True, False])
+def test_states_of_sixteen_bits_may_be_rounded_otherwise_in_other_batches(images, narrow) -> None:
+    """As by kernels that are chosen by the shape of a batch."""
+    model = tiny_vit().to(torch.bfloat16) if narrow else tiny_vit()
+    rows = images.with_transform(HalfTransform(False) if narrow else TinyTransform(False))
+    trainer = make_trainer(model, rows, schedule="0:2", cache={"num_views": 1})
+    reader, run = trainer.build_cache().reader, trainer._run
+    chooser = run.cache.chooser
+    rounding = replace(chooser, run=lambda function, **inputs: chooser.run(function, **inputs) * 1.004)
+    if narrow:
+        spot_check(rounding, run.splits.at(2), reader, "no")
+    else:
+        with pytest.raises(CacheMismatchError, match="hidden states"):
+            spot_check(rounding, run.splits.at(2), reader, "no")
 
 
 def test_a_model_that_is_still_on_the_cpu_goes_to_the_training_device() -> None:
