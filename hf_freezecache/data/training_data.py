@@ -98,6 +98,9 @@ class UserCode:
         }
 
 
+_DATASETS = (Dataset, datasets.Dataset)
+
+
 def _code_of(dataset: Any) -> Any:
     """Return the code that renders the rows of a data set of the user's own: its class, and transforms as torchvision has them.
 
@@ -120,8 +123,10 @@ def _code_of(dataset: Any) -> Any:
                 vars(type(dataset))[name] for name in ("__getitem__", "__getitems__") if name in vars(type(dataset))
             ]
         for name, value in held.items() if depth < _NESTED else ():
-            for one in value if isinstance(value, (list, tuple)) else [value]:
-                inner = isinstance(one, (Dataset, datasets.Dataset)) or (name == "dataset" and one is not None)
+            # A list of data sets has one in front: others may have millions of entries.
+            several = isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], _DATASETS)
+            for one in value if several else [value]:
+                inner = isinstance(one, _DATASETS) or (name == "dataset" and one is not None)
                 if inner and id(one) not in seen:
                     seen.add(id(one))
                     waiting.append((one, depth + 1))

@@ -42,10 +42,8 @@ class Evaluations:
         """
         cached = live = 0.0
         for epochs, split_point in stages:
-            images, frozen = (
-                self.images(epochs),
-                rates.together(rates.render, rates.prefix(split_point), workers, rates.waiting),
-            )
+            images = self.images(epochs)
+            frozen = rates.together(rates.render, rates.prefix(split_point), workers, rates.waiting)
             live += images * frozen
             cached += min(self.rows, images) * (frozen + rates.encode + rates.write)
             cached += images * (rates.decode + rates.read)

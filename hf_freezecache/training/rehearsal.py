@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.kept_tokens import KEPT_TOKENS, TokenSubset
+from ..data.views import same_examples
 from ..errors import DataError, FreezeCacheError, UnsupportedModelError
 from ..model.freeze import freeze
 from ..model.probe import first_row, other_images
@@ -30,7 +31,7 @@ from .fewer_tokens import LiveStep, check_fewer_tokens, example_positions, refus
 from .freezer import check_something_trains
 from .moved_weights import move_parameters, move_with_what_trains, noting_uses, trained_parameters
 from .rehearsal_copy import duplicate, keeping_generators, keeping_parameters, without_scaling
-from .step_outcome import TOLERANCES, StepOutcome, difference, same_values, sleeps
+from .step_outcome import TOLERANCES, StepOutcome, difference, sleeps
 
 __all__ = ["rehearse"]
 
@@ -114,7 +115,7 @@ class _Rehearsal:
                 drawn = stack.enter_context(watching_draws(split))
                 loss = trainer.training_step(self.wrapped, inputs).detach()
                 gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
-            changed = {n: b.detach().clone() for n, b, before in buffers if not same_values(b, before)}
+            changed = {n: b.detach().clone() for n, b, before in buffers if not same_examples(b, before)}
             return StepOutcome(loss, gradients, changed, drawn[0], not drawn[-1] and not changed)
         finally:
             vars(original).clear()
@@ -218,7 +219,10 @@ def _why_not_cached(rehearsal: _Rehearsal, run: Any, split_point: int) -> str | 
     """
     split, runtime = run.splits.at(split_point), run.runtime
     if added := sorted(run.data.prefix_inputs - rehearsal.batch.keys()):
-        return f"frozen blocks take {', '.join(added)}, which _prepare_inputs adds to each batch: a cache is built of what the collator gives"
+        return (
+            f"frozen blocks take {', '.join(added)}, which _prepare_inputs adds to each batch; a cache is built of what the collator gives: "
+            "let it give them"
+        )
     inputs = {name: rehearsal.batch[name] for name in ("pixel_values", *sorted(run.data.prefix_inputs))}
     live = rehearsal.live(split, 0)
     if rehearsal.may_grow and bool(torch.isnan(live.loss)):

@@ -56,8 +56,8 @@ class Runtime:
         to_device: Moves tensors to the training device.
         rehearsing: Enters a copy of the trainer, on which a step leaves nothing behind; see ``rehearsal_copy``.
         autocast: Enters the run's autocast.
-        known_loss: Whether the loss is the model's own, as ``Trainer`` computes it.
         compile_settings: Keyword arguments of ``torch.compile``; ``None`` if nothing is to be compiled.
+        known_loss: Whether the loss is the model's own, as ``Trainer`` computes it.
     """
 
     model: nn.Module

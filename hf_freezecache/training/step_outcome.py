@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCES", "StepOutcome", "difference", "same_values", "sleeps"]
+from ..data.views import same_examples
+
+__all__ = ["TOLERANCES", "StepOutcome", "difference", "sleeps"]
 
 #: Largest difference of the loss, relative to it, and of the gradients, relative to all of them. On a CPU equal shapes give
 #: equal bits, as a rule. Elsewhere kernels need not be deterministic, and 16 bits round to 3 digits.
@@ -42,11 +44,6 @@ def sleeps(outcome: StepOutcome) -> bool:
     return any(gradient is not None and not bool(gradient.any()) for gradient in outcome.gradients.values())
 
 
-def same_values(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors are equal, NaN in the same places."""
-    return a.shape == b.shape and torch.equal(torch.nan_to_num(a, 0.123), torch.nan_to_num(b, 0.123))
-
-
 def _finite(tensor: Tensor) -> Tensor:
     return torch.nan_to_num(tensor, 0.0, 0.0, 0.0)
 
@@ -65,7 +62,7 @@ def difference(live: StepOutcome, cached: StepOutcome, tolerance: float) -> str 
             has, lacks = ("images", "the cache") if other is None else ("the cache", "images")
             return f"the parameter {name} gets a gradient from {has} and none from {lacks}"
     if live.buffers.keys() != cached.buffers.keys() or any(
-        not same_values(value, cached.buffers[name]) for name, value in live.buffers.items()
+        not same_examples(value, cached.buffers[name]) for name, value in live.buffers.items()
     ):
         names = sorted({*live.buffers, *cached.buffers})
         return f"buffers of the model ({', '.join(names[:3])}) are updated otherwise from the cache than on images"

@@ -11,7 +11,7 @@ The model of ``--model`` has its weights, those of ``--shapes`` random ones. Two
   that the host waits for the device, as CUDA tells (``None`` elsewhere), and ``scalar_reads`` those in which it reads a number of any
   tensor, also of the optimizer's on the CPU;
   ``operations`` have the largest shares of the time of the device, or of the processor where there is no other. All steps lie in one epoch,
-if there are images enough, and each is counted from the end of the one before, so that fetching its batch is part of it.
+  if there are images enough, and each is counted from the end of the one before, so that fetching its batch is part of it.
 
 The record is written after each split point: one that runs out of time holds what was reached. With ``--seconds`` nothing begins
 after so many.

@@ -14,7 +14,7 @@
 # once more in records.tar.gz. Needed beside them: an environment with this package's dependencies and its extra `test`, the package itself
 # installed or on PYTHONPATH; without PEFT, which is in it, device.py leaves LoRA out. --dry tries each step on little data, on a CPU too.
 #
-# 1. The tests that need a GPU: cached against live, in fp32 and bf16.
+# 1. The tests that need a GPU: cached against live, in fp32, bf16 and fp16.
 # 2. Full, LoRA, frozen, cached and limit in images per second, synchronisations of the host, and where the time goes: DeiT-Tiny with its
 #    weights, DeiT-Base and ViT-Large shapes with random ones.
 # 3. How fast caches are read, by threads and width.
